@@ -1,0 +1,36 @@
+"""torch's scaled_dot_product_attention, segments of equal length together in one call. Any device, any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..packing import PackedSegments
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return None if dtype.is_floating_point else "needs floating-point tensors"
+
+
+def _batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """``[B, L, heads, head_dim]`` in and out."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+    lengths = segments.lengths
+    members: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        members.setdefault(length, []).append(index)
+    if len(members) == 1:
+        q, k, v = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q, k, v))
+        return _batched(q, k, v, scale).flatten(0, 1)
+
+    parts = [x.split(list(lengths)) for x in (q, k, v)]
+    outputs: list[torch.Tensor | None] = [None] * len(lengths)
+    for indices in members.values():
+        out = _batched(*(torch.stack([part[i] for i in indices]) for part in parts), scale)
+        for index, segment in zip(indices, out.unbind(0), strict=True):
+            outputs[index] = segment
+    return torch.cat(outputs)

@@ -1,0 +1,70 @@
+"""The encoder core: a stack of blocks over one packed sequence. All families run through this file."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import resolve_backend
+from .layers import BlockConfig, EncoderBlock, Rotary
+from .packing import PackedSegments
+
+
+def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    """The dtype that the linears will put out: autocast's where it is on, else that of the input."""
+    kind = hidden_states.device.type
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4 and newer
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+    if kind == "cuda" and torch.is_autocast_enabled():
+        return torch.get_autocast_gpu_dtype()
+    return hidden_states.dtype
+
+
+class PackedEncoder(nn.Module):
+    """``num_layers`` blocks; ``attention_backend`` is a backend's name or ``auto``."""
+
+    def __init__(self, config: BlockConfig, num_layers: int, attention_backend: str = "auto") -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attention_backend = attention_backend
+        self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(num_layers))
+        # The two names that transformers' gradient_checkpointing_enable() looks for and sets.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        segments: PackedSegments,
+        rotary: Rotary | None,
+        keep: Iterable[int],
+    ) -> dict[int, torch.Tensor]:
+        """Run as many blocks as ``keep`` asks for and return the wanted states.
+
+        Args:
+            hidden_states: ``[N, hidden]`` input of block 0.
+            segments: metadata of the packed sequence.
+            rotary: cosines and sines ``[N, 1, head_dim]``, or None.
+            keep: indices of the states to return; 0 is the input of block 0, i the output of block i.
+
+        Returns:
+            ``{index: [N, hidden]}`` for each index of ``keep``. Blocks above the highest index are not run.
+        """
+        keep = set(keep)
+        device_type, dtype = hidden_states.device.type, compute_dtype(hidden_states)
+        backend = resolve_backend(self.attention_backend, device_type, dtype, self.head_dim)
+        states = {0: hidden_states} if 0 in keep else {}
+        for index, layer in enumerate(self.layers[: max(keep)], start=1):
+            if self.gradient_checkpointing and self.training:
+                hidden_states = self._gradient_checkpointing_func(
+                    layer.__call__, hidden_states, segments, rotary, backend
+                )
+            else:
+                hidden_states = layer(hidden_states, segments, rotary, backend)
+            if index in keep:
+                states[index] = hidden_states
+        return states

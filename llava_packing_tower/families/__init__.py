@@ -1,0 +1,29 @@
+"""The encoder families, by the ``model_type`` of a checkpoint's config.json. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..modeling import PackedVisionModel
+
+# model_type -> "module:class" (module relative to this package, or absolute)
+FAMILIES: dict[str, str] = {
+    "llava_vit_packing": ".llava_vit:LlavaViTPackingModel",
+    "llava_vit": ".llava_vit:LlavaViTPackingModel",
+    "onevision_encoder": ".llava_vit:LlavaViTPackingModel",
+}
+
+
+def register_family(model_type: str, target: str) -> None:
+    """Add a family from outside the package: ``register_family("my_vit", "my_package.my_vit:MyViTPacking")``."""
+    FAMILIES[model_type] = target
+
+
+def family_for(model_type: str | None) -> type[PackedVisionModel]:
+    """The model class for a ``model_type``. Raises ``ValueError`` (with the known ones) for another."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"no packed encoder for model_type {model_type!r}; known: {', '.join(FAMILIES)}")
+    module, _, name = FAMILIES[model_type].partition(":")
+    return getattr(import_module(module, __name__), name)

@@ -1,0 +1,259 @@
+"""LlavaViT (HEVC-ViT, published as OneVision-Encoder): images, videos and mixtures with 3-D rotary positions.
+
+State-dict names are those of the converted ``llava_vit_packing`` checkpoints. Numerics after OneVision-Encoder
+(https://github.com/EvolvingLMMs-Lab/OneVision-Encoder), see docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..encoder import PackedEncoder
+from ..layers import MLP, BlockConfig, PatchEmbed, RMSNorm, Rotary, make_norm
+from ..loading import Recipe, WeightPlan
+from ..modeling import PackedVisionModel
+from ..packing import Grid, PackedSegments, PatchLayout, to_device
+from ..positions import batch_positions, rotary_3d
+
+
+class LlavaViTPackingConfig(PretrainedConfig):
+    """Configuration of :class:`LlavaViTPackingModel`; the fields and defaults of published checkpoints.
+
+    ``image_size`` only tells the tower its nominal patch counts. ``spatial_merge_size`` and ``temporal_patch_size``
+    are carried for compatibility and not used. Raises ``ValueError`` for ``attention_dropout`` other than 0.
+    """
+
+    model_type = "llava_vit_packing"
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        num_channels: int = 3,
+        image_size: int = 448,
+        patch_size: int = 16,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-6,
+        layer_norm_type: str = "layer_norm",
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        rope_theta: float = 10000.0,
+        use_head: bool = True,
+        spatial_merge_size: int = 1,
+        temporal_patch_size: int = 1,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if attention_dropout:
+            raise ValueError(f"attention_dropout must be 0 (packed attention has none), got {attention_dropout}")
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.layer_norm_type = layer_norm_type
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.rope_theta = rope_theta
+        self.use_head = use_head
+        self.spatial_merge_size = spatial_merge_size
+        self.temporal_patch_size = temporal_patch_size
+
+
+def segment_softmax_pool(scores: torch.Tensor, values: torch.Tensor, segment: torch.Tensor, count: int) -> torch.Tensor:
+    """Softmax-weighted mean of the values inside each segment.
+
+    scores ``[N, heads]``, values ``[N, heads, head_dim]``, segment int64 ``[N]``; returns ``[count, heads, head_dim]``.
+    """
+    scores = scores.float()
+    index = segment[:, None].expand_as(scores)
+    peak = scores.new_full((count, scores.shape[1]), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
+    weights = (scores - peak.index_select(0, segment)).exp()
+    total = torch.zeros_like(peak).index_add(0, segment, weights)
+    weights = weights / total.index_select(0, segment)
+    pooled = scores.new_zeros(count, *values.shape[1:]).index_add(0, segment, weights.unsqueeze(-1) * values.float())
+    return pooled.to(values.dtype)
+
+
+class ProbeAttention(nn.Module):
+    """One query per sample attends to the tokens of that sample."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, probe: torch.Tensor, tokens: torch.Tensor, segment: torch.Tensor, count: int) -> torch.Tensor:
+        width = tokens.shape[1]
+        weight_q, weight_kv = self.in_proj_weight.split([width, 2 * width])
+        bias_q, bias_kv = self.in_proj_bias.split([width, 2 * width])
+        query = F.linear(probe, weight_q, bias_q).unflatten(-1, (self.num_heads, -1))
+        keys, values = F.linear(tokens, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        scores = (query * keys).sum(-1) * keys.shape[-1] ** -0.5
+        return self.out_proj(segment_softmax_pool(scores, values, segment, count).flatten(1))
+
+
+class PoolingHead(nn.Module):
+    """Attention pooling with a learned probe; the residual is the attention output, and its norm an RMSNorm always."""
+
+    def __init__(self, config: LlavaViTPackingConfig, block: BlockConfig) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.attention = ProbeAttention(config.hidden_size, config.num_attention_heads)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(block)
+
+    def forward(self, tokens: torch.Tensor, segment: torch.Tensor, count: int) -> torch.Tensor:
+        attended = self.attention(self.probe.view(1, -1), tokens, segment, count)
+        return attended + self.mlp(self.norm(attended))
+
+
+class LlavaViTPackingModel(PackedVisionModel):
+    """The packed LlavaViT encoder."""
+
+    config_class = LlavaViTPackingConfig
+    patch_layout = PatchLayout.CHANNEL_FIRST
+    image_only = False
+    source_model_types = ("llava_vit", "onevision_encoder")
+
+    def __init__(self, config: LlavaViTPackingConfig) -> None:
+        super().__init__(config)
+        block = BlockConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            hidden_act=config.hidden_act,
+            norm=config.layer_norm_type,
+            norm_eps=config.layer_norm_eps,
+            rotary="pairs",
+        )
+        if block.head_dim % 32:
+            raise ValueError(
+                f"hidden_size {config.hidden_size} with {config.num_attention_heads} heads gives head width "
+                f"{block.head_dim}; 3-D rotary positions need a multiple of 32"
+            )
+        norm = (config.layer_norm_type, config.hidden_size, config.layer_norm_eps)
+        self.patch_embed = PatchEmbed(
+            config.num_channels, config.hidden_size, config.patch_size, bias=False, layout=self.patch_layout
+        )
+        self.layernorm_pre = make_norm(*norm)
+        self.encoder = PackedEncoder(block, config.num_hidden_layers)
+        self.layernorm_post = make_norm(*norm) if config.use_head else None
+        self.head = PoolingHead(config, block) if config.use_head else None
+        self.post_init()
+
+    def prepare(
+        self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
+        positions = batch_positions(grids, patch_positions, tokens.device)
+        rotary = rotary_3d(positions, self.encoder.head_dim, self.config.rope_theta)
+        return self.layernorm_pre(tokens), self.segments_of(grids, tokens.device), rotary, None
+
+    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if self.layernorm_post is None else self.layernorm_post(hidden_states)
+
+    def pool(self, tokens: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor | None:
+        """One vector per sample, ``[B, hidden]``, from final-normed tokens; None without a head."""
+        if self.head is None:
+            return None
+        lengths = torch.tensor([t * h * w for t, h, w in grids])
+        segment = torch.repeat_interleave(torch.arange(len(grids)), lengths)
+        return self.head(tokens, to_device(segment, tokens.device), len(grids))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid_thw: torch.Tensor,
+        patch_positions: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool | None = None,
+        feature_layers: Sequence[int] | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encode a packed batch of images and clips in one pass.
+
+        Arguments are those of :meth:`PackedVisionModel.forward`; ``patch_positions [N, 3]`` (frame, row, column; any
+        dtype, fractions allowed) replace the positions of the grid, e.g. with interpolated frame indices.
+
+        Returns:
+            ``BaseModelOutputWithPooling`` with ``last_hidden_state [N, hidden]`` (final-normed only if the model has a
+            head), ``pooler_output [B, hidden]`` or None, ``hidden_states``; with ``return_dict=False`` the tuple
+            (last, pooled, hidden states or None); with ``feature_layers`` just those hidden states.
+        """
+        if feature_layers is not None:
+            return super().forward(hidden_states, grid_thw, patch_positions, feature_layers=feature_layers)
+        wanted = range(self.num_layers + 1) if output_hidden_states else (self.num_layers,)
+        states, grids = self.encode(hidden_states, grid_thw, patch_positions, wanted)
+        last = self.final_norm(states[self.num_layers])
+        pooled = self.pool(last, grids)
+        all_states = tuple(states[index] for index in wanted) if output_hidden_states else None
+        if return_dict is False:
+            return last, pooled, all_states
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=all_states)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ProbeAttention):
+            nn.init.normal_(module.in_proj_weight, std=self.config.initializer_range)
+        elif isinstance(module, PoolingHead):
+            nn.init.normal_(module.probe, std=self.config.initializer_range)
+
+    @classmethod
+    def config_from_source(cls, source: dict) -> LlavaViTPackingConfig:
+        """The packing config for a ``llava_vit`` or ``onevision_encoder`` config.json; every shared field is kept."""
+        carried = {name: source[name] for name in CARRIED_FIELDS if name in source}
+        if source["model_type"] == "onevision_encoder":
+            carried = {**ONEVISION_DEFAULTS, **carried}
+        return cls.config_class(**carried)
+
+    @classmethod
+    def plan_from_source(
+        cls, source: dict, config: LlavaViTPackingConfig, shapes: Mapping[str, tuple[int, ...]]
+    ) -> WeightPlan:
+        return plan_from_standard(shapes)
+
+
+CARRIED_FIELDS = tuple(inspect.signature(LlavaViTPackingConfig).parameters)[:-1]
+# Fields whose default differs from ours, for configs that leave them out.
+ONEVISION_DEFAULTS = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+_QKV = re.compile(r"(encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
+
+
+def plan_from_standard(names: Mapping[str, tuple[int, ...]]) -> WeightPlan:
+    """Standard names (``llava_vit``, ``onevision_encoder``) to packing names: q, k, v fused in this order."""
+    plan = WeightPlan()
+    for name in names:
+        if match := _QKV.fullmatch(name):
+            block, _, kind = match.groups()
+            sources = tuple(f"{block}.{part}_proj.{kind}" for part in "qkv")
+            plan.recipes[f"{block}.qkv.{kind}"] = Recipe(sources, lambda *parts: torch.cat(parts))
+        else:
+            target = name.replace("embeddings.patch_embedding.", "patch_embed.proj.")
+            target = re.sub(r"(encoder\.layers\.\d+\.self_attn)\.out_proj\.", r"\1.proj.", target)
+            plan.recipes[target] = Recipe((name,))
+    return plan
+
+
+AutoConfig.register(LlavaViTPackingConfig.model_type, LlavaViTPackingConfig, exist_ok=True)
+AutoModel.register(LlavaViTPackingConfig, LlavaViTPackingModel, exist_ok=True)

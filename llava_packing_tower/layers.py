@@ -1,0 +1,196 @@
+"""The building blocks that all encoder families share: norms, fused qkv attention, MLP, LayerScale, the block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from .attention import attend
+from .packing import PackedSegments, PatchLayout
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What one encoder block is made of; the families fill it from their own configs.
+
+    norm: "layer_norm" or "rms_norm". qkv_bias: for q, k and v. rotary: None, "pairs" (element 2m with 2m+1) or
+    "halves" (element j with j + head_dim/2). layer_scale: learned factor per channel behind attention and MLP.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    hidden_act: str
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-6
+    gated_mlp: bool = False
+    qkv_bias: tuple[bool, bool, bool] = (True, True, True)
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    layer_scale: float | None = None
+    rotary: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"unknown activation {self.hidden_act!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps)`` in float32, cast back, times the weight (Zhang and Sennrich 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
+
+
+def make_norm(kind: str, hidden_size: int, eps: float) -> nn.Module:
+    return NORMS[kind](hidden_size, eps=eps)
+
+
+class PatchProjection(nn.Conv2d):
+    """A patch convolution (kernel = stride = patch) applied to ready-cut rows as one matrix product."""
+
+    def __init__(self, num_channels: int, hidden_size: int, patch_size: int, bias: bool, layout: PatchLayout) -> None:
+        super().__init__(num_channels, hidden_size, patch_size, stride=patch_size, bias=bias)
+        self.layout = layout
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[N, C * p * p]`` in this projection's row layout to ``[N, hidden]``."""
+        weight = self.weight if self.layout is PatchLayout.CHANNEL_FIRST else self.weight.permute(0, 2, 3, 1)
+        return F.linear(rows, weight.reshape(self.out_channels, -1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, num_channels: int, hidden_size: int, patch_size: int, bias: bool, layout: PatchLayout) -> None:
+        super().__init__()
+        self.proj = PatchProjection(num_channels, hidden_size, patch_size, bias, layout)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.proj(rows)
+
+
+class FusedQKV(nn.Linear):
+    """q, k and v in one product, weight ``[3 * hidden, hidden]`` in the order q, k, v.
+
+    With a bias on only some of the three (DINOv3 has none on k), these are parameters of their own, ``q_bias``,
+    ``k_bias``, ``v_bias``: a bias that the original does not have is never trained.
+    """
+
+    def __init__(self, hidden_size: int, biases: tuple[bool, bool, bool]) -> None:
+        super().__init__(hidden_size, 3 * hidden_size, bias=all(biases))
+        self.partial_biases = not all(biases) and any(biases)
+        if self.partial_biases:
+            for name, present in zip("qkv", biases, strict=True):
+                parameter = nn.Parameter(torch.zeros(hidden_size)) if present else None
+                self.register_parameter(f"{name}_bias", parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias
+        if self.partial_biases:
+            zeros = x.new_zeros(self.in_features)
+            bias = torch.cat([zeros if b is None else b for b in (self.q_bias, self.k_bias, self.v_bias)])
+        return F.linear(x, self.weight, bias)
+
+
+def rotate_pairs(x: torch.Tensor) -> torch.Tensor:
+    """(x0, x1, x2, x3, ...) to (-x1, x0, -x3, x2, ...)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([-odd, even], dim=-1).flatten(-2)
+
+
+def rotate_halves(x: torch.Tensor) -> torch.Tensor:
+    """(first half, second half) to (-second half, first half)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+ROTATIONS = {"pairs": rotate_pairs, "halves": rotate_halves}
+
+
+class PackedAttention(nn.Module):
+    """Multi-head self-attention inside each segment of a packed sequence."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.qkv = FusedQKV(config.hidden_size, config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
+        self.rotate = ROTATIONS[config.rotary] if config.rotary else None
+
+    def forward(self, x: torch.Tensor, segments: PackedSegments, rotary: Rotary | None, backend: str) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
+        if rotary is not None:
+            cos, sin = rotary
+            q, k = ((y.float() * cos + self.rotate(y.float()) * sin).to(v.dtype) for y in (q, k))
+        return self.proj(attend(q, k, v, segments, backend=backend).flatten(1))
+
+
+class MLP(nn.Module):
+    """``fc2(act(fc1(x)))``, or gated ``fc2(act(gate(x)) * fc1(x))`` (GLU variants, Shazeer 2020)."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        hidden, wide, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate = nn.Linear(hidden, wide, bias=bias) if config.gated_mlp else None
+        self.fc1 = nn.Linear(hidden, wide, bias=bias)
+        self.fc2 = nn.Linear(wide, hidden, bias=bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.act(self.fc1(x)) if self.gate is None else self.act(self.gate(x)) * self.fc1(x)
+        return self.fc2(inner)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al. 2021)."""
+
+    def __init__(self, hidden_size: int, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.weight = nn.Parameter(torch.full((hidden_size,), value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm transformer block over a packed sequence ``[N, hidden]``."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.self_attn = PackedAttention(config)
+        self.layer_norm2 = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+        scale = config.layer_scale
+        self.layer_scale1 = nn.Identity() if scale is None else LayerScale(config.hidden_size, scale)
+        self.layer_scale2 = nn.Identity() if scale is None else LayerScale(config.hidden_size, scale)
+
+    def forward(
+        self, hidden_states: torch.Tensor, segments: PackedSegments, rotary: Rotary | None, backend: str
+    ) -> torch.Tensor:
+        attended = self.self_attn(self.layer_norm1(hidden_states), segments, rotary, backend)
+        hidden_states = hidden_states + self.layer_scale1(attended)
+        return hidden_states + self.layer_scale2(self.mlp(self.layer_norm2(hidden_states)))

@@ -1,0 +1,262 @@
+"""Reading and writing checkpoints: strict, streaming (one tensor at a time), never partial.
+
+A family says with :class:`Recipe` objects how each of its tensors is made from tensors of a file; :func:`load_weights`
+checks the whole plan (missing, unexpected, mis-shaped) before the first byte of a weight is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+CONFIG_NAME = "config.json"
+SAFETENSORS = "model.safetensors"
+PICKLED = "pytorch_model.bin"
+
+
+def resolve_folder(name_or_path: str | os.PathLike, revision: str | None = None) -> Path:
+    """A local folder for a folder name or a hub id (downloaded through huggingface_hub, or taken from its cache).
+
+    Raises ``ValueError`` where neither is found.
+    """
+    name = os.fspath(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ValueError(f"checkpoint folder {name!r} does not exist")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        local = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(local.glob("*.safetensors")):
+            local = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{name!r} is neither a local folder nor a hub id that can be reached: {error}") from error
+    return local
+
+
+def read_json(file: Path) -> dict:
+    """Raises ``ValueError`` if the file is missing or holds no JSON object."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+class WeightFiles:
+    """The tensors of a checkpoint folder (safetensors, sharded or not, else ``.bin`` with ``weights_only``), lazily."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, object] = {}
+        self._where: dict[str, str] = {}
+        for base in (SAFETENSORS, PICKLED):
+            index = folder / f"{base}.index.json"
+            if (folder / base).is_file():
+                self._where = dict.fromkeys(self._keys_of(base), base)
+                return
+            if index.is_file():
+                weight_map = read_json(index).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise ValueError(f"{index} has no weight_map")
+                for key, file in weight_map.items():
+                    if key not in self._keys_of(file):
+                        raise ValueError(f"{index} says that {key} is in {file}, but it is not")
+                    self._where[key] = file
+                return
+        raise ValueError(f"{folder} has no {SAFETENSORS} or {PICKLED} (or an index of one)")
+
+    def _handle(self, file: str):
+        if file not in self._open:
+            path = self.folder / file
+            try:
+                if file.endswith(".safetensors"):
+                    self._open[file] = safe_open(path, framework="pt", device="cpu")
+                else:
+                    self._open[file] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+                raise ValueError(f"cannot read {path}: {error}") from error
+        return self._open[file]
+
+    def _keys_of(self, file: str) -> set[str]:
+        return set(self._handle(file).keys())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor; reads headers only."""
+        result = {}
+        for key, file in self._where.items():
+            handle = self._handle(file)
+            tensor = handle[key] if isinstance(handle, dict) else handle.get_slice(key)
+            result[key] = tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
+        return result
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        handle = self._handle(self._where[key])
+        try:
+            return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"cannot read {key} of {self.folder / self._where[key]}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One target tensor: ``build`` of the source tensors with these names (must also work on meta tensors)."""
+
+    sources: tuple[str, ...]
+    build: Callable[..., torch.Tensor] = lambda tensor: tensor
+
+
+@dataclass
+class WeightPlan:
+    """How a source checkpoint fills a model: a recipe per target tensor; source tensors left out, with the reason."""
+
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+def plan_problems(
+    plan: WeightPlan, source: Mapping[str, tuple[int, ...]], target: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, str, str]]:
+    """What keeps a plan from being carried out: rows (kind, tensor, detail), kind missing, unexpected or mis-shaped."""
+    problems = []
+    used = set(plan.dropped)
+    for name, shape in target.items():
+        recipe = plan.recipes.get(name)
+        absent = [key for key in recipe.sources if key not in source] if recipe else [name]
+        if absent:
+            problems.append(("missing", name, f"not in the checkpoint: {', '.join(absent)}"))
+            continue
+        used.update(recipe.sources)
+        found = [source[key] for key in recipe.sources]
+        try:
+            built = tuple(recipe.build(*(torch.empty(s, device="meta") for s in found)).shape)
+        except RuntimeError as error:
+            built = str(error).splitlines()[0]
+        if built != tuple(shape):
+            problems.append(("mis-shaped", name, f"the checkpoint gives {built}, the config asks for {tuple(shape)}"))
+    problems += [
+        ("unexpected", key, f"{tuple(shape)} has no place in the model")
+        for key, shape in source.items()
+        if key not in used
+    ]
+    return problems
+
+
+def describe_problems(problems: list[tuple[str, str, str]], limit: int = 8) -> str:
+    """The problems as text: how many of each kind, and the first few by name."""
+    counts = {kind: sum(p[0] == kind for p in problems) for kind in ("missing", "unexpected", "mis-shaped")}
+    lines = [f"  {kind}: {name}: {detail}" for kind, name, detail in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  ... and {len(problems) - limit} more")
+    return ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) + "\n" + "\n".join(lines)
+
+
+def zero3_enabled() -> bool:
+    """Whether this process trains under DeepSpeed ZeRO-3 (parameters are partitioned as modules are made)."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+@contextlib.contextmanager
+def construction(dtype: torch.dtype) -> Iterator[None]:
+    """Make modules without spending time or memory on weights that will be overwritten.
+
+    On the meta device, or, under ZeRO-3, partitioned over the ranks by ``deepspeed.zero.Init``.
+    """
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        if zero3_enabled():
+            import deepspeed
+            from transformers.integrations.deepspeed import deepspeed_config
+
+            with torch.device("cpu"), deepspeed.zero.Init(config_dict_or_path=deepspeed_config()):
+                yield
+        else:
+            with torch.device("meta"):
+                yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def assign(module: nn.Module, name: str, value: torch.Tensor, device: torch.device) -> None:
+    """Give one parameter its value, whatever state it is in: ordinary, on meta, or partitioned by ZeRO-3."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    parameter = owner._parameters[leaf]
+    with torch.no_grad():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                    parameter.copy_(value)
+        elif parameter.is_meta:
+            # Not through register_parameter: loaders that patch it would send the tensor back to meta.
+            real = value.detach().to(device=device, dtype=parameter.dtype, copy=True)
+            owner._parameters[leaf] = nn.Parameter(real, requires_grad=parameter.requires_grad)
+        else:
+            parameter.copy_(value)
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and full shape of every parameter, partitioned ones included."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+
+
+def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, device: torch.device | str = "cpu") -> None:
+    """Fill every parameter of ``module`` from ``source``, one tensor at a time.
+
+    Raises ``ValueError`` before anything is read if a tensor is missing, unexpected or mis-shaped.
+    """
+    shapes = parameter_shapes(module)
+    if problems := plan_problems(plan, source.shapes(), shapes):
+        raise ValueError(
+            f"the weights of {source.folder} do not fit {type(module).__name__}: {describe_problems(problems)}"
+        )
+    for name in shapes:
+        recipe = plan.recipes[name]
+        assign(module, name, recipe.build(*(source[key] for key in recipe.sources)), torch.device(device))
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder``; on success its files appear in ``folder`` by rename, else nothing does.
+
+    A file of the same name is replaced; other files of an existing folder stay.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield aside
+        if folder.exists():
+            for file in sorted(aside.iterdir(), key=lambda f: f.name == CONFIG_NAME):
+                os.replace(file, folder / file.name)
+        else:
+            aside.chmod(0o755)
+            os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(content: dict, file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

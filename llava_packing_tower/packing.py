@@ -1,0 +1,241 @@
+"""Pixels to packed patch rows and back, and the metadata of a packed batch (made once, on the host).
+
+A packed batch is ``hidden_states [N, patch_dim]``, one row per patch, samples one after the other, inside a sample
+frame by frame, inside a frame row by row, and ``grid_thw [B, 3]`` with the (frames, rows, columns) of each sample in
+patches. The order of the numbers inside a row is a property of the encoder family (:class:`PatchLayout`): mixing the
+two up loads, runs and gives garbage.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate
+
+import torch
+from einops import rearrange
+
+Grid = tuple[int, int, int]
+
+
+class PatchLayout(Enum):
+    """Order of the numbers inside one patch row; the value is its einops pattern."""
+
+    CHANNEL_FIRST = "(c ph pw)"
+    """LlavaViT: all of channel 0, then channel 1, then channel 2."""
+
+    CHANNEL_LAST = "(ph pw c)"
+    """SigLIP2, AIMv2, DINOv3: pixel by pixel, the channels of a pixel together."""
+
+
+@dataclass(frozen=True)
+class PackedSegments:
+    """Where each segment of a packed sequence lies.
+
+    cu_seqlens: int32 ``[segments + 1]`` running sums on the device of the tokens; max_seqlen: the longest segment;
+    lengths: all lengths, on the host.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...]
+
+
+def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a small host tensor to a device without synchronising (pinned memory, asynchronous copy)."""
+    device = torch.device(device)
+    if device.type != "cuda" or host.is_cuda:
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def make_segments(lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedSegments:
+    """Metadata of segments with these lengths. Raises ``ValueError`` for no segment or one without tokens."""
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"every segment needs at least one token, got lengths {list(lengths)}")
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedSegments(to_device(cu_seqlens, device), max(lengths), tuple(lengths))
+
+
+def read_grid(grid_thw: torch.Tensor, num_tokens: int | None = None) -> list[Grid]:
+    """``grid_thw [B, 3]`` as host tuples (t, h, w); the only synchronisation of a forward whose grid lies on a GPU.
+
+    Raises ``ValueError`` if it is not an integer ``[B, 3]``, is empty, has an entry below 1, or if ``sum(t*h*w)``
+    differs from ``num_tokens``.
+    """
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.shape[0] == 0 or grid_thw.is_floating_point():
+        raise ValueError(
+            f"grid_thw must be an integer tensor [B, 3] with B >= 1, got {tuple(grid_thw.shape)} {grid_thw.dtype}"
+        )
+    grids = [tuple(row) for row in grid_thw.tolist()]
+    for index, grid in enumerate(grids):
+        if min(grid) < 1:
+            raise ValueError(f"grid_thw[{index}] = {list(grid)}: frames, rows and columns must be at least 1")
+    total = sum(t * h * w for t, h, w in grids)
+    if num_tokens is not None and total != num_tokens:
+        raise ValueError(f"grid_thw describes {total} patches (sum of t*h*w), but hidden_states has {num_tokens} rows")
+    return grids
+
+
+def _check_size(shape: Sequence[int], patch_size: int, num_channels: int, index: int) -> None:
+    channels, height, width = shape[0], shape[-2], shape[-1]
+    if channels != num_channels:
+        raise ValueError(f"image {index} has {channels} channels, expected {num_channels} (shape {list(shape)})")
+    for name, size in (("height", height), ("width", width)):
+        if size % patch_size or size == 0:
+            below = size // patch_size * patch_size
+            nearest = [n for n in (below, below + patch_size) if n > 0]
+            raise ValueError(
+                f"image {index} is {height} x {width} pixels (height x width): {name} {size} is not a positive "
+                f"multiple of the patch size {patch_size}; nearest {name}s: {' or '.join(map(str, nearest))}"
+            )
+
+
+def patchify(
+    pixel_values: torch.Tensor, patch_size: int, layout: PatchLayout = PatchLayout.CHANNEL_FIRST
+) -> torch.Tensor:
+    """Cut pixels into patch rows.
+
+    Args:
+        pixel_values: one image ``[C, H, W]``, a batch ``[B, C, H, W]`` or clips ``[B, C, T, H, W]``.
+        patch_size: side of a patch in pixels.
+        layout: order inside a row.
+
+    Returns:
+        ``[N, C * patch_size ** 2]``, a new tensor.
+
+    Raises:
+        ValueError: another number of dimensions, or sides that are no multiple of the patch size.
+    """
+    if pixel_values.dim() not in (3, 4, 5):
+        raise ValueError(f"expected [C,H,W], [B,C,H,W] or [B,C,T,H,W], got shape {list(pixel_values.shape)}")
+    if pixel_values.dim() == 3:
+        pixel_values = pixel_values[None]
+    if pixel_values.dim() == 4:
+        pixel_values = pixel_values.unsqueeze(2)
+    for index, sample in enumerate(pixel_values[:1]):
+        _check_size(sample.shape, patch_size, sample.shape[0], index)
+    return rearrange(
+        pixel_values, f"b c t (h ph) (w pw) -> (b t h w) {layout.value}", ph=patch_size, pw=patch_size
+    ).contiguous()
+
+
+def unpatchify(
+    hidden_states: torch.Tensor,
+    grid_thw: torch.Tensor,
+    patch_size: int,
+    layout: PatchLayout = PatchLayout.CHANNEL_FIRST,
+) -> list[torch.Tensor]:
+    """Inverse of packing: patch rows ``[N, patch_dim]`` to one ``[C, H, W]`` per image, ``[C, T, H, W]`` per clip.
+
+    Raises ``ValueError`` if the rows do not fit the grid or the patch size.
+    """
+    grids = read_grid(grid_thw, hidden_states.shape[0])
+    if hidden_states.shape[1] % patch_size**2:
+        raise ValueError(f"rows of {hidden_states.shape[1]} numbers are no multiple of {patch_size}^2 pixels")
+    samples = []
+    for (t, h, w), rows in zip(grids, split_packed(hidden_states, grids), strict=True):
+        clip = rearrange(
+            rows,
+            f"(t h w) {layout.value} -> c t (h ph) (w pw)",
+            **{"t": t, "h": h, "w": w, "ph": patch_size, "pw": patch_size},
+        )
+        samples.append(clip[:, 0] if t == 1 else clip)
+    return samples
+
+
+def split_packed(packed: torch.Tensor, grids: Sequence[Grid]) -> list[torch.Tensor]:
+    """Split ``[N, ...]`` into one ``[t*h*w, ...]`` per sample (views)."""
+    return list(packed.split([t * h * w for t, h, w in grids]))
+
+
+def batch_images_to_packing_input(
+    images: torch.Tensor | Sequence[torch.Tensor],
+    patch_size: int = 16,
+    layout: PatchLayout = PatchLayout.CHANNEL_FIRST,
+    *,
+    num_channels: int = 3,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack a batch of images, of one size or of many.
+
+    Args:
+        images: ``[B, C, H, W]`` or a list of ``[C, H, W]`` (or clips ``[C, T, H, W]``) of any sizes.
+        patch_size: side of a patch in pixels.
+        layout: order inside a row.
+        num_channels: channels that every image must have.
+        device, dtype: where and as what the rows are made (default: those of the first image). Cutting, casting and
+            concatenating are one copy per image; images on the host cross to a GPU in one transfer.
+
+    Returns:
+        ``hidden_states [N, C * patch_size ** 2]`` and ``grid_thw [B, 3]`` (int64, on the CPU: its values are needed
+        there).
+
+    Raises:
+        ValueError: no image, another channel count, or sides that are no multiple of the patch size (the message names
+            the image and the nearest sizes).
+    """
+    if isinstance(images, torch.Tensor) and images.dim() != 4:
+        raise ValueError(f"a tensor of images must be [B, C, H, W], got shape {list(images.shape)}")
+    images = list(images)
+    if not images:
+        raise ValueError("no images: the batch is empty")
+    grids: list[Grid] = []
+    for index, image in enumerate(images):
+        if not isinstance(image, torch.Tensor) or image.dim() not in (3, 4):
+            found = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise ValueError(f"image {index} must be a tensor [C, H, W] (or a clip [C, T, H, W]), got {found}")
+        _check_size(image.shape, patch_size, num_channels, index)
+        frames = image.shape[1] if image.dim() == 4 else 1
+        grids.append((frames, image.shape[-2] // patch_size, image.shape[-1] // patch_size))
+
+    device = torch.device(images[0].device if device is None else device)
+    dtype = images[0].dtype if dtype is None else dtype
+    staging = device if all(image.device == device for image in images) else images[0].device
+    rows = torch.empty(
+        sum(t * h * w for t, h, w in grids),
+        num_channels * patch_size**2,
+        dtype=dtype,
+        device=staging,
+        pin_memory=staging.type == "cpu" and device.type == "cuda",
+    )
+    order = "t h w c ph pw" if layout is PatchLayout.CHANNEL_FIRST else "t h w ph pw c"
+    start = 0
+    for image, grid in zip(images, grids, strict=True):
+        clip = image if image.dim() == 4 else image.unsqueeze(1)
+        cut = rearrange(clip, f"c t (h ph) (w pw) -> {order}", ph=patch_size, pw=patch_size)
+        rows.narrow(0, start, math.prod(grid)).view(cut.shape).copy_(cut, non_blocking=True)
+        start += math.prod(grid)
+    return rows.to(device, non_blocking=True), torch.tensor(grids, dtype=torch.int64)
+
+
+def image_to_packing_input(
+    image: torch.Tensor, patch_size: int = 16, layout: PatchLayout = PatchLayout.CHANNEL_FIRST, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One image ``[C, H, W]`` (or clip ``[C, T, H, W]``) as ``hidden_states [N, patch_dim]`` and ``grid_thw [1, 3]``.
+
+    Options and errors are those of :func:`batch_images_to_packing_input`.
+    """
+    return batch_images_to_packing_input([image], patch_size, layout, **options)
+
+
+@functools.lru_cache(maxsize=8)
+def prefix_indices(lengths: tuple[int, ...], prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Host index tensors that put ``prefix`` shared tokens in front of every segment, and take them out again.
+
+    With ``x = cat([prefix_tokens, patches])``: ``x[insert]`` is the packed sequence with prefixes, and
+    ``packed[patches]`` its patch tokens alone. Both are int64, ``[N + segments * prefix]`` and ``[N]``.
+    """
+    sizes = torch.tensor(lengths)
+    tokens = torch.arange(int(sizes.sum()))
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
+    patches = tokens + prefix * (segment + 1)
+    starts = sizes.cumsum(0) - sizes + prefix * torch.arange(len(lengths))
+    insert = torch.empty(len(tokens) + prefix * len(lengths), dtype=torch.int64)
+    insert[patches] = tokens + prefix
+    insert[starts[:, None] + torch.arange(prefix)] = torch.arange(prefix)
+    return insert, patches

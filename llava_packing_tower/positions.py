@@ -1,0 +1,135 @@
+"""Patch positions and rotary angle tables. Angles, cosines and sines are float32 whatever the model's dtype is.
+
+The frequency ladders are made from Python numbers when they are needed and cached per device; nothing is a module
+buffer, so neither ``model.to(torch.bfloat16)`` nor a loader can damage them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from .packing import Grid, read_grid, to_device
+
+
+@functools.lru_cache(maxsize=1024)
+def grid_positions(grid: Grid) -> torch.Tensor:
+    """(frame, row, column) of every patch of one sample, int64 ``[t*h*w, 3]`` on the host. Do not modify: cached."""
+    return torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, 3)
+
+
+def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tensor:
+    """Positions of all patches of a packed batch: frame index 0..t-1, row, column, sample by sample.
+
+    Args:
+        grid_thw: integer ``[B, 3]``.
+
+    Returns:
+        int64 ``[N, 3]`` on the device of ``grid_thw``. Raises ``ValueError`` for a grid that is no such tensor.
+    """
+    return torch.cat([grid_positions(grid) for grid in read_grid(grid_thw)]).to(grid_thw.device)
+
+
+def interpolate_frame_indices(
+    frame_indices: torch.Tensor, total_frames: torch.Tensor, target_frames: int = 64
+) -> torch.Tensor:
+    """Where frames of a clip lie in the temporal context that LlavaViT was trained with.
+
+    ``round(index / max(total - 1, 1) * (target_frames - 1))`` in float32, ties to the even neighbour, clamped to
+    ``0 .. target_frames - 1``. Eight of eight frames: 0, 9, 18, 27, 36, 45, 54, 63. (LlavaViT, OneVision-Encoder.)
+
+    Args:
+        frame_indices: ``[B, n]`` indices of the sampled frames in their video.
+        total_frames: ``[B]`` frame counts of the videos.
+        target_frames: length of the context.
+
+    Returns:
+        int64 ``[B, n]``.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if frame_indices.dim() != 2 or total_frames.shape != frame_indices.shape[:1]:
+        raise ValueError(
+            "expected frame_indices [B, n] and total_frames [B], "
+            f"got {list(frame_indices.shape)} and {list(total_frames.shape)}"
+        )
+    span = (total_frames.float() - 1).clamp(min=1).unsqueeze(1)
+    scaled = frame_indices.float() / span * (target_frames - 1)
+    return scaled.round().long().clamp(0, target_frames - 1)
+
+
+def compute_patch_positions_with_interpolated_temporal(
+    interpolated_indices: torch.Tensor, h_patches: int, w_patches: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Positions of clips whose frames stand at given (interpolated) indices.
+
+    Args:
+        interpolated_indices: integer ``[B, n]``, see :func:`interpolate_frame_indices`.
+        h_patches, w_patches: rows and columns of every frame, in patches.
+        device: of the result (default: that of the indices).
+
+    Returns:
+        int64 ``[B * n * h_patches * w_patches, 3]``: clip by clip, frame by frame, row by row, the triple
+        (index, row, column).
+
+    Raises:
+        ValueError: the indices are not ``[B, n]``.
+    """
+    if interpolated_indices.dim() != 2:
+        raise ValueError(f"interpolated_indices must be [B, n], got shape {list(interpolated_indices.shape)}")
+    frames = interpolated_indices.reshape(-1).long()
+    plane = grid_positions((1, h_patches, w_patches)).to(frames.device)
+    positions = plane.repeat(len(frames), 1)
+    positions[:, 0] = frames.repeat_interleave(len(plane))
+    return positions if device is None else positions.to(device)
+
+
+def batch_positions(grids: Sequence[Grid], patch_positions: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """float32 ``[N, 3]`` positions on the device of the tokens: the given ones, else those of the grids."""
+    if patch_positions is None:
+        return to_device(torch.cat([grid_positions(grid) for grid in grids]).float(), device)
+    total = sum(t * h * w for t, h, w in grids)
+    if patch_positions.shape != (total, 3):
+        raise ValueError(f"patch_positions must be [{total}, 3], got {list(patch_positions.shape)}")
+    return to_device(patch_positions, device).float()
+
+
+@functools.lru_cache(maxsize=32)
+def frequency_ladder(count: int, base: float, step: float, device: torch.device) -> torch.Tensor:
+    """float32 ``base ** (-step * k)`` for ``k = 0 .. count-1``. Do not modify: cached."""
+    exponents = torch.arange(count, dtype=torch.float32) * -step
+    return to_device(torch.pow(torch.tensor(base, dtype=torch.float32), exponents), device)
+
+
+def rotary_3d(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """LlavaViT's rotary table over (frame, row, column).
+
+    With ``u = head_dim / 32`` the axes get 4u, 6u and 6u frequencies ``theta ** (-k / n_axis)``. The angles of a
+    token are ``[t*f_T, h*f_H, w*f_W]``, repeated once to the width of a head. (LlavaViT / OneVision-Encoder.)
+
+    Args:
+        positions: float32 ``[N, 3]``.
+        head_dim: width of a head, a multiple of 32.
+        theta: base of the frequencies.
+
+    Returns:
+        cosines and sines, float32 ``[N, 1, head_dim]`` each.
+
+    Raises:
+        ValueError: ``head_dim`` is not a multiple of 32.
+    """
+    if head_dim % 32:
+        raise ValueError(f"3-D rotary positions need a head width that is a multiple of 32, got {head_dim}")
+    unit = head_dim // 32
+    angles = torch.cat(
+        [
+            positions[:, axis, None] * frequency_ladder(count, theta, 1.0 / count, positions.device)
+            for axis, count in enumerate((4 * unit, 6 * unit, 6 * unit))
+        ],
+        dim=1,
+    )
+    angles = torch.cat([angles, angles], dim=1).unsqueeze(1)
+    return angles.cos(), angles.sin()

@@ -1,0 +1,281 @@
+"""The vision tower that LLaVA sees: pixels in, features per image out, one packed pass for the whole batch."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from .families import family_for
+from .feature_select import selected_layers
+from .image_processor import PROCESSOR_NAME, PackingImageProcessor
+from .loading import CONFIG_NAME, construction, read_json, resolve_folder, zero3_enabled
+from .modeling import PackedVisionModel
+from .packing import batch_images_to_packing_input, read_grid, split_packed
+
+logger = logging.getLogger(__name__)
+
+NAME_PREFIX = "packing:"
+ATTENTION_ENV = "LLAVA_PACKING_ATTENTION"
+
+
+def strip_prefix(name: str) -> str:
+    """A folder or hub id without the optional ``packing:`` in front."""
+    return name[len(NAME_PREFIX) :] if name.lower().startswith(NAME_PREFIX) else name
+
+
+def folder_fingerprint(folder: str | os.PathLike) -> str:
+    """sha256 over config.json and the weight files of a checkpoint folder (about a second per GB)."""
+    digest = hashlib.sha256()
+    files = (f for f in Path(folder).iterdir() if f.name == CONFIG_NAME or f.suffix in (".safetensors", ".bin"))
+    for file in sorted(files):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def wants_loading(args: object) -> bool:
+    """Whether LLaVA's arguments say that the tower is trained (then it is loaded even if loading may be delayed)."""
+    parts = getattr(args, "mm_tunable_parts", None) or ""
+    return bool(getattr(args, "unfreeze_mm_vision_tower", False)) or "mm_vision_tower" in parts
+
+
+class HEVCViTPackingVisionTower(nn.Module):
+    """LLaVA vision tower over a packed encoder of any family.
+
+    Args:
+        vision_tower: checkpoint folder or hub id, with or without a ``packing:`` prefix.
+        args: LLaVA's model arguments or config. Read: ``mm_vision_select_layer`` (required),
+            ``mm_vision_select_feature`` ("patch"), ``mm_projector_type``, ``mm_packing_attention`` ("auto"),
+            ``mm_packing_config`` (written into a LLaVA checkpoint; lets a tower whose weights are in that checkpoint
+            be rebuilt without its folder), ``unfreeze_mm_vision_tower``, ``mm_tunable_parts``.
+        delay_load: read only the config now, unless the arguments say that the tower is trained.
+
+    Features keep the tower's own dtype, whatever the dtype of the images.
+    """
+
+    def __init__(self, vision_tower: str, args: object, delay_load: bool = False) -> None:
+        super().__init__()
+        self.is_loaded = False
+        self.vision_tower_name = vision_tower
+        self.select_layer = args.mm_vision_select_layer
+        self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
+        self.projector_type = getattr(args, "mm_projector_type", None) or "patch_merger"
+        self.attention = getattr(args, "mm_packing_attention", None) or os.environ.get(ATTENTION_ENV) or "auto"
+        self._saved = getattr(args, "mm_packing_config", None)
+        self._unfilled = False
+        if not delay_load or wants_loading(args):
+            self.load_model()
+        else:
+            self.cfg_only = self._read_config()
+
+    # ---------------------------------------------------------------- loading
+
+    @property
+    def _in_checkpoint(self) -> bool:
+        """Whether the weights come from the LLaVA checkpoint that is being loaded around this tower."""
+        return bool(self._saved) and self._saved.get("weights") == "checkpoint"
+
+    def _read_config(self) -> PretrainedConfig:
+        if self._in_checkpoint:
+            raw = self._saved["config"]
+            return family_for(raw.get("model_type")).config_class.from_dict(raw)
+        raw = read_json(resolve_folder(strip_prefix(self.vision_tower_name)) / CONFIG_NAME)
+        family = family_for(raw.get("model_type"))
+        own = raw.get("model_type") == family.config_class.model_type
+        return family.config_class.from_dict(raw) if own else family.config_from_source(raw)
+
+    def load_model(self, device_map: object = None) -> None:
+        """Load weights and image processor and freeze the weights; the trainer unfreezes what it trains.
+
+        Called a second time it does nothing. ``device_map`` is what LLaVA passes: None, "auto" or a device (the
+        weights go there), or a dict (its entry for the vision tower).
+
+        Raises ``ValueError`` for a folder without config, or with weights that do not fit.
+        """
+        if self.is_loaded:
+            logger.info("%s is already loaded", self.vision_tower_name)
+            return
+        if self._in_checkpoint:
+            model, processor = self._from_saved_config()
+        else:
+            model, processor = self._from_folder(_device_of(device_map))
+        model.set_attention_backend(self.attention)
+        self.image_processor = processor
+        self.vision_tower = model.requires_grad_(False)
+        self.is_loaded = True
+        _ = self.feature_layers  # a select_layer out of range is an error now, not at the first step
+
+    def _from_folder(self, device: torch.device) -> tuple[PackedVisionModel, PackingImageProcessor]:
+        folder = resolve_folder(strip_prefix(self.vision_tower_name))
+        family = family_for(read_json(folder / CONFIG_NAME).get("model_type"))
+        model = family.from_pretrained(folder, device=device)
+        if (folder / PROCESSOR_NAME).is_file():
+            processor = PackingImageProcessor.from_pretrained(folder)
+        else:
+            processor = family.default_image_processor(model.config)
+        if self._saved and (expected := self._saved.get("fingerprint")) and folder_fingerprint(folder) != expected:
+            raise ValueError(
+                f"{folder} has changed since this LLaVA checkpoint was trained with it as a frozen tower: its "
+                f"fingerprint is not {expected[:12]}... any more. Restore the folder."
+            )
+        return model, processor
+
+    def _from_saved_config(self) -> tuple[PackedVisionModel, PackingImageProcessor]:
+        """The bare structure, for the loader around us to fill. NaN until then, so that a gap cannot go unseen."""
+        config = self._read_config()
+        dtype = torch.get_default_dtype()
+        with construction(dtype):
+            model = family_for(config.model_type)(config)
+        if not zero3_enabled():
+            with torch.device("cpu"):
+                for module in model.modules():
+                    for name, parameter in module._parameters.items():
+                        if parameter is not None:
+                            hollow = torch.full(parameter.shape, torch.nan, dtype=dtype)
+                            module._parameters[name] = nn.Parameter(hollow)
+            self._unfilled = True
+        return model.eval(), PackingImageProcessor.from_dict(self._saved["image_processor"])
+
+    def _check_filled(self) -> None:
+        gaps = [name for name, p in self.vision_tower.named_parameters() if p.is_meta or p.isnan().any()]
+        if gaps:
+            raise ValueError(
+                f"{len(gaps)} tensors of the vision tower were not in the LLaVA checkpoint (or hold NaN), "
+                f"for example {gaps[0]}: its tower weights are lost or damaged"
+            )
+        self._unfilled = False
+
+    def packing_config(self, weights: str = "checkpoint") -> dict:
+        """What a LLaVA checkpoint must remember of this tower (JSON types only), for ``config.mm_packing_config``.
+
+        weights: "checkpoint" if the LLaVA checkpoint holds the (tuned) weights, "folder" if they are to be taken from
+        the tower's own folder again; then a fingerprint of the folder is included.
+        """
+        if weights not in ("checkpoint", "folder"):
+            raise ValueError(f"weights must be 'checkpoint' or 'folder', got {weights!r}")
+        content = {
+            "weights": weights,
+            "config": self.config.to_dict(),
+            "image_processor": self.image_processor.to_dict(),
+        }
+        if weights == "folder":
+            content["fingerprint"] = folder_fingerprint(resolve_folder(strip_prefix(self.vision_tower_name)))
+        return content
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(
+        self, images: torch.Tensor | Sequence[torch.Tensor], return_spatial_dims: bool = False
+    ) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor | list[torch.Tensor], int, int]:
+        """Features of images, all of them in one packed pass.
+
+        Args:
+            images: ``[B, C, H, W]``, or a list of ``[C, H, W]`` of any sizes (multiples of the patch size).
+            return_spatial_dims: also return rows and columns, in patches, of the first image.
+
+        Returns:
+            ``[B, h*w, hidden_size]`` for a tensor, a list of ``[h_i*w_i, hidden_size]`` for a list, in the tower's
+            dtype.
+
+        Raises:
+            ValueError: not loaded, no images, a wrong channel count or a size that is no multiple of the patch size.
+        """
+        if not self.is_loaded:
+            raise ValueError(f"vision tower {self.vision_tower_name} is not loaded: call load_model() first")
+        if self._unfilled:
+            self._check_filled()
+
+        # ============================================================================================
+        # INPUT CONVERSION: [B, C, H, W], or a ragged list of [C, H, W]
+        #                -> hidden_states [N, patch_dim] + grid_thw [B, 3]
+        # ============================================================================================
+        model = self.vision_tower
+        hidden_states, grid_thw = batch_images_to_packing_input(
+            images,
+            model.config.patch_size,
+            model.patch_layout,
+            num_channels=model.config.num_channels,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+        # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
+        states = model(hidden_states=hidden_states, grid_thw=grid_thw, feature_layers=self.feature_layers)
+        packed = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+
+        # ============================================================================================
+        # OUTPUT CONVERSION: [N, hidden_size]
+        #                 -> [B, tokens, hidden_size], or a list of [tokens_i, hidden_size]
+        # ============================================================================================
+        grids = read_grid(grid_thw)
+        if isinstance(images, torch.Tensor):
+            features = packed.unflatten(0, (len(grids), -1))
+        else:
+            features = split_packed(packed, grids)
+        return (features, grids[0][1], grids[0][2]) if return_spatial_dims else features
+
+    # ---------------------------------------------------------------- what LLaVA reads
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.vision_tower.config if self.is_loaded else self.cfg_only
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Indices of the hidden states that make up the features. Raises ``ValueError`` for a bad selection."""
+        return selected_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a feature: the encoder's width times the number of selected layers."""
+        return self.config.hidden_size * len(self.feature_layers)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the nominal square image."""
+        return self.config.image_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Patches per side of the nominal image; half of them (rounded down) if the projector merges 2 x 2."""
+        side = self.image_size // self.config.patch_size
+        return side // 2 if self.projector_type == "spatial_merge" else side
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of the nominal image; a quarter (rounded down) if the projector merges 2 x 2."""
+        count = (self.image_size // self.config.patch_size) ** 2
+        return count // 4 if self.projector_type == "spatial_merge" else count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype if self.is_loaded else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device if self.is_loaded else torch.device("cpu")
+
+    @property
+    def dummy_feature(self) -> torch.Tensor:
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+
+def _device_of(device_map: object) -> torch.device:
+    """Where the weights go for what LLaVA passes as ``device_map``."""
+    if isinstance(device_map, dict):
+        hits = [value for key, value in device_map.items() if key == "" or key.endswith("vision_tower")]
+        device_map = hits[0] if hits else None
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device_map if not isinstance(device_map, int) else f"cuda:{device_map}")
