@@ -1,0 +1,87 @@
+# Everything goes into .venv; each step leaves a stamp and runs again only when its requirements file changed.
+#   make demo   fine-tune LLaVA through the packing tower on real photographs, reload it and ask about each
+#   make test   the test suite          make lint   ruff          make clean   remove .venv and outputs
+# PYTHON=...          interpreter to build .venv with (3.10 to 3.12)
+# LLAVA_NEXT_DIR=...  a clone of LLaVA-NeXT: used as the host in place of the LLaVA from PyPI
+# DEMO_ARGS=..., TEST_ARGS=...  passed on
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+VENV := .venv
+STAMPS := $(VENV)/.stamps
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+HOST := $(STAMPS)/host $(if $(LLAVA_NEXT_DIR),$(STAMPS)/next)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test lint clean env
+help:
+	@sed -n '2,6s/^# \{0,1\}//p' Makefile
+
+demo: $(STAMPS)/project $(STAMPS)/demo $(HOST)
+	$(BIN)/llava-packing demo $(DEMO_ARGS)
+
+test: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(HOST)
+	$(BIN)/python -m pytest tests $(TEST_ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+env: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(HOST)
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(STAMPS)/venv:
+	@for p in $(PYTHON) python3.11 python3.10 python3.12 python3; do \
+	  if "$$p" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	    echo "[.venv] $$("$$p" --version) ($$(command -v "$$p"))"; rm -rf $(VENV); \
+	    "$$p" -m venv $(VENV) && mkdir -p $(STAMPS) && touch $@ && exit 0; exit 1; \
+	  fi; \
+	done; \
+	echo "No Python 3.10, 3.11 or 3.12 with the venv module was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1
+
+$(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
+	@echo "[.venv] torch"
+	@$(PIP) -r requirements/torch.txt
+	@touch $@
+
+$(STAMPS)/base: requirements/base.txt $(STAMPS)/torch
+	@echo "[.venv] transformers and friends"
+	@$(PIP) -r requirements/base.txt
+	@touch $@
+
+$(STAMPS)/deepspeed: requirements/deepspeed.txt $(STAMPS)/base
+	@echo "[.venv] DeepSpeed"
+	@$(PIP) --no-build-isolation -r requirements/deepspeed.txt
+	@touch $@
+
+$(STAMPS)/host: requirements/host.txt $(STAMPS)/deepspeed
+	@echo "[.venv] LLaVA"
+	@$(PIP) --no-deps -r requirements/host.txt
+	@touch $@
+
+$(STAMPS)/next: requirements/next.txt $(STAMPS)/host
+	@echo "[.venv] what LLaVA-NeXT imports"
+	@$(PIP) -r requirements/next.txt
+	@touch $@
+
+$(STAMPS)/demo: requirements/demo.txt $(STAMPS)/base
+	@echo "[.venv] photographs, matplotlib"
+	@$(PIP) -r requirements/demo.txt
+	@touch $@
+
+$(STAMPS)/dev: requirements/dev.txt $(STAMPS)/base
+	@echo "[.venv] pytest, hypothesis, ruff"
+	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(STAMPS)/project: setup.cfg pyproject.toml $(STAMPS)/base
+	@echo "[.venv] llava_packing_tower"
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
