@@ -24,8 +24,10 @@ SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
 
 
-def resolve_folder(name_or_path: str | os.PathLike, revision: str | None = None) -> Path:
+def resolve_folder(name_or_path: str | os.PathLike, **hub: object) -> Path:
     """A local folder for a folder name or a hub id (downloaded through huggingface_hub, or taken from its cache).
+
+    ``hub`` (``revision``, ``token``, ``cache_dir`` ...) goes to ``snapshot_download``.
 
     Raises ``ValueError`` where neither is found.
     """
@@ -39,9 +41,9 @@ def resolve_folder(name_or_path: str | os.PathLike, revision: str | None = None)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        local = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        local = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **hub))
         if not any(local.glob("*.safetensors")):
-            local = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.bin"]))
+            local = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"], **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{name!r} is neither a local folder nor a hub id that can be reached: {error}") from error
     return local

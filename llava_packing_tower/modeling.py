@@ -33,6 +33,16 @@ from .packing import Grid, PackedSegments, PatchLayout, make_segments, read_grid
 
 logger = logging.getLogger(__name__)
 
+HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+AUTO_OPTIONS = {
+    "adapter_kwargs",
+    "trust_remote_code",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "_from_auto",
+    "_commit_hash",
+}
+
 
 class PackedVisionModel(PreTrainedModel):
     """Base of the packed encoders.
@@ -193,7 +203,7 @@ class PackedVisionModel(PreTrainedModel):
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         attn_implementation: str = "auto",
-        revision: str | None = None,
+        **options: object,
     ) -> PackedVisionModel:
         """Load a packing checkpoint, or convert a known foreign one in memory. Strict: all tensors fit, or an error.
 
@@ -203,7 +213,8 @@ class PackedVisionModel(PreTrainedModel):
             dtype (or torch_dtype): of the weights; None is torch's default dtype, "auto" that of the file.
             device: where the weights go.
             attn_implementation: attention backend, see :func:`attention.varlen_attention`.
-            revision: of the hub repository.
+            options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` go to huggingface_hub; what
+                transformers' Auto classes add is accepted and has no effect; anything else is a ``TypeError``.
 
         Returns:
             The model in evaluation mode.
@@ -211,7 +222,10 @@ class PackedVisionModel(PreTrainedModel):
         Raises:
             ValueError: no config, another model_type, or missing, unexpected or mis-shaped tensors.
         """
-        folder = resolve_folder(pretrained_model_name_or_path, revision)
+        if strange := set(options) - HUB_OPTIONS - AUTO_OPTIONS:
+            raise TypeError(f"{cls.__name__}.from_pretrained() got unexpected arguments {', '.join(sorted(strange))}")
+        hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+        folder = resolve_folder(pretrained_model_name_or_path, **hub)
         raw = read_json(folder / CONFIG_NAME)
         files = WeightFiles(folder)
         shapes = files.shapes()

@@ -1,0 +1,35 @@
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+ATOL = 2e-5  # float32 noise between correct implementations is below 1e-5; the smallest structural mistake is 4.7e-5
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return GOLDEN
+
+
+@pytest.fixture
+def golden_case(golden):
+    """``golden_case("llava_vit", "mixed")`` -> tensors of one reference case."""
+    return lambda folder, case: load_file(golden / folder / f"case_{case}.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = ATOL) -> None:
+    """Absolute comparison, no relative slack; shapes must agree."""
+    assert actual.shape == expected.shape, (tuple(actual.shape), tuple(expected.shape))
+    worst = (actual.float() - expected.float()).abs().max().item()
+    assert worst <= atol, f"largest difference {worst:.3e} > {atol:.1e}"

@@ -1,0 +1,131 @@
+import logging
+
+import pytest
+import torch
+
+from llava_packing_tower.attention import AUTO_ORDER, BACKENDS, backend_module, resolve_backend, varlen_attention
+from llava_packing_tower.packing import make_segments
+
+LENGTHS = (5, 1, 12, 5, 7)
+CPU_BACKENDS = ("eager", "sdpa")
+
+
+def reference(q, k, v, lengths, scale=None):
+    """float64 softmax, written out per segment."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outputs = []
+    for a, b, c in zip(*(x.double().split(list(lengths)) for x in (q, k, v)), strict=True):
+        weights = torch.einsum("ihd,jhd->hij", a, b).mul(scale).softmax(-1)
+        outputs.append(torch.einsum("hij,jhd->ihd", weights, c))
+    return torch.cat(outputs)
+
+
+def qkv(heads=2, dim=16, dtype=torch.float32, lengths=LENGTHS):
+    return [torch.randn(sum(lengths), heads, dim).to(dtype).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("lengths", [LENGTHS, (6, 6, 6), (1,)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_against_float64(backend, lengths, scale):
+    q, k, v = qkv(lengths=lengths)
+    segments = make_segments(lengths)
+    out = varlen_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen, scale=scale, backend=backend)
+    weight = torch.randn(out.shape)
+    grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    expected = reference(q, k, v, lengths, scale)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+    for got, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, want, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [64, 72, 96, 128])
+def test_bf16_error_at_most_twice_the_reference(dim):
+    """Forward and gradient of sdpa against the bf16 reference's own error (flash-attention's rule)."""
+    q, k, v = qkv(dim=dim)
+    segments = make_segments(LENGTHS)
+    weight = torch.randn(q.shape)
+
+    def run(backend, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = varlen_attention(*inputs, segments.cu_seqlens, segments.max_seqlen, backend=backend)
+        return [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), inputs)]
+
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    exact = run("eager", torch.float32)
+    for got, low, want in zip(run("sdpa", torch.bfloat16), run("eager", torch.bfloat16), exact, strict=True):
+        allowed = 2 * (low.float() - want).abs().max() + 1e-5
+        assert (got.float() - want).abs().max() <= allowed
+
+
+def test_segments_do_not_see_each_other():
+    q, k, v = qkv()
+    segments = make_segments(LENGTHS)
+    for backend in CPU_BACKENDS:
+        before = varlen_attention(q, k, v, segments.cu_seqlens, 12, backend=backend)
+        changed = [x.detach().clone() for x in (q, k, v)]
+        for x in changed:
+            x[6:18] += 3.0  # the third segment
+        after = varlen_attention(*changed, segments.cu_seqlens, 12, backend=backend)
+        outside = torch.cat([torch.arange(6), torch.arange(18, 30)])
+        assert torch.equal(before[outside], after[outside])
+        assert not torch.allclose(before[6:18], after[6:18])
+
+
+def test_long_pack_needs_no_quadratic_memory():
+    """200k tokens in 2000 segments: a T x T mask would be 40 GB of booleans."""
+    lengths = (60, 140) * 1000
+    q, k, v = (torch.randn(200_000, 1, 8) for _ in range(3))
+    segments = make_segments(lengths)
+    out = varlen_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen, lengths=lengths, backend="sdpa")
+    torch.testing.assert_close(
+        out[-200:].double(), reference(q[-200:], k[-200:], v[-200:], (60, 140)), atol=2e-6, rtol=0
+    )
+
+
+def test_bad_arguments():
+    q, k, v = qkv()
+    segments = make_segments(LENGTHS)
+    with pytest.raises(TypeError, match="max_seqlen must be a Python int, got Tensor"):
+        varlen_attention(q, k, v, segments.cu_seqlens, torch.tensor(12))
+    with pytest.raises(ValueError, match=r"\[N, heads, head_dim\]"):
+        varlen_attention(q, k[:-1], v, segments.cu_seqlens, 12)
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'.*flash_attention_2"):
+        varlen_attention(q, k, v, segments.cu_seqlens, 12, backend="flash")
+
+
+def test_flash_attention_by_name_needs_the_package():
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        q, k, v = qkv()
+        with pytest.raises(ImportError, match="pip install flash-attn --no-build-isolation"):
+            varlen_attention(q, k, v, make_segments(LENGTHS).cu_seqlens, 12, backend="flash_attention_2")
+    else:
+        pytest.skip("flash-attn is installed here: the missing package cannot be shown")
+
+
+def test_every_backend_of_the_table_loads():
+    for name in BACKENDS:
+        module = backend_module(name)
+        assert callable(module.attend) and callable(module.why_not)
+    assert set(AUTO_ORDER) <= set(BACKENDS)
+
+
+def test_auto_logs_its_choice_once(caplog):
+    resolve_backend.cache_clear()
+    q, k, v = qkv()
+    segments = make_segments(LENGTHS)
+    with caplog.at_level(logging.INFO, logger="llava_packing_tower.attention"):
+        for _ in range(3):
+            varlen_attention(q, k, v, segments.cu_seqlens, 12)
+    assert [r.message for r in caplog.records] == [
+        "attention backend: sdpa (asked: auto; cpu, torch.float32, head width 16)"
+    ]
+
+
+def test_cpu_refuses_gpu_kernels_by_name():
+    pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen attention")
+    with pytest.raises(ValueError, match=r"torch_varlen.*torch.float32 heads of 16 on cpu: needs a CUDA GPU"):
+        resolve_backend("torch_varlen", "cpu", torch.float32, 16)
