@@ -76,6 +76,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             self.load_model()
         else:
             self.cfg_only = self._read_config()
+        _ = self.feature_layers  # a selection that does not exist is an error now, not at the first step
 
     # ---------------------------------------------------------------- loading
 
@@ -112,7 +113,6 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.image_processor = processor
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
-        _ = self.feature_layers  # a select_layer out of range is an error now, not at the first step
 
     def _from_folder(self, device: torch.device) -> tuple[PackedVisionModel, PackingImageProcessor]:
         folder = resolve_folder(strip_prefix(self.vision_tower_name))
