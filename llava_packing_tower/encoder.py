@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import resolve_backend
+from .attention import backend_module, resolve_backend
+from .compiling import call_compiled, compile_wanted, has_hooks
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .packing import PackedSegments
 
@@ -25,12 +26,17 @@ def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
 
 
 class PackedEncoder(nn.Module):
-    """``num_layers`` blocks; ``attention_backend`` is a backend's name or ``auto``."""
+    """``num_layers`` blocks.
 
-    def __init__(self, config: BlockConfig, num_layers: int, attention_backend: str = "auto") -> None:
+    ``attention_backend`` is a backend's name or ``auto``; ``compile_blocks`` is True, False, or None for the default
+    (compiled on CUDA; see :mod:`compiling`).
+    """
+
+    def __init__(self, config: BlockConfig, num_layers: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.attention_backend = attention_backend
+        self.attention_backend = "auto"
+        self.compile_blocks: bool | None = None
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(num_layers))
         # The two names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
@@ -57,14 +63,14 @@ class PackedEncoder(nn.Module):
         keep = set(keep)
         device_type, dtype = hidden_states.device.type, compute_dtype(hidden_states)
         backend = resolve_backend(self.attention_backend, device_type, dtype, self.head_dim)
+        compiled = backend_module(backend).VARLEN and compile_wanted(self.compile_blocks, hidden_states.device)
         states = {0: hidden_states} if 0 in keep else {}
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
+            run = functools.partial(call_compiled, layer) if compiled and not has_hooks(layer) else layer.__call__
             if self.gradient_checkpointing and self.training:
-                hidden_states = self._gradient_checkpointing_func(
-                    layer.__call__, hidden_states, segments, rotary, backend
-                )
+                hidden_states = self._gradient_checkpointing_func(run, hidden_states, segments, rotary, backend)
             else:
-                hidden_states = layer(hidden_states, segments, rotary, backend)
+                hidden_states = run(hidden_states, segments, rotary, backend)
             if index in keep:
                 states[index] = hidden_states
         return states

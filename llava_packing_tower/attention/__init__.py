@@ -1,11 +1,15 @@
 """The one place where attention backends meet: :func:`varlen_attention` and the table behind it.
 
-A backend is a module of this package with two functions:
+A backend is a module of this package with
 
+``VARLEN``
+    whether one kernel takes the packed batch (then ``torch.compile`` can see through it), or it goes by lengths;
+``missing_package``
+    None, or what to install (optional);
 ``why_not(device, dtype, head_dim) -> str | None``
-    ``None`` if it can run such tensors here, else the reason in words (cheap, no device work).
+    None if it can run such tensors here, else the reason in words (cheap, no device work);
 ``attend(q, k, v, segments, scale) -> Tensor``
-    The attention itself.
+    the attention itself.
 
 Adding one: write the module, add its line to :data:`BACKENDS` and, if ``auto`` may choose it, to :data:`AUTO_ORDER`.
 """
@@ -30,6 +34,7 @@ BACKENDS: dict[str, str] = {
     "sdpa": "sdpa",
     "eager": "eager",
 }
+_LOADED: dict[str, ModuleType] = {}
 AUTO_ORDER: tuple[str, ...] = ("flash_attention_2", "torch_varlen", "sdpa")
 
 
@@ -37,7 +42,9 @@ def backend_module(name: str) -> ModuleType:
     """Return the module of a backend. Raises ``ValueError`` for a name that is not in :data:`BACKENDS`."""
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(BACKENDS)}")
-    return import_module(f".{BACKENDS[name]}", __name__)
+    if name not in _LOADED:
+        _LOADED[name] = import_module(f".{BACKENDS[name]}", __name__)
+    return _LOADED[name]
 
 
 @functools.cache
@@ -50,7 +57,7 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: i
     device = torch.device(device_type)
     if name != "auto":
         module = backend_module(name)
-        if missing := getattr(module, "missing_package", lambda: None)():
+        if missing := getattr(module, "missing_package", None):
             raise ImportError(missing)
         if reason := module.why_not(device, dtype, head_dim):
             raise ValueError(f"attention backend {name!r} cannot run {dtype} heads of {head_dim} on {device}: {reason}")
@@ -114,4 +121,4 @@ def attend(
     head_dim = q.shape[-1]
     if not torch.compiler.is_compiling():
         backend = resolve_backend(backend, q.device.type, q.dtype, head_dim)
-    return backend_module(backend).attend(q, k, v, segments, 1.0 / math.sqrt(head_dim) if scale is None else scale)
+    return _LOADED[backend].attend(q, k, v, segments, 1.0 / math.sqrt(head_dim) if scale is None else scale)

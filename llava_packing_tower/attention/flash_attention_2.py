@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 
 from ..packing import PackedSegments
 
+VARLEN = True
 INSTALL = "pip install flash-attn --no-build-isolation"
 
+try:
+    from flash_attn import flash_attn_varlen_func
 
-@functools.cache
-def _kernel() -> Callable | str:
-    """The varlen function, or why it cannot be had (a broken build must not take the other backends down)."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except (ImportError, OSError) as error:
-        return f"attention backend 'flash_attention_2' needs the flash-attn package ({error}). Install it: {INSTALL}"
-    return flash_attn_varlen_func
-
-
-def missing_package() -> str | None:
-    kernel = _kernel()
-    return kernel if isinstance(kernel, str) else None
+    missing_package = None
+except (ImportError, OSError) as error:  # a broken build must not take the other backends down
+    missing_package = (
+        f"attention backend 'flash_attention_2' needs the flash-attn package ({error}). Install it: {INSTALL}"
+    )
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -36,9 +28,9 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
         return "head width must be a multiple of 8 and at most 256"
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs an Ampere GPU or newer"
-    return missing_package()
+    return missing_package
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    return _kernel()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale)

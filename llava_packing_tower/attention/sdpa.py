@@ -7,6 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..packing import PackedSegments
 
+VARLEN = False
+
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return None if dtype.is_floating_point else "needs floating-point tensors"

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Callable
 
 import torch
 
 from ..packing import PackedSegments
 
+VARLEN = True
 
-@functools.cache
-def _kernel() -> tuple[Callable, bool] | str:
-    """The varlen function and whether it takes ``scale`` (torch 2.11 and newer), or why it cannot be had."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return f"attention backend 'torch_varlen' needs torch 2.10 or newer, this is {torch.__version__}"
-    return varlen_attn, "scale" in inspect.signature(varlen_attn).parameters
+try:
+    from torch.nn.attention.varlen import varlen_attn
 
-
-def missing_package() -> str | None:
-    kernel = _kernel()
-    return kernel if isinstance(kernel, str) else None
+    missing_package = None
+    _TAKES_SCALE = "scale" in inspect.signature(varlen_attn).parameters  # torch 2.11 and newer
+except ImportError:
+    missing_package = f"attention backend 'torch_varlen' needs torch 2.10 or newer, this is {torch.__version__}"
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -36,14 +29,13 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
         return "head width must be a multiple of 8 and at most 256"
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs an Ampere GPU or newer"
-    return missing_package()
+    return missing_package
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
-    kernel, takes_scale = _kernel()
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    if takes_scale:
-        return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+    if _TAKES_SCALE:
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
     # torch 2.10 always scales by head_dim ** -0.5: put the rest of the wanted factor on q.
     factor = scale * math.sqrt(q.shape[-1])
-    return kernel(q if factor == 1.0 else q * factor, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return varlen_attn(q if factor == 1.0 else q * factor, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)

@@ -1,0 +1,67 @@
+"""torch.compile of one encoder block: compiled once per process, shared by all layers, ragged shapes as dynamic sizes.
+
+Per block and not per model: seconds instead of minutes, and nothing is compiled again when the number of images or
+their sizes change. Inductor caches the result between processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .layers import EncoderBlock, Rotary
+from .packing import PackedSegments
+
+logger = logging.getLogger(__name__)
+
+COMPILE_ENV = "LLAVA_PACKING_COMPILE"
+_failed: list[str] = []
+
+
+def compile_wanted(choice: bool | None, device: torch.device) -> bool:
+    """Whether to compile: the explicit choice, else the environment variable (0 or 1), else only on CUDA."""
+    if _failed:
+        return False
+    if choice is None and (text := os.environ.get(COMPILE_ENV)):
+        if text not in ("0", "1"):
+            raise ValueError(f"{COMPILE_ENV} must be 0 or 1, got {text!r}")
+        choice = text == "1"
+    return device.type == "cuda" if choice is None else choice
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a module or one below it carries forward hooks (DeepSpeed ZeRO-3, FSDP, a user's): these need eager."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules())
+
+
+def run_block(
+    layer: EncoderBlock,
+    hidden_states: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    rotary: Rotary | None,
+    backend: str,
+) -> torch.Tensor:
+    return layer(hidden_states, PackedSegments(cu_seqlens, max_seqlen, ()), rotary, backend)
+
+
+@functools.cache
+def compiled_block() -> Callable:
+    return torch.compile(run_block, dynamic=True)
+
+
+def call_compiled(layer, hidden_states, segments: PackedSegments, rotary: Rotary | None, backend: str) -> torch.Tensor:
+    """One block through the compiled code; eager, with a warning, from the first failure to compile on."""
+    if _failed:
+        return layer(hidden_states, segments, rotary, backend)
+    try:
+        return compiled_block()(layer, hidden_states, segments.cu_seqlens, segments.max_seqlen, rotary, backend)
+    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        _failed.append(str(error))
+        logger.warning("torch.compile of the encoder block failed, running eager: %s", error)
+        return layer(hidden_states, segments, rotary, backend)
