@@ -7,11 +7,17 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AIMv2Packing": "families.aimv2",
+    "AIMv2PackingConfig": "families.aimv2",
+    "DINOv3PackingConfig": "families.dinov3",
+    "DINOv3ViTPacking": "families.dinov3",
     "HEVCViTPackingVisionTower": "tower",
     "LlavaViTPackingConfig": "families.llava_vit",
     "LlavaViTPackingModel": "families.llava_vit",
     "PackingImageProcessor": "image_processor",
     "PatchLayout": "packing",
+    "Siglip2NaflexPacking": "families.siglip2",
+    "Siglip2PackingConfig": "families.siglip2",
     "batch_images_to_packing_input": "packing",
     "image_to_packing_input": "packing",
     "patchify": "packing",

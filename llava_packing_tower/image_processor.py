@@ -6,6 +6,7 @@ its differences between transformers versions and without torchvision. Reads and
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,21 @@ from transformers import BatchFeature
 
 from .loading import atomic_folder, read_json, write_json
 
+logger = logging.getLogger(__name__)
+
 PROCESSOR_NAME = "preprocessor_config.json"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Size(dict):
+    """A size as transformers writes it. LLaVA asks any processor for ``size["shortest_edge"]``: so a stretching one,
+    whose size is a height and a width, answers too."""
+
+    def __missing__(self, key: str) -> int:
+        if key == "shortest_edge":
+            return min(self.values())
+        raise KeyError(key)
 
 
 def _as_size(size: int | dict, square: bool) -> dict[str, int]:
@@ -32,6 +45,14 @@ def _as_size(size: int | dict, square: bool) -> dict[str, int]:
     return {"height": size["shortest_edge"], "width": size["shortest_edge"]} if square and len(size) == 1 else size
 
 
+def _whole_patches(size: dict[str, int], patch_size: int) -> dict[str, int]:
+    """The size rounded down to multiples of the patch, but at least one patch."""
+    snapped = {key: max(value // patch_size, 1) * patch_size for key, value in size.items()}
+    if snapped != size:
+        logger.warning("image size %s is no multiple of the patch size %d: using %s", size, patch_size, snapped)
+    return snapped
+
+
 class PackingImageProcessor:
     """Resize, crop, rescale and normalise photos.
 
@@ -40,6 +61,8 @@ class PackingImageProcessor:
         crop_size: ``{"height": h, "width": w}`` of the centre crop; missing borders become 0.
         image_mean, image_std: per channel, for pixels scaled to 0..1.
         resample: PIL's number of the filter (3 is bicubic, 2 bilinear).
+        patch_size: if given, every side that comes out is a multiple of it: a fixed size is rounded down (with a
+            warning), and without a crop each image is resized to the nearest multiples, also if ``do_resize`` is off.
     """
 
     model_input_names = ["pixel_values"]
@@ -57,9 +80,15 @@ class PackingImageProcessor:
         rescale_factor: float = 1 / 255,
         do_normalize: bool = True,
         do_convert_rgb: bool = True,
+        patch_size: int | None = None,
     ) -> None:
-        self.size = _as_size(size, square=False)
+        self.size = Size(_as_size(size, square=False))
         self.crop_size = _as_size(self.size if crop_size is None else crop_size, square=True)
+        if patch_size is not None:
+            self.patch_size = patch_size
+            if "height" in self.size:
+                self.size = Size(_whole_patches(self.size, patch_size))
+            self.crop_size = _whole_patches(self.crop_size, patch_size)
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.resample = int(resample)
         self.do_resize, self.do_center_crop = do_resize, do_center_crop
@@ -95,6 +124,12 @@ class PackingImageProcessor:
         other = int(edge * long / short)
         return (edge, other) if width <= height else (other, edge)
 
+    def _resized(self, image: Image.Image) -> Image.Image:
+        target = self._target(*image.size) if self.do_resize else image.size
+        if (patch := getattr(self, "patch_size", None)) and not self.do_center_crop:
+            target = tuple(max(round(side / patch), 1) * patch for side in target)
+        return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image
+
     def _crop(self, pixels: np.ndarray) -> np.ndarray:
         """Centre crop of ``[H, W, C]``; an image smaller than the crop is centred on zeros."""
         height, width = pixels.shape[:2]
@@ -118,8 +153,7 @@ class PackingImageProcessor:
             image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
         if self.do_convert_rgb and image.mode != "RGB":
             image = image.convert("RGB")
-        if self.do_resize:
-            image = image.resize(self._target(*image.size), resample=self.resample, reducing_gap=None)
+        image = self._resized(image)
         pixels = np.asarray(image)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         if self.do_center_crop:

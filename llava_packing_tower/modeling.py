@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .encoder import PackedEncoder
-from .image_processor import PackingImageProcessor
+from .image_processor import PROCESSOR_NAME, PackingImageProcessor
 from .layers import PatchEmbed, Rotary
 from .loading import (
     CONFIG_NAME,
@@ -44,8 +45,26 @@ AUTO_OPTIONS = {
 }
 
 
-class PackedVisionModel(PreTrainedModel):
+class _LoadsByName(type(PreTrainedModel)):
+    """Lets a model class be called with a checkpoint in place of a config, as the documents of the family do."""
+
+    def __call__(cls, config=None, *args, ckpt: str | os.PathLike | None = None, **kwargs):
+        if isinstance(config, (str, os.PathLike)):
+            config, ckpt = None, config
+        if ckpt is None:
+            if config is None:
+                raise ValueError(f"{cls.__name__} needs a config, or ckpt= with a checkpoint folder or hub id")
+            return super().__call__(config, *args, **kwargs)
+        if args:
+            kwargs = {"device": args[0], **kwargs}
+        return cls.from_pretrained(ckpt, config=config, **kwargs)
+
+
+class PackedVisionModel(PreTrainedModel, metaclass=_LoadsByName):
     """Base of the packed encoders.
+
+    ``Model(config)`` makes one with random weights; ``Model(ckpt="folder or hub id", device="cuda")`` is
+    :meth:`from_pretrained` with the same keywords.
 
     A family sets the class attributes, builds ``patch_embed`` and ``encoder`` in its ``__init__`` and implements
     :meth:`prepare` and :meth:`final_norm`; see ``families/``.
@@ -85,8 +104,11 @@ class PackedVisionModel(PreTrainedModel):
         raise NotImplementedError
 
     @classmethod
-    def config_from_source(cls, source: dict) -> PretrainedConfig:
-        """This family's config from the config.json of a foreign checkpoint (a ``source_model_types`` one)."""
+    def config_from_source(cls, source: dict, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PretrainedConfig:
+        """This family's config from the config.json of a foreign checkpoint (a ``source_model_types`` one).
+
+        shapes: name and shape of its tensors, where they are known, for what a config may leave unsaid.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -100,6 +122,23 @@ class PackedVisionModel(PreTrainedModel):
     def default_image_processor(cls, config: PretrainedConfig) -> PackingImageProcessor:
         """The image processor for a checkpoint that comes without one: CLIP statistics at the config's image size."""
         return PackingImageProcessor(size=config.image_size)
+
+    @classmethod
+    def image_processor_from_source(cls, content: dict, config: PretrainedConfig) -> PackingImageProcessor:
+        """From a preprocessor_config.json; what it leaves unsaid is taken from :meth:`default_image_processor`."""
+        given = {key: value for key, value in content.items() if value is not None and key != "patch_size"}
+        default = cls.default_image_processor(config).to_dict()
+        if "size" in given:
+            default.pop("crop_size")
+        return PackingImageProcessor.from_dict({**default, **given})
+
+    @classmethod
+    def load_image_processor(cls, folder: str | os.PathLike, config: PretrainedConfig) -> PackingImageProcessor:
+        """The image processor of a checkpoint folder: from its preprocessor_config.json, else the family's default."""
+        file = Path(folder) / PROCESSOR_NAME
+        if not file.is_file():
+            return cls.default_image_processor(config)
+        return cls.image_processor_from_source(read_json(file), config)
 
     # ---------------------------------------------------------------- forward
 
@@ -235,7 +274,7 @@ class PackedVisionModel(PreTrainedModel):
             config = config or cls.config_class.from_dict(raw)
             plan = WeightPlan({key: Recipe((key,)) for key in shapes})
         elif found in cls.source_model_types:
-            config = config or cls.config_from_source(raw)
+            config = config or cls.config_from_source(raw, shapes)
             plan = cls.plan_from_source(raw, config, shapes)
             logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, own_type)
         else:

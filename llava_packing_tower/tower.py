@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from .families import family_for
 from .feature_select import selected_layers
-from .image_processor import PROCESSOR_NAME, PackingImageProcessor
+from .image_processor import PackingImageProcessor
 from .loading import CONFIG_NAME, construction, read_json, resolve_folder, zero3_enabled
 from .modeling import PackedVisionModel
 from .packing import batch_images_to_packing_input, read_grid, split_packed
@@ -118,10 +118,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         folder = resolve_folder(strip_prefix(self.vision_tower_name))
         family = family_for(read_json(folder / CONFIG_NAME).get("model_type"))
         model = family.from_pretrained(folder, device=device)
-        if (folder / PROCESSOR_NAME).is_file():
-            processor = PackingImageProcessor.from_pretrained(folder)
-        else:
-            processor = family.default_image_processor(model.config)
+        processor = family.load_image_processor(folder, model.config)
         if self._saved and (expected := self._saved.get("fingerprint")) and folder_fingerprint(folder) != expected:
             raise ValueError(
                 f"{folder} has changed since this LLaVA checkpoint was trained with it as a frozen tower: its "

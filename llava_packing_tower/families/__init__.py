@@ -13,6 +13,14 @@ FAMILIES: dict[str, str] = {
     "llava_vit_packing": ".llava_vit:LlavaViTPackingModel",
     "llava_vit": ".llava_vit:LlavaViTPackingModel",
     "onevision_encoder": ".llava_vit:LlavaViTPackingModel",
+    "siglip2_packing": ".siglip2:Siglip2NaflexPacking",
+    "siglip2": ".siglip2:Siglip2NaflexPacking",
+    "siglip2_vision_model": ".siglip2:Siglip2NaflexPacking",
+    "aimv2_packing": ".aimv2:AIMv2Packing",
+    "aimv2": ".aimv2:AIMv2Packing",
+    "aimv2_vision_model": ".aimv2:AIMv2Packing",
+    "dinov3_packing": ".dinov3:DINOv3ViTPacking",
+    "dinov3_vit": ".dinov3:DINOv3ViTPacking",
 }
 
 

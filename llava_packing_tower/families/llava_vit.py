@@ -214,7 +214,7 @@ class LlavaViTPackingModel(PackedVisionModel):
             nn.init.normal_(module.probe, std=self.config.initializer_range)
 
     @classmethod
-    def config_from_source(cls, source: dict) -> LlavaViTPackingConfig:
+    def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> LlavaViTPackingConfig:
         """The packing config for a ``llava_vit`` or ``onevision_encoder`` config.json; every shared field is kept."""
         carried = {name: source[name] for name in CARRIED_FIELDS if name in source}
         if source["model_type"] == "onevision_encoder":
