@@ -1,0 +1,93 @@
+"""Which vision tower LLaVA builds: our rule first, LLaVA's own function for every other name."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from .imports import ImportHooks
+from .patches import Patches
+
+# The first word that occurs in the name (case-insensitive) decides: module and class of the tower.
+TOWERS: tuple[tuple[str, str, str], ...] = (
+    ("packing", "llava_packing_tower.tower", "HEVCViTPackingVisionTower"),
+    ("hevc_vit", "llava_packing_tower.standard_tower", "HEVCViTVisionTower"),
+)
+FUNCTION = "build_vision_tower"
+_MARK = "_llava_packing_original"
+
+
+def tower_class(name: object) -> type | None:
+    """The tower class for a vision tower name, or None where LLaVA is to decide.
+
+    Raises ``ValueError`` for a name whose tower this version of the package does not have.
+    """
+    if not isinstance(name, str):
+        return None
+    for word, module, cls in TOWERS:
+        if word in name.lower():
+            if find_spec(module) is None:
+                raise ValueError(
+                    f"vision tower {name!r}: its name contains {word!r}, which selects {cls}, and this version has no "
+                    f"such tower. Use a packing checkpoint, with 'packing' in its name or as 'packing:{name}'."
+                )
+            return getattr(import_module(module), cls)
+    return None
+
+
+def hooked(original: Callable) -> Callable:
+    """LLaVA's ``build_vision_tower(vision_tower_cfg, **kwargs)`` with our rule in front."""
+
+    @functools.wraps(original)
+    def build_vision_tower(vision_tower_cfg: object, **kwargs: object) -> object:
+        # The same two attributes, in the same order, as the function it stands in for.
+        name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+        cls = tower_class(name)
+        if cls is None:
+            return original(vision_tower_cfg, **kwargs)
+        saved = getattr(vision_tower_cfg, "mm_packing_config", None)
+        if saved and saved.get("weights") == "checkpoint":
+            # LLaVA 1.x always asks to delay; these weights can only arrive while its checkpoint loads.
+            kwargs["delay_load"] = False
+        return cls(name, args=vision_tower_cfg, **kwargs)
+
+    setattr(build_vision_tower, _MARK, original)
+    return build_vision_tower
+
+
+def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
+    """Hook the builder of the LLaVA in ``package`` and every copy of the function that its modules took."""
+
+    def patch(module: ModuleType) -> None:
+        function = vars(module).get(FUNCTION)
+        if function is None:
+            raise AttributeError(f"{module.__name__} has no {FUNCTION}: this LLaVA is not laid out as expected")
+        original = getattr(function, _MARK, function)
+        wrapper = function if original is not function else hooked(original)
+        for other in _holders(package, original):
+            patches.set(other, FUNCTION, wrapper)
+        # A module that is imported later copies the wrapper itself; undo has to know of it.
+        patches.on_undo(lambda: _restore_copies(package, wrapper, original))
+
+    hooks.after(f"{package}.model.multimodal_encoder.builder", patch)
+    hooks.after(f"{package}.model.llava_arch", patch)
+    hooks.surface_failures(f"{package}.model")
+
+
+def _restore_copies(package: str, wrapper: Callable, original: Callable) -> None:
+    for module in _holders(package, wrapper):
+        setattr(module, FUNCTION, original)
+
+
+def _holders(package: str, function: Callable) -> list[ModuleType]:
+    """The imported modules of ``package`` in which our name stands for ``function``."""
+    # vars(), not getattr(): asking a lazy module for an attribute it lacks can import half of transformers.
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] == package and isinstance(module, ModuleType) and vars(module).get(FUNCTION) is function
+    ]

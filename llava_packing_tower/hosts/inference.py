@@ -1,0 +1,111 @@
+"""Ask a LLaVA checkpoint about images, with the host's own loader, prompt, image preparation and `generate`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from ..loading import CONFIG_NAME, read_json
+
+
+class Checkpoint(NamedTuple):
+    """What the host's `load_pretrained_model` returns."""
+
+    tokenizer: object
+    model: torch.nn.Module
+    image_processor: object
+    context_length: int
+
+
+def build_prompt(version: str, question: str, answer: str | None = None) -> str:
+    """The host's conversation template `version` around a question, up to where the answer starts or through it.
+
+    Raises ``ValueError`` for a template that the host does not have.
+    """
+    templates = import_module("llava.conversation").conv_templates
+    if version not in templates:
+        raise ValueError(f"this LLaVA has no conversation template {version!r}; it has {', '.join(sorted(templates))}")
+    conversation = templates[version].copy()
+    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[1], answer)
+    return conversation.get_prompt()
+
+
+def load_checkpoint(folder: Path, device: str | None = None) -> Checkpoint:
+    """Load a LLaVA checkpoint with the host's `load_pretrained_model`, in the dtype in which it was saved.
+
+    device: where it goes; None is the first GPU, or the CPU where there is none.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = str(read_json(folder / CONFIG_NAME).get("torch_dtype") or "float16")
+    builder = import_module("llava.model.builder")
+    accepted = inspect.signature(builder.load_pretrained_model).parameters
+    options: dict[str, object] = {}
+    if "device" in accepted:
+        options["device"] = device
+    if "torch_dtype" in accepted:
+        options["torch_dtype"] = dtype
+    if "attn_implementation" in accepted:
+        options["attn_implementation"] = "sdpa"
+    name = import_module("llava.mm_utils").get_model_name_from_path(str(folder))
+    with _dtype(builder, getattr(torch, dtype)):
+        loaded = Checkpoint(*builder.load_pretrained_model(str(folder), None, name, **options))
+    loaded.model.eval()
+    return loaded
+
+
+@contextmanager
+def _dtype(builder: ModuleType, dtype: torch.dtype) -> Iterator[None]:
+    """Make the host load models in `dtype`.
+
+    LLaVA 1.x always asks for float16 and LLaVA-NeXT does by default; a bfloat16 checkpoint would lose small values.
+    """
+
+    class Loader:
+        def __init__(self, model_class: type) -> None:
+            self.model_class = model_class
+
+        def from_pretrained(self, *args: object, **kwargs: object) -> torch.nn.Module:
+            return self.model_class.from_pretrained(*args, **{**kwargs, "torch_dtype": dtype})
+
+    classes = {name: value for name, value in vars(builder).items() if name.endswith("ForCausalLM")}
+    vars(builder).update({name: Loader(value) for name, value in classes.items()})
+    try:
+        yield
+    finally:
+        vars(builder).update(classes)
+
+
+def prepare_image(loaded: Checkpoint, image: Image.Image) -> torch.Tensor:
+    """What the host's `process_images` makes of one image: `[1, C, H, W]`, or `[1, crops, C, H, W]` for anyres."""
+    process_images = import_module("llava.mm_utils").process_images
+    pixels = process_images([image.convert("RGB")], loaded.image_processor, loaded.model.config)
+    return pixels if isinstance(pixels, torch.Tensor) else torch.stack(list(pixels))
+
+
+@torch.inference_mode()
+def ask(loaded: Checkpoint, image: Image.Image, question: str, version: str, max_new_tokens: int = 16) -> str:
+    """The greedy answer to a question about one image, as the host's own scripts would get it."""
+    utilities, constants = import_module("llava.mm_utils"), import_module("llava.constants")
+    prompt = build_prompt(version, f"{constants.DEFAULT_IMAGE_TOKEN}\n{question}")
+    ids = utilities.tokenizer_image_token(
+        prompt, loaded.tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt"
+    ).unsqueeze(0)
+    device = loaded.model.device
+    output = loaded.model.generate(
+        ids.to(device),
+        images=prepare_image(loaded, image).to(device, loaded.model.dtype),
+        image_sizes=[image.size],
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+    )
+    return loaded.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()

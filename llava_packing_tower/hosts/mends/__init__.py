@@ -1,0 +1,105 @@
+"""Defects of LLaVA, and of the libraries under it, that stop training, saving or reloading; and their mends.
+
+A mend is one function in one of MEND_MODULES. It says when it is due (before or after a module is imported), how its
+defect is detected, and why. It is applied only where the defect is detected, logged once, and switched off by name:
+``LLAVA_PACKING_DISABLE_MENDS=cuda_sync,inner_loop``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from ..imports import ImportHooks
+from ..patches import Patches
+
+logger = logging.getLogger(__name__)
+
+DISABLE_ENV = "LLAVA_PACKING_DISABLE_MENDS"
+MEND_MODULES = ("llava", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Mend:
+    """A mend. ``module`` is where it looks, with ``{package}`` for the host's package; ``defect(module)`` says whether
+    the defect is there; ``apply(module, patches)`` mends it."""
+
+    name: str
+    module: str
+    reason: str
+    issue: str | None
+    defect: Callable[[ModuleType], bool]
+    apply: Callable[[ModuleType, Patches], None]
+    before: bool = False
+
+
+MENDS: dict[str, Mend] = {}
+_applied: dict[str, Mend] = {}
+
+
+def mend(
+    *, module: str, reason: str, defect: Callable[[ModuleType], bool], issue: str | None = None, before: bool = False
+) -> Callable:
+    """Enter a function ``(module, patches) -> None`` as the mend of its own name."""
+
+    def enter(function: Callable[[ModuleType, Patches], None]) -> Callable:
+        if function.__name__ in MENDS:
+            raise ValueError(f"two mends are called {function.__name__}")
+        MENDS[function.__name__] = Mend(function.__name__, module, reason, issue, defect, function, before)
+        return function
+
+    return enter
+
+
+def load_all() -> dict[str, Mend]:
+    """Every mend by name."""
+    for name in MEND_MODULES:
+        import_module(f"{__name__}.{name}")
+    return MENDS
+
+
+def disabled() -> frozenset[str]:
+    """The mends switched off in the environment. Raises ``ValueError`` for a name that no mend has."""
+    names = frozenset(name.strip() for name in os.environ.get(DISABLE_ENV, "").split(",") if name.strip())
+    for name in sorted(names - load_all().keys()):
+        nearest = difflib.get_close_matches(name, MENDS, n=1, cutoff=0)
+        raise ValueError(f"{DISABLE_ENV} names {name!r}, which is no mend; the nearest is {nearest[0]!r}")
+    return names
+
+
+def applied() -> tuple[str, ...]:
+    """Names of the mends in force in this process, in the order in which they were applied."""
+    return tuple(_applied)
+
+
+def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
+    """Have every mend applied when it is due, for the LLaVA in ``package``."""
+    off = disabled()
+    for item in load_all().values():
+        if item.name in off:
+            continue
+
+        def act(module: ModuleType, item: Mend = item) -> None:
+            if item.name in off or not item.defect(module):
+                return
+            item.apply(module, patches)
+            if item.name not in _applied:
+                _applied[item.name] = item
+                patches.on_undo(lambda: _applied.pop(item.name, None))
+                issue = f" ({item.issue})" if item.issue else ""
+                logger.info("mend %s: %s%s", item.name, item.reason, issue)
+
+        name = item.module.format(package=package)
+        if item.before:
+            hooks.before(name, act)
+        elif item.module == name and name in sys.modules and package not in sys.modules:
+            # A library that is loaded already: mended when its user, the host, comes, not before.
+            hooks.before(package, lambda _, act=act, name=name: act(sys.modules[name]))
+        else:
+            hooks.after(name, act)

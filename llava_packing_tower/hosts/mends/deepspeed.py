@@ -1,0 +1,58 @@
+"""Mends of DeepSpeed for machines without a GPU. They touch nothing where there is one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import ModuleType
+
+from ..patches import Patches
+from . import mend
+
+
+def _on_cpu() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() == "cpu"
+
+
+def _backend_globals() -> dict:
+    """The globals of ``deepspeed/comm/torch.py`` (as an attribute, its name is taken by torch itself)."""
+    from deepspeed.comm.torch import TorchBackend
+
+    return TorchBackend.__init__.__globals__
+
+
+@mend(
+    module="deepspeed",
+    reason="a C++ operation that only inference uses is compiled when the process group starts: that takes a compiler",
+    defect=lambda deepspeed: _on_cpu() and "build_shm_op" in _backend_globals(),
+)
+def ds_shm_op(deepspeed: ModuleType, patches: Patches) -> None:
+    patches.set_item(_backend_globals(), "build_shm_op", lambda: None)
+
+
+def _waits_for_the_last_gather_only(deepspeed: ModuleType) -> bool:
+    from deepspeed.runtime.zero import partition_parameters
+
+    return _on_cpu() and "launch_handles[-1].wait()" in inspect.getsource(partition_parameters)
+
+
+@mend(
+    module="deepspeed",
+    reason="ZeRO-3 waits for the last of several all-gathers only; gloo does not finish them in order, and weights "
+    "that were just loaded are overwritten at random",
+    defect=_waits_for_the_last_gather_only,
+)
+def ds_agsync(deepspeed: ModuleType, patches: Patches) -> None:
+    for name in ("all_gather_into_tensor", "all_gather"):
+        gather = getattr(deepspeed.comm, name)
+
+        @functools.wraps(gather)
+        def waited(*args, _gather=gather, **kwargs):
+            handle = _gather(*args, **kwargs)
+            if handle is not None and hasattr(handle, "wait"):
+                handle.wait()
+            return handle
+
+        patches.set(deepspeed.comm, name, waited)

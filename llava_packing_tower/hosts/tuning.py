@@ -1,0 +1,218 @@
+"""What is trained, how the checkpoint remembers its tower, and the check of both after a reload."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..loading import WeightFiles, resolve_folder
+from ..tower import HEVCViTPackingVisionTower
+from .arguments import host_lacks
+from .patches import Patches
+
+PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
+LORA_EXTRAS = "non_lora_trainables.bin"
+
+
+def tunable_parts(value: str | None) -> tuple[str, ...]:
+    """The parts named in ``mm_tunable_parts``. Raises ``ValueError`` for a name that is none of PARTS."""
+    parts = tuple(part.strip() for part in (value or "").split(",") if part.strip())
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"mm_tunable_parts names {part!r}; it takes {', '.join(PARTS)}, joined by commas")
+    return parts
+
+
+def is_packing_tower(tower: object) -> bool:
+    return isinstance(tower, HEVCViTPackingVisionTower)
+
+
+# ---------------------------------------------------------------- while training starts
+
+
+def remember_tower(arch: ModuleType, patches: Patches) -> None:
+    """Have ``initialize_vision_modules`` note in the LLaVA config where the tower's weights will be found again."""
+    original = arch.LlavaMetaModel.initialize_vision_modules
+
+    @functools.wraps(original)
+    def initialize_vision_modules(self, model_args, fsdp=None):
+        parts = tunable_parts(getattr(model_args, "mm_tunable_parts", None))
+        train = _train_module(arch)
+        if train is not None and host_lacks(train, "mm_tunable_parts") and parts == ("mm_mlp_adapter",):
+            model_args.tune_mm_mlp_adapter = True  # this host's own word for it: it then saves the adapter alone
+        original(self, model_args, fsdp)
+        if not is_packing_tower(self.get_vision_tower()):
+            return
+        tuned = "mm_vision_tower" in parts or getattr(model_args, "unfreeze_mm_vision_tower", False)
+        earlier = getattr(self.config, "mm_packing_config", None) or {}
+        # Tuned in an earlier stage: the folder has not had these weights since then, frozen or not today.
+        in_checkpoint = tuned or earlier.get("weights") == "checkpoint"
+        self.config.mm_packing_config = self.get_vision_tower().packing_config(
+            weights="checkpoint" if in_checkpoint else "folder"
+        )
+        for name in ("mm_tunable_parts", "unfreeze_mm_vision_tower"):
+            setattr(self.config, name, getattr(model_args, name, None))
+
+    patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+
+
+def _train_module(arch: ModuleType) -> ModuleType | None:
+    import sys
+
+    return sys.modules.get(f"{arch.__name__.partition('.')[0]}.train.train")
+
+
+def set_trainable(model: nn.Module, lora: bool) -> None:
+    """Carry out ``mm_tunable_parts`` of the model's config, in the meaning that LLaVA-NeXT gave it."""
+    parts = tunable_parts(getattr(model.config, "mm_tunable_parts", None))
+    for name, parameter in model.named_parameters():
+        if parts:
+            parameter.requires_grad_("lora_" in name if lora and _part(name) == PARTS[3] else _part(name) in parts)
+        elif getattr(model.config, "unfreeze_mm_vision_tower", False) and _part(name) == PARTS[0]:
+            parameter.requires_grad_(True)
+
+
+def _part(name: str) -> str:
+    words = {"vision_tower": PARTS[0], "mm_projector": PARTS[1], "vision_resampler": PARTS[2]}
+    return next((part for word, part in words.items() if word in name), PARTS[3])
+
+
+def tune_parts(train: ModuleType, patches: Patches) -> None:
+    """On a host without ``mm_tunable_parts`` and ``mm_vision_tower_lr``: carry them out as its trainer is made."""
+    trainer = train.LLaVATrainer
+    if host_lacks(train, "mm_tunable_parts"):
+        init = trainer.__init__
+
+        @functools.wraps(init)
+        def __init__(self, *args, **kwargs):
+            if kwargs.get("model") is not None:
+                set_trainable(kwargs["model"], lora=getattr(kwargs.get("args"), "lora_enable", False))
+            init(self, *args, **kwargs)
+
+        patches.set(trainer, "__init__", __init__)
+    if host_lacks(train, "mm_vision_tower_lr"):
+        create = trainer.create_optimizer
+
+        @functools.wraps(create)
+        def create_optimizer(self):
+            optimizer = create(self)
+            rate = getattr(self.args, "mm_vision_tower_lr", None)
+            if rate is not None:
+                split_groups(optimizer, {id(p) for n, p in self.model.named_parameters() if _part(n) == PARTS[0]}, rate)
+            return optimizer
+
+        patches.set(trainer, "create_optimizer", create_optimizer)
+
+
+def split_groups(optimizer: torch.optim.Optimizer, ids: set[int], rate: float) -> None:
+    """Give the parameters with these ids groups of their own with learning rate ``rate``, other options unchanged."""
+    for group in list(optimizer.param_groups):
+        chosen = [p for p in group["params"] if id(p) in ids]
+        if chosen:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            optimizer.param_groups.append({**group, "params": chosen, "lr": rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+# ---------------------------------------------------------------- after a reload
+
+
+def verify_after_load(builder: ModuleType, patches: Patches) -> None:
+    """Have ``load_pretrained_model`` fail where a tower would not have the weights of its checkpoint."""
+    original = builder.load_pretrained_model
+
+    @functools.wraps(original)
+    def load_pretrained_model(model_path, model_base=None, *args, **kwargs):
+        result = original(model_path, model_base, *args, **kwargs)
+        tower = getattr(result[1], "get_vision_tower", lambda: None)()
+        if is_packing_tower(tower):
+            check_tower_weights(tower, result[1].config, model_path, model_base)
+        return result
+
+    patches.set(builder, "load_pretrained_model", load_pretrained_model)
+
+
+def check_tower_weights(
+    tower: HEVCViTPackingVisionTower, config: object, model_path: str, model_base: str | None = None
+) -> None:
+    """Compare a tower in memory with the LLaVA checkpoint it was loaded from.
+
+    Raises ``ValueError`` with the names of tensors that are missing there, have no place in the tower, or differ (by
+    anything but the cast to the tower's dtype); nothing to compare where the checkpoint says that the weights are in
+    the tower's own folder.
+    """
+    saved = getattr(config, "mm_packing_config", None) or {}
+    state = tower.state_dict()
+    if saved.get("weights") != "checkpoint":
+        _refuse({"without a value": [name for name, tensor in state.items() if tensor.isnan().any()]}, "its own folder")
+        return
+    found = _tower_tensors(model_path, model_base)
+    problems = {
+        "not in the checkpoint": sorted(state.keys() - found.keys()),
+        "with no place in the tower": sorted(found.keys() - state.keys()),
+        "different from the checkpoint": [],
+    }
+    for name in state.keys() & found.keys():
+        here = state[name]
+        # Offloaded or quantised by the caller's own wish: there is nothing here that could be compared.
+        if here.is_meta or not here.is_floating_point():
+            continue
+        if not torch.equal(here.cpu(), found[name].to(here.dtype)):
+            problems["different from the checkpoint"].append(name)
+    _refuse(problems, model_path)
+
+
+def _refuse(problems: Mapping[str, list[str]], where: str) -> None:
+    lines = [
+        f"  {len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(f"the vision tower does not have the weights of {where}:\n" + "\n".join(lines))
+
+
+class _TowerTensors(Mapping):
+    """The tower's tensors of one weight file or folder, under the names they have in the tower."""
+
+    def __init__(self, names: Mapping[str, str], source: object) -> None:
+        self._names, self._source = names, source
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._source[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch.Tensor]:
+    """Those of the first of: what LoRA training saved beside its adapter, the model's own files, the base's files."""
+    word = "vision_tower."
+    for folder in filter(None, (model_path, model_base)):
+        folder = resolve_folder(folder)
+        extras = folder / LORA_EXTRAS
+        sources: list[tuple[object, list[str]]] = []
+        if extras.is_file():
+            tensors = torch.load(extras, map_location="cpu", weights_only=True)
+            sources.append((tensors, list(tensors)))
+        if _has_weights(folder):
+            files = WeightFiles(folder)
+            sources.append((files, list(files.shapes())))
+        for source, keys in sources:
+            names = {key.split(word, 1)[1]: key for key in keys if word in key}
+            if names:
+                return _TowerTensors(names, source)
+    return {}
+
+
+def _has_weights(folder: Path) -> bool:
+    bases = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / base).is_file() or (folder / f"{base}.index.json").is_file() for base in bases)
