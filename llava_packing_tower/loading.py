@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,13 +64,41 @@ def read_json(file: Path) -> dict:
     return content
 
 
+def open_weights(path: Path) -> object:
+    """A ``safe_open`` handle, or what a pickled file holds (``weights_only``: code in it is never run).
+
+    Raises ``ValueError`` that names the file if it is damaged or holds more than tensors and plain values.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safe_open(path, framework="pt", device="cpu")
+        # Only the zip format that torch has written since 1.6 can be mapped into memory.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can raise anything at all
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        kind = "is damaged" if path.suffix == ".safetensors" else "is damaged, or holds more than tensors (code?)"
+        raise ValueError(f"cannot read {path}, it {kind}: {reason}") from error
+
+
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+WEIGHT_DTYPES = tuple(_DTYPE_NAMES.values())
+"""The dtypes that weights may have; names as in ``torch``."""
+
+
 class WeightFiles:
-    """The tensors of a checkpoint folder (safetensors, sharded or not, else ``.bin`` with ``weights_only``), lazily."""
+    """The tensors of a checkpoint folder (safetensors, sharded or not, else ``.bin`` with ``weights_only``), lazily.
+
+    Mapped files are let go and opened again after each ``RELEASE_BYTES`` that were read: pages of a mapped file count
+    as memory of the process.
+    """
+
+    RELEASE_BYTES = 1 << 30
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, object] = {}
         self._where: dict[str, str] = {}
+        self._since_release = 0
         for base in (SAFETENSORS, PICKLED):
             index = folder / f"{base}.index.json"
             if (folder / base).is_file():
@@ -87,34 +117,42 @@ class WeightFiles:
 
     def _handle(self, file: str):
         if file not in self._open:
-            path = self.folder / file
-            try:
-                if file.endswith(".safetensors"):
-                    self._open[file] = safe_open(path, framework="pt", device="cpu")
-                else:
-                    self._open[file] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-                raise ValueError(f"cannot read {path}: {error}") from error
+            self._open[file] = open_weights(self.folder / file)
         return self._open[file]
 
     def _keys_of(self, file: str) -> set[str]:
         return set(self._handle(file).keys())
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor; reads headers only."""
-        result = {}
+    def _headers(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         for key, file in self._where.items():
             handle = self._handle(file)
-            tensor = handle[key] if isinstance(handle, dict) else handle.get_slice(key)
-            result[key] = tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
-        return result
+            if isinstance(handle, dict):
+                if not isinstance(handle[key], torch.Tensor):
+                    raise ValueError(f"{self.folder / file}: {key} is no tensor but {type(handle[key]).__name__}")
+                yield key, tuple(handle[key].shape), str(handle[key].dtype).removeprefix("torch.")
+            else:
+                header = handle.get_slice(key)
+                yield key, tuple(header.get_shape()), _DTYPE_NAMES.get(header.get_dtype(), header.get_dtype())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor; reads headers only."""
+        return {key: shape for key, shape, _ in self._headers()}
+
+    def dtypes(self) -> dict[str, str]:
+        """Name and dtype (``"bfloat16"`` ...) of every tensor; reads headers only."""
+        return {key: dtype for key, _, dtype in self._headers()}
 
     def __getitem__(self, key: str) -> torch.Tensor:
+        if self._since_release > self.RELEASE_BYTES:
+            self._open = {file: handle for file, handle in self._open.items() if isinstance(handle, dict)}
+            self._since_release = 0
         handle = self._handle(self._where[key])
         try:
-            return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+            tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"cannot read {key} of {self.folder / self._where[key]}: {error}") from error
+        self._since_release += tensor.numel() * tensor.element_size()
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -161,13 +199,23 @@ def plan_problems(
     return problems
 
 
+def dtype_problems(dtypes: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Rows as :func:`plan_problems` makes them, for tensors that cannot be weights (integers, bytes, 8-bit floats)."""
+    wanted = ", ".join(WEIGHT_DTYPES)
+    return [
+        ("wrong dtype", key, f"{dtype}; weights are one of {wanted}")
+        for key, dtype in dtypes.items()
+        if dtype not in WEIGHT_DTYPES
+    ]
+
+
 def describe_problems(problems: list[tuple[str, str, str]], limit: int = 8) -> str:
     """The problems as text: how many of each kind, and the first few by name."""
-    counts = {kind: sum(p[0] == kind for p in problems) for kind in ("missing", "unexpected", "mis-shaped")}
+    counts = Counter(kind for kind, _, _ in problems)
     lines = [f"  {kind}: {name}: {detail}" for kind, name, detail in problems[:limit]]
     if len(problems) > limit:
         lines.append(f"  ... and {len(problems) - limit} more")
-    return ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) + "\n" + "\n".join(lines)
+    return ", ".join(f"{n} {kind}" for kind, n in counts.items()) + "\n" + "\n".join(lines)
 
 
 def zero3_enabled() -> bool:
@@ -227,10 +275,11 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, device: torch.device | str = "cpu") -> None:
     """Fill every parameter of ``module`` from ``source``, one tensor at a time.
 
-    Raises ``ValueError`` before anything is read if a tensor is missing, unexpected or mis-shaped.
+    Raises ``ValueError`` before anything is read if a tensor is missing, unexpected, mis-shaped or not floating-point.
     """
     shapes = parameter_shapes(module)
-    if problems := plan_problems(plan, source.shapes(), shapes):
+    dtypes = {key: dtype for key, dtype in source.dtypes().items() if key not in plan.dropped}
+    if problems := plan_problems(plan, source.shapes(), shapes) + dtype_problems(dtypes):
         raise ValueError(
             f"the weights of {source.folder} do not fit {type(module).__name__}: {describe_problems(problems)}"
         )
@@ -243,14 +292,15 @@ def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, devic
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``; on success its files appear in ``folder`` by rename, else nothing does.
 
-    A file of the same name is replaced; other files of an existing folder stay.
+    A file of the same name is replaced; other files of an existing folder stay. A folder that does not exist yet, or is
+    empty, appears whole in one step.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield aside
-        if folder.exists():
+        if folder.is_dir() and any(folder.iterdir()):
             for file in sorted(aside.iterdir(), key=lambda f: f.name == CONFIG_NAME):
                 os.replace(file, folder / file.name)
         else:
