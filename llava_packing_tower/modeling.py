@@ -1,4 +1,4 @@
-"""What all packed encoders have in common as Hugging Face models: loading, saving, the forward contract.
+"""What all packed encoders have in common as Hugging Face models: the forward contract. (Loading: ``strict``.)
 
 From pixels to features: ``packing`` cuts the rows, :meth:`PackedVisionModel.forward` embeds them, lets the family add
 positions and prefix tokens (``prepare``), runs the encoder core, takes the prefixes out again and norms.
@@ -6,46 +6,24 @@ positions and prefix tokens (``prepare``), runs the encoder core, takes the pref
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from .encoder import PackedEncoder
 from .image_processor import PROCESSOR_NAME, PackingImageProcessor
 from .layers import PatchEmbed, Rotary
-from .loading import (
-    CONFIG_NAME,
-    Recipe,
-    WeightFiles,
-    WeightPlan,
-    atomic_folder,
-    construction,
-    load_weights,
-    read_json,
-    resolve_folder,
-    write_json,
-)
+from .loading import read_json
 from .packing import Grid, PackedSegments, PatchLayout, make_segments, read_grid
-
-logger = logging.getLogger(__name__)
-
-HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
-AUTO_OPTIONS = {
-    "adapter_kwargs",
-    "trust_remote_code",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "_from_auto",
-    "_commit_hash",
-}
+from .strict import StrictPreTrainedModel
 
 
-class _LoadsByName(type(PreTrainedModel)):
+class _LoadsByName(type(StrictPreTrainedModel)):
     """Lets a model class be called with a checkpoint in place of a config, as the documents of the family do."""
 
     def __call__(cls, config=None, *args, ckpt: str | os.PathLike | None = None, **kwargs):
@@ -60,7 +38,7 @@ class _LoadsByName(type(PreTrainedModel)):
         return cls.from_pretrained(ckpt, config=config, **kwargs)
 
 
-class PackedVisionModel(PreTrainedModel, metaclass=_LoadsByName):
+class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     """Base of the packed encoders.
 
     ``Model(config)`` makes one with random weights; ``Model(ckpt="folder or hub id", device="cuda")`` is
@@ -74,16 +52,13 @@ class PackedVisionModel(PreTrainedModel, metaclass=_LoadsByName):
     main_input_name = "hidden_states"
     base_model_prefix = "vision_model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EncoderBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["EncoderBlock"]
     _supports_sdpa = True
     _supports_flash_attn_2 = True
     _supports_flash_attn = True
 
     patch_layout: PatchLayout
     image_only: bool = True
-    source_model_types: tuple[str, ...] = ()
-    """``model_type`` of foreign checkpoints that :meth:`from_pretrained` converts while loading."""
-
     patch_embed: PatchEmbed | nn.Module
     encoder: PackedEncoder
 
@@ -101,21 +76,6 @@ class PackedVisionModel(PreTrainedModel, metaclass=_LoadsByName):
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The norm behind the last block, ``[N, hidden]`` to ``[N, hidden]``."""
-        raise NotImplementedError
-
-    @classmethod
-    def config_from_source(cls, source: dict, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PretrainedConfig:
-        """This family's config from the config.json of a foreign checkpoint (a ``source_model_types`` one).
-
-        shapes: name and shape of its tensors, where they are known, for what a config may leave unsaid.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def plan_from_source(
-        cls, source: dict, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
-    ) -> WeightPlan:
-        """Recipes that fill this model from the tensors of a foreign checkpoint."""
         raise NotImplementedError
 
     @classmethod
@@ -229,84 +189,3 @@ class PackedVisionModel(PreTrainedModel, metaclass=_LoadsByName):
             for name, bias in module.named_parameters(recurse=False):
                 if name.endswith("bias"):
                     nn.init.zeros_(bias)
-
-    # ---------------------------------------------------------------- loading and saving
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *,
-        config: PretrainedConfig | None = None,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
-        attn_implementation: str = "auto",
-        **options: object,
-    ) -> PackedVisionModel:
-        """Load a packing checkpoint, or convert a known foreign one in memory. Strict: all tensors fit, or an error.
-
-        Args:
-            pretrained_model_name_or_path: local folder or hub id.
-            config: use this config in place of the one in the folder.
-            dtype (or torch_dtype): of the weights; None is torch's default dtype, "auto" that of the file.
-            device: where the weights go.
-            attn_implementation: attention backend, see :func:`attention.varlen_attention`.
-            options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` go to huggingface_hub; what
-                transformers' Auto classes add is accepted and has no effect; anything else is a ``TypeError``.
-
-        Returns:
-            The model in evaluation mode.
-
-        Raises:
-            ValueError: no config, another model_type, or missing, unexpected or mis-shaped tensors.
-        """
-        if strange := set(options) - HUB_OPTIONS - AUTO_OPTIONS:
-            raise TypeError(f"{cls.__name__}.from_pretrained() got unexpected arguments {', '.join(sorted(strange))}")
-        hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
-        folder = resolve_folder(pretrained_model_name_or_path, **hub)
-        raw = read_json(folder / CONFIG_NAME)
-        files = WeightFiles(folder)
-        shapes = files.shapes()
-        own_type = cls.config_class.model_type
-        found = raw.get("model_type")
-        if found == own_type:
-            config = config or cls.config_class.from_dict(raw)
-            plan = WeightPlan({key: Recipe((key,)) for key in shapes})
-        elif found in cls.source_model_types:
-            config = config or cls.config_from_source(raw, shapes)
-            plan = cls.plan_from_source(raw, config, shapes)
-            logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, own_type)
-        else:
-            known = ", ".join((own_type, *cls.source_model_types))
-            raise ValueError(f"{folder}: model_type {found!r} is not one that {cls.__name__} loads ({known})")
-
-        dtype = _as_dtype(dtype if dtype is not None else torch_dtype, files)
-        with construction(dtype):
-            model = cls(config)
-        load_weights(model, plan, files, device)
-        model.set_attention_backend(attn_implementation)
-        return model.eval()
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: str = "5GB", **_: object) -> None:
-        """Write config.json and safetensors; the files appear whole, by rename. Other keyword arguments of
-        transformers' method (``safe_serialization`` ...) are accepted and have no effect."""
-        from huggingface_hub import save_torch_state_dict
-
-        with atomic_folder(save_directory) as folder:
-            config = self.config.to_dict()
-            config.update(architectures=[type(self).__name__], dtype=str(self.dtype).removeprefix("torch."))
-            write_json(config, folder / CONFIG_NAME)
-            save_torch_state_dict(self.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
-
-
-def _as_dtype(dtype: torch.dtype | str | None, files: WeightFiles) -> torch.dtype:
-    if dtype is None:
-        return torch.get_default_dtype()
-    if dtype == "auto":
-        return next(t.dtype for t in (files[key] for key in files.shapes()) if t.is_floating_point())
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point torch dtype, its name, 'auto' or None, got {dtype!r}")
-    return dtype
