@@ -16,6 +16,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "align": Command("align", "compare a packed encoder with transformers' own model on the same checkpoint"),
     "train": Command("train", "train LLaVA through a packed vision tower, from a YAML file"),
     "demo": Command("demo", "fine-tune a tiny LLaVA on real photographs, reload it and ask about each photo"),
 }

@@ -4,54 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import Any, NamedTuple, Optional
+from typing import Optional
 
+from .arguments_table import PLUGIN_ARGUMENTS
 from .patches import Patches
 
-
-class PluginArgument(NamedTuple):
-    """An argument that hosts may lack: it is added to dataclass ``group`` of those that do."""
-
-    name: str
-    group: str
-    type: type
-    default: Any
-    help: str
-
-
-PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
-    PluginArgument(
-        "mm_tunable_parts",
-        "ModelArguments",
-        Optional[str],  # noqa: UP045  HfArgumentParser of transformers 4.40 does not read str | None on Python 3.10
-        None,
-        "what is trained: any of mm_vision_tower, mm_mlp_adapter, mm_vision_resampler, mm_language_model, "
-        "joined by commas",
-    ),
-    PluginArgument("unfreeze_mm_vision_tower", "ModelArguments", bool, False, "train the vision tower too"),
-    PluginArgument(
-        "mm_packing_attention",
-        "ModelArguments",
-        str,
-        "auto",
-        "attention backend of a packing tower: auto, flash_attention_2, torch_varlen, sdpa or eager",
-    ),
-    PluginArgument(
-        "mm_vision_tower_lr",
-        "TrainingArguments",
-        Optional[float],  # noqa: UP045
-        None,
-        "learning rate of the vision tower, where it differs from learning_rate",
-    ),
-    PluginArgument(
-        "attn_implementation",
-        "TrainingArguments",
-        Optional[str],  # noqa: UP045
-        None,
-        "attention of the language model: flash_attention_2, sdpa or eager",
-    ),
-)
-
+# HfArgumentParser of transformers 4.40 does not read `str | None` on Python 3.10.
+_TYPES = {"bool": bool, "str": str, "Optional[str]": Optional[str], "Optional[float]": Optional[float]}  # noqa: UP045
 _ADDED = "_llava_packing_added"
 _current: dict[str, object] = {}
 
@@ -62,7 +21,10 @@ def extend(train: ModuleType, patches: Patches) -> None:
         original = getattr(train, group)
         present = {f.name for f in dataclasses.fields(original)}
         missing = [a for a in PLUGIN_ARGUMENTS if a.group == group and a.name not in present]
-        fields = [(a.name, a.type, dataclasses.field(default=a.default, metadata={"help": a.help})) for a in missing]
+        fields = [
+            (a.name, _TYPES[a.annotation], dataclasses.field(default=a.default, metadata={"help": a.help}))
+            for a in missing
+        ]
         namespace: dict[str, object] = {_ADDED: frozenset(a.name for a in missing)}
         if group == "TrainingArguments":
 

@@ -1,0 +1,49 @@
+"""The arguments that the plugin adds to a host. A plain table: reading it needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class PluginArgument(NamedTuple):
+    """An argument that hosts may lack: it is added to dataclass ``group`` of those that do."""
+
+    name: str
+    group: str
+    annotation: str
+    default: Any
+    help: str
+
+
+PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
+    PluginArgument(
+        "mm_tunable_parts",
+        "ModelArguments",
+        "Optional[str]",
+        None,
+        "what is trained: any of mm_vision_tower, mm_mlp_adapter, mm_vision_resampler, mm_language_model, "
+        "joined by commas",
+    ),
+    PluginArgument("unfreeze_mm_vision_tower", "ModelArguments", "bool", False, "train the vision tower too"),
+    PluginArgument(
+        "mm_packing_attention",
+        "ModelArguments",
+        "str",
+        "auto",
+        "attention backend of a packing tower: auto, flash_attention_2, torch_varlen, sdpa or eager",
+    ),
+    PluginArgument(
+        "mm_vision_tower_lr",
+        "TrainingArguments",
+        "Optional[float]",
+        None,
+        "learning rate of the vision tower, where it differs from learning_rate",
+    ),
+    PluginArgument(
+        "attn_implementation",
+        "TrainingArguments",
+        "Optional[str]",
+        None,
+        "attention of the language model: flash_attention_2, sdpa or eager",
+    ),
+)

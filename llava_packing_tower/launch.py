@@ -1,0 +1,330 @@
+"""From a YAML file to the processes that train: reading, checking, and the command line of the launcher.
+
+Everything here happens before torch or the host is imported, so that a typo costs a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+
+from .cli import UsageError
+from .hosts import find_host
+from .hosts.arguments_table import PLUGIN_ARGUMENTS
+from .hosts.base import Argument, FoundHost, host_arguments
+
+ENTRY = "llava_packing_tower.train_entry"
+ALIASES = {"mm_vision_tower": "vision_tower"}
+REQUIRED = ("model_name_or_path", "vision_tower", "data_path", "output_dir")
+TRUE, FALSE = ("true", "yes", "1", "y", "t"), ("false", "no", "0", "n", "f")
+
+
+@dataclass
+class Plan:
+    """What will run: ``values`` are the host's arguments by name; ``processes`` run on this machine (None: every GPU)."""
+
+    host: FoundHost
+    values: dict[str, object]
+    zero_stage: int | None
+    device: str
+    processes: int | None
+    hostfile: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """The plan as the lines that are printed before it runs."""
+        where = f"{self.processes or 'all'} {'GPU' if self.device == 'gpu' else 'CPU process'}"
+        where += "s" if self.processes != 1 else ""
+        engine = "no DeepSpeed" if self.zero_stage is None else f"DeepSpeed ZeRO-{self.zero_stage}"
+        rows = {
+            "host": str(self.host),
+            "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "deepspeed")),
+            "decoder": self.values["model_name_or_path"],
+            "tower": self.values["vision_tower"],
+            "trained": self.values.get("mm_tunable_parts") or "as the host's own arguments say",
+            "engine": f"{engine}, {where}" + (f" on the hosts of {self.hostfile}" if self.hostfile else ""),
+            "output": self.values["output_dir"],
+        }
+        return "\n".join(f"{key:>9}: {value}" for key, value in rows.items())
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+# ---------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice (the first would be lost without a word)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UsageError(f"{self.name}, line {key_node.start_mark.line + 1}: {key} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: str | os.PathLike) -> dict[str, object]:
+    """The mapping in a YAML file. Raises :class:`UsageError` if there is none."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = yaml.load(stream, _Loader)
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} must hold `key: value` lines, found {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def read_overrides(words: Sequence[str]) -> dict[str, object]:
+    """``--key value``, ``--key=value``, ``--key a b`` and a bare ``--key`` (true) as a mapping."""
+    values: dict[str, object] = {}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if not word.startswith("--"):
+            raise UsageError(f"unexpected {word!r}: arguments of the host are written --key value")
+        key, equals, value = word[2:].partition("=")
+        position += 1
+        given = [value] if equals else []
+        while not equals and position < len(words) and not words[position].startswith("--"):
+            given.append(words[position])
+            position += 1
+        values[key] = given[0] if len(given) == 1 else given or True
+    return values
+
+
+# ---------------------------------------------------------------- checking
+
+
+def known_arguments(found: FoundHost) -> dict[str, Argument]:
+    """The host's own arguments and those that the plugin adds where the host lacks them."""
+    known = {a.name: Argument(a.name, a.group, a.annotation, repr(a.default)) for a in PLUGIN_ARGUMENTS}
+    return {**known, **host_arguments(found)}
+
+
+def resolve(values: Mapping[str, object], known: Mapping[str, Argument], found: FoundHost) -> dict[str, object]:
+    """``values`` under the host's names, nulls left out.
+
+    Raises :class:`UsageError` for a key that the host does not know (with the nearest that it does), a value of the
+    wrong type, or a required key that is missing.
+    """
+    resolved: dict[str, object] = {}
+    for key, value in values.items():
+        name = ALIASES.get(key, key)
+        if name not in known:
+            raise UsageError(
+                f"unknown key {key!r}: {found.host.title} {found.version} has no such argument; "
+                f"the nearest is {nearest(key, known)!r}"
+            )
+        if name in resolved:
+            raise UsageError(f"{key!r} is given twice, also as {name!r}")
+        if value is not None:
+            resolved[name] = _checked(key, value, known[name])
+    for name in REQUIRED:
+        if name not in resolved:
+            raise UsageError(f"{name} is missing")
+    return resolved
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known key that looks most like ``key``."""
+    return max((*known, *ALIASES), key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
+
+
+def _checked(key: str, value: object, argument: Argument) -> object:
+    kind = argument.annotation.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
+    if kind == "bool":
+        if str(value).lower() not in TRUE + FALSE:
+            raise UsageError(f"{key}: expected true or false, got {value!r}")
+        return str(value).lower() in TRUE
+    if isinstance(value, bool) and "bool" not in argument.annotation:
+        raise UsageError(f"{key}: YAML reads yes, no, on and off as true and false; put the word in quotes")
+    if kind in ("int", "float"):
+        try:
+            return {"int": int, "float": float}[kind](str(value))
+        except ValueError:
+            raise UsageError(f"{key}: expected {'a whole ' if kind == 'int' else 'a '}number, got {value!r}") from None
+    return value
+
+
+def check_files(values: dict[str, object], beside: Path) -> int | None:
+    """Check what can be checked on disk; returns the ZeRO stage that is asked for (None: no DeepSpeed).
+
+    ``deepspeed`` may also be a file beside the YAML; its path is made absolute in ``values``.
+    """
+    for name in ("data_path", "image_folder", "video_folder"):
+        path = values.get(name)
+        if isinstance(path, str) and path and "{" not in path and not Path(path).expanduser().exists():
+            raise UsageError(f"{name}: {path} does not exist")
+    tower = str(values["vision_tower"])
+    tower = tower[len("packing:") :] if tower.lower().startswith("packing:") else tower
+    for name, path in (("vision_tower", tower), ("model_name_or_path", str(values["model_name_or_path"]))):
+        if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+            raise UsageError(f"{name}: folder {path} does not exist")
+    if values.get("lora_enable") and find_spec("peft") is None:
+        raise UsageError("lora_enable needs peft: pip install peft")
+    config = values.get("deepspeed")
+    if config is None:
+        return None
+    if find_spec("deepspeed") is None:
+        raise UsageError("deepspeed is asked for, but it is not installed: pip install --no-build-isolation deepspeed")
+    for flag in ("use_cpu", "no_cuda"):
+        if values.get(flag):
+            raise UsageError(
+                f"{flag} silently switches DeepSpeed off. Leave it out: where there is no GPU, the CPU is used anyway"
+            )
+    if isinstance(config, str):
+        file = next((f for f in (Path(config).expanduser(), beside / config) if f.is_file()), None)
+        if file is None:
+            raise UsageError(f"deepspeed: {config} is neither in the current folder nor in {beside}")
+        values["deepspeed"] = str(file.resolve())
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"deepspeed: {file} is not valid JSON: {error}") from error
+    return zero_stage(config)
+
+
+def zero_stage(config: Mapping[str, object]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+# ---------------------------------------------------------------- launching
+
+
+def to_argv(values: Mapping[str, object]) -> list[str]:
+    """The values as command-line words for the host's own parser."""
+    words: list[str] = []
+    for name, value in values.items():
+        words.append(f"--{name}")
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        else:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return words
+
+
+def make_plan(
+    config: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    num_gpus: int | None = None,
+    num_processes: int | None = None,
+    hostfile: str | None = None,
+    master_port: int | None = None,
+) -> Plan:
+    """Read and check a configuration and work out how it is launched.
+
+    Args:
+        config: YAML file; its keys are argument names of the host.
+        overrides: words ``--key value`` that take precedence.
+        num_gpus: GPUs of each machine (default: all there are).
+        num_processes: this many processes on the CPU of this machine, GPU or not.
+        hostfile: DeepSpeed hostfile for several machines.
+        master_port: port of the rendezvous (default: a free one).
+
+    Raises:
+        UsageError: for anything wrong in the configuration.
+    """
+    try:
+        found = find_host()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    given = read_yaml(config)
+    for key, value in read_overrides(overrides).items():
+        given.pop(next((k for k in given if ALIASES.get(k, k) == ALIASES.get(key, key)), key), None)
+        given[key] = value
+    values = resolve(given, known_arguments(found), found)
+    stage = check_files(values, Path(config).resolve().parent)
+    if num_processes is not None and (num_gpus is not None or hostfile is not None):
+        raise UsageError("--num_processes is for runs on the CPU; with --num_gpus or --hostfile leave it out")
+    device = "cpu"
+    if num_processes is None:
+        gpus = _gpus()
+        if num_gpus is not None and num_gpus > gpus and hostfile is None:
+            raise UsageError(f"--num_gpus {num_gpus}, but this machine has {gpus}")
+        if num_gpus is not None or hostfile is not None or gpus:
+            device, num_processes = "gpu", num_gpus or (gpus or None if hostfile is None else None)
+    plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile)
+    plan.environment = _environment(plan)
+    plan.command = _command(plan, master_port or _free_port())
+    return plan
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _environment(plan: Plan) -> dict[str, str]:
+    """What the processes need in their environment; what the user has set stays."""
+    wanted = {"TOKENIZERS_PARALLELISM": "false"}
+    if plan.device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        wanted |= {
+            "OMP_NUM_THREADS": str(max(1, cores // plan.processes)),
+            # DeepSpeed counts CPU sockets with the numactl program unless it is told how many processes there are.
+            "LOCAL_SIZE": str(plan.processes),
+            # One machine: the rendezvous must not depend on how its host name resolves.
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _command(plan: Plan, port: int) -> list[str]:
+    words = [sys.executable, "-m"]
+    if plan.device == "gpu" and plan.zero_stage is not None:
+        words += ["deepspeed.launcher.runner", "--master_port", str(port)]
+        words += ["--num_gpus", str(plan.processes)] if plan.processes else []
+        words += ["--hostfile", plan.hostfile] if plan.hostfile else []
+        words += ["--module", ENTRY]
+    elif plan.hostfile:
+        raise UsageError("--hostfile needs DeepSpeed: give a `deepspeed:` configuration")
+    else:
+        # Always through torchrun, one process included: DeepSpeed does not start on a CPU without its environment.
+        words += ["torch.distributed.run", "--nproc_per_node", str(plan.processes)]
+        words += ["--master_addr", "127.0.0.1", "--master_port", str(port), "--module", ENTRY]
+    return words + to_argv(plan.values)
+
+
+def run(plan: Plan) -> int:
+    """Run the plan to its end and return the exit status of the launcher."""
+    environment = {**os.environ, **plan.environment}
+    if plan.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    process = subprocess.Popen(plan.command, env=environment, stdin=subprocess.DEVNULL)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # The terminal has sent it to the launcher as well, which stops its processes: wait for that.
+            continue

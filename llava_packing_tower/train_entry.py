@@ -1,0 +1,43 @@
+"""One training process: applies the hook and the mends, then runs the host's own ``train()`` on ``sys.argv``.
+
+Started by the launcher (`llava-packing train`) as ``-m llava_packing_tower.train_entry``, once per rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib import import_module
+
+from . import hosts
+from .hosts.patches import Patches
+
+
+def main() -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    logging.getLogger("llava_packing_tower").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.basicConfig(format="%(message)s")
+    hosts.apply()
+    train = import_module(f"{hosts.find_host().package}.train.train")
+
+    from . import training
+
+    training.install(train, Patches())
+    train.train(attn_implementation=_argument("attn_implementation"))
+    training.finish()
+
+
+def _argument(name: str) -> str | None:
+    """The value of ``--name`` in ``sys.argv``: LLaVA 1.x takes it as a parameter of ``train()``."""
+    words = sys.argv
+    for word, following in zip(words, [*words[1:], None]):
+        if word == f"--{name}":
+            return following
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+if __name__ == "__main__":
+    main()
