@@ -145,6 +145,11 @@ class AIMv2Packing(PackedVisionModel):
         self.norm_post = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
+    @property
+    def fixed_side(self) -> int | None:
+        """Patches per side of the only grid that the learned positions are for; None where any grid will do."""
+        return None if self.position_embedding is None else self.position_embedding.side
+
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
