@@ -7,7 +7,6 @@ State-dict names are those of the converted ``llava_vit_packing`` checkpoints. N
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,10 +17,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..encoder import PackedEncoder
 from ..layers import MLP, BlockConfig, PatchEmbed, RMSNorm, Rotary, make_norm
-from ..loading import Recipe, WeightPlan
+from ..loading import WeightPlan
 from ..modeling import PackedVisionModel
 from ..packing import Grid, PackedSegments, PatchLayout, to_device
 from ..positions import batch_positions, rotary_3d
+from .llava_vit_keys import SOURCE_TYPE, plan_packing
 
 
 class LlavaViTPackingConfig(PretrainedConfig):
@@ -130,7 +130,7 @@ class LlavaViTPackingModel(PackedVisionModel):
     config_class = LlavaViTPackingConfig
     patch_layout = PatchLayout.CHANNEL_FIRST
     image_only = False
-    source_model_types = ("llava_vit", "onevision_encoder")
+    source_model_types = ("llava_vit", "onevision_encoder", SOURCE_TYPE)
 
     def __init__(self, config: LlavaViTPackingConfig) -> None:
         super().__init__(config)
@@ -215,7 +215,7 @@ class LlavaViTPackingModel(PackedVisionModel):
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> LlavaViTPackingConfig:
-        """The packing config for a ``llava_vit`` or ``onevision_encoder`` config.json; every shared field is kept."""
+        """The packing config for the config.json of a standard model; every shared field is kept."""
         carried = {name: source[name] for name in CARRIED_FIELDS if name in source}
         if source["model_type"] == "onevision_encoder":
             carried = {**ONEVISION_DEFAULTS, **carried}
@@ -225,7 +225,7 @@ class LlavaViTPackingModel(PackedVisionModel):
     def plan_from_source(
         cls, source: dict, config: LlavaViTPackingConfig, shapes: Mapping[str, tuple[int, ...]]
     ) -> WeightPlan:
-        return plan_from_standard(shapes)
+        return plan_packing(source["model_type"], shapes)
 
 
 CARRIED_FIELDS = tuple(inspect.signature(LlavaViTPackingConfig).parameters)[:-1]
@@ -237,23 +237,6 @@ ONEVISION_DEFAULTS = {
     "num_attention_heads": 16,
     "patch_size": 14,
 }
-_QKV = re.compile(r"(encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
-
-
-def plan_from_standard(names: Mapping[str, tuple[int, ...]]) -> WeightPlan:
-    """Standard names (``llava_vit``, ``onevision_encoder``) to packing names: q, k, v fused in this order."""
-    plan = WeightPlan()
-    for name in names:
-        if match := _QKV.fullmatch(name):
-            block, _, kind = match.groups()
-            sources = tuple(f"{block}.{part}_proj.{kind}" for part in "qkv")
-            plan.recipes[f"{block}.qkv.{kind}"] = Recipe(sources, lambda *parts: torch.cat(parts))
-        else:
-            target = name.replace("embeddings.patch_embedding.", "patch_embed.proj.")
-            target = re.sub(r"(encoder\.layers\.\d+\.self_attn)\.out_proj\.", r"\1.proj.", target)
-            plan.recipes[target] = Recipe((name,))
-    return plan
-
 
 AutoConfig.register(LlavaViTPackingConfig.model_type, LlavaViTPackingConfig, exist_ok=True)
 AutoModel.register(LlavaViTPackingConfig, LlavaViTPackingModel, exist_ok=True)
