@@ -32,7 +32,7 @@ TRUE, FALSE = ("true", "yes", "1", "y", "t"), ("false", "no", "0", "n", "f")
 
 @dataclass
 class Plan:
-    """What will run: ``values`` are the host's arguments by name; ``processes`` run on this machine (None: every GPU)."""
+    """What will run. ``values``: the host's arguments by name; ``processes`` on each machine (None: every GPU)."""
 
     host: FoundHost
     values: dict[str, object]
@@ -45,8 +45,11 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as the lines that are printed before it runs."""
-        where = f"{self.processes or 'all'} {'GPU' if self.device == 'gpu' else 'CPU process'}"
-        where += "s" if self.processes != 1 else ""
+        count = self.processes or "all"
+        if self.device == "gpu":
+            where = "1 GPU" if count == 1 else f"{count} GPUs"
+        else:
+            where = "1 process on the CPU" if count == 1 else f"{count} processes on the CPU"
         engine = "no DeepSpeed" if self.zero_stage is None else f"DeepSpeed ZeRO-{self.zero_stage}"
         rows = {
             "host": str(self.host),

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .hosts.patches import Patches
 from .launch import zero_stage
@@ -116,8 +116,8 @@ def install(train: ModuleType, patches: Patches) -> None:
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        for callback in (ProgressCallback, PrinterCallback):
-            self.remove_callback(callback)
+        # In place of transformers' bar; its log lines (disable_tqdm) stay for the programs that read them.
+        self.remove_callback(ProgressCallback)
         self.add_callback(EngineCheck(self))
         self.add_callback(Progress())
 
