@@ -1,0 +1,32 @@
+"""What the tests of the families share: the golden checkpoints and ragged batches for them."""
+
+import torch
+
+from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
+from llava_packing_tower.packing import batch_images_to_packing_input, read_grid, split_packed
+
+GOLDEN_FAMILIES = {
+    "siglip2": Siglip2NaflexPacking,
+    "aimv2_native": AIMv2Packing,
+    "aimv2_learned": AIMv2Packing,
+    "dinov3": DINOv3ViTPacking,
+}
+
+
+def ragged(model, grids=((3, 5), (1, 7), (5, 3), (4, 4), (3, 5)), seed=0):
+    """Images of different shapes (all of the one that it takes, for learned positions), some sizes twice."""
+    patch, side = model.config.patch_size, getattr(model, "fixed_side", None)
+    if side:
+        grids = ((side, side),) * 3
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, h * patch, w * patch, generator=generator) for h, w in grids]
+
+
+def pack(model, images):
+    return batch_images_to_packing_input(images, model.config.patch_size, model.patch_layout)
+
+
+def per_image(model, images, **options):
+    """Final tokens of each image, from one packed pass."""
+    rows, grid = pack(model, images)
+    return split_packed(model(rows, grid, **options), read_grid(grid))

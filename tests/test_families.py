@@ -1,0 +1,317 @@
+"""SigLIP2, AIMv2 and DINOv3 against the golden tensors of transformers' models, and what all of them promise."""
+
+import pytest
+import torch
+from conftest import assert_close
+from families import GOLDEN_FAMILIES, pack, per_image, ragged
+from torch.nn import functional as F
+
+from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
+from llava_packing_tower.attention import backend_module, resolve_backend
+from llava_packing_tower.families import aimv2, dinov3, siglip2
+from llava_packing_tower.layers import rotate_pairs
+from llava_packing_tower.packing import PatchLayout, batch_images_to_packing_input, split_packed
+
+NAMES = list(GOLDEN_FAMILIES)
+
+
+@pytest.fixture
+def load(golden):
+    return lambda name, **options: GOLDEN_FAMILIES[name].from_pretrained(golden / name, **options)
+
+
+def golden_error(model, expected):
+    last, states = model(expected["patches"], expected["grid_thw"], output_hidden_states=True)
+    return max(
+        (last - expected["last_hidden_state"]).abs().max().item(),
+        (torch.stack(states) - expected["hidden_states"]).abs().max().item(),
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_golden(load, golden_case, name, backend):
+    expected = golden_case(name, "images")
+    model = load(name, attn_implementation=backend)
+    images = [expected[f"pixels.{i}"] for i in range(len(expected["grid_thw"]))]
+    rows, grid = pack(model, images)
+    assert torch.equal(rows, expected["patches"]) and torch.equal(grid, expected["grid_thw"])
+    last, states = model(rows, grid, output_hidden_states=True)
+    assert_close(last, expected["last_hidden_state"])
+    assert_close(torch.stack(states), expected["hidden_states"])
+    assert torch.equal(model(rows, grid), last)
+    picked = model(rows, grid, feature_layers=(2, 0))
+    assert torch.equal(picked[0], states[2]) and torch.equal(picked[1], states[0])
+
+
+# ---------------------------------------------------------------- traps: each wrong variant is seen by the golden test
+
+
+def visible(model, expected):
+    """The error of a wrong variant is far outside of the tolerance."""
+    assert golden_error(model, expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trap_channel_first_rows(load, golden_case, name):
+    expected, model = golden_case(name, "images"), load(name)
+    images = [expected[f"pixels.{i}"] for i in range(len(expected["grid_thw"]))]
+    rows, _ = batch_images_to_packing_input(images, model.config.patch_size, PatchLayout.CHANNEL_FIRST)
+    visible(model, {**expected, "patches": rows})
+
+
+@pytest.mark.parametrize("option", [{"antialias": False}, {"align_corners": True}, {"mode": "bicubic"}])
+def test_trap_resizing(load, golden_case, monkeypatch, option):
+    interpolate = F.interpolate
+    monkeypatch.setattr(siglip2.F, "interpolate", lambda *a, **k: interpolate(*a, **{**k, **option}))
+    visible(load("siglip2"), golden_case("siglip2", "images"))
+
+
+def test_trap_row_first_sincos(load, golden_case, monkeypatch):
+    right = aimv2.sincos_positions
+
+    def row_first(*args):
+        return torch.cat(right(*args).chunk(2, dim=1)[::-1], dim=1)
+
+    monkeypatch.setattr(aimv2, "sincos_positions", row_first)
+    visible(load("aimv2_native"), golden_case("aimv2_native", "images"))
+
+
+@pytest.mark.parametrize("name", ["aimv2_native", "aimv2_learned"])
+def test_trap_position_before_norm(load, golden_case, monkeypatch, name):
+    model = load(name)
+    norm, model.norm_pre = model.norm_pre, torch.nn.Identity()
+    prepare = model.prepare
+
+    def norm_last(tokens, grids, positions):
+        tokens, *rest = prepare(tokens, grids, positions)
+        return norm(tokens), *rest
+
+    monkeypatch.setattr(model, "prepare", norm_last)
+    visible(model, golden_case(name, "images"))
+
+
+def test_trap_neighbour_rotation(load, golden_case):
+    model = load("dinov3")
+    for layer in model.encoder.layers:
+        layer.self_attn.rotate = rotate_pairs
+    visible(model, golden_case("dinov3", "images"))
+
+
+def test_trap_rotated_prefix(load, golden_case, monkeypatch):
+    model = load("dinov3")
+    centres = model.centres
+
+    def with_prefix(grids, prefix):
+        patches = centres(grids, 0).split([h * w for _, h, w in grids])
+        return torch.cat([torch.cat([torch.ones(prefix, 2), part]) for part in patches])
+
+    monkeypatch.setattr(model, "centres", with_prefix)
+    visible(model, golden_case("dinov3", "images"))
+
+
+def test_trap_one_scale_for_both_axes(load, golden_case, monkeypatch):
+    def by_longer_side(h, w):
+        indices = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
+        return 2 * (indices + 0.5) / max(h, w) - 1
+
+    monkeypatch.setattr(dinov3, "patch_centres", by_longer_side)
+    visible(load("dinov3"), golden_case("dinov3", "images"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trap_normed_hidden_states(load, golden_case, name):
+    """The last hidden state is not the normed output."""
+    expected = golden_case(name, "images")
+    assert (expected["hidden_states"][-1] - expected["last_hidden_state"]).abs().max() > 1e-2
+    assert (load(name).final_norm(expected["hidden_states"][-1]) - expected["last_hidden_state"]).abs().max() < 2e-5
+
+
+# ---------------------------------------------------------------- packing
+
+
+def loss_gradients(model, images, weights):
+    model.zero_grad()
+    sum((out * w).sum() for out, w in zip(per_image(model, images), weights)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alone_equals_packed_forward_and_gradient(load, name):
+    model = load(name)
+    images = ragged(model)
+    packed = per_image(model, images)
+    weights = [torch.randn_like(out) for out in packed]
+    for image, out in zip(images, packed):
+        assert_close(per_image(model, [image])[0], out, atol=1e-5)
+    together = loss_gradients(model, images, weights)
+    alone = [loss_gradients(model, [image], [w]) for image, w in zip(images, weights)]
+    for key, gradient in together.items():
+        summed = sum(g[key] for g in alone)
+        assert gradient.abs().max() > 0, f"{key} takes no part"
+        assert (gradient - summed).norm() <= 1e-5 * summed.norm(), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_permuted_images_permute_the_outputs(load, name):
+    model = load(name)
+    images, order = ragged(model), [2, 0, 4, 1, 3]
+    order = [i for i in order if i < len(images)]
+    out = per_image(model, images)
+    for place, permuted in zip(order, per_image(model, [images[i] for i in order])):
+        assert_close(permuted, out[place], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_train_and_checkpointing_change_nothing(load, name):
+    model = load(name)
+    images = ragged(model)
+    weights = [torch.randn_like(out) for out in per_image(model, images)]
+    expected = loss_gradients(model, images, weights)
+    model.train()
+    assert all(torch.equal(a, b) for a, b in zip(per_image(model, images), per_image(model.eval(), images)))
+    model.train().gradient_checkpointing_enable()
+    assert model.encoder.gradient_checkpointing
+    for key, gradient in loss_gradients(model, images, weights).items():
+        assert_close(gradient, expected[key], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_buffers_and_exact_positions_in_bfloat16(load, name):
+    """Nothing that a cast could round: the bf16 error stays that of bf16 weights, also at far positions."""
+    model = load(name)
+    assert not list(model.buffers())
+    images = ragged(model, ((1, 40), (37, 2)))
+    # The golden weights are large; shrunk ones make the positions, not the softmax, decide.
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(0.25)
+    low = per_image(model.to(torch.bfloat16), [x.bfloat16() for x in images])
+    exact = per_image(model.float(), [x.bfloat16().float() for x in images])
+    for a, b in zip(low, exact):
+        assert a.dtype == torch.bfloat16
+        assert (a.float() - b).norm() < 0.02 * b.norm()
+
+
+def test_positions_are_resized_once_per_distinct_grid(load, monkeypatch):
+    calls = []
+    interpolate = F.interpolate
+    monkeypatch.setattr(
+        siglip2.F, "interpolate", lambda *a, **k: (calls.append(tuple(k["size"])), interpolate(*a, **k))[1]
+    )
+    model = load("siglip2")
+    model(*pack(model, ragged(model)))
+    assert calls == [(3, 5), (1, 7), (5, 3), (4, 4)]
+
+
+def test_one_pass_whatever_the_number_of_images(load, monkeypatch):
+    """The blocks see the whole ragged batch, prefix tokens inside each image's segment."""
+    model = load("dinov3")
+    seen = []
+    for layer in model.encoder.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    rows, grid = pack(model, ragged(model))
+    model(rows, grid)
+    assert len(seen) == model.num_layers
+    prefix = 1 + model.config.num_register_tokens
+    for tokens, segments, *_ in seen:
+        assert tokens.shape[0] == len(rows) + prefix * len(grid)
+        assert segments.lengths == tuple(int(h * w) + prefix for _, h, w in grid)
+
+
+def test_rope_augmentation_only_if_asked_for(golden):
+    config = DINOv3ViTPacking.config_class.from_dict(
+        {
+            **DINOv3ViTPacking.from_pretrained(golden / "dinov3").config.to_dict(),
+            "rope_augmentation": True,
+            "pos_embed_shift": 0.1,
+            "pos_embed_jitter": 1.2,
+        }
+    )
+    model = DINOv3ViTPacking.from_pretrained(golden / "dinov3", config=config)
+    plain = DINOv3ViTPacking.from_pretrained(golden / "dinov3")
+    images = ragged(model)
+    assert all(torch.equal(a, b) for a, b in zip(per_image(model, images), per_image(plain, images)))
+
+    def augmented(seed):
+        torch.manual_seed(seed)
+        return torch.cat(per_image(model, images))
+
+    model.train()
+    first = augmented(0)
+    assert torch.equal(first, augmented(0)) and (first - augmented(1)).abs().max() > 1e-3
+    torch.manual_seed(0)
+    table = model.centres([(1, 3, 5), (1, 3, 5)], prefix=5)
+    assert (table[:5] == 0).all() and (table[20:25] == 0).all()  # CLS and registers stay where they are
+    assert not torch.allclose(table[5:20], table[25:])  # each image has its own draw
+    # One factor and one offset per axis explain all of it.
+    before = dinov3.patch_centres(3, 5)
+    for axis in range(2):
+        design = torch.stack([before[:, axis], torch.ones(15)], dim=1)
+        fit = torch.linalg.lstsq(design, table[5:20, axis : axis + 1]).solution
+        assert_close(design @ fit, table[5:20, axis : axis + 1], atol=1e-5)
+        assert 1 / 2.4 <= fit[0] <= 2.4 and abs(fit[1]) <= 0.1 * 2.4
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_videos_are_refused(load, name):
+    model = load(name)
+    rows = torch.randn(2 * 16, model.patch_dim)
+    with pytest.raises(ValueError, match=r"images only \(t = 1\), got a sample with t = 2"):
+        model(rows, torch.tensor([[2, 4, 4]]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_row_width_names_the_layout(load, name):
+    model = load(name)
+    with pytest.raises(ValueError, match=r"\[N, 48\].*channel_last order \(ph pw c\).*\[16, 49\]"):
+        model(torch.randn(16, 49), torch.tensor([[1, 4, 4]]))
+    with pytest.raises(ValueError, match="15 patches.*16 rows"):
+        model(torch.randn(16, 48), torch.tensor([[1, 3, 5]]))
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (2, 8), (5, 5)])
+def test_learned_positions_take_one_grid(load, grid):
+    """Also (2, 8), which has as many patches as the table has rows: transformers would take it, and mix up rows."""
+    h, w = grid
+    rows = torch.randn(16 + h * w, 48)
+    with pytest.raises(ValueError, match=rf"image 1 has {h} x {w} patches.*4 x 4 only"):
+        load("aimv2_learned")(rows, torch.tensor([[1, 4, 4], [1, h, w]]))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (Siglip2NaflexPacking, {"num_patches": 40}, "square number.*40"),
+        (Siglip2NaflexPacking, {"hidden_size": 50}, "50 is no multiple of 12 heads"),
+        (AIMv2Packing, {"hidden_size": 30, "num_attention_heads": 3, "is_native": True}, "divisible by 4, got 30"),
+        (DINOv3ViTPacking, {"hidden_size": 60, "num_attention_heads": 6}, "head width 10; .* multiple of 4"),
+        (DINOv3ViTPacking, {"drop_path_rate": 0.1}, "drop_path_rate must be 0"),
+        (Siglip2NaflexPacking, {"attention_dropout": 0.1}, "attention_dropout must be 0"),
+        (AIMv2Packing, {"attention_dropout": 0.1}, "attention_dropout must be 0"),
+        (AIMv2Packing, {"hidden_act": "swush"}, "unknown activation 'swush'"),
+    ],
+)
+def test_configs_that_cannot_work(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        cls(cls.config_class(num_hidden_layers=1, **options))
+
+
+@pytest.mark.parametrize("backend", ["flash_attention_2", "torch_varlen"])
+def test_head_widths_that_a_backend_cannot_do(backend):
+    """DINOv3 allows multiples of 4, the kernels want multiples of 8: the reason is given before anything runs."""
+    reason = backend_module(backend).why_not(torch.device("cuda"), torch.bfloat16, 12)
+    assert reason == "head width must be a multiple of 8 and at most 256"
+    with pytest.raises((ValueError, ImportError), match=f"{backend}'.*(heads of 12|needs)"):
+        resolve_backend(backend, "cuda", torch.bfloat16, 12)
+
+
+def test_split_back_in_the_order_of_the_images(load):
+    model = load("siglip2")
+    images = ragged(model)
+    rows, grid = pack(model, images)
+    parts = split_packed(model(rows, grid), [tuple(g) for g in grid.tolist()])
+    assert [len(part) for part in parts] == [15, 7, 15, 16, 15]
