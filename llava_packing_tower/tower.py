@@ -16,8 +16,8 @@ from .families import family_for
 from .feature_select import selected_layers
 from .image_processor import PackingImageProcessor
 from .loading import CONFIG_NAME, construction, read_json, resolve_folder, zero3_enabled
-from .modeling import PackedVisionModel
 from .packing import batch_images_to_packing_input, read_grid, split_packed
+from .strict import StrictPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +85,16 @@ class HEVCViTPackingVisionTower(nn.Module):
         """Whether the weights come from the LLaVA checkpoint that is being loaded around this tower."""
         return bool(self._saved) and self._saved.get("weights") == "checkpoint"
 
+    def _model_class(self, model_type: str | None) -> type[StrictPreTrainedModel]:
+        """What a checkpoint of this ``model_type`` is loaded as. Raises ``ValueError`` for an unknown one."""
+        return family_for(model_type)
+
     def _read_config(self) -> PretrainedConfig:
         if self._in_checkpoint:
             raw = self._saved["config"]
-            return family_for(raw.get("model_type")).config_class.from_dict(raw)
+            return self._model_class(raw.get("model_type")).config_class.from_dict(raw)
         raw = read_json(resolve_folder(strip_prefix(self.vision_tower_name)) / CONFIG_NAME)
-        family = family_for(raw.get("model_type"))
+        family = self._model_class(raw.get("model_type"))
         own = raw.get("model_type") == family.config_class.model_type
         return family.config_class.from_dict(raw) if own else family.config_from_source(raw)
 
@@ -114,9 +118,9 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
 
-    def _from_folder(self, device: torch.device) -> tuple[PackedVisionModel, PackingImageProcessor]:
+    def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
         folder = resolve_folder(strip_prefix(self.vision_tower_name))
-        family = family_for(read_json(folder / CONFIG_NAME).get("model_type"))
+        family = self._model_class(read_json(folder / CONFIG_NAME).get("model_type"))
         model = family.from_pretrained(folder, device=device)
         processor = family.load_image_processor(folder, model.config)
         if self._saved and (expected := self._saved.get("fingerprint")) and folder_fingerprint(folder) != expected:
@@ -126,12 +130,12 @@ class HEVCViTPackingVisionTower(nn.Module):
             )
         return model, processor
 
-    def _from_saved_config(self) -> tuple[PackedVisionModel, PackingImageProcessor]:
+    def _from_saved_config(self) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
         """The bare structure, for the loader around us to fill. NaN until then, so that a gap cannot go unseen."""
         config = self._read_config()
         dtype = torch.get_default_dtype()
         with construction(dtype):
-            model = family_for(config.model_type)(config)
+            model = self._model_class(config.model_type)(config)
         if not zero3_enabled():
             with torch.device("cpu"):
                 for module in model.modules():
@@ -142,7 +146,11 @@ class HEVCViTPackingVisionTower(nn.Module):
             self._unfilled = True
         return model.eval(), PackingImageProcessor.from_dict(self._saved["image_processor"])
 
-    def _check_filled(self) -> None:
+    def _require_weights(self) -> None:
+        if not self.is_loaded:
+            raise ValueError(f"vision tower {self.vision_tower_name} is not loaded: call load_model() first")
+        if not self._unfilled:
+            return
         gaps = [name for name, p in self.vision_tower.named_parameters() if p.is_meta or p.isnan().any()]
         if gaps:
             raise ValueError(
@@ -186,10 +194,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         Raises:
             ValueError: not loaded, no images, a wrong channel count or a size that is no multiple of the patch size.
         """
-        if not self.is_loaded:
-            raise ValueError(f"vision tower {self.vision_tower_name} is not loaded: call load_model() first")
-        if self._unfilled:
-            self._check_filled()
+        self._require_weights()
 
         # ============================================================================================
         # INPUT CONVERSION: [B, C, H, W], or a ragged list of [C, H, W]

@@ -143,6 +143,36 @@ def residual_indices(residual: torch.Tensor, patch_size: int, keep: int = RESIDU
     return energy.topk(min(keep, energy.shape[1]), dim=1).indices.sort(dim=1).values
 
 
+def clip_in_context(
+    frames: torch.Tensor, frame_indices: torch.Tensor, patch_size: int, context: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put frames at their places in a longer clip of zeros, as LlavaViT was trained to see sampled videos.
+
+    Args:
+        frames: ``[B, C, T, H, W]``.
+        frame_indices: integer ``[B, T]``, all different, 0 .. context - 1; see
+            :func:`positions.interpolate_frame_indices`.
+        patch_size: side of a patch in pixels.
+        context: frames of the clip.
+
+    Returns:
+        The clip ``[B, C, context, H, W]`` and the flat indices ``[B, T * h * w]`` of the patches of these frames.
+
+    Raises:
+        ValueError: a frame index outside the clip, or two frames of a video at one place.
+    """
+    batch, channels, count, height, width = frames.shape
+    for places in frame_indices.tolist():
+        if len(set(places)) != count or min(places) < 0 or max(places) >= context:
+            raise ValueError(f"{count} frames need {count} different places in 0..{context - 1}, got {places}")
+    clip = frames.new_zeros(batch, channels, context, height, width)
+    index = frame_indices.to(frames.device).long()
+    clip.scatter_(2, index[:, None, :, None, None].expand_as(frames), frames)
+    plane = height // patch_size * (width // patch_size)
+    visible = index[:, :, None] * plane + torch.arange(plane, device=frames.device)
+    return clip, visible.flatten(1)
+
+
 class StandardAttention(nn.Module):
     def __init__(self, config: LlavaViTConfig) -> None:
         super().__init__()
