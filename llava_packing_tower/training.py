@@ -15,6 +15,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .hosts.patches import Patches
 from .launch import zero_stage
+from .record import TowerRecord
 
 
 def asked_stage(deepspeed: str | Mapping | None) -> int | None:
@@ -120,6 +121,7 @@ def install(train: ModuleType, patches: Patches) -> None:
         self.remove_callback(ProgressCallback)
         self.add_callback(EngineCheck(self))
         self.add_callback(Progress())
+        self.add_callback(TowerRecord())
 
     patches.set(trainer_class, "__init__", __init__)
 
