@@ -224,6 +224,7 @@ def image_to_packing_input(
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept: must serve a later training step too
 def prefix_indices(lengths: tuple[int, ...], prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Host index tensors that put ``prefix`` shared tokens in front of every segment, and take them out again.
 

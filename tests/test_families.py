@@ -177,6 +177,18 @@ def test_train_and_checkpointing_change_nothing(load, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_training_after_inference_mode(load, name):
+    """LLaVA generates under inference_mode: index tables kept from there must serve a training step."""
+    model = load(name)
+    images = ragged(model, ((2, 9), (9, 2), (2, 9)))
+    with torch.inference_mode():
+        expected = per_image(model, images)
+    outputs = per_image(model, images)
+    sum(out.sum() for out in outputs).backward()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_buffers_and_exact_positions_in_bfloat16(load, name):
     """Nothing that a cast could round: the bf16 error stays that of bf16 weights, also at far positions."""
     model = load(name)
@@ -269,7 +281,7 @@ def test_wrong_row_width_names_the_layout(load, name):
     model = load(name)
     with pytest.raises(ValueError, match=r"\[N, 48\].*channel_last order \(ph pw c\).*\[16, 49\]"):
         model(torch.randn(16, 49), torch.tensor([[1, 4, 4]]))
-    with pytest.raises(ValueError, match="15 patches.*16 rows"):
+    with pytest.raises(ValueError, match=r"15 patches.*16 rows"):
         model(torch.randn(16, 48), torch.tensor([[1, 3, 5]]))
 
 

@@ -105,8 +105,9 @@ class DINOv3PackingConfig(PretrainedConfig):
 def patch_centres(h: int, w: int) -> torch.Tensor:
     """Centres of the patches of one image, float32 ``[h*w, 2]`` (row, column), each axis from -1 to 1 by its own
     length. On the host; do not modify: cached."""
-    indices = grid_positions((1, h, w))[:, 1:].float()
-    return 2 * (indices + 0.5) / torch.tensor([h, w], dtype=torch.float32) - 1
+    with torch.inference_mode(False):  # kept: must serve a later training step too
+        indices = grid_positions((1, h, w))[:, 1:].float()
+        return 2 * (indices + 0.5) / torch.tensor([h, w], dtype=torch.float32) - 1
 
 
 def augmentation(config: DINOv3PackingConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -82,7 +82,8 @@ def gather_index(sizes: tuple[tuple[int, int], ...]) -> torch.Tensor:
         if (h, w) not in starts:
             starts[h, w] = total
             total += h * w
-    return torch.cat([starts[size] + torch.arange(math.prod(size)) for size in sizes])
+    with torch.inference_mode(False):  # kept: must serve a later training step too
+        return torch.cat([starts[size] + torch.arange(math.prod(size)) for size in sizes])
 
 
 class ResizedPositions(nn.Module):
