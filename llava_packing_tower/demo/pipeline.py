@@ -111,6 +111,8 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
     """Run everything; returns the exit status (1 when a check failed). Raises ``DemoFailed``."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console()
+    if not console.is_terminal:
+        console.width = 100  # a log file; 80 columns would cut the table
     started = time.monotonic()
     seconds: dict[str, float] = {}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rich import box
 from rich.table import Table
 
 from ..digest import differing
@@ -44,7 +45,7 @@ class Row:
     def cells(self) -> list[str]:
         """The table's columns as text; what a model wrote is shortened to one short line."""
         return [
-            self.photo,
+            Path(self.photo).stem,
             f"{self.width} x {self.height}",
             f"{self.patches} ({self.grid[0]} x {self.grid[1]})",
             self.expected,
@@ -61,7 +62,7 @@ def same_answer(answer: str, expected: str) -> bool:
     return answer.strip().removesuffix(".").lower() == expected.lower()
 
 
-def shorten(text: str, width: int = 28) -> str:
+def shorten(text: str, width: int = 16) -> str:
     """One printable line of at most `width` characters; an untrained model writes anything."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= width else line[: width - 3] + "..."
@@ -114,9 +115,9 @@ def check_engine(engine: Engine | None, wanted: Engine) -> Check:
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="What the fine-tuned LLaVA says about each photo")
+    table = Table(title="What the model says about each photo, before and after", box=box.SIMPLE_HEAD)
     for column in COLUMNS:
-        table.add_column(column, no_wrap=column in ("photo", "size", "patches", "expected"), justify="left")
+        table.add_column(column, no_wrap=True)
     for row in rows:
         *cells, after = row.cells()
         table.add_row(*map(_literal, cells), f"[{'green' if row.right else 'bold red'}]{_literal(after)}[/]")
