@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from .layers import EncoderBlock, Rotary
@@ -20,6 +21,12 @@ from .packing import PackedSegments
 logger = logging.getLogger(__name__)
 
 COMPILE_ENV = "LLAVA_PACKING_COMPILE"
+# What tracing and code generation raise (the names differ between torch versions).
+COMPILE_ERRORS = tuple(
+    getattr(torch._dynamo.exc, name)
+    for name in ("TorchDynamoException", "BackendCompilerFailed", "Unsupported", "InternalTorchDynamoError")
+    if hasattr(torch._dynamo.exc, name)
+)
 _failed: list[str] = []
 
 
@@ -42,12 +49,13 @@ def has_hooks(layer: nn.Module) -> bool:
 def run_block(
     layer: EncoderBlock,
     hidden_states: torch.Tensor,
+    pending: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     rotary: Rotary | None,
     backend: str,
-) -> torch.Tensor:
-    return layer(hidden_states, PackedSegments(cu_seqlens, max_seqlen, ()), rotary, backend)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer(hidden_states, pending, PackedSegments(cu_seqlens, max_seqlen, ()), rotary, backend)
 
 
 @functools.cache
@@ -55,13 +63,22 @@ def compiled_block() -> Callable:
     return torch.compile(run_block, dynamic=True)
 
 
-def call_compiled(layer, hidden_states, segments: PackedSegments, rotary: Rotary | None, backend: str) -> torch.Tensor:
+def call_compiled(
+    layer: EncoderBlock,
+    hidden_states: torch.Tensor,
+    pending: torch.Tensor,
+    segments: PackedSegments,
+    rotary: Rotary | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One block through the compiled code; eager, with a warning, from the first failure to compile on."""
     if _failed:
-        return layer(hidden_states, segments, rotary, backend)
+        return layer(hidden_states, pending, segments, rotary, backend)
     try:
-        return compiled_block()(layer, hidden_states, segments.cu_seqlens, segments.max_seqlen, rotary, backend)
-    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        return compiled_block()(
+            layer, hidden_states, pending, segments.cu_seqlens, segments.max_seqlen, rotary, backend
+        )
+    except COMPILE_ERRORS as error:
         _failed.append(str(error))
-        logger.warning("torch.compile of the encoder block failed, running eager: %s", error)
-        return layer(hidden_states, segments, rotary, backend)
+        logger.warning("torch.compile of the encoder block failed, running eager from now on: %s", error)
+        return layer(hidden_states, pending, segments, rotary, backend)

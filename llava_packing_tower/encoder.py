@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import backend_module, resolve_backend
 from .compiling import call_compiled, compile_wanted, has_hooks
+from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .packing import PackedSegments
 
@@ -23,6 +24,12 @@ def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     if kind == "cuda" and torch.is_autocast_enabled():
         return torch.get_autocast_gpu_dtype()
     return hidden_states.dtype
+
+
+def reads_borders(backend: str) -> bool:
+    """Whether a backend takes any segments that ``cu_seqlens`` on the device describes (a graph needs that)."""
+    module = backend_module(backend)
+    return module.VARLEN and not getattr(module, "EQUAL_LENGTHS_ONLY", False)
 
 
 class PackedEncoder(nn.Module):
@@ -60,17 +67,41 @@ class PackedEncoder(nn.Module):
         Returns:
             ``{index: [N, hidden]}`` for each index of ``keep``. Blocks above the highest index are not run.
         """
-        keep = set(keep)
-        device_type, dtype = hidden_states.device.type, compute_dtype(hidden_states)
-        backend = resolve_backend(self.attention_backend, device_type, dtype, self.head_dim)
-        compiled = backend_module(backend).VARLEN and compile_wanted(self.compile_blocks, hidden_states.device)
+        keep, device = tuple(keep), hidden_states.device
+        trained = hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())
+        grad = torch.is_grad_enabled() and trained
+        compiled = compile_wanted(self.compile_blocks, device) and not has_hooks(self)
+        graphed = compiled and graphs_wanted(device, hidden_states.shape[0], grad)
+        backend = resolve_backend(
+            self.attention_backend,
+            device.type,
+            compute_dtype(hidden_states),
+            self.head_dim,
+            lengths=() if graphed else segments.lengths,
+            needs_grad=grad,
+        )
+        if graphed and reads_borders(backend):
+            return run_graphed(self, self.run, hidden_states, segments, rotary, keep, backend)
+        return self.run(hidden_states, segments, rotary, keep, backend, compiled and backend_module(backend).VARLEN)
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        segments: PackedSegments,
+        rotary: Rotary | None,
+        keep: Sequence[int],
+        backend: str,
+        compiled: bool = True,
+    ) -> dict[int, torch.Tensor]:
+        """The blocks, one after the other; see :meth:`forward`."""
         states = {0: hidden_states} if 0 in keep else {}
+        # Compiled code sees the same kind of arguments in the first block as in the others.
+        pending = torch.zeros_like(hidden_states) if compiled else None
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
-            run = functools.partial(call_compiled, layer) if compiled and not has_hooks(layer) else layer.__call__
+            run = functools.partial(call_compiled, layer) if compiled else layer.__call__
             if self.gradient_checkpointing and self.training:
-                hidden_states = self._gradient_checkpointing_func(run, hidden_states, segments, rotary, backend)
-            else:
-                hidden_states = run(hidden_states, segments, rotary, backend)
+                run = functools.partial(self._gradient_checkpointing_func, run)
+            hidden_states, pending = run(hidden_states, pending, segments, rotary, backend)
             if index in keep:
-                states[index] = hidden_states
+                states[index] = hidden_states + pending
         return states

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from .activations import activation
 from .attention import attend
 from .packing import PackedSegments, PatchLayout
 
@@ -144,6 +145,8 @@ class PackedAttention(nn.Module):
         if rotary is not None:
             cos, sin = rotary
             q, k = ((y.float() * cos + self.rotate(y.float()) * sin).to(v.dtype) for y in (q, k))
+            if v.requires_grad:
+                v = v.contiguous()  # else the whole qkv product would be kept for the backward, beside rotated q and k
         return self.proj(attend(q, k, v, segments, backend=backend).flatten(1))
 
 
@@ -156,7 +159,7 @@ class MLP(nn.Module):
         self.gate = nn.Linear(hidden, wide, bias=bias) if config.gated_mlp else None
         self.fc1 = nn.Linear(hidden, wide, bias=bias)
         self.fc2 = nn.Linear(wide, hidden, bias=bias)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         inner = self.act(self.fc1(x)) if self.gate is None else self.act(self.gate(x)) * self.fc1(x)
@@ -176,7 +179,11 @@ class LayerScale(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block over a packed sequence ``[N, hidden]``."""
+    """Pre-norm transformer block over a packed sequence ``[N, hidden]``.
+
+    The last residual sum of a block is left to the next one: it takes and returns ``(hidden_states, pending)`` whose
+    sum is the state, so that a compiler can fuse the addition with the norm that follows.
+    """
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -189,8 +196,15 @@ class EncoderBlock(nn.Module):
         self.layer_scale2 = nn.Identity() if scale is None else LayerScale(config.hidden_size, scale)
 
     def forward(
-        self, hidden_states: torch.Tensor, segments: PackedSegments, rotary: Rotary | None, backend: str
-    ) -> torch.Tensor:
+        self,
+        hidden_states: torch.Tensor,
+        pending: torch.Tensor | None,
+        segments: PackedSegments,
+        rotary: Rotary | None,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if pending is not None:
+            hidden_states = hidden_states + pending
         attended = self.self_attn(self.layer_norm1(hidden_states), segments, rotary, backend)
         hidden_states = hidden_states + self.layer_scale1(attended)
-        return hidden_states + self.layer_scale2(self.mlp(self.layer_norm2(hidden_states)))
+        return hidden_states, self.layer_scale2(self.mlp(self.layer_norm2(hidden_states)))

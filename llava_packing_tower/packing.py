@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -44,6 +44,21 @@ class PackedSegments:
     lengths: tuple[int, ...]
 
 
+def kept(maxsize: int) -> Callable[[Callable], Callable]:
+    """``lru_cache`` for functions that make tensors: what is made during inference must serve a later training step."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.lru_cache(maxsize=maxsize)
+        @functools.wraps(function)
+        def make(*arguments):
+            with torch.inference_mode(False):
+                return function(*arguments)
+
+        return make
+
+    return decorate
+
+
 def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Copy a small host tensor to a device without synchronising (pinned memory, asynchronous copy)."""
     device = torch.device(device)
@@ -56,8 +71,13 @@ def make_segments(lengths: Sequence[int], device: torch.device | str = "cpu") ->
     """Metadata of segments with these lengths. Raises ``ValueError`` for no segment or one without tokens."""
     if not lengths or min(lengths) < 1:
         raise ValueError(f"every segment needs at least one token, got lengths {list(lengths)}")
+    return _segments(tuple(lengths), torch.device(device))
+
+
+@kept(64)
+def _segments(lengths: tuple[int, ...], device: torch.device) -> PackedSegments:
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return PackedSegments(to_device(cu_seqlens, device), max(lengths), tuple(lengths))
+    return PackedSegments(to_device(cu_seqlens, device), max(lengths), lengths)
 
 
 def read_grid(grid_thw: torch.Tensor, num_tokens: int | None = None) -> list[Grid]:
@@ -181,9 +201,10 @@ def batch_images_to_packing_input(
     """
     if isinstance(images, torch.Tensor) and images.dim() != 4:
         raise ValueError(f"a tensor of images must be [B, C, H, W], got shape {list(images.shape)}")
-    images = list(images)
-    if not images:
+    if len(images) == 0:
         raise ValueError("no images: the batch is empty")
+    stacked = images if isinstance(images, torch.Tensor) else None
+    images = list(images)
     grids: list[Grid] = []
     for index, image in enumerate(images):
         if not isinstance(image, torch.Tensor) or image.dim() not in (3, 4):
@@ -204,8 +225,12 @@ def batch_images_to_packing_input(
         pin_memory=staging.type == "cpu" and device.type == "cuda",
     )
     order = "t h w c ph pw" if layout is PatchLayout.CHANNEL_FIRST else "t h w ph pw c"
+    if stacked is not None:  # one size: one copy for all
+        cut = rearrange(stacked, f"t c (h ph) (w pw) -> {order}", ph=patch_size, pw=patch_size)
+        rows.view(cut.shape).copy_(cut, non_blocking=True)
+        images = []
     start = 0
-    for image, grid in zip(images, grids, strict=True):
+    for image, grid in zip(images, grids, strict=stacked is None):
         clip = image if image.dim() == 4 else image.unsqueeze(1)
         cut = rearrange(clip, f"c t (h ph) (w pw) -> {order}", ph=patch_size, pw=patch_size)
         rows.narrow(0, start, math.prod(grid)).view(cut.shape).copy_(cut, non_blocking=True)
@@ -223,8 +248,7 @@ def image_to_packing_input(
     return batch_images_to_packing_input([image], patch_size, layout, **options)
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # kept: must serve a later training step too
+@kept(8)
 def prefix_indices(lengths: tuple[int, ...], prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Host index tensors that put ``prefix`` shared tokens in front of every segment, and take them out again.
 

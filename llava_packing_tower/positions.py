@@ -6,15 +6,14 @@ buffer, so neither ``model.to(torch.bfloat16)`` nor a loader can damage them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
-from .packing import Grid, read_grid, to_device
+from .packing import Grid, kept, read_grid, to_device
 
 
-@functools.lru_cache(maxsize=1024)
+@kept(1024)
 def grid_positions(grid: Grid) -> torch.Tensor:
     """(frame, row, column) of every patch of one sample, int64 ``[t*h*w, 3]`` on the host. Do not modify: cached."""
     return torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, 3)
@@ -97,7 +96,7 @@ def batch_positions(grids: Sequence[Grid], patch_positions: torch.Tensor | None,
     return to_device(patch_positions, device).float()
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def frequency_ladder(count: int, base: float, step: float, device: torch.device) -> torch.Tensor:
     """float32 ``base ** (-step * k)`` for ``k = 0 .. count-1``. Do not modify: cached."""
     exponents = torch.arange(count, dtype=torch.float32) * -step
@@ -133,3 +132,18 @@ def rotary_3d(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[tor
     )
     angles = torch.cat([angles, angles], dim=1).unsqueeze(1)
     return angles.cos(), angles.sin()
+
+
+def rotary_3d_of_grids(
+    grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rotary_3d` at the default positions of the grids; the tables of small batches are kept for the next."""
+    make = _kept_rotary_3d if sum(t * h * w for t, h, w in grids) <= 8192 else _kept_rotary_3d.__wrapped__
+    return make(tuple(grids), head_dim, theta, device)
+
+
+@kept(8)
+def _kept_rotary_3d(
+    grids: tuple[Grid, ...], head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotary_3d(batch_positions(grids, None, device), head_dim, theta)

@@ -3,7 +3,8 @@ import logging
 import pytest
 import torch
 
-from llava_packing_tower.attention import AUTO_ORDER, BACKENDS, backend_module, resolve_backend, varlen_attention
+from llava_packing_tower import attention
+from llava_packing_tower.attention import BACKENDS, auto_order, backend_module, resolve_backend, varlen_attention
 from llava_packing_tower.packing import make_segments
 
 LENGTHS = (5, 1, 12, 5, 7)
@@ -91,7 +92,7 @@ def test_bad_arguments():
         varlen_attention(q, k, v, segments.cu_seqlens, torch.tensor(12))
     with pytest.raises(ValueError, match=r"\[N, heads, head_dim\]"):
         varlen_attention(q, k[:-1], v, segments.cu_seqlens, 12)
-    with pytest.raises(ValueError, match="unknown attention backend 'flash'.*flash_attention_2"):
+    with pytest.raises(ValueError, match=r"unknown attention backend 'flash'.*flash_attention_2"):
         varlen_attention(q, k, v, segments.cu_seqlens, 12, backend="flash")
 
 
@@ -110,11 +111,22 @@ def test_every_backend_of_the_table_loads():
     for name in BACKENDS:
         module = backend_module(name)
         assert callable(module.attend) and callable(module.why_not)
-    assert set(AUTO_ORDER) <= set(BACKENDS)
+    for lengths in ((), (1024,) * 4, (3000, 900)):
+        assert set(auto_order(lengths)) <= set(BACKENDS)
+
+
+def test_the_rule_of_auto():
+    """The measured crossovers: cuDNN for equal lengths, FA3 for long segments, FA2 for many short ones."""
+    assert auto_order((1024,) * 32)[:2] == ("cudnn", "flash_attention_3")
+    assert auto_order((4000, 300, 900))[0] == "flash_attention_3"
+    assert auto_order((256,) * 256)[:2] == ("cudnn", "flash_attention_2")
+    assert auto_order((100, 200, 300))[0] == auto_order(())[0] == "flash_attention_2"
+    assert resolve_backend("auto", "cpu", torch.bfloat16, 64, lengths=(1024, 1024)) == "sdpa"
 
 
 def test_auto_logs_its_choice_once(caplog):
-    resolve_backend.cache_clear()
+    for cached in (attention._choose, attention._log_choice):
+        cached.cache_clear()
     q, k, v = qkv()
     segments = make_segments(LENGTHS)
     with caplog.at_level(logging.INFO, logger="llava_packing_tower.attention"):

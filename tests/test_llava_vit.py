@@ -97,7 +97,7 @@ def test_hidden_states_and_tuple(golden):
     last, pooled, states = model(rows, grid, return_dict=False)
     assert_close(last, out.last_hidden_state, 0)
     assert pooled.shape == (4, 64) and states is None
-    assert [s.shape for s in model(rows, grid, feature_layers=(3, 1))] == [rows.shape[:1] + (64,)] * 2
+    assert [s.shape for s in model(rows, grid, feature_layers=(3, 1))] == [(*rows.shape[:1], 64)] * 2
     assert_close(model(rows, grid, feature_layers=(3, 1))[1], out.hidden_states[1], 0)
 
 
@@ -204,7 +204,7 @@ def test_gradient_checkpointing_changes_nothing():
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             inner = model.encoder._gradient_checkpointing_func
-            model.encoder._gradient_checkpointing_func = lambda *a, _f=inner, **k: calls.append(1) or _f(*a, **k)
+            model.encoder._gradient_checkpointing_func = lambda *a, _f=inner, _c=calls, **k: _c.append(1) or _f(*a, **k)
         model.zero_grad()
         model(rows, grid).last_hidden_state.square().mean().backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -352,3 +352,14 @@ def test_bad_configs(overrides, message):
 def test_unpatchify_is_the_inverse_on_the_golden_clip(golden_case):
     case = golden_case("llava_vit", "video8")
     assert torch.equal(unpatchify(case["patches"], case["grid_thw"], 4)[0], case["pixels.0"])
+
+
+def test_training_after_inference():
+    """Nothing that inference mode made and kept is in the way of a later backward."""
+    model = small()
+    rows, grid = batch_images_to_packing_input(ragged(), 4)
+    with torch.inference_mode():
+        before = model(rows, grid).last_hidden_state.clone()
+    out = model(rows, grid)
+    (out.last_hidden_state.sum() + out.pooler_output.sum()).backward()
+    assert torch.equal(out.last_hidden_state, before) and model.patch_embed.proj.weight.grad is not None

@@ -1,5 +1,6 @@
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +75,7 @@ def test_tensor_and_list_of_the_same_images_agree(folder, features):
 def test_a_ragged_batch_is_one_pass(folder, features):
     tower = HEVCViTPackingVisionTower(folder, arguments())
     calls = []
-    tower.vision_tower.encoder.layers[0].register_forward_hook(lambda m, inputs, out: calls.append(out.shape[0]))
+    tower.vision_tower.encoder.layers[0].register_forward_hook(lambda m, inputs, out: calls.append(out[0].shape[0]))
     tower([features[f"image.{i}"] for i in range(3)])
     assert calls == [6 + 16 + 5]
 
@@ -208,7 +209,7 @@ def test_folder_without_weights_config_or_with_wrong_weights(folder, tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         HEVCViTPackingVisionTower(str(tmp_path), arguments())
     tensors = load_file(f"{folder}/model.safetensors")
-    config = json.loads((open(f"{folder}/config.json")).read())
+    config = json.loads(Path(folder, "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         HEVCViTPackingVisionTower(str(tmp_path), arguments())

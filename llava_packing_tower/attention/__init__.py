@@ -4,14 +4,16 @@ A backend is a module of this package with
 
 ``VARLEN``
     whether one kernel takes the packed batch (then ``torch.compile`` can see through it), or it goes by lengths;
+``EQUAL_LENGTHS_ONLY``
+    True if all segments must have one length (optional);
 ``missing_package``
     None, or what to install (optional);
-``why_not(device, dtype, head_dim) -> str | None``
+``why_not(device, dtype, head_dim, needs_grad) -> str | None``
     None if it can run such tensors here, else the reason in words (cheap, no device work);
 ``attend(q, k, v, segments, scale) -> Tensor``
     the attention itself.
 
-Adding one: write the module, add its line to :data:`BACKENDS` and, if ``auto`` may choose it, to :data:`AUTO_ORDER`.
+Adding one: write the module, add its line to :data:`BACKENDS` and, if ``auto`` may choose it, to :func:`auto_order`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -30,12 +33,32 @@ logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, str] = {
     "flash_attention_2": "flash_attention_2",
+    "flash_attention_3": "flash_attention_3",
     "torch_varlen": "torch_varlen",
+    "cudnn": "cudnn",
     "sdpa": "sdpa",
     "eager": "eager",
 }
 _LOADED: dict[str, ModuleType] = {}
-AUTO_ORDER: tuple[str, ...] = ("flash_attention_2", "torch_varlen", "sdpa")
+
+CUDNN_FROM = 256
+FA3_FROM = 512
+
+
+def auto_order(lengths: Sequence[int]) -> tuple[str, ...]:
+    """The backends that ``auto`` tries for segments of these lengths, fastest first; the first that can run is taken.
+
+    Measured on an H100, bf16, head width 64, TFLOP/s of the forward (docs/performance.md has all figures): 32 segments
+    of 1024: cuDNN 393, FA3 292, FA2 244; 64 ragged images (mean 1787): FA3 487, FA2 295; 256 of 256: cuDNN 290, FA2
+    180, FA3 123. So cuDNN takes equal lengths (it builds a plan per shape, which ragged batches would do at every
+    step), FA3 takes batches of long segments, FA2 (or the same kernel inside torch) the rest.
+    """
+    order = ["flash_attention_2", "torch_varlen", "sdpa"]
+    if lengths and sum(lengths) >= FA3_FROM * len(lengths):
+        order.insert(0, "flash_attention_3")
+    if lengths and min(lengths) == max(lengths) >= CUDNN_FROM:
+        order.insert(0, "cudnn")
+    return tuple(order)
 
 
 def backend_module(name: str) -> ModuleType:
@@ -47,25 +70,51 @@ def backend_module(name: str) -> ModuleType:
     return _LOADED[name]
 
 
-@functools.cache
-def resolve_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Turn ``auto`` into the best backend that runs such tensors here; check any other name. Logs each choice once.
+def resolve_backend(
+    name: str,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    lengths: Sequence[int] = (),
+    needs_grad: bool = False,
+) -> str:
+    """Turn ``auto`` into the best backend for such tensors here; check any other name. Logs each new choice once.
 
     Raises ``ImportError`` (with the install command) for a backend whose package is missing and ``ValueError`` for one
-    that cannot take the device, dtype or head width.
+    that cannot take the device, dtype, head width, lengths, or that has no backward where one is needed.
     """
-    device = torch.device(device_type)
-    if name != "auto":
-        module = backend_module(name)
-        if missing := getattr(module, "missing_package", None):
-            raise ImportError(missing)
-        if reason := module.why_not(device, dtype, head_dim):
-            raise ValueError(f"attention backend {name!r} cannot run {dtype} heads of {head_dim} on {device}: {reason}")
-        chosen = name
-    else:
-        chosen = next(n for n in AUTO_ORDER if backend_module(n).why_not(device, dtype, head_dim) is None)
-    logger.info("attention backend: %s (asked: %s; %s, %s, head width %d)", chosen, name, device, dtype, head_dim)
+    candidates = auto_order(lengths) if name == "auto" else (name,)
+    chosen = _choose(candidates, name, device_type, dtype, head_dim, needs_grad)
+    if name != "auto" and getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False) and len(set(lengths)) > 1:
+        raise ValueError(
+            f"attention backend {name!r} needs segments of one length, got {min(lengths)} to {max(lengths)}"
+        )
     return chosen
+
+
+@functools.cache
+def _choose(
+    candidates: tuple[str, ...], asked: str, device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool
+) -> str:
+    device = torch.device(device_type)
+    reasons = {}
+    for name in candidates:
+        module = backend_module(name)
+        if asked != "auto" and (missing := getattr(module, "missing_package", None)):
+            raise ImportError(missing)
+        reasons[name] = module.why_not(device, dtype, head_dim, needs_grad)
+        if reasons[name] is None:
+            _log_choice(name, asked, device_type, dtype, head_dim)
+            return name
+    raise ValueError(
+        f"attention backend {asked!r} cannot run {dtype} heads of {head_dim} on {device}: {list(reasons.values())[-1]}"
+    )
+
+
+@functools.cache
+def _log_choice(name: str, asked: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
+    logger.info("attention backend: %s (asked: %s; %s, %s, head width %d)", name, asked, device_type, dtype, head_dim)
 
 
 def varlen_attention(
@@ -120,5 +169,8 @@ def attend(
     """:func:`varlen_attention` for metadata that exists already (the encoder's own entry)."""
     head_dim = q.shape[-1]
     if not torch.compiler.is_compiling():
-        backend = resolve_backend(backend, q.device.type, q.dtype, head_dim)
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        backend = resolve_backend(
+            backend, q.device.type, q.dtype, head_dim, lengths=segments.lengths, needs_grad=needs_grad
+        )
     return _LOADED[backend].attend(q, k, v, segments, 1.0 / math.sqrt(head_dim) if scale is None else scale)

@@ -19,7 +19,7 @@ except (ImportError, OSError) as error:  # a broken build must not take the othe
     )
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if dtype not in (torch.float16, torch.bfloat16):

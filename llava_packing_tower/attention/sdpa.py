@@ -10,7 +10,7 @@ from ..packing import PackedSegments
 VARLEN = False
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     return None if dtype.is_floating_point else "needs floating-point tensors"
 
 

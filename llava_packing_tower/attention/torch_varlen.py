@@ -20,7 +20,7 @@ except ImportError:
     missing_package = f"attention backend 'torch_varlen' needs torch 2.10 or newer, this is {torch.__version__}"
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if dtype not in (torch.float16, torch.bfloat16):

@@ -20,7 +20,7 @@ from ..layers import MLP, BlockConfig, PatchEmbed, RMSNorm, Rotary, make_norm
 from ..loading import WeightPlan
 from ..modeling import PackedVisionModel
 from ..packing import Grid, PackedSegments, PatchLayout, to_device
-from ..positions import batch_positions, rotary_3d
+from ..positions import batch_positions, rotary_3d, rotary_3d_of_grids
 from .llava_vit_keys import SOURCE_TYPE, plan_packing
 
 
@@ -161,8 +161,11 @@ class LlavaViTPackingModel(PackedVisionModel):
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
-        positions = batch_positions(grids, patch_positions, tokens.device)
-        rotary = rotary_3d(positions, self.encoder.head_dim, self.config.rope_theta)
+        head_dim, theta = self.encoder.head_dim, self.config.rope_theta
+        if patch_positions is None:
+            rotary = rotary_3d_of_grids(grids, head_dim, theta, tokens.device)
+        else:
+            rotary = rotary_3d(batch_positions(grids, patch_positions, tokens.device), head_dim, theta)
         return self.layernorm_pre(tokens), self.segments_of(grids, tokens.device), rotary, None
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:

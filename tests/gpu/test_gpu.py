@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
-from llava_packing_tower.attention import BACKENDS, backend_module, varlen_attention
+from llava_packing_tower.attention import BACKENDS, backend_module, resolve_backend, varlen_attention
 from llava_packing_tower.packing import batch_images_to_packing_input, make_segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -23,25 +23,27 @@ def test_backends_by_the_twice_the_error_rule(backend, dim):
     """Forward and gradients in bf16 against float32, error at most twice the bf16 reference's own."""
     if reason := usable(backend, torch.bfloat16, dim):
         pytest.skip(f"{backend}: {reason}")
-    segments = make_segments(LENGTHS, "cuda")
-    q, k, v, weight = (torch.randn(sum(LENGTHS), 4, dim, device="cuda").bfloat16() for _ in range(4))
+    lengths = (256,) * 5 if backend == "cudnn" else LENGTHS
+    needs_grad = backend_module(backend).why_not(torch.device("cuda"), torch.bfloat16, dim, True) is None
+    segments = make_segments(lengths, "cuda")
+    q, k, v, weight = (torch.randn(sum(lengths), 4, dim, device="cuda").bfloat16() for _ in range(4))
 
     def run(name, dtype):
-        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        inputs = [x.detach().to(dtype).requires_grad_(needs_grad) for x in (q, k, v)]
         out = varlen_attention(*inputs, segments.cu_seqlens, segments.max_seqlen, backend=name)
-        return [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), inputs)]
+        return [out, *(torch.autograd.grad((out * weight.to(dtype)).sum(), inputs) if needs_grad else ())]
 
-    exact, low = run("eager", torch.float32), run_low(q, k, v, weight)
+    exact, low = run("eager", torch.float32), run_low(q, k, v, weight, lengths)
     for what, got, reference, want in zip(("out", "dq", "dk", "dv"), run(backend, torch.bfloat16), low, exact):
         error = (got.float() - want).abs().max().item()
         own = (reference.float() - want).abs().max().item()
         assert error <= 2 * own, (backend, dim, what, error, own)
 
 
-def run_low(q, k, v, weight):
+def run_low(q, k, v, weight, lengths):
     """Plain bf16 attention, every operation rounded to bf16: the reference's own low-precision error."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    parts = [x.split(list(LENGTHS)) for x in inputs]
+    parts = [x.split(list(lengths)) for x in inputs]
     outputs = []
     for a, b, c in zip(*parts):
         scores = torch.einsum("ihd,jhd->hij", a, b) * q.shape[-1] ** -0.5
@@ -88,9 +90,9 @@ def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks
 
 
 @pytest.mark.parametrize("compile_blocks", [False, True])
-@pytest.mark.parametrize("backend", ["flash_attention_2", "torch_varlen", "sdpa"])
+@pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "torch_varlen", "sdpa", "auto"])
 def test_tower_error_at_most_twice_the_references(tmp_path, backend, compile_blocks):
-    if reason := usable(backend, torch.bfloat16, 64):
+    if backend != "auto" and (reason := usable(backend, torch.bfloat16, 64)):
         pytest.skip(f"{backend}: {reason}")
     vision = tower(tmp_path)
     model = vision.vision_tower
@@ -119,9 +121,101 @@ def test_host_images_cross_in_one_copy(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_auto_takes_a_varlen_kernel():
-    from llava_packing_tower.attention import resolve_backend
-
+def test_auto_takes_a_kernel():
     chosen = resolve_backend("auto", "cuda", torch.bfloat16, 64)
     assert chosen != "sdpa" or usable("torch_varlen", torch.bfloat16, 64)
     assert resolve_backend("auto", "cuda", torch.float32, 64) == "sdpa"
+    if not usable("cudnn", torch.bfloat16, 64):
+        assert resolve_backend("auto", "cuda", torch.bfloat16, 64, lengths=(1024, 1024)) == "cudnn"
+        with pytest.raises(ValueError, match="needs segments of one length, got 5 to 9"):
+            resolve_backend("cudnn", "cuda", torch.bfloat16, 64, lengths=(5, 9))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_compiled_training_by_the_twice_the_error_rule(tmp_path, ragged, checkpointing):
+    """Parameter gradients of the compiled bf16 tower against float32."""
+    vision = tower(tmp_path)
+    vision.requires_grad_(True)
+    model = vision.vision_tower
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    images = photos() if ragged else list(torch.randn(4, 3, 224, 448, device="cuda").bfloat16())
+    weight = torch.randn(sum(x.shape[1] * x.shape[2] // 196 for x in images), 256, device="cuda").bfloat16()
+
+    def run(backend, dtype, compiled, checkpointing=False):
+        model.to(dtype).load_state_dict(state)
+        model.set_attention_backend(backend)
+        model.encoder.compile_blocks, model.encoder.gradient_checkpointing = compiled, checkpointing
+        model.train().zero_grad(set_to_none=True)
+        (torch.cat(vision([x.to(dtype) for x in images])) * weight.to(dtype)).sum().backward()
+        return {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    exact, low = run("eager", torch.float32, False), run("eager", torch.bfloat16, False)
+    got = run("auto", torch.bfloat16, True, checkpointing)
+    assert got.keys() == exact.keys()
+    for name, want in exact.items():
+        assert (got[name] - want).norm() <= 2 * (low[name] - want).norm() + 1e-6 * want.norm(), name
+
+
+def test_graphs_give_the_same_features(tmp_path):
+    """Small batches replay CUDA graphs by token bucket: other sizes, other counts, moved weights, inference mode."""
+    from llava_packing_tower import graphs
+
+    vision = tower(tmp_path)
+    encoder = vision.vision_tower.encoder
+    batches = [
+        [torch.randn(3, h * 14, w * 14, device="cuda").bfloat16() for h, w in sizes]
+        for sizes in (((32, 32),), ((16, 16),), ((15, 17),), ((5, 9), (20, 3)), ((4, 11), (7, 13)), ((60, 64),))
+    ]
+
+    def features(batch, graphed):
+        encoder.compile_blocks = graphed
+        with torch.inference_mode():
+            return torch.cat(vision(batch)).float()
+
+    for _ in range(2):
+        for batch in batches:
+            eager, replayed = features(batch, False), features(batch, True)
+            assert (eager - replayed).abs().max() <= 0.02 * eager.abs().max()
+            assert torch.equal(replayed, features(batch, True))
+    assert 4 <= len(graphs._graphs[encoder]) <= len(batches)  # two of one bucket and count share a graph
+    before = features(batches[0], True)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.5)  # in place: the graph sees it
+    changed = features(batches[0], True)
+    assert not torch.allclose(before, changed)
+    vision.to("cpu").to("cuda")  # other memory: the graph must not be used
+    torch.randn(1 << 24, device="cuda")
+    assert (features(batches[0], True) - changed).abs().max() <= 0.02 * changed.abs().max()
+    vision.requires_grad_(True)
+    encoder.compile_blocks = True
+    torch.cat(vision(batches[3])).float().sum().backward()  # what inference kept serves training
+    assert encoder.layers[0].mlp.fc1.weight.grad is not None
+
+
+def test_ragged_batches_do_not_recompile(tmp_path):
+    """200 random batches after the first few: no new graph."""
+    import random
+
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    vision = tower(tmp_path, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1)
+    draw = random.Random(0)
+
+    def batch():
+        sizes = [(draw.randint(1, 40), draw.randint(1, 40)) for _ in range(draw.randint(1, 24))]
+        return [torch.randn(3, h * 14, w * 14, device="cuda").bfloat16() for h, w in sizes]
+
+    for train in (False, True):
+        vision.requires_grad_(train)
+        for step in range(210):
+            if step == 10:
+                known = counters["stats"]["unique_graphs"]
+            with torch.set_grad_enabled(train):
+                vision(batch())
+        assert counters["stats"]["unique_graphs"] == known, train
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 8

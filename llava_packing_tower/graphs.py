@@ -1,0 +1,127 @@
+"""CUDA graphs for small batches, where launching kernels takes longer than running them.
+
+A graph is captured per bucket of the token count: the batch is padded up to the bucket with a segment of its own, so no
+image sees the padding. Inference only (no gradient is recorded).
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .layers import Rotary
+from .packing import PackedSegments
+
+GRAPHS_ENV = "LLAVA_PACKING_CUDA_GRAPHS"
+MAX_TOKENS = 4096
+BUCKET = 256
+MAX_GRAPHS = 16
+
+States = dict[int, torch.Tensor]
+Run = Callable[[torch.Tensor, PackedSegments, "Rotary | None", Sequence[int], str], States]
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    tokens: torch.Tensor
+    rotary: Rotary | None
+    cu_seqlens: torch.Tensor
+    states: States
+    sources: tuple = (None, None)  # the rotary table and the segments that were copied in last
+
+
+_graphs: weakref.WeakKeyDictionary[nn.Module, OrderedDict] = weakref.WeakKeyDictionary()
+_pools: dict[torch.device, tuple] = {}
+
+
+def graphs_wanted(device: torch.device, num_tokens: int, grad: bool) -> bool:
+    """Whether a batch is small enough, on CUDA, without gradients, and graphs are not switched off."""
+    if device.type != "cuda" or grad or num_tokens > MAX_TOKENS or os.environ.get(GRAPHS_ENV) == "0":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def weight_addresses(module: nn.Module) -> int:
+    """A hash of where the weights lie: a graph must not outlive the memory that it reads."""
+    addresses, modules = [], [module]
+    while modules:
+        found = modules.pop()
+        addresses += [p.data_ptr() for p in found._parameters.values() if p is not None]
+        modules += found._modules.values()
+    return hash(tuple(addresses))
+
+
+def run_graphed(
+    module: nn.Module,
+    run: Run,
+    hidden_states: torch.Tensor,
+    segments: PackedSegments,
+    rotary: Rotary | None,
+    keep: Sequence[int],
+    backend: str,
+) -> States:
+    """``run(hidden_states, segments, rotary, keep, backend)`` by replaying a graph, captured when first needed."""
+    tokens, device = hidden_states.shape[0], hidden_states.device
+    bucket = -(-tokens // BUCKET) * BUCKET
+    count = len(segments.lengths) + (bucket > tokens)
+    longest = -(-max(segments.max_seqlen, bucket - tokens) // BUCKET) * BUCKET
+    weights = weight_addresses(module)
+    key = (bucket, count, longest, tuple(keep), backend, hidden_states.dtype, device, rotary is None, weights)
+    cache = _graphs.setdefault(module, OrderedDict())
+    if key not in cache:
+        for stale in [k for k in cache if k[-1] != weights]:
+            del cache[stale]
+        cache[key] = _capture(run, hidden_states, rotary, bucket, count, longest, keep, backend)
+        if len(cache) > MAX_GRAPHS:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    captured = cache[key]
+    captured.tokens[:tokens].copy_(hidden_states)
+    if rotary is not None and captured.sources[0] is not rotary:
+        for static, source in zip(captured.rotary, rotary, strict=True):
+            static[:tokens].copy_(source)
+    if captured.sources[1] is not segments:
+        captured.cu_seqlens[: len(segments.lengths) + 1].copy_(segments.cu_seqlens)
+    captured.sources = (rotary, segments)
+    captured.graph.replay()
+    return {index: state[:tokens].clone() for index, state in captured.states.items()}
+
+
+def _capture(
+    run: Run,
+    hidden_states: torch.Tensor,
+    rotary: Rotary | None,
+    bucket: int,
+    count: int,
+    longest: int,
+    keep: Sequence[int],
+    backend: str,
+) -> _Captured:
+    device = hidden_states.device
+    with torch.inference_mode(False), torch.no_grad():
+        tokens = torch.zeros(bucket, hidden_states.shape[1], dtype=hidden_states.dtype, device=device)
+        static_rotary = None
+        if rotary is not None:
+            static_rotary = tuple(torch.zeros(bucket, *x.shape[1:], dtype=x.dtype, device=device) for x in rotary)
+        # Any valid division will do while capturing; the last border, behind the padding, never changes.
+        borders = [bucket * i // count for i in range(count)] + [bucket]
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
+        # No lengths: only kernels that read cu_seqlens on the device can be replayed for other segments.
+        static = PackedSegments(cu_seqlens, longest, ())
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            run(tokens, static, static_rotary, keep, backend)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = _pools.setdefault(device, torch.cuda.graph_pool_handle())
+        with torch.cuda.graph(graph, pool=pool):
+            states = run(tokens, static, static_rotary, keep, backend)
+    return _Captured(graph, tokens, static_rotary, cu_seqlens, states)
