@@ -13,8 +13,9 @@ SHELL := /bin/bash
 VENV := .venv
 STAMPS := $(VENV)/.stamps
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-HOST := $(STAMPS)/host $(if $(LLAVA_NEXT_DIR),$(STAMPS)/next)
+# The requirements files name everything, dependencies included: nothing is left for pip to choose.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+HOST := $(if $(LLAVA_NEXT_DIR),$(STAMPS)/next) $(STAMPS)/host
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -63,10 +64,10 @@ $(STAMPS)/deepspeed: requirements/deepspeed.txt $(STAMPS)/base
 
 $(STAMPS)/host: requirements/host.txt $(STAMPS)/deepspeed
 	@echo "[.venv] LLaVA"
-	@$(PIP) --no-deps -r requirements/host.txt
+	@$(PIP) -r requirements/host.txt
 	@touch $@
 
-$(STAMPS)/next: requirements/next.txt $(STAMPS)/host
+$(STAMPS)/next: requirements/next.txt $(STAMPS)/base
 	@echo "[.venv] what LLaVA-NeXT imports"
 	@$(PIP) -r requirements/next.txt
 	@touch $@
@@ -83,5 +84,5 @@ $(STAMPS)/dev: requirements/dev.txt $(STAMPS)/base
 
 $(STAMPS)/project: setup.cfg pyproject.toml $(STAMPS)/base
 	@echo "[.venv] llava_packing_tower"
-	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(PIP) --no-build-isolation --editable .
 	@touch $@
