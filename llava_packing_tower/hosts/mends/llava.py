@@ -136,3 +136,22 @@ def tower_fp32(train: ModuleType, patches: Patches) -> None:
         tower.to = to
 
     patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="a learning rate of its own for a part that is frozen gives the optimizer an empty parameter group; "
+    "DeepSpeed drops it, and the learning-rate scheduler then misses it",
+    defect=lambda trainer: "optimizer_grouped_parameters" in _source(trainer.LLaVATrainer.create_optimizer),
+)
+def empty_groups(trainer: ModuleType, patches: Patches) -> None:
+    create = trainer.LLaVATrainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(self):
+        optimizer = create(self)
+        # In place: the optimizer has no state yet, and whoever holds it sees the same list.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    patches.set(trainer.LLaVATrainer, "create_optimizer", create_optimizer)
