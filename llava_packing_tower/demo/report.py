@@ -43,14 +43,14 @@ class Row:
         return same_answer(self.after, self.expected)
 
     def cells(self) -> list[str]:
-        """The table's columns as text; what a model wrote is shortened to one short line."""
+        """The table's columns as text for 80 characters; what a model wrote is cut to one short line."""
         return [
             Path(self.photo).stem,
             f"{self.width} x {self.height}",
-            f"{self.patches} ({self.grid[0]} x {self.grid[1]})",
+            f"{self.grid[0]} x {self.grid[1]} = {self.patches}",
             self.expected,
-            shorten(self.before),
-            shorten(self.after),
+            shorten(self.before, 10),
+            shorten(self.after, 12),
         ]
 
 
@@ -62,7 +62,7 @@ def same_answer(answer: str, expected: str) -> bool:
     return answer.strip().removesuffix(".").lower() == expected.lower()
 
 
-def shorten(text: str, width: int = 16) -> str:
+def shorten(text: str, width: int) -> str:
     """One printable line of at most `width` characters; an untrained model writes anything."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= width else line[: width - 3] + "..."
@@ -115,7 +115,7 @@ def check_engine(engine: Engine | None, wanted: Engine) -> Check:
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="What the model says about each photo, before and after", box=box.SIMPLE_HEAD)
+    table = Table(title="What the model says about each photo, before and after", box=box.SIMPLE_HEAD, padding=0)
     for column in COLUMNS:
         table.add_column(column, no_wrap=True)
     for row in rows:
