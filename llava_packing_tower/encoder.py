@@ -26,12 +26,6 @@ def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     return hidden_states.dtype
 
 
-def reads_borders(backend: str) -> bool:
-    """Whether a backend takes any segments that ``cu_seqlens`` on the device describes (a graph needs that)."""
-    module = backend_module(backend)
-    return module.VARLEN and not getattr(module, "EQUAL_LENGTHS_ONLY", False)
-
-
 class PackedEncoder(nn.Module):
     """``num_layers`` blocks.
 
@@ -44,10 +38,16 @@ class PackedEncoder(nn.Module):
         self.head_dim = config.head_dim
         self.attention_backend = "auto"
         self.compile_blocks: bool | None = None
+        self.config = config
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(num_layers))
         # The two names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    @property
+    def trained(self) -> bool:
+        """Whether any weight is trained."""
+        return any(p.requires_grad for p in self.parameters())
 
     def forward(
         self,
@@ -68,21 +68,20 @@ class PackedEncoder(nn.Module):
             ``{index: [N, hidden]}`` for each index of ``keep``. Blocks above the highest index are not run.
         """
         keep, device = tuple(keep), hidden_states.device
-        trained = hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())
-        grad = torch.is_grad_enabled() and trained
+        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or self.trained)
         compiled = compile_wanted(self.compile_blocks, device) and not has_hooks(self)
-        graphed = compiled and graphs_wanted(device, hidden_states.shape[0], grad)
         backend = resolve_backend(
             self.attention_backend,
             device.type,
             compute_dtype(hidden_states),
             self.head_dim,
-            lengths=() if graphed else segments.lengths,
+            lengths=segments.lengths,
             needs_grad=grad,
         )
-        if graphed and reads_borders(backend):
+        compiled = compiled and backend_module(backend).VARLEN
+        if compiled and graphs_wanted(device, hidden_states.shape[0], grad):
             return run_graphed(self, self.run, hidden_states, segments, rotary, keep, backend)
-        return self.run(hidden_states, segments, rotary, keep, backend, compiled and backend_module(backend).VARLEN)
+        return self.run(hidden_states, segments, rotary, keep, backend, compiled)
 
     def run(
         self,
@@ -98,7 +97,7 @@ class PackedEncoder(nn.Module):
         # Compiled code sees the same kind of arguments in the first block as in the others.
         pending = torch.zeros_like(hidden_states) if compiled else None
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
-            run = functools.partial(call_compiled, layer) if compiled else layer.__call__
+            run = functools.partial(call_compiled, self.config, layer) if compiled else layer.__call__
             if self.gradient_checkpointing and self.training:
                 run = functools.partial(self._gradient_checkpointing_func, run)
             hidden_states, pending = run(hidden_states, pending, segments, rotary, backend)

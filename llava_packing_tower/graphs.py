@@ -1,7 +1,8 @@
 """CUDA graphs for small batches, where launching kernels takes longer than running them.
 
 A graph is captured per bucket of the token count: the batch is padded up to the bucket with a segment of its own, so no
-image sees the padding. Inference only (no gradient is recorded).
+image sees the padding. (Batches for a backend of equal lengths are captured as they are.)
+Inference only: no gradient is recorded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .attention import backend_module
 from .layers import Rotary
 from .packing import PackedSegments
 
@@ -38,7 +40,7 @@ class _Captured:
 
 
 _graphs: weakref.WeakKeyDictionary[nn.Module, OrderedDict] = weakref.WeakKeyDictionary()
-_pools: dict[torch.device, tuple] = {}
+_pools: dict[torch.device, tuple] = {}  # device -> pool, and the graph that keeps it alive
 
 
 def graphs_wanted(device: torch.device, num_tokens: int, grad: bool) -> bool:
@@ -69,9 +71,12 @@ def run_graphed(
 ) -> States:
     """``run(hidden_states, segments, rotary, keep, backend)`` by replaying a graph, captured when first needed."""
     tokens, device = hidden_states.shape[0], hidden_states.device
-    bucket = -(-tokens // BUCKET) * BUCKET
-    count = len(segments.lengths) + (bucket > tokens)
-    longest = -(-max(segments.max_seqlen, bucket - tokens) // BUCKET) * BUCKET
+    if getattr(backend_module(backend), "EQUAL_LENGTHS_ONLY", False):
+        bucket, count, longest = tokens, len(segments.lengths), segments.max_seqlen
+    else:
+        bucket = -(-tokens // BUCKET) * BUCKET
+        count = len(segments.lengths) + (bucket > tokens)
+        longest = -(-max(segments.max_seqlen, bucket - tokens) // BUCKET) * BUCKET
     weights = weight_addresses(module)
     key = (bucket, count, longest, tuple(keep), backend, hidden_states.dtype, device, rotary is None, weights)
     cache = _graphs.setdefault(module, OrderedDict())
@@ -92,6 +97,16 @@ def run_graphed(
     captured.sources = (rotary, segments)
     captured.graph.replay()
     return {index: state[:tokens].clone() for index, state in captured.states.items()}
+
+
+def _pool(device: torch.device) -> tuple:
+    """The memory that all graphs of a device share: they never run at the same time, and results are copied out."""
+    if device not in _pools:
+        pool, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(keeper, pool=pool):
+            torch.zeros(1, device=device)
+        _pools[device] = (pool, keeper)
+    return _pools[device][0]
 
 
 def _capture(
@@ -121,7 +136,6 @@ def _capture(
             run(tokens, static, static_rotary, keep, backend)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        pool = _pools.setdefault(device, torch.cuda.graph_pool_handle())
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=_pool(device)):
             states = run(tokens, static, static_rotary, keep, backend)
     return _Captured(graph, tokens, static_rotary, cu_seqlens, states)

@@ -9,7 +9,6 @@ two up loads, runs and gives garbage.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -224,17 +223,21 @@ def batch_images_to_packing_input(
         device=staging,
         pin_memory=staging.type == "cpu" and device.type == "cuda",
     )
-    order = "t h w c ph pw" if layout is PatchLayout.CHANNEL_FIRST else "t h w ph pw c"
+    # Views only, then all copies in one call: with many images Python would keep a GPU waiting.
+    order = (1, 2, 4, 0, 3, 5) if layout is PatchLayout.CHANNEL_FIRST else (1, 2, 4, 3, 5, 0)
     if stacked is not None:  # one size: one copy for all
-        cut = rearrange(stacked, f"t c (h ph) (w pw) -> {order}", ph=patch_size, pw=patch_size)
-        rows.view(cut.shape).copy_(cut, non_blocking=True)
-        images = []
-    start = 0
-    for image, grid in zip(images, grids, strict=stacked is None):
-        clip = image if image.dim() == 4 else image.unsqueeze(1)
-        cut = rearrange(clip, f"c t (h ph) (w pw) -> {order}", ph=patch_size, pw=patch_size)
-        rows.narrow(0, start, math.prod(grid)).view(cut.shape).copy_(cut, non_blocking=True)
-        start += math.prod(grid)
+        clips, shapes = [stacked.transpose(0, 1)], [(len(grids), *grids[0][1:])]
+    else:
+        clips, shapes = [image if image.dim() == 4 else image.unsqueeze(1) for image in images], grids
+    cuts, targets, start = [], [], 0
+    for clip, (t, h, w) in zip(clips, shapes, strict=True):
+        cuts.append(clip.view(num_channels, t, h, patch_size, w, patch_size).permute(order))
+        targets.append(rows.narrow(0, start, t * h * w).view(cuts[-1].shape))
+        start += t * h * w
+    if any(cut.requires_grad for cut in cuts):
+        rows = torch.cat([cut.reshape(-1, rows.shape[1]) for cut in cuts]).to(dtype)
+    else:
+        torch._foreach_copy_(targets, cuts, non_blocking=True)
     return rows.to(device, non_blocking=True), torch.tensor(grids, dtype=torch.int64)
 
 

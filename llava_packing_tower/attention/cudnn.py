@@ -1,20 +1,20 @@
-"""cuDNN's fused attention through torch's SDPA, for batches whose segments all have one length."""
+"""cuDNN's fused attention, for batches whose segments all have one length.
+
+It goes in as an operator of its own: traced through, the reshape to ``[segments, length]`` with symbolic sizes takes
+the compiler about a minute.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..packing import PackedSegments
 
 VARLEN = True
 EQUAL_LENGTHS_ONLY = True
 
-try:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    missing_package = None
-except ImportError:
+missing_package = None
+if not hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention") or not hasattr(torch.library, "custom_op"):
     missing_package = f"attention backend 'cudnn' needs torch 2.5 or newer, this is {torch.__version__}"
 
 
@@ -31,8 +31,67 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
-    heads, head_dim = q.shape[1:]
-    q, k, v = (x.unflatten(0, (-1, segments.max_seqlen)).transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).reshape(-1, heads, head_dim)
+    return _attention(q, k, v, segments.max_seqlen, scale)[0]
+
+
+def _batched(x: torch.Tensor, length: int) -> torch.Tensor:
+    """``[N, heads, head_dim]`` to ``[segments, heads, length, head_dim]``."""
+    return x.unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+if missing_package is None:
+
+    @torch.library.custom_op("llava_packing::cudnn_attention", mutates_args=(), device_types="cuda")
+    def _attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, log-sum-exp, and the random state that the backward wants (unused: there is no dropout)."""
+        out, logsumexp, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *(_batched(x, length) for x in (q, k, v)), None, True, 0.0, False, False, scale=scale
+        )
+        return _packed(out).contiguous(), logsumexp.clone(), seed.clone(), offset.clone()
+
+    @_attention.register_fake
+    def _(q, k, v, length, scale):
+        tokens, heads, _ = q.shape
+        logsumexp = q.new_empty(tokens // length, heads, length, 1, dtype=torch.float32)
+        state = q.new_empty((), dtype=torch.int64)
+        return q.new_empty(q.shape), logsumexp, state, torch.empty_like(state)
+
+    @torch.library.custom_op("llava_packing::cudnn_attention_backward", mutates_args=(), device_types="cuda")
+    def _attention_backward(
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        logsumexp: torch.Tensor,
+        seed: torch.Tensor,
+        offset: torch.Tensor,
+        length: int,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *(_batched(x, length) for x in (grad, q, k, v, out)),
+            *(logsumexp, seed, offset, torch.empty(0, device=q.device), None, None, length, length, 0.0, False),
+            scale=scale,
+        )
+        return tuple(_packed(x).contiguous() for x in grads)
+
+    @_attention_backward.register_fake
+    def _(grad, q, k, v, out, logsumexp, seed, offset, length, scale):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def _setup(ctx, inputs, output) -> None:
+        q, k, v, ctx.length, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, *output)
+
+    def _backward(ctx, grad, *_unused):
+        grads = _attention_backward(grad, *ctx.saved_tensors, ctx.length, ctx.scale)
+        return (*grads, None, None)
+
+    _attention.register_autograd(_backward, setup_context=_setup)
