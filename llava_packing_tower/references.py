@@ -78,7 +78,13 @@ class Reference:
                 f"transformers' {cls.__name__} does not fully read {folder}: it would leave {len(missing)} tensors "
                 f"random, for example {missing[0]} (AIMv2 files with the remote-code names are such a case)"
             )
-        model = model.vision_model if whole else model
+        if whole:
+            part, vision = model.vision_model, getattr(transformers, names.vision)
+            if isinstance(part, vision):
+                model = part
+            else:  # transformers 4: the inner module alone does not collect hidden states
+                model = vision(part.config)
+                model.vision_model = part
         self.model: nn.Module = model.to(device).eval()
         self.model_type = model_type
         config = getattr(model, "config", None)
@@ -100,10 +106,9 @@ class Reference:
         cut = image.unfold(1, p, p).unfold(2, p, p)  # [C, h, w, p, p]
         h, w = cut.shape[1:3]
         rows = cut.permute(1, 2, 3, 4, 0).reshape(1, h * w, -1)
-        # Inside of a whole model transformers calls the mask attention_mask, in the vision model pixel_attention_mask.
         mask = torch.ones(1, h * w, dtype=torch.int64, device=parameter.device)
         shapes = torch.tensor([[h, w]], device=parameter.device)
-        return self.model(rows, mask, shapes, **options)
+        return self.model(rows, pixel_attention_mask=mask, spatial_shapes=shapes, **options)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """Final-normed patch tokens ``[h*w, hidden]`` of one image ``[C, H, W]``."""
