@@ -20,12 +20,19 @@ from pathlib import Path
 import yaml
 
 from .cli import UsageError
-from .hosts import find_host
+from .hosts import all_hosts, find_host
 from .hosts.arguments_table import PLUGIN_ARGUMENTS
 from .hosts.base import Argument, FoundHost, host_arguments
 
 ENTRY = "llava_packing_tower.train_entry"
 ALIASES = {"mm_vision_tower": "vision_tower"}
+# Names that transformers changed: either is taken, whichever of the two the installed version knows.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "eval_strategy": "evaluation_strategy",
+    "no_cuda": "use_cpu",
+    "use_cpu": "no_cuda",
+}
 REQUIRED = ("model_name_or_path", "vision_tower", "data_path", "output_dir")
 TRUE, FALSE = ("true", "yes", "1", "y", "t"), ("false", "no", "0", "n", "f")
 
@@ -135,10 +142,12 @@ def resolve(values: Mapping[str, object], known: Mapping[str, Argument], found: 
     """
     resolved: dict[str, object] = {}
     for key, value in values.items():
-        name = ALIASES.get(key, key)
-        if name not in known:
+        name = _known_name(key, known)
+        if name is None:
+            others = [host.title for host in all_hosts() if host != found.host and key in host.own_arguments]
+            hint = f" ({', '.join(others)} has it)" if others else ""
             raise UsageError(
-                f"unknown key {key!r}: {found.host.title} {found.version} has no such argument; "
+                f"unknown key {key!r}: {found.host.title} {found.version} has no such argument{hint}; "
                 f"the nearest is {nearest(key, known)!r}"
             )
         if name in resolved:
@@ -149,6 +158,16 @@ def resolve(values: Mapping[str, object], known: Mapping[str, Argument], found: 
         if name not in resolved:
             raise UsageError(f"{name} is missing")
     return resolved
+
+
+def _known_name(key: str, known: Mapping[str, Argument]) -> str | None:
+    """The name under which the installed versions know a key of the YAML."""
+    name = ALIASES.get(key, key)
+    if name in known:
+        return name
+    if name == "warmup_ratio" and "float" in known["warmup_steps"].annotation:
+        return "warmup_steps"  # transformers 5: below 1, it is the ratio
+    return RENAMED[name] if RENAMED.get(name) in known else None
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

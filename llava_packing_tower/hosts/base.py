@@ -18,7 +18,8 @@ class Host:
     package: str
     recognises: Callable[[Path], bool]
     install: str
-    trains: bool = True
+    own_arguments: tuple[str, ...] = ()
+    """Arguments of train.py that users know from this host and miss in others; for messages alone."""
 
 
 @dataclass(frozen=True)

@@ -17,4 +17,18 @@ HOST = Host(
     package="llava",
     recognises=recognises,
     install="git clone https://github.com/LLaVA-VL/LLaVA-NeXT and set LLAVA_NEXT_DIR to the clone",
+    own_arguments=(
+        "image_grid_pinpoints",
+        "image_crop_resolution",
+        "image_split_resolution",
+        "video_folder",
+        "video_fps",
+        "frames_upbound",
+        "mm_newline_position",
+        "mm_spatial_pool_stride",
+        "mm_spatial_pool_mode",
+        "mm_resampler_type",
+        "rope_scaling_factor",
+        "group_by_varlen",
+    ),
 )
