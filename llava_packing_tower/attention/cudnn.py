@@ -77,7 +77,7 @@ if missing_package is None:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_batched(x, length) for x in (grad, q, k, v, out)),
-            *(logsumexp, seed, offset, torch.empty(0, device=q.device), None, None, length, length, 0.0, False),
+            *(logsumexp, seed, offset, None, None, None, length, length, 0.0, False),
             scale=scale,
         )
         return tuple(_packed(x).contiguous() for x in grads)
