@@ -176,7 +176,6 @@ HOSTS = [
 
 SCRIPT = """
 import sys
-path, meta_path = list(sys.path), list(sys.meta_path)
 if {late}:
     import llava.model.llava_arch, llava.train.train, llava.model.builder
     def state():
@@ -193,6 +192,8 @@ if {late}:
             "forward": sys.modules["llava.model"].LlavaLlamaForCausalLM.__dict__["forward"],
         }}
     before = state()
+# Only now: libraries that the host imports put finders of their own there.
+path, meta_path = list(sys.path), list(sys.meta_path)
 import builder_patch
 builder_patch.apply()
 import importlib; importlib.reload(builder_patch)

@@ -1,0 +1,280 @@
+"""`llava-packing train`: the YAML is checked against the host's real arguments, and the right processes are started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_packing_tower import launch
+from llava_packing_tower.cli import UsageError, main
+from llava_packing_tower.hosts import find_host
+from llava_packing_tower.hosts.base import FoundHost, host_arguments
+from llava_packing_tower.hosts.llava_next import HOST as NEXT_HOST
+from llava_packing_tower.hosts.llava_v1 import HOST as V1_HOST
+
+REPOSITORY = Path(__file__).parent.parent
+NEXT = os.environ.get("LLAVA_NEXT_DIR")
+needs_next = [pytest.mark.next, pytest.mark.skipif(not NEXT, reason="LLAVA_NEXT_DIR is not set")]
+BOTH = [pytest.param("", id="llava_v1"), pytest.param(NEXT, id="llava_next", marks=needs_next)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A YAML that passes, and the files it names."""
+    for name in ("tower_packing", "llama", "images"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    content = {
+        "mm_vision_tower": f"packing:{tmp_path / 'tower_packing'}",
+        "model_name_or_path": str(tmp_path / "llama"),
+        "data_path": str(tmp_path / "data.json"),
+        "image_folder": str(tmp_path / "images"),
+        "output_dir": str(tmp_path / "out"),
+        "deepspeed": "zero.json",
+        "mm_vision_select_layer": -2,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",
+        "bf16": True,
+        "learning_rate": "1e-4",
+        "num_train_epochs": 3,
+        "report_to": None,
+    }
+
+    def write(**changes):
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump({k: v for k, v in {**content, **changes}.items() if v != "-"}))
+        return file
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    monkeypatch.setattr(launch, "_gpus", lambda: 0)
+
+
+def words_of(plan):
+    """The host's arguments in a command, as a mapping."""
+    words = plan.command[plan.command.index(launch.ENTRY) + 1 :]
+    return launch.read_overrides(words)
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_arguments_read_from_source_are_those_of_the_real_dataclasses():
+    """Names of every field, and which class of the three it belongs to, against the imported host."""
+    script = """
+import dataclasses, json
+import llava.train.train as train
+groups = {g: [f.name for f in dataclasses.fields(getattr(train, g))]
+          for g in ("ModelArguments", "DataArguments", "TrainingArguments")}
+print(json.dumps(groups))
+"""
+    environment = {**os.environ, "PYTHONPATH": NEXT or ""}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    real = json.loads(result.stdout.splitlines()[-1])
+    read = host_arguments(find_host())
+    for group, names in real.items():
+        assert {name for name, a in read.items() if a.group == group} == set(names), group
+    assert len(read) > 120 and read["mm_vision_select_layer"].annotation == "Optional[int]"
+
+
+def test_yaml_key_given_twice(tmp_path):
+    (tmp_path / "x.yaml").write_text("bf16: true\nfp16: false\nbf16: false\n")
+    with pytest.raises(UsageError, match="line 3: bf16 is given twice"):
+        launch.read_yaml(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "", "a: [1\n"])
+def test_yaml_that_is_no_mapping(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"x\.yaml"):
+        launch.read_yaml(tmp_path / "x.yaml")
+
+
+def test_overrides():
+    words = [
+        "--mm_vision_select_layer",
+        "-2",
+        "--learning_rate=1e-3",
+        "--bf16",
+        "--report_to",
+        "a",
+        "b",
+        "--version",
+        "plain",
+    ]
+    assert launch.read_overrides(words) == {
+        "mm_vision_select_layer": "-2",
+        "learning_rate": "1e-3",
+        "bf16": True,
+        "report_to": ["a", "b"],
+        "version": "plain",
+    }
+    with pytest.raises(UsageError, match="unexpected 'bf16'"):
+        launch.read_overrides(["bf16", "true"])
+
+
+# ---------------------------------------------------------------- what is checked
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("learnig_rate", "learning_rate"),
+        ("mm_tunable_part", "mm_tunable_parts"),
+        ("vison_tower", "vision_tower"),
+        ("mm_vision_towr", "mm_vision_tower"),
+        ("gradient_acumulation_steps", "gradient_accumulation_steps"),
+        ("image_foldr", "image_folder"),
+    ],
+)
+def test_unknown_key_names_the_nearest(files, key, nearest):
+    with pytest.raises(UsageError, match=f"unknown key '{key}'.*the nearest is '{nearest}'"):
+        launch.make_plan(files(**{key: 1}))
+    with pytest.raises(UsageError, match=f"the nearest is '{nearest}'"):
+        launch.make_plan(files(), [f"--{key}", "1"])
+
+
+def test_an_unknown_key_costs_no_import_of_torch(files):
+    script = (
+        "import sys\nfrom llava_packing_tower.cli import main\n"
+        f"status = main(['train', {str(files(learnig_rate=1))!r}])\n"
+        "print(status, [m for m in ('torch', 'transformers', 'llava', 'deepspeed') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.stdout.strip() == "2 []", result.stdout + result.stderr
+    assert "the nearest is 'learning_rate'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train_epochs": "many"}, "num_train_epochs: expected a number, got 'many'"),
+        ({"mm_vision_select_layer": -1.5}, "mm_vision_select_layer: expected a whole number, got -1.5"),
+        ({"bf16": "maybe"}, "bf16: expected true or false, got 'maybe'"),
+        ({"save_strategy": False}, "save_strategy: YAML reads yes, no"),
+        ({"vision_tower": "x"}, "is given twice"),
+        ({"data_path": "-"}, "data_path is missing"),
+        ({"data_path": "/no/such.json"}, "data_path: /no/such.json does not exist"),
+        ({"mm_vision_tower": "Packing:/no/tower"}, "vision_tower: folder /no/tower does not exist"),
+        ({"model_name_or_path": "./no/decoder"}, "model_name_or_path: folder ./no/decoder does not exist"),
+        ({"deepspeed": "zero9.json"}, "zero9.json is neither in the current folder nor in"),
+        ({"use_cpu": True}, "use_cpu silently switches DeepSpeed off"),
+    ],
+)
+def test_what_is_wrong_is_said(files, changes, message):
+    with pytest.raises(UsageError) as caught:
+        launch.make_plan(files(**changes))
+    assert message in str(caught.value)
+
+
+def test_use_cpu_is_fine_without_deepspeed(files):
+    assert launch.make_plan(files(use_cpu=True, deepspeed="-")).zero_stage is None
+
+
+def test_an_argument_of_another_host_says_so(files):
+    v1 = FoundHost(V1_HOST, Path("x"), "1.2.2")
+    with pytest.raises(UsageError, match=r"LLaVA 1\.2\.2 has no such argument \(LLaVA-NeXT has it\)"):
+        launch.resolve({"image_grid_pinpoints": "(1x1)"}, {"bf16": None}, v1)
+
+
+def test_names_that_transformers_changed(files):
+    """evaluation_strategy of 4.40 is eval_strategy since 4.46: the installed one is used for either."""
+    plans = [launch.make_plan(files(**{name: "no"})) for name in ("evaluation_strategy", "eval_strategy")]
+    assert words_of(plans[0]) == words_of(plans[1])
+    assert sum(name in words_of(plans[0]) for name in ("evaluation_strategy", "eval_strategy")) == 1
+
+
+@pytest.mark.parametrize("next_dir", BOTH)
+@pytest.mark.parametrize("name", ["demo", "llava_next_pretrain", "llava_next_finetune"])
+def test_configurations_of_the_repository(name, next_dir, monkeypatch):
+    monkeypatch.setenv("LLAVA_NEXT_DIR", next_dir)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not NEXT or Path(p) != Path(NEXT)])
+    found = find_host()
+    assert found.host == (NEXT_HOST if next_dir else V1_HOST)
+    file = REPOSITORY / "configs" / f"{name}.yaml"
+    values = launch.read_yaml(file)
+    if name == "llava_next_finetune" and not next_dir:
+        with pytest.raises(UsageError, match="LLaVA-NeXT has it"):
+            launch.resolve(values, launch.known_arguments(found), found)
+        return
+    resolved = launch.resolve(values, launch.known_arguments(found), found)
+    assert "packing" in resolved["vision_tower"] and "llava" in resolved["output_dir"]
+    config = json.loads((REPOSITORY / "configs" / Path(resolved["deepspeed"]).name).read_text())
+    assert launch.zero_stage(config) == (2 if name == "demo" else 3)
+
+
+# ---------------------------------------------------------------- what is started
+
+
+def test_cpu_plan(files, monkeypatch):
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    plan = launch.make_plan(
+        files(), ["--learning_rate", "3e-3", "--vision_tower", "packing:org/model"], num_processes=2
+    )
+    assert plan.command[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    assert "use_cpu" not in " ".join(plan.command)
+    assert plan.environment["LOCAL_SIZE"] == "2" and "OMP_NUM_THREADS" not in plan.environment
+    words = words_of(plan)
+    assert words["vision_tower"] == "packing:org/model" and "mm_vision_tower" not in words
+    assert float(words["learning_rate"]) == 3e-3 and words["mm_vision_select_layer"] == "-2"
+    assert words["bf16"] == "True" and "report_to" not in words
+    assert Path(words["deepspeed"]).is_absolute() and plan.zero_stage == 2
+    assert "DeepSpeed ZeRO-2, 2 processes on the CPU" in plan.describe()
+
+
+def test_gpu_plan(files, monkeypatch):
+    monkeypatch.setattr(launch, "_gpus", lambda: 4)
+    plan = launch.make_plan(files())
+    assert plan.command[2:3] == ["deepspeed.launcher.runner"] and "LOCAL_SIZE" not in plan.environment
+    assert plan.command[plan.command.index("--num_gpus") + 1] == "4"
+    assert launch.make_plan(files(), num_gpus=2).processes == 2
+    assert launch.make_plan(files(), num_processes=2).device == "cpu"
+    with pytest.raises(UsageError, match="this machine has 4"):
+        launch.make_plan(files(), num_gpus=8)
+    plan = launch.make_plan(files(), hostfile="hosts.txt", num_gpus=8)
+    assert plan.command[plan.command.index("--hostfile") + 1] == "hosts.txt"
+    with pytest.raises(UsageError, match="--num_processes is for runs on the CPU"):
+        launch.make_plan(files(), num_gpus=2, num_processes=2)
+    assert launch.make_plan(files(deepspeed="-")).command[2] == "torch.distributed.run"
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(files, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "run", lambda plan: pytest.fail("started"))
+    assert main(["train", str(files()), "--dry_run", "--num_processes", "2", "--max_steps", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert "engine: DeepSpeed ZeRO-2, 2 processes on the CPU" in shown and "--max_steps 5" in shown
+
+
+def test_exit_status_of_the_processes_is_passed_on(files, monkeypatch):
+    plan = launch.make_plan(files())
+    plan.command = [sys.executable, "-c", "import os, sys; sys.exit(7 if os.environ['LOCAL_SIZE'] == '1' else 0)"]
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    assert launch.run(plan) == 7
+
+
+@pytest.mark.parametrize("script", [*sorted((REPOSITORY / "train_scripts").glob("*.sh")), REPOSITORY / ".ci" / "run"])
+def test_shell_scripts(script):
+    assert "set -euo pipefail" in script.read_text()
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).returncode == 0
+
+
+def test_finetune_script_passes_everything_on(files, tmp_path):
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "llava-packing"
+    command.write_text('#!/usr/bin/env bash\nprintf "%s|" "$@"\nexit 3\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    script = [str(REPOSITORY / "train_scripts" / "finetune.sh")]
+    result = subprocess.run([*script, "a b.yaml", "--key", "v"], capture_output=True, text=True, env=environment)
+    assert (result.stdout, result.returncode) == ("train|a b.yaml|--key|v|", 3)
+    assert subprocess.run(script, capture_output=True, env=environment).returncode == 2
