@@ -1,0 +1,351 @@
+"""Mends: applied only where the defect is, logged once, switched off by name, taken back; and the engine check."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from llava_packing_tower import training
+from llava_packing_tower.hosts import mends, tuning
+from llava_packing_tower.hosts.imports import ImportHooks
+from llava_packing_tower.hosts.mends import llava as llava_mends
+from llava_packing_tower.hosts.patches import Patches
+
+
+def module_from(tmp_path, monkeypatch, name: str, text: str) -> ModuleType:
+    """A module with a source file, imported under ``name``."""
+    file = tmp_path / (name.replace(".", "/") + ".py")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mended(name: str, module: ModuleType) -> Patches | None:
+    """Apply one mend where its defect is detected; None where it is not."""
+    item = mends.load_all()[name]
+    if not item.defect(module):
+        return None
+    patches = Patches()
+    item.apply(module, patches)
+    return patches
+
+
+# ---------------------------------------------------------------- the machinery
+
+
+@pytest.fixture
+def one_mend(tmp_path, monkeypatch):
+    """A package ``sickhost`` with a defect in one of its modules, and one mend that knows it."""
+    (tmp_path / "sickhost").mkdir()
+    (tmp_path / "sickhost" / "__init__.py").write_text("")
+    (tmp_path / "sickhost" / "part.py").write_text("VALUE = 'sick'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(mends, "MENDS", {})
+    monkeypatch.setattr(mends, "MEND_MODULES", ())
+    monkeypatch.setattr(mends, "_applied", {})
+
+    @mends.mend(module="{package}.part", reason="it is sick", issue="a/b#1", defect=lambda part: part.VALUE == "sick")
+    def cure(part, patches):
+        patches.set(part, "VALUE", "well")
+
+    hooks, patches = ImportHooks(), Patches()
+    hooks.install()
+    yield SimpleNamespace(hooks=hooks, patches=patches, file=tmp_path / "sickhost" / "part.py")
+    hooks.remove()
+    for name in [m for m in sys.modules if m.split(".")[0] == "sickhost"]:
+        del sys.modules[name]
+
+
+def test_applied_once_logged_once_and_undone(one_mend, caplog):
+    caplog.set_level(logging.INFO, "llava_packing_tower")
+    mends.install("sickhost", one_mend.hooks, one_mend.patches)
+    assert mends.applied() == ()
+    part = importlib.import_module("sickhost.part")
+    assert part.VALUE == "well" and mends.applied() == ("cure",)
+    importlib.reload(part)
+    assert part.VALUE == "well"
+    assert [r.getMessage() for r in caplog.records] == ["mend cure: it is sick (a/b#1)"]
+    one_mend.hooks.remove()
+    one_mend.patches.undo()
+    assert part.VALUE == "sick" and mends.applied() == ()
+
+
+def test_a_module_that_is_imported_already_is_mended_at_once(one_mend):
+    part = importlib.import_module("sickhost.part")
+    mends.install("sickhost", one_mend.hooks, one_mend.patches)
+    assert part.VALUE == "well"
+
+
+def test_nothing_is_done_where_there_is_no_defect(one_mend, caplog):
+    caplog.set_level(logging.INFO, "llava_packing_tower")
+    one_mend.file.write_text("VALUE = 'healthy'")
+    mends.install("sickhost", one_mend.hooks, one_mend.patches)
+    assert importlib.import_module("sickhost.part").VALUE == "healthy"
+    assert mends.applied() == () and not caplog.records
+
+
+def test_switched_off_by_name(one_mend, monkeypatch):
+    monkeypatch.setenv(mends.DISABLE_ENV, " cure ,")
+    mends.install("sickhost", one_mend.hooks, one_mend.patches)
+    assert importlib.import_module("sickhost.part").VALUE == "sick" and mends.applied() == ()
+
+
+def test_a_name_that_no_mend_has_is_an_error(one_mend, monkeypatch):
+    monkeypatch.setenv(mends.DISABLE_ENV, "cur")
+    with pytest.raises(ValueError, match="'cur', which is no mend; the nearest is 'cure'"):
+        mends.install("sickhost", one_mend.hooks, one_mend.patches)
+
+
+def test_every_mend_says_what_and_why():
+    for name, item in mends.load_all().items():
+        assert name.isidentifier() and len(item.reason) > 30
+        assert item.issue is None or "#" in item.issue
+
+
+# ---------------------------------------------------------------- the single mends
+
+SAVE = """
+import torch
+def safe_save_model_for_hf_trainer(trainer, output_dir):
+    torch.cuda.synchronize()
+    return output_dir
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_sync(tmp_path, monkeypatch):
+    train = module_from(tmp_path, monkeypatch, "fake.train.train", SAVE)
+    synchronize = torch.cuda.synchronize
+    with pytest.raises((AssertionError, RuntimeError)):
+        train.safe_save_model_for_hf_trainer(None, "x")
+    patches = mended("cuda_sync", train)
+    assert train.safe_save_model_for_hf_trainer(None, "x") == "x"
+    assert torch.cuda.synchronize is synchronize  # for the time of the save only
+    patches.undo()
+    with pytest.raises((AssertionError, RuntimeError)):
+        train.safe_save_model_for_hf_trainer(None, "x")
+    healthy = module_from(tmp_path, monkeypatch, "fake.train.other", SAVE.replace("torch.cuda.synchronize()", "pass"))
+    assert mended("cuda_sync", healthy) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert mended("cuda_sync", train) is None
+
+
+MODEL = """
+from transformers import LlamaForCausalLM
+class Model(LlamaForCausalLM):
+    def forward(self, input_ids=None, images=None{more}):
+        return input_ids, images
+"""
+
+
+def test_fwd_kw(tmp_path, monkeypatch):
+    model = module_from(tmp_path, monkeypatch, "fake.model", MODEL.format(more=""))
+    signature = inspect.signature(model.Model.forward)
+    assert mended("fwd_kw", model) is not None
+    assert model.Model.forward(None, 1, images=2, cache_position=3) == (1, 2)
+    assert inspect.signature(model.Model.forward) == signature  # generate() and the Trainer look at it
+    for number, more in enumerate((", cache_position=None", ", **kwargs")):
+        assert (
+            mended("fwd_kw", module_from(tmp_path, monkeypatch, f"fake.model{number}", MODEL.format(more=more))) is None
+        )
+
+
+TRAINER = """
+class LLaVATrainer:
+    def _inner_training_loop(self):
+        return {loop}
+    def create_optimizer(self):
+        optimizer_grouped_parameters = self.groups
+        return self.optimizer(optimizer_grouped_parameters)
+"""
+
+
+def test_inner_loop(tmp_path, monkeypatch):
+    broken = module_from(
+        tmp_path, monkeypatch, "fake.train.llava_trainer", TRAINER.format(loop="DebugOption.UNDERFLOW")
+    )
+    patches = mended("inner_loop", broken)
+    assert "_inner_training_loop" not in vars(broken.LLaVATrainer)
+    patches.undo()
+    assert "_inner_training_loop" in vars(broken.LLaVATrainer)
+    sound = module_from(tmp_path, monkeypatch, "fake.train.other", TRAINER.format(loop="len([self])"))
+    assert mended("inner_loop", sound) is None
+    assert llava_mends._undefined_globals(broken.LLaVATrainer._inner_training_loop, broken) == {"DebugOption"}
+
+
+def test_empty_groups(tmp_path, monkeypatch):
+    module = module_from(tmp_path, monkeypatch, "fake.train.llava_trainer", TRAINER.format(loop="1"))
+    weight = nn.Parameter(torch.ones(2))
+    trainer = module.LLaVATrainer()
+    trainer.optimizer = torch.optim.AdamW
+    trainer.groups = [{"params": [weight], "lr": 1.0}, {"params": [], "lr": 2.0}]
+    assert mended("empty_groups", module) is not None
+    groups = trainer.create_optimizer().param_groups
+    assert [g["lr"] for g in groups] == [1.0] and groups[0]["params"][0] is weight
+
+
+TRAIN = """
+import torch
+def train(training_args, vision_tower):
+    vision_tower.to(dtype=torch.bfloat16 if training_args.bf16 else torch.float16, device="cpu")
+"""
+ARCH = """
+class LlavaMetaModel:
+    def initialize_vision_modules(self, model_args, fsdp=None):
+        self.tower = model_args.tower
+    def get_vision_tower(self):
+        return self.tower
+"""
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "expected"),
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.float16)],
+)
+def test_tower_fp32(tmp_path, monkeypatch, bf16, fp16, expected):
+    arch = module_from(tmp_path, monkeypatch, "fake.model.llava_arch", ARCH)
+    train = module_from(tmp_path, monkeypatch, "fake.train.train", TRAIN)
+    arguments = SimpleNamespace(bf16=bf16, fp16=fp16)
+    monkeypatch.setattr(llava_mends, "current_training_arguments", lambda: arguments)
+    assert mended("tower_fp32", train) is not None
+    tower, model = nn.Linear(2, 2), arch.LlavaMetaModel()
+    model.initialize_vision_modules(SimpleNamespace(tower=tower))
+    train.train(arguments, tower)
+    assert tower.weight.dtype is expected
+    assert tower.to(torch.float16).weight.dtype is torch.float16  # it was for that one call
+
+
+def test_ds_agsync_and_shm_op():
+    deepspeed = pytest.importorskip("deepspeed")
+    if torch.cuda.is_available():
+        assert mended("ds_agsync", deepspeed) is None and mended("ds_shm_op", deepspeed) is None
+        return
+    gather = deepspeed.comm.all_gather_into_tensor
+    for name in ("ds_agsync", "ds_shm_op"):
+        patches = mended(name, deepspeed)
+        if patches is None:
+            continue  # this DeepSpeed does not have the defect
+        if name == "ds_agsync":
+            waits = []
+            handle = SimpleNamespace(wait=lambda: waits.append(1))
+            wrapped = deepspeed.comm.all_gather_into_tensor
+            assert wrapped(_gather=lambda: handle) is handle and waits == [1]
+            assert wrapped(_gather=lambda: None) is None
+        patches.undo()
+    assert deepspeed.comm.all_gather_into_tensor is gather
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+class Parts(nn.Module):
+    def __init__(self, **config):
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+        for name in ("vision_tower", "mm_projector", "vision_resampler", "layers", "lora_layers"):
+            setattr(self, name, nn.Linear(2, 1, bias=False))
+            getattr(self, name).weight.requires_grad_(name == "layers")
+
+
+@pytest.mark.parametrize(
+    ("config", "lora", "trained"),
+    [
+        ({"mm_tunable_parts": "mm_vision_tower, mm_mlp_adapter"}, False, {"vision_tower", "mm_projector"}),
+        ({"mm_tunable_parts": "mm_language_model"}, False, {"layers", "lora_layers"}),
+        ({"mm_tunable_parts": "mm_vision_tower,mm_language_model"}, True, {"vision_tower", "lora_layers"}),
+        ({"mm_tunable_parts": None, "unfreeze_mm_vision_tower": True}, False, {"layers", "vision_tower"}),
+        ({"mm_tunable_parts": None}, False, {"layers"}),
+    ],
+)
+def test_set_trainable(config, lora, trained):
+    model = Parts(**config)
+    tuning.set_trainable(model, lora)
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="'mm_tower'.*mm_vision_tower, mm_mlp_adapter"):
+        tuning.tunable_parts("mm_tower")
+
+
+def test_the_tower_gets_its_own_learning_rate():
+    a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = torch.optim.AdamW(
+        [{"params": [a, b], "weight_decay": 0.1}, {"params": [c], "weight_decay": 0.0}], lr=1.0
+    )
+    tuning.split_groups(optimizer, {id(b), id(c)}, 0.25)
+    groups = [([id(p) for p in g["params"]], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert groups == [([id(a)], 1.0, 0.1), ([id(b)], 0.25, 0.1), ([id(c)], 0.25, 0.0)]
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def test_asked_stage(tmp_path):
+    (tmp_path / "z.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert training.asked_stage(str(tmp_path / "z.json")) == 3
+    assert training.asked_stage({"zero_optimization": {"stage": 2}}) == 2
+    assert training.asked_stage({"bf16": {}}) == 0
+    assert training.asked_stage(None) is None
+
+
+def test_plain_ddp_is_refused(tmp_path):
+    pytest.importorskip("deepspeed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        with pytest.raises(
+            RuntimeError, match="ZeRO-2 was asked for, but the model is wrapped in DistributedDataParallel"
+        ):
+            training.check_engine(wrapped, 2)
+        line = training.check_engine(wrapped, None)
+        assert line == "engine: DistributedDataParallel, world size 1, backend gloo"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_another_stage_is_refused():
+    deepspeed = pytest.importorskip("deepspeed")
+
+    class Engine(deepspeed.DeepSpeedEngine):
+        def __init__(self, stage):
+            nn.Module.__init__(self)
+            self.stage = stage
+
+        def zero_optimization_stage(self):
+            return self.stage
+
+        def __getattr__(self, name):
+            return nn.Module.__getattr__(self, name)
+
+        def __del__(self):
+            pass
+
+    with pytest.raises(RuntimeError, match="ZeRO-3 was asked for, but the engine runs stage 2"):
+        training.check_engine(Engine(2), 3)
+    assert training.check_engine(Engine(3), 3).startswith("engine: Engine, ZeRO stage 3, world size 1")
+
+
+def test_progress_says_step_loss_and_time_left(capsys, monkeypatch):
+    now = iter([100.0, 110.0, 111.0, 123.5])
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(now))
+    progress, state = training.Progress(), SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    state.global_step = 2
+    progress.on_log(None, state, None, {"loss": 1.25, "learning_rate": 1e-3})
+    state.global_step = 3
+    quiet = SimpleNamespace(should_log=False)
+    progress.on_step_end(None, state, quiet)  # one second later: nothing to say yet
+    progress.on_log(None, state, None, {"train_runtime": 1.0})
+    assert capsys.readouterr().out == "step  2/10  loss 1.2500  lr 1.0e-03  0:40 left\n"
