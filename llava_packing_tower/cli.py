@@ -18,7 +18,10 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "align": Command("align", "compare a packed encoder with transformers' own model on the same checkpoint"),
     "train": Command("train", "train LLaVA through a packed vision tower, from a YAML file"),
+    "convert": Command("convert", "convert a checkpoint to packing (or back) and prove the result"),
+    "verify": Command("verify", "compare two LlavaViT checkpoints on real photographs"),
     "demo": Command("demo", "fine-tune a tiny LLaVA on real photographs, reload it and ask about each photo"),
+    "bench": Command("bench", "measure the packed encoders beside what people use today"),
 }
 
 

@@ -1,0 +1,254 @@
+"""Timing: every system in turn, round after round, with the card's own matmul rate among them; medians over rounds.
+
+In turns, because a GPU's clock follows its load: a system that is measured alone, or after a pause, is measured at
+another clock than the rest.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .availability import Unavailable
+from .systems import Setting, Step, System, lowest_cosine, recorded_backend, training_step
+from .workloads import Workload, reordered, useful_flops
+
+logger = logging.getLogger(__name__)
+
+LEAST_ROUNDS = 3
+WARM_UPS = (3, 12)
+"""At least and at most so many runs before anything is timed; in between until nothing more is compiled."""
+
+
+class Deadline:
+    """The time that a run may take. ``share(n)``: the end of the first of n equal parts of what is left."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def share(self, parts: int) -> float:
+        return time.monotonic() + max(self.left, 0.0) / max(parts, 1)
+
+
+class Clock:
+    """Milliseconds of device time from the call to the last kernel (CUDA events), or of wall time on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self.wait()
+        if not self.cuda:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e3
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
+class PeakMatmul:
+    """The rate that MFU is measured against: an 8192^3 bf16 matmul (1024^3 float32 on a CPU), a few in a row."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.size, self.times = (8192, 8) if device.type == "cuda" else (1024, 1)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        generator = torch.Generator(device).manual_seed(0)
+        self.a, self.b = (
+            torch.randn(self.size, self.size, generator=generator, device=device).to(dtype) for _ in range(2)
+        )
+        self.out = torch.empty_like(self.a)
+
+    def run(self) -> None:
+        for _ in range(self.times):
+            torch.mm(self.a, self.b, out=self.out)
+
+    def flops_per_second(self, ms: float) -> float:
+        return 2.0 * self.size**3 * self.times / (ms * 1e-3)
+
+
+@dataclass
+class Measured:
+    """One system on one workload. note: why there is no time. Bytes are of the peak, weights (and gradients) included:
+    ``allocated`` by tensors, ``reserved`` also what the allocator holds (graph pools, fragmentation)."""
+
+    name: str
+    ours: bool
+    ms: list[float] = field(default_factory=list)
+    note: str | None = None
+    backend: str | None = None
+    lowest_cosine: float | None = None
+    warm_up_seconds: float | None = None
+    allocated: int | None = None
+    reserved: int | None = None
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.ms) if self.ms else None
+
+
+@dataclass
+class Result:
+    """One workload on all systems; ``peak`` in floating-point operations per second."""
+
+    family: str
+    title: str
+    work: Workload
+    flops: float
+    systems: list[Measured]
+    peak: float | None = None
+    rounds: int = 0
+    note: str | None = None
+
+    def mfu(self, system: Measured) -> float | None:
+        """Useful operations per second over those of the peak matmul; see ``useful_flops``."""
+        return None if system.median is None or not self.peak else self.flops / (system.median * 1e-3) / self.peak
+
+
+def first_line(error: Exception) -> str:
+    """An error's type and message, short enough for a table."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+
+
+def compiled_so_far() -> int:
+    """Graphs that torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def release(device: torch.device) -> None:
+    """Give memory back that nobody uses."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def measure(
+    setting: Setting,
+    work: Workload,
+    systems: list[System],
+    clock: Clock,
+    rounds: int,
+    until: float,
+) -> Result:
+    """Warm up each system, measure its memory, compare its features with ours, then time all of them in turns.
+
+    ``until`` (of ``time.monotonic``) ends the rounds early, after three at least. A system other than ours that fails
+    is noted and left out.
+    """
+    flops = useful_flops(setting.config, work.lengths, setting.layers, work.train)
+    result = Result(setting.family, setting.title, work, flops, [])
+    images = work.images(setting.config.patch_size, setting.device, setting.dtype)
+    reference: list[torch.Tensor] | None = None
+    running: list[tuple[System, Measured]] = []
+    for system in sorted(systems, key=lambda s: not s.ours):
+        measured = Measured(system.name, system.ours)
+        result.systems.append(measured)
+        try:
+            features = _first_runs(setting, work, system, images, clock, measured)
+        except torch.cuda.OutOfMemoryError:
+            if system.ours:
+                raise
+            measured.note = "out of memory"
+        except (Unavailable, RuntimeError, TypeError, ValueError, AttributeError, AssertionError, ImportError) as error:
+            if system.ours:
+                raise
+            logger.warning("%s on %s failed", system.name, work.label, exc_info=True)
+            measured.note = f"failed: {first_line(error)}"
+        else:
+            running.append((system, measured))
+            if system.same_weights:
+                if reference is None:
+                    reference = features
+                else:
+                    measured.lowest_cosine = lowest_cosine(reference, features)
+        system.model.zero_grad(set_to_none=True)
+        features = None
+        release(setting.device)
+    reference = None
+    _rounds(setting, work, running, images, clock, rounds, until, result)
+    return result
+
+
+def prepared(setting: Setting, work: Workload, system: System, step: Step) -> Callable[[], object]:
+    """What is timed: the forward, or a training step."""
+    return training_step(system, step, setting.dtype, setting.device) if work.train else step.run
+
+
+def _first_runs(setting, work, system, images, clock: Clock, measured: Measured) -> list[torch.Tensor] | None:
+    """Warm-up and memory; returns the features of the first order of the images, on the device."""
+    cuda = setting.device.type == "cuda"
+    release(setting.device)
+    before = (
+        (torch.cuda.memory_allocated(setting.device), torch.cuda.memory_reserved(setting.device)) if cuda else (0, 0)
+    )
+    start, least, most = time.perf_counter(), *WARM_UPS
+    with torch.set_grad_enabled(work.train), recorded_backend(system):
+        for turn in range(most):
+            run = prepared(setting, work, system, system.prepare(reordered(images, -1 - turn)))
+            graphs = compiled_so_far()
+            clock(run)
+            if turn + 1 >= least and compiled_so_far() == graphs:
+                break
+    measured.backend = system.backend if system.ours else None
+    measured.warm_up_seconds = time.perf_counter() - start
+    del run
+    with torch.set_grad_enabled(work.train):
+        step = system.prepare(images)
+        run = prepared(setting, work, system, step)
+        system.model.zero_grad(set_to_none=True)
+        if cuda:
+            release(setting.device)
+            torch.cuda.reset_peak_memory_stats(setting.device)
+        run()
+        clock.wait()
+    if cuda:
+        measured.allocated = torch.cuda.max_memory_allocated(setting.device) - before[0] + system.weight_bytes
+        measured.reserved = torch.cuda.max_memory_reserved(setting.device) - before[1] + system.weight_bytes
+    if not system.same_weights:
+        return None
+    with torch.no_grad():
+        return [x.clone() for x in step.features(step.run())]
+
+
+def _rounds(setting, work, running, images, clock: Clock, rounds: int, until: float, result: Result) -> None:
+    peak, peak_ms = PeakMatmul(setting.device), []
+    for _ in range(LEAST_ROUNDS):
+        clock(peak.run)
+    for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and time.monotonic() > until:
+            break
+        order = reordered(images, turn)
+        for system, measured in list(running):
+            try:
+                with torch.set_grad_enabled(work.train):
+                    measured.ms.append(clock(prepared(setting, work, system, system.prepare(order))))
+            except torch.cuda.OutOfMemoryError:
+                if system.ours:
+                    raise
+                measured.ms, measured.note = [], "out of memory"
+                running.remove((system, measured))
+            system.model.zero_grad(set_to_none=True)
+        peak_ms.append(clock(peak.run))
+        result.rounds = turn + 1
+    result.peak = peak.flops_per_second(statistics.median(peak_ms))
