@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
-from llava_packing_tower.attention import BACKENDS, backend_module, resolve_backend, varlen_attention
+from llava_packing_tower.attention import BACKENDS, auto_order, backend_module, resolve_backend, varlen_attention
 from llava_packing_tower.packing import batch_images_to_packing_input, make_segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -195,7 +195,7 @@ def test_graphs_give_the_same_features(tmp_path):
 
 
 def test_ragged_batches_do_not_recompile(tmp_path):
-    """200 random batches after the first few: no new graph."""
+    """400 random batches: one graph per kernel and mode (inference, training), whatever the sizes and counts are."""
     import random
 
     from torch._dynamo.utils import counters
@@ -209,13 +209,12 @@ def test_ragged_batches_do_not_recompile(tmp_path):
         sizes = [(draw.randint(1, 40), draw.randint(1, 40)) for _ in range(draw.randint(1, 24))]
         return [torch.randn(3, h * 14, w * 14, device="cuda").bfloat16() for h, w in sizes]
 
+    # What auto may choose between: each has code of its own, compiled when it is first needed.
+    kinds = {n for n in auto_order((1024,)) if n != "sdpa" and not usable(n, torch.bfloat16, 64)}
     for train in (False, True):
         vision.requires_grad_(train)
-        for step in range(210):
-            if step == 10:
-                known = counters["stats"]["unique_graphs"]
+        for _ in range(200):
             with torch.set_grad_enabled(train):
                 vision(batch())
-        assert counters["stats"]["unique_graphs"] == known, train
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] <= 8
+    assert counters["stats"]["unique_graphs"] <= 2 * len(kinds), counters["stats"]
