@@ -15,6 +15,7 @@ from torch import nn
 from llava_packing_tower import training
 from llava_packing_tower.hosts import mends, tuning
 from llava_packing_tower.hosts.imports import ImportHooks
+from llava_packing_tower.hosts.mends import deepspeed as ds_mends
 from llava_packing_tower.hosts.mends import llava as llava_mends
 from llava_packing_tower.hosts.patches import Patches
 
@@ -231,19 +232,18 @@ def test_ds_agsync_and_shm_op():
     if torch.cuda.is_available():
         assert mended("ds_agsync", deepspeed) is None and mended("ds_shm_op", deepspeed) is None
         return
-    gather = deepspeed.comm.all_gather_into_tensor
-    for name in ("ds_agsync", "ds_shm_op"):
-        patches = mended(name, deepspeed)
-        if patches is None:
-            continue  # this DeepSpeed does not have the defect
-        if name == "ds_agsync":
-            waits = []
-            handle = SimpleNamespace(wait=lambda: waits.append(1))
-            wrapped = deepspeed.comm.all_gather_into_tensor
-            assert wrapped(_gather=lambda: handle) is handle and waits == [1]
-            assert wrapped(_gather=lambda: None) is None
+    gather, build = deepspeed.comm.all_gather_into_tensor, ds_mends._backend_globals()["build_shm_op"]
+    waits = []
+    handle = SimpleNamespace(wait=lambda: waits.append(1))
+    if (patches := mended("ds_agsync", deepspeed)) is not None:  # the DeepSpeed here may not have the defect
+        wrapped = deepspeed.comm.all_gather_into_tensor
+        assert wrapped(_gather=lambda: handle) is handle and waits == [1]
+        assert wrapped(_gather=lambda: None) is None
         patches.undo()
-    assert deepspeed.comm.all_gather_into_tensor is gather
+    if (patches := mended("ds_shm_op", deepspeed)) is not None:
+        assert ds_mends._backend_globals()["build_shm_op"]() is None
+        patches.undo()
+    assert deepspeed.comm.all_gather_into_tensor is gather and ds_mends._backend_globals()["build_shm_op"] is build
 
 
 # ---------------------------------------------------------------- what is trained
@@ -275,7 +275,7 @@ def test_set_trainable(config, lora, trained):
 
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(ValueError, match="'mm_tower'.*mm_vision_tower, mm_mlp_adapter"):
+    with pytest.raises(ValueError, match=r"'mm_tower'.*mm_vision_tower, mm_mlp_adapter"):
         tuning.tunable_parts("mm_tower")
 
 
