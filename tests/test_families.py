@@ -226,7 +226,7 @@ def test_one_pass_whatever_the_number_of_images(load, monkeypatch):
     model(rows, grid)
     assert len(seen) == model.num_layers
     prefix = 1 + model.config.num_register_tokens
-    for tokens, segments, *_ in seen:
+    for tokens, _pending, segments, *_rest in seen:
         assert tokens.shape[0] == len(rows) + prefix * len(grid)
         assert segments.lengths == tuple(int(h * w) + prefix for _, h, w in grid)
 
