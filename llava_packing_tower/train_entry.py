@@ -21,9 +21,13 @@ def main() -> None:
     hosts.apply()
     train = import_module(f"{hosts.find_host().package}.train.train")
 
+    from transformers import TrainingArguments, set_seed
+
     from . import training
 
     training.install(train, Patches())
+    # The host seeds when it makes its trainer, after the projector got its random weights: runs would differ.
+    set_seed(int(_argument("seed") or TrainingArguments.seed))
     train.train(attn_implementation=_argument("attn_implementation"))
     training.finish()
 

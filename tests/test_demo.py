@@ -256,6 +256,25 @@ def test_launch_fails_with_the_cause_or_when_steps_are_missing(tmp_path):
         training.launch(script(tmp_path, one), 3, tmp_path / "log", quiet())
 
 
+@pytest.mark.parametrize(("words", "seed"), [(["--seed", "7"], 7), (["--seed=9"], 9), ([], 42)])
+def test_the_seed_is_set_before_the_host_makes_its_projector(monkeypatch, words, seed):
+    from llava_packing_tower import hosts, train_entry
+
+    seen = []
+
+    class Trainer:
+        pass
+
+    host = SimpleNamespace(LLaVATrainer=Trainer, train=lambda attn_implementation: seen.append(torch.initial_seed()))
+    monkeypatch.setattr(hosts, "apply", lambda: None)
+    monkeypatch.setattr(hosts, "find_host", lambda: SimpleNamespace(package="llava"))
+    monkeypatch.setattr(train_entry, "import_module", lambda name: host)
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    torch.manual_seed(0)
+    train_entry.main()
+    assert seen == [seed]
+
+
 # ---------------------------------------------------------------- plan and output folder
 
 
