@@ -120,18 +120,22 @@ class WeightFiles:
             self._open[file] = open_weights(self.folder / file)
         return self._open[file]
 
+    def _in_file(self, key: str) -> str:
+        """The name that the file has for one of our keys."""
+        return key
+
     def _keys_of(self, file: str) -> set[str]:
         return set(self._handle(file).keys())
 
     def _headers(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         for key, file in self._where.items():
-            handle = self._handle(file)
+            handle, name = self._handle(file), self._in_file(key)
             if isinstance(handle, dict):
-                if not isinstance(handle[key], torch.Tensor):
-                    raise ValueError(f"{self.folder / file}: {key} is no tensor but {type(handle[key]).__name__}")
-                yield key, tuple(handle[key].shape), str(handle[key].dtype).removeprefix("torch.")
+                if not isinstance(handle[name], torch.Tensor):
+                    raise ValueError(f"{self.folder / file}: {key} is no tensor but {type(handle[name]).__name__}")
+                yield key, tuple(handle[name].shape), str(handle[name].dtype).removeprefix("torch.")
             else:
-                header = handle.get_slice(key)
+                header = handle.get_slice(name)
                 yield key, tuple(header.get_shape()), _DTYPE_NAMES.get(header.get_dtype(), header.get_dtype())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -146,9 +150,9 @@ class WeightFiles:
         if self._since_release > self.RELEASE_BYTES:
             self._open = {file: handle for file, handle in self._open.items() if isinstance(handle, dict)}
             self._since_release = 0
-        handle = self._handle(self._where[key])
+        handle, name = self._handle(self._where[key]), self._in_file(key)
         try:
-            tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+            tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"cannot read {key} of {self.folder / self._where[key]}: {error}") from error
         self._since_release += tensor.numel() * tensor.element_size()

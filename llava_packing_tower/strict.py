@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 
 import torch
+import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .loading import (
@@ -159,8 +160,11 @@ class StrictPreTrainedModel(PreTrainedModel):
 
 def config_content(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> dict:
     """What config.json says of a model of this class with weights of this dtype."""
-    name = str(dtype).removeprefix("torch.")
-    return {**config.to_dict(), "architectures": [cls.__name__], "dtype": name}
+    # Without the settings of text generation that transformers gives to every config.
+    common = PretrainedConfig().to_dict()
+    own = {key: value for key, value in config.to_dict().items() if key not in common or value != common[key]}
+    kept = {"model_type": config.model_type, "transformers_version": transformers.__version__}
+    return {**own, **kept, "architectures": [cls.__name__], "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _as_dtype(dtype: torch.dtype | str | None, files: WeightFiles) -> torch.dtype:

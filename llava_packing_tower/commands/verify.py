@@ -1,0 +1,48 @@
+"""Compare two LlavaViT checkpoints on real photographs: do they compute the same?
+
+A and B are folders, hub ids or weight files of any kinds that `convert` reads. One runs as the standard model, sample
+by sample, the other packed. B is the one in question: it is also saved, reloaded and compared bit by bit. Exit status
+0 if all five tests pass, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from ..convert.pipeline import any_failed, verify_pair
+from ..convert.report import announce, make_console, print_results, progress_bars
+from ..convert.verify import STEPS
+from .convert import add_common_arguments, options_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="checkpoint folder, hub id or weight file")
+    parser.add_argument("b", metavar="B", help="the checkpoint in question")
+    parser.add_argument(
+        "--dtype",
+        default="keep",
+        choices=("float32", "bfloat16", "float16", "keep"),
+        help="to compute in (default: float32 if both checkpoints are, else the narrower one)",
+    )
+    add_common_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    console = make_console()
+    try:
+        with progress_bars(console) as bars:
+            task = bars.add_task("verifying", total=STEPS)
+            step = partial(announce, console, bars, task)
+            results, threshold = verify_pair(args.a, args.b, options_of(args, dtype=args.dtype), step)
+    except (ValueError, OSError, ImportError) as error:
+        console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
+        return 1
+    print_results(console, results, threshold)
+    failed = any_failed(results)
+    console.print(
+        f"{args.b} " + ("FAILED: it does not do what A does" if failed else "does what A does"),
+        markup=False,
+        soft_wrap=True,
+    )
+    return int(failed)

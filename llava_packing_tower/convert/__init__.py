@@ -1,0 +1,5 @@
+"""Converting LlavaViT checkpoints (and the other families to packing), strictly, and proving the result.
+
+``sources`` finds out what a checkpoint is, ``conversion`` checks and writes, ``verify`` compares, ``pipeline`` does all
+of it in the right order, ``report`` prints.
+"""

@@ -1,0 +1,276 @@
+"""The whole way: read, check, write aside, verify, and only then give the folder its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+
+from .. import __version__
+from ..digest import tensor_digest
+from ..families.llava_vit import LlavaViTPackingModel
+from ..families.llava_vit_keys import SOURCE_TYPE
+from ..families.llava_vit_standard import LlavaViTModel
+from ..loading import write_json
+from ..strict import StrictPreTrainedModel
+from .conversion import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
+from .families import verify_family
+from .photos import Photographer, find_photos
+from .sources import Source, read_source
+from .verify import TEST_NAMES, THRESHOLDS, TestResult, verify
+
+REPORT_NAME = "conversion.json"
+LLAVA_VIT = (SOURCE_TYPE, "llava_vit_packing", *STANDARD_MODELS)
+
+
+@dataclass
+class Options:
+    """What the user asked for; see ``llava-packing convert --help``."""
+
+    model_name: str | None = None
+    target_model_name: str | None = None
+    dtype: str = "keep"
+    device: str = "auto"
+    verify: bool = True
+    images: str | None = None
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """Callbacks for a progress display; all optional."""
+
+    planned: Callable[[Conversion], None] = lambda conversion: None
+    written: Callable[[int], None] = lambda nbytes: None
+    step: Callable[[str], None] = lambda what: None
+
+
+def any_failed(results: list[TestResult]) -> bool:
+    """Whether a test that was run did not pass."""
+    return any(result.passed is False for result in results)
+
+
+@dataclass
+class Outcome:
+    """What came of a conversion. ``folder`` is the output, or where it was moved if a test failed."""
+
+    conversion: Conversion
+    folder: Path
+    report: WriteReport
+    results: list[TestResult]
+
+    @property
+    def passed(self) -> bool:
+        return not any_failed(self.results)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one. Raises ``ValueError`` for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this machine has no CUDA device, or this torch was built without CUDA")
+    return torch.device(name)
+
+
+def default_output(conversion: Conversion) -> Path:
+    """Beside the source: ``<stem>_packing``, ``<stem>_hf_packing`` for a training file, ``<stem>_standard`` back."""
+    source = conversion.source
+    local = Path(source.name).expanduser()
+    if local.exists():
+        local = local.resolve()
+        parent, stem = local.parent, local.name if local.is_dir() else local.stem
+    else:
+        parent, stem = Path.cwd(), source.name.rsplit("/", 1)[-1]
+    if issubclass(conversion.model_class, LlavaViTModel):
+        return parent / f"{stem}_standard"
+    return parent / (f"{stem}_hf_packing" if source.kind == SOURCE_TYPE else f"{stem}_packing")
+
+
+def check_output(folder: Path) -> Path:
+    """Raises ``ValueError`` unless the output folder is free: it must not exist, or be empty."""
+    folder = folder.expanduser().absolute()
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise ValueError(
+                f"the output folder {folder} exists and is not empty: remove it or choose another --output_dir"
+            )
+    elif folder.exists() or folder.is_symlink():
+        raise ValueError(f"the output {folder} exists and is no folder: choose another --output_dir")
+    return folder
+
+
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """A scratch folder beside ``folder``, on the same disk; gone afterwards unless it was renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def failed_name(folder: Path) -> Path:
+    """``<folder>.failed``, or the first ``<folder>.<n>.failed`` that is free."""
+    candidate, number = folder.with_name(f"{folder.name}.failed"), 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}.{number}.failed")
+    return candidate
+
+
+def convert(name: str, output: str | None, options: Options, progress: Progress | None = None) -> Outcome:
+    """Convert a checkpoint.
+
+    Args:
+        name: folder, hub id or weight file.
+        output: folder to write, None for the default beside the source.
+        options, progress: see there.
+
+    Returns:
+        The outcome. If a test failed, the folder was moved to ``*.failed`` and ``passed`` is False.
+
+    Raises:
+        ValueError, OSError: nothing was written.
+    """
+    progress = progress or Progress()
+    device = resolve_device(options.device)
+    source = read_source(name, options.model_name, options.fields)
+    conversion = plan_conversion(source, options.target_model_name, options.dtype)
+    folder = check_output(Path(output) if output else default_output(conversion))
+    photos = find_photos(options.images) if options.verify and source.kind in LLAVA_VIT else []
+    progress.planned(conversion)
+    with aside(folder) as scratch:
+        result = scratch / folder.name
+        result.mkdir()
+        report = write_conversion(conversion, result, progress.written)
+        results = verify_conversion(conversion, result, device, photos, progress.step) if options.verify else []
+        write_json(_report(conversion, report, results), result / REPORT_NAME)
+        final = failed_name(folder) if any_failed(results) else folder
+        os.replace(result, final)
+    return Outcome(conversion, final, report, results)
+
+
+def _report(conversion: Conversion, report: WriteReport, results: list[TestResult]) -> dict:
+    return {
+        "source": conversion.source.path.name,
+        "source_kind": conversion.source.kind,
+        "dtype": str(conversion.dtype).removeprefix("torch."),
+        "tensors": len(conversion.specs),
+        "bytes": report.nbytes,
+        "seconds": round(report.seconds, 3),
+        "left_out": {**conversion.source.ignored, **conversion.plan.dropped},
+        "verification": [asdict(result) for result in results],
+        "versions": {
+            "llava_packing_tower": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+# -------------------------------------------------------------------- verification of what was written
+
+
+def load_as(cls: type[StrictPreTrainedModel], source: Source, dtype: torch.dtype, device: torch.device):
+    """A source, of whatever kind, as a model of this class."""
+    config, plan = cls.plan(source.raw, source.files.shapes(), None, source.path)
+    return cls.from_weights(config, plan, source.files, dtype, device)
+
+
+def verify_conversion(
+    conversion: Conversion,
+    folder: Path,
+    device: torch.device,
+    photos: list[Path],
+    step: Callable[[str], None] = lambda what: None,
+) -> list[TestResult]:
+    """The tests of what lies in ``folder``, which ``conversion`` was written to."""
+    cls, dtype, source = conversion.model_class, conversion.dtype, conversion.source
+    step("digests of the converted tensors")
+    expected = {name: tensor_digest(conversion.tensor(name)) for name in conversion.specs}
+    if source.kind not in LLAVA_VIT:
+        return verify_family(conversion, folder, device, expected, step)
+    backwards = issubclass(cls, LlavaViTModel)
+    original = LlavaViTPackingModel if backwards else LlavaViTModel
+    from_source = partial(load_as, original, source, dtype, device)
+    from_result = partial(cls.from_pretrained, folder, dtype=dtype, device=device)
+
+    def photographer(model: StrictPreTrainedModel) -> Photographer:
+        return Photographer(photos, conversion.processor, model.config.patch_size, model.config.num_channels)
+
+    return verify(
+        from_result if backwards else from_source,
+        from_source if backwards else from_result,
+        photographer,
+        subject="standard" if backwards else "packed",
+        expected=expected,
+        scratch=folder.parent,
+        step=step,
+    )
+
+
+def verify_pair(
+    left: str,
+    right: str,
+    options: Options,
+    step: Callable[[str], None] = lambda what: None,
+) -> tuple[list[TestResult], float]:
+    """Compare two existing LlavaViT checkpoints of any kinds; the second is the one in question.
+
+    One of them runs as the standard model, the other packed: a packing checkpoint packs, the other kinds do not, and
+    of two of the same kind the second packs.
+
+    Returns:
+        The five results, and the cosine that they had to exceed.
+
+    Raises:
+        ValueError: the first cannot be read, or one is no LlavaViT checkpoint.
+    """
+    device, photos = resolve_device(options.device), find_photos(options.images)
+    first = read_source(left, options.model_name, options.fields)
+    try:
+        second = read_source(right, options.model_name, options.fields)
+    except (ValueError, OSError) as error:
+        return [TestResult(test, False, note=f"cannot be read: {error}") for test in TEST_NAMES], max(
+            THRESHOLDS.values()
+        )
+    for source in (first, second):
+        if source.kind not in LLAVA_VIT:
+            raise ValueError(
+                f"{source.name} is a {source.kind} checkpoint; verify compares LlavaViT checkpoints "
+                f"({', '.join(LLAVA_VIT)}), `llava-packing align` the other families with transformers' models"
+            )
+    dtype = _common_dtype(options.dtype, [first, second])
+    swap = first.kind == "llava_vit_packing" and second.kind != "llava_vit_packing"
+    standard, packed = (second, first) if swap else (first, second)
+
+    def photographer(model: StrictPreTrainedModel) -> Photographer:
+        processor = LlavaViTPackingModel.load_image_processor(second.path, model.config)
+        return Photographer(photos, processor, model.config.patch_size, model.config.num_channels)
+
+    results = verify(
+        partial(load_as, LlavaViTModel, standard, dtype, device),
+        partial(load_as, LlavaViTPackingModel, packed, dtype, device),
+        photographer,
+        subject="standard" if swap else "packed",
+        step=step,
+    )
+    return results, THRESHOLDS[dtype]
+
+
+def _common_dtype(name: str, sources: list[Source]) -> torch.dtype:
+    """float32 if both checkpoints are, else the (first) narrower dtype of the two, if nothing was asked for."""
+    if name != "keep":
+        return getattr(torch, name)
+    found = [dtype for source in sources for dtype in source.files.dtypes().values()]
+    return next((getattr(torch, dtype) for dtype in found if dtype in ("bfloat16", "float16")), torch.float32)

@@ -1,0 +1,236 @@
+"""What is SRC: a checkpoint folder, a hub id, a weight file? Found from its config.json or its tensor names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..families.llava_vit_keys import SOURCE_TYPE
+from ..loading import CONFIG_NAME, WeightFiles, open_weights, read_json, resolve_folder
+from ..presets import PRESETS, SIZE_FIELDS, Preset, mismatches, names_that_fit, preset
+
+FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How one kind of LlavaViT checkpoint names the tensors that its sizes can be read from."""
+
+    model_type: str
+    patch: str
+    norm_bias: str
+    fc1: str
+
+
+SPELLINGS = (
+    Spelling(SOURCE_TYPE, "conv1.weight", "ln_pre.bias", r"transformer\.layers\.(\d+)\.mlp\.0\.weight"),
+    Spelling(
+        "llava_vit",
+        "embeddings.patch_embedding.weight",
+        "layernorm_pre.bias",
+        r"encoder\.layers\.(\d+)\.mlp\.fc1\.weight",
+    ),
+    Spelling(
+        "llava_vit_packing",
+        "patch_embed.proj.weight",
+        "layernorm_pre.bias",
+        r"encoder\.layers\.(\d+)\.mlp\.fc1\.weight",
+    ),
+)
+
+
+@dataclass
+class Source:
+    """A checkpoint to convert.
+
+    raw: the content of its config.json, or what stands for one (``model_type`` says which kind it is).
+    ignored: what the file holds besides the weights, with the reason why it is left out.
+    """
+
+    name: str
+    path: Path
+    raw: dict
+    files: WeightFiles
+    ignored: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.raw["model_type"]
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint folder, None for a single file."""
+        return self.path if self.path.is_dir() else None
+
+
+class SingleFile(WeightFiles):
+    """The tensors of one file: bare, or wrapped in ``model``, else ``state_dict``; without ``module.`` in front."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder, self.ignored = path.parent, {}
+        self._since_release = 0
+        content = open_weights(path)
+        if path.suffix != ".safetensors":
+            content = self._unwrap(path, content)
+        self._open = {path.name: content}
+        self._raw_names = self._without_prefix(list(content.keys()))
+        self._where = dict.fromkeys(self._raw_names, path.name)
+        if not self._where:
+            raise ValueError(f"{path} holds no tensors")
+
+    def _unwrap(self, path: Path, content: object) -> dict[str, torch.Tensor]:
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds no state dict but {type(content).__name__}")
+        wrapper = next((key for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
+        if wrapper:
+            self.ignored.update((str(key), "not the weights") for key in content if key != wrapper)
+            content = content[wrapper]
+        tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+        self.ignored.update(
+            (str(key), f"no tensor but {type(value).__name__}")
+            for key, value in content.items()
+            if str(key) not in tensors
+        )
+        return tensors
+
+    @staticmethod
+    def _without_prefix(keys: list[str]) -> dict[str, str]:
+        """Our name to the name in the file: without what DistributedDataParallel and torch.compile put in front."""
+        names = {key: key for key in keys}
+        for prefix in ("module.", "_orig_mod.", "module."):
+            if names and all(name.startswith(prefix) for name in names):
+                names = {name[len(prefix) :]: key for name, key in names.items()}
+        return names
+
+    def _in_file(self, key: str) -> str:
+        return self._raw_names[key]
+
+
+def sizes_of(shapes: Mapping[str, tuple[int, ...]], spelling: Spelling) -> dict[str, object]:
+    """The config fields that the tensors themselves tell. Raises ``ValueError`` if they contradict each other."""
+    patch = shapes[spelling.patch]
+    if len(patch) != 4 or patch[2] != patch[3]:
+        raise ValueError(f"{spelling.patch} should be [hidden, channels, patch, patch], found {list(patch)}")
+    layers = {int(match[1]): shapes[name] for name in shapes if (match := re.fullmatch(spelling.fc1, name))}
+    if not layers or min(len(shape) for shape in layers.values()) != 2:
+        raise ValueError(f"no layers found (weights named like {spelling.fc1})")
+    return {
+        "hidden_size": patch[0],
+        "num_channels": patch[1],
+        "patch_size": patch[2],
+        "num_hidden_layers": max(layers) + 1,
+        "intermediate_size": layers[max(layers)][0],
+        "layer_norm_type": "layer_norm" if spelling.norm_bias in shapes else "rms_norm",
+        "use_head": any(name.startswith("head.") for name in shapes),
+    }
+
+
+def check_preset(chosen: Preset, sizes: Mapping[str, object], where: object) -> None:
+    """Raises ``ValueError`` with both sizes if a named model is not of these sizes."""
+    if wrong := mismatches(chosen, sizes):
+        fitting = ", ".join(names_that_fit(sizes)) or "none"
+        raise ValueError(
+            f"{where} is no {chosen.name}:\n  "
+            + "\n  ".join(wrong)
+            + f"\nnames with the sizes of the checkpoint: {fitting}"
+        )
+
+
+def _config_beside(path: Path) -> dict:
+    """Fields from a config.json beside (or in) the weights of a training run; head_dim may stand for the heads."""
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    for nested in ("constructor", "packing_config"):
+        if isinstance(content.get(nested), dict):
+            content = {**content, **content[nested]}
+    return content
+
+
+def _spelling_of(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Spelling:
+    for spelling in SPELLINGS:
+        if spelling.patch in shapes:
+            return spelling
+    known = ", ".join(spelling.patch for spelling in SPELLINGS)
+    raise ValueError(
+        f"{where} is no LlavaViT checkpoint: it has none of the tensors {known} "
+        f"(first names: {', '.join(list(shapes)[:4])})"
+    )
+
+
+def _read_bare(
+    name: str, path: Path, files: WeightFiles, model_name: str | None, fields: Mapping[str, object]
+) -> Source:
+    """Weights without a config.json of a known kind: sizes from the tensors, heads from the name or the fields."""
+    shapes = files.shapes()
+    spelling = _spelling_of(shapes, path)
+    sizes = sizes_of(shapes, spelling)
+    beside = _config_beside(path)
+    told = {key: beside[key] for key in CONFIG_FIELDS if key in beside}
+    if "head_dim" in beside and "num_attention_heads" not in told:
+        told["num_attention_heads"] = sizes["hidden_size"] // beside["head_dim"]
+    told.update(fields)
+    if wrong := [
+        f"{key}: the config says {told[key]}, the weights {sizes[key]}"
+        for key in sizes
+        if told.get(key, sizes[key]) != sizes[key]
+    ]:
+        raise ValueError(f"{path}: " + "; ".join(wrong))
+    if model_name:
+        check_preset(preset(model_name), sizes | {k: v for k, v in fields.items() if k in SIZE_FIELDS}, path)
+        told = {**preset(model_name).fields, **told}
+    if "num_attention_heads" not in told:
+        fitting = names_that_fit(sizes)
+        raise ValueError(
+            f"{path} has no config.json, and the number of attention heads cannot be read from weights: give the "
+            f"model's name with --model_name (of these sizes: {', '.join(fitting) or 'none'}; all names: "
+            f"{', '.join(sorted(PRESETS))}), or --num_attention_heads"
+        )
+    return Source(
+        name, path, {**told, **sizes, "model_type": spelling.model_type}, files, getattr(files, "ignored", {})
+    )
+
+
+CONFIG_FIELDS = (
+    *SIZE_FIELDS,
+    *("num_channels", "image_size", "hidden_act", "layer_norm_eps", "layer_norm_type", "rope_theta", "use_head"),
+)
+
+
+def read_source(name: str, model_name: str | None = None, fields: Mapping[str, object] | None = None) -> Source:
+    """Find out what a checkpoint is.
+
+    Args:
+        name: folder, hub id or weight file (``.pt``, ``.pth``, ``.bin``, ``.safetensors``).
+        model_name: named sizes (``presets``). Needed for a file without config.json; for others only checked.
+        fields: config fields that the user gave, for weights without a config.json.
+
+    Raises:
+        ValueError: not found, unreadable, of no known kind, or sizes that contradict the name.
+    """
+    fields = dict(fields or {})
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix not in FILE_SUFFIXES:
+            raise ValueError(f"{path}: expected a folder, a hub id or a file that ends in {', '.join(FILE_SUFFIXES)}")
+        return _read_bare(name, path, SingleFile(path), model_name, fields)
+    if path.suffix in FILE_SUFFIXES and not path.is_dir():
+        raise ValueError(f"weight file {name!r} does not exist")
+    folder = resolve_folder(name)
+    files = WeightFiles(folder)
+    raw = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    if "model_type" not in raw:
+        return _read_bare(name, folder, files, model_name, fields)
+    if fields:
+        raise ValueError(
+            f"{folder} has a config.json, which is carried over: {', '.join(fields)} cannot be given as well"
+        )
+    if model_name:
+        shown = raw.get("vision_config", raw)
+        check_preset(preset(model_name), {key: shown[key] for key in CONFIG_FIELDS if key in shown}, folder)
+    return Source(name, folder, raw, files)
