@@ -1,4 +1,5 @@
-# Everything goes into .venv; each step leaves a stamp and runs again only when its requirements file changed.
+# Everything goes into .venv (and .venv-new, for tests with the newest transformers); each step leaves a stamp and runs
+# again only when its requirements file changed.
 #   make demo   fine-tune LLaVA through the packing tower on real photographs, reload it and ask about each
 #   make test   the test suite          make lint   ruff          make clean   remove .venv and outputs
 # PYTHON=...          interpreter to build .venv with (3.10 to 3.12)
@@ -13,6 +14,7 @@ SHELL := /bin/bash
 VENV := .venv
 STAMPS := $(VENV)/.stamps
 BIN := $(VENV)/bin
+NEW := .venv-new
 # The requirements files name everything, dependencies included: nothing is left for pip to choose.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 HOST := $(if $(LLAVA_NEXT_DIR),$(STAMPS)/next) $(STAMPS)/host
@@ -21,13 +23,14 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help demo test lint clean env
 help:
-	@sed -n '2,6s/^# \{0,1\}//p' Makefile
+	@sed -n '3,7s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMPS)/project $(STAMPS)/demo $(HOST)
 	$(BIN)/llava-packing demo $(DEMO_ARGS)
 
-test: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(HOST)
+test: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(HOST) $(NEW)/.stamps/ready
 	$(BIN)/python -m pytest tests $(TEST_ARGS)
+	$(NEW)/bin/python -m pytest tests -m newest $(TEST_ARGS) $(if $(TEST_ARGS),|| test $$? = 5) # 5: none selected
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
@@ -36,7 +39,7 @@ lint: $(STAMPS)/dev
 env: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(HOST)
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEW) demo_output build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(STAMPS)/venv:
 	@for p in $(PYTHON) python3.11 python3.10 python3.12 python3; do \
@@ -86,3 +89,12 @@ $(STAMPS)/project: setup.cfg pyproject.toml $(STAMPS)/base
 	@echo "[.venv] llava_packing_tower"
 	@$(PIP) --no-build-isolation --editable .
 	@touch $@
+
+# The second environment: the newest supported transformers, for the tests marked "newest".
+$(NEW)/.stamps/ready: $(addprefix requirements/,torch.txt newest.txt demo.txt dev.txt) setup.cfg pyproject.toml $(STAMPS)/venv
+	@echo "[$(NEW)] torch, the newest transformers, photographs, pytest"
+	@test -x $(NEW)/bin/python || $(BIN)/python -m venv $(NEW)
+	@for list in torch newest demo dev; do \
+	  $(NEW)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/$$list.txt || exit 1; done
+	@$(NEW)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@mkdir -p $(NEW)/.stamps && touch $@

@@ -12,6 +12,7 @@ from llava_packing_tower.families import aimv2, dinov3, siglip2
 from llava_packing_tower.layers import rotate_pairs
 from llava_packing_tower.packing import PatchLayout, batch_images_to_packing_input, split_packed
 
+pytestmark = pytest.mark.newest
 NAMES = list(GOLDEN_FAMILIES)
 
 

@@ -15,6 +15,7 @@ from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, HEVCViTPackingVi
 from llava_packing_tower.families import FAMILIES, family_for
 from llava_packing_tower.loading import WeightFiles, read_json
 
+pytestmark = pytest.mark.newest
 NAMES = list(GOLDEN_FAMILIES)
 
 
