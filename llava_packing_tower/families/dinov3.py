@@ -6,7 +6,6 @@ et al. 2025, https://arxiv.org/abs/2508.10104; numerics after transformers' ``DI
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, PatchEmbed, Rotary
 from ..loading import Recipe, WeightPlan
 from ..modeling import PackedVisionModel
-from ..packing import Grid, PackedSegments, PatchLayout, prefix_indices, to_device
+from ..packing import Grid, PackedSegments, PatchLayout, kept, prefix_indices, to_device
 from ..positions import frequency_ladder, grid_positions
 from .key_maps import KeyMap, carried
 
@@ -101,13 +100,12 @@ class DINOv3PackingConfig(PretrainedConfig):
         return self.query_bias, self.key_bias, self.value_bias
 
 
-@functools.lru_cache(maxsize=1024)
+@kept(maxsize=1024)
 def patch_centres(h: int, w: int) -> torch.Tensor:
     """Centres of the patches of one image, float32 ``[h*w, 2]`` (row, column), each axis from -1 to 1 by its own
     length. On the host; do not modify: cached."""
-    with torch.inference_mode(False):  # kept: must serve a later training step too
-        indices = grid_positions((1, h, w))[:, 1:].float()
-        return 2 * (indices + 0.5) / torch.tensor([h, w], dtype=torch.float32) - 1
+    indices = grid_positions((1, h, w))[:, 1:].float()
+    return 2 * (indices + 0.5) / torch.tensor([h, w], dtype=torch.float32) - 1
 
 
 def augmentation(config: DINOv3PackingConfig) -> tuple[torch.Tensor, torch.Tensor]:

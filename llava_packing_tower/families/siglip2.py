@@ -7,7 +7,6 @@ part of the packed encoder.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, Rotary
 from ..loading import WeightPlan
 from ..modeling import PackedVisionModel
-from ..packing import Grid, PackedSegments, PatchLayout, to_device
+from ..packing import Grid, PackedSegments, PatchLayout, kept, to_device
 from .key_maps import KeyMap, carried
 
 
@@ -73,7 +72,7 @@ class Siglip2PackingConfig(PretrainedConfig):
         self.image_size = patch_size * side if image_size is None else image_size
 
 
-@functools.lru_cache(maxsize=32)
+@kept(maxsize=32)
 def gather_index(sizes: tuple[tuple[int, int], ...]) -> torch.Tensor:
     """Where each patch of a batch finds its row in the tables of the distinct sizes, one after the other (host)."""
     starts: dict[tuple[int, int], int] = {}
@@ -82,8 +81,7 @@ def gather_index(sizes: tuple[tuple[int, int], ...]) -> torch.Tensor:
         if (h, w) not in starts:
             starts[h, w] = total
             total += h * w
-    with torch.inference_mode(False):  # kept: must serve a later training step too
-        return torch.cat([starts[size] + torch.arange(math.prod(size)) for size in sizes])
+    return torch.cat([starts[size] + torch.arange(math.prod(size)) for size in sizes])
 
 
 class ResizedPositions(nn.Module):
