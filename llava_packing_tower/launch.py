@@ -192,10 +192,7 @@ def _checked(key: str, value: object, argument: Argument) -> object:
 
 
 def check_files(values: dict[str, object], beside: Path) -> int | None:
-    """Check what can be checked on disk; returns the ZeRO stage that is asked for (None: no DeepSpeed).
-
-    ``deepspeed`` may also be a file beside the YAML; its path is made absolute in ``values``.
-    """
+    """Check what can be checked on disk; returns the ZeRO stage that is asked for (None: no DeepSpeed)."""
     for name in ("data_path", "image_folder", "video_folder"):
         path = values.get(name)
         if isinstance(path, str) and path and "{" not in path and not Path(path).expanduser().exists():
@@ -207,6 +204,14 @@ def check_files(values: dict[str, object], beside: Path) -> int | None:
             raise UsageError(f"{name}: folder {path} does not exist")
     if values.get("lora_enable") and find_spec("peft") is None:
         raise UsageError("lora_enable needs peft: pip install peft")
+    return check_deepspeed(values, beside)
+
+
+def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
+    """The ZeRO stage that ``deepspeed`` asks for (None: no DeepSpeed).
+
+    ``deepspeed`` may also be a file beside the YAML; its path is made absolute in ``values``.
+    """
     config = values.get("deepspeed")
     if config is None:
         return None

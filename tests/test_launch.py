@@ -116,7 +116,7 @@ def test_overrides():
         "learning_rate": "1e-3",
         "bf16": True,
         "report_to": ["a", "b"],
-        "seed": "1",
+        "version": "plain",
     }
     with pytest.raises(UsageError, match="unexpected 'bf16'"):
         launch.read_overrides(["bf16", "true"])

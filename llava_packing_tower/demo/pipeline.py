@@ -19,7 +19,7 @@ from rich.console import Console
 
 from .. import hosts
 from ..hosts.inference import build_prompt
-from ..launch import ALIASES, check_files, read_overrides, read_yaml
+from ..launch import ALIASES, check_deepspeed, read_overrides, read_yaml
 from ..record import TOWER_RECORD
 from . import OUTPUT, report
 from .models import make_decoder, make_tokenizer, make_tower
@@ -60,7 +60,7 @@ class Plan:
     @property
     def engine(self) -> Engine:
         """What the training has to run in."""
-        stage = check_files(dict(self.values), self.config.resolve().parent)
+        stage = check_deepspeed(dict(self.values), self.config.resolve().parent)
         if stage is None:
             raise DemoFailed(f"{self.config} has no `deepspeed:`, and the demo is about a DeepSpeed run")
         return Engine("DeepSpeedEngine", stage, self.processes)
