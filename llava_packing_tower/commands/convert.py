@@ -14,7 +14,7 @@ from functools import partial
 
 from rich.console import Console
 
-from ..convert.conversion import Conversion, DoesNotFit
+from ..convert.conversion import Conversion, DoesNotFit, peak_memory
 from ..convert.pipeline import Options, Outcome, Progress, convert
 from ..convert.report import (
     announce,
@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     print_written(console, outcome.report)
     if outcome.results:
         print_results(console, outcome.results, THRESHOLDS[outcome.conversion.dtype])
+        peak = peak_memory() / 1e9
+        console.print(f"  verified in {outcome.verify_seconds:.1f} s, peak memory {peak:.2f} GB", soft_wrap=True)
     if not outcome.passed:
         console.print(
             f"FAILED: the result does not do what the source does; it was moved to {outcome.folder}", markup=False

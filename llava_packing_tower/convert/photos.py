@@ -13,8 +13,8 @@ from ..image_processor import PackingImageProcessor
 from ..positions import interpolate_frame_indices
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-WANTED = 5
 CONTEXT = 64
+SMALLEST_PATCH = 8
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,10 @@ class Photographer:
             raise ValueError(f"{file} cannot be read as an image: {error}") from error
 
     def snapped(self, side: int) -> int:
-        """The side rounded down to whole patches, at least two."""
-        return max(side // self.patch_size, 2) * self.patch_size
+        """The side rounded down to whole patches, at least two. Models with patches below 8 pixels (no real ones) get
+        smaller pictures: attention over the patches of 1008 pixels would take them hours."""
+        patches = side // max(self.patch_size, SMALLEST_PATCH)
+        return max(patches, 2) * self.patch_size
 
     def _pixels(self, image: Image.Image, side: int) -> torch.Tensor:
         size = {"height": side, "width": side}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -66,6 +67,7 @@ class Outcome:
     folder: Path
     report: WriteReport
     results: list[TestResult]
+    verify_seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -153,11 +155,12 @@ def convert(name: str, output: str | None, options: Options, progress: Progress 
         result = scratch / folder.name
         result.mkdir()
         report = write_conversion(conversion, result, progress.written)
+        started = time.perf_counter()
         results = verify_conversion(conversion, result, device, photos, progress.step) if options.verify else []
         write_json(_report(conversion, report, results), result / REPORT_NAME)
         final = failed_name(folder) if any_failed(results) else folder
         os.replace(result, final)
-    return Outcome(conversion, final, report, results)
+    return Outcome(conversion, final, report, results, time.perf_counter() - started)
 
 
 def _report(conversion: Conversion, report: WriteReport, results: list[TestResult]) -> dict:

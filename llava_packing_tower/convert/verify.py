@@ -248,7 +248,8 @@ def _five_tests(
     for case in cases:
         step(f"packing model: {case.name}")
         known = [seen[id(sample)] for sample in case.samples]
-        results.append(compare(case.name, known, packed_features(model, case.samples), threshold))
+        row = compare(case.name, known, packed_features(model, case.samples), threshold)
+        results.append(row if row.note else replace(row, note=", ".join(sample.name for sample in case.samples)))
     del model
     _drop()
     step(RELOAD)
