@@ -20,7 +20,7 @@ from .workloads import Workload, attention_flops, reordered, useful_flops
 KINDS: tuple[tuple[str, str], ...] = (
     ("attention", r"flash|fmha|attention|attn|sdpa|fort_native"),
     ("matmuls", r"gemm|nvjet|cutlass|xmma|wgmma|cublas|splitk|matmul|\bmm\b|addmm|aten::bmm"),
-    ("copies", r"memcpy|memset|copy_|catarray|direct_copy|aten::(copy|cat|clone|contiguous|fill)"),
+    ("copies", r"memcpy|memset|(?<!_to_)copy_|catarray|direct_copy|aten::(copy|cat|clone|contiguous|fill)"),
     ("norms and elementwise", r""),
 )
 PROFILED = 5

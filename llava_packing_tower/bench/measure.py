@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import compiling
 from .availability import Unavailable
 from .systems import Setting, Step, System, lowest_cosine, recorded_backend, training_step
 from .workloads import Workload, reordered, useful_flops
@@ -210,7 +211,10 @@ def _first_runs(setting, work, system, images, clock: Clock, measured: Measured)
             clock(run)
             if turn + 1 >= least and compiled_so_far() == graphs:
                 break
-    measured.backend = system.backend if system.ours else None
+    if system.ours:
+        measured.backend = system.backend
+        if compiling._failed:
+            measured.note = "torch.compile failed, this is the eager path"
     measured.warm_up_seconds = time.perf_counter() - start
     del run
     with torch.set_grad_enabled(work.train):

@@ -1,0 +1,410 @@
+"""`llava-packing bench` on the CPU: what is counted, how it is timed, who stands beside ours, what is written."""
+
+import json
+import math
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from llava_packing_tower.bench import measure, original, targets
+from llava_packing_tower.bench.availability import Unavailable
+from llava_packing_tower.bench.breakdown import busy_time, kind_of
+from llava_packing_tower.bench.measure import Clock, Deadline, Measured, Result
+from llava_packing_tower.bench.presets import PRESETS
+from llava_packing_tower.bench.systems import Setting, Step, System, lowest_cosine
+from llava_packing_tower.bench.workloads import (
+    TINY,
+    Workload,
+    parse_workload,
+    ragged_grids,
+    reordered,
+    useful_flops,
+)
+from llava_packing_tower.cli import main
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- workloads and useful work
+
+
+def test_workload_names():
+    work = parse_workload("uni32", 14)
+    assert work.grids == ((32, 32),) * 32 and work.tokens == 32 * 1024 and not work.train and not work.ragged
+    assert parse_workload("uni2@224", 16).grids == ((14, 14),) * 2
+    assert parse_workload("train:uni16", 14).train and parse_workload("uni16", 14, train=True).label == "train:uni16"
+    assert len(parse_workload("ragged8", 14).grids) == 8
+    assert parse_workload("uni1", 14, TINY).grids == ((8, 8),)
+    for wrong in ("uni", "uni0", "ragged", "ragged8@2", "both3", "", "uni4,uni5"):
+        with pytest.raises(ValueError, match="uniN, uniN@SIDE or raggedN"):
+            parse_workload(wrong, 14)
+
+
+def test_ragged_sizes_have_the_stated_distribution():
+    patch, grids = 14, ragged_grids(4000, 14, seed=3)
+    areas = torch.tensor([h * w * patch**2 for h, w in grids]).double()
+    aspects = torch.tensor([math.log(h / w) for h, w in grids]).double()
+    low, high = math.log(224**2), math.log(0.7 * 1120**2)
+    assert abs(areas.log().mean() - (low + high) / 2) < 0.05
+    assert areas.min() > 0.85 * 224**2 and areas.max() < 1.1 * 0.7 * 1120**2
+    assert abs(areas.log().std() - (high - low) / math.sqrt(12)) < 0.05
+    assert aspects.abs().max() < 0.85 and abs(aspects.std() - 1.4 / math.sqrt(12)) < 0.03
+    assert abs(aspects.mean()) < 0.03
+    assert ragged_grids(5, 14, seed=1) == ragged_grids(64, 14, seed=1)[:5] != ragged_grids(5, 14, seed=2)
+
+
+def test_images_fit_the_grids_and_change_their_order():
+    work = Workload("ragged", ((2, 3), (4, 1), (1, 1), (5, 2)))
+    images = work.images(14, CPU, torch.float32)
+    assert [tuple(x.shape) for x in images] == [(3, 14 * h, 14 * w) for h, w in work.grids]
+    orders = [[x.shape for x in reordered(images, turn)] for turn in range(8)]
+    assert len({tuple(order) for order in orders}) > 3
+    assert all(sorted(order) == sorted(x.shape for x in images) for order in orders)
+    batch = Workload("uni", ((2, 3),) * 4).images(14, CPU, torch.float32)
+    assert batch.shape == (4, 3, 28, 42) and reordered(batch, 5) is batch
+
+
+def test_useful_flops_by_hand():
+    config = PRESETS["llava_vit"].config(tiny=False)
+    lengths, width = (1024, 77), 1024
+    expected = sum(24 * s * width**2 + 4 * s * s * width for s in lengths)
+    assert useful_flops(config, lengths, 23) == 23 * expected
+    assert useful_flops(config, lengths, 23, train=True) == 3 * 23 * expected
+    aimv2 = PRESETS["aimv2"].config(tiny=False)  # three matrices of 1024 x 2816 in place of two of 1024 x 4096
+    assert useful_flops(aimv2, (10,), 1) == 10 * 2 * (4 * width**2 + 3 * width * 2816) + 4 * 100 * width
+
+
+def test_layers_that_the_task_needs():
+    assert PRESETS["llava_vit"].layers(PRESETS["llava_vit"].config(tiny=False)) == 23
+    assert PRESETS["siglip2"].layers(PRESETS["siglip2"].config(tiny=False)) == 27
+
+
+# ---------------------------------------------------------------- timing
+
+
+def setting(family="llava_vit"):
+    preset = PRESETS[family]
+    return Setting(family, preset, preset.config(tiny=True), CPU, torch.float32)
+
+
+class Scripted(Clock):
+    """A clock that notes who ran and says how long it took."""
+
+    def __init__(self, ms):
+        super().__init__(CPU)
+        self.ms, self.log = ms, []
+
+    def __call__(self, run):
+        name = run() or "peak"
+        self.log.append(name)
+        return self.ms[name][sum(n == name for n in self.log) % len(self.ms[name])]
+
+
+def scripted_system(name, ours=False, fails=False):
+    def run():
+        if fails:
+            raise RuntimeError("no kernel for this")
+        return name
+
+    return System(name, nn.Linear(1, 1), lambda images: Step(run, ((1, 1),), list), ours=ours)
+
+
+@pytest.fixture
+def small_peak(monkeypatch):
+    monkeypatch.setattr(measure.PeakMatmul, "run", lambda self: None)
+
+
+def test_systems_take_turns_and_medians_count(small_peak):
+    clock = Scripted({"ours": [1.0, 5.0, 2.0], "other": [30.0], "peak": [4.0]})
+    systems = [scripted_system("other"), scripted_system("ours", ours=True)]
+    work = Workload("uni1", ((8, 8),))
+    result = measure.measure(setting(), work, systems, clock, rounds=6, until=math.inf)
+    assert clock.log[-18:] == ["ours", "other", "peak"] * 6
+    ours, other = result.systems
+    assert result.rounds == 6 and len(ours.ms) == 6 and ours.median == 2.0 and other.median == 30.0
+    assert result.peak == 2 * 1024**3 / 4e-3
+    assert result.mfu(ours) == pytest.approx(result.flops / 2e-3 / result.peak)
+
+
+def test_rounds_end_at_the_time_limit(small_peak):
+    clock = Scripted({"ours": [1.0], "peak": [4.0]})
+    work = Workload("uni1", ((8, 8),))
+    result = measure.measure(setting(), work, [scripted_system("ours", True)], clock, rounds=50, until=-1.0)
+    assert result.rounds == measure.LEAST_ROUNDS
+    deadline = Deadline(0.0)
+    assert deadline.left <= 0
+
+
+def test_a_failing_peer_is_a_note_and_ours_an_error(small_peak, caplog):
+    clock = Scripted({"ours": [1.0], "peak": [4.0]})
+    work = Workload("uni1", ((8, 8),))
+    systems = [scripted_system("ours", True), scripted_system("other", fails=True)]
+    result = measure.measure(setting(), work, systems, clock, rounds=3, until=math.inf)
+    assert result.systems[1].note == "failed: RuntimeError: no kernel for this" and not result.systems[1].ms
+    assert "other on uni1 failed" in caplog.text
+    with pytest.raises(RuntimeError, match="no kernel"):
+        measure.measure(setting(), work, [scripted_system("ours", True, fails=True)], clock, 3, math.inf)
+
+
+def test_cosine_finds_one_wrong_token():
+    first = [torch.randn(5, 8), torch.randn(3, 8)]
+    second = [x.clone() for x in first]
+    assert lowest_cosine(first, second) > 0.999
+    second[1][2] *= -1
+    assert lowest_cosine(first, second) < -0.999
+    with pytest.raises(ValueError, match="image 1"):
+        lowest_cosine(first, [first[0], first[1][:2]])
+
+
+# ---------------------------------------------------------------- targets
+
+
+def result_with(label, peak=1e12, flops=6e11, **systems):
+    train, _, name = label.rpartition(":")
+    work = Workload(name, ((1, 1),), bool(train))
+    result = Result("llava_vit", "model", work, flops, [], peak)
+    for key, (ms, backend, allocated) in systems.items():
+        name = targets.ORIGINAL if key == "original" else key
+        result.systems.append(
+            Measured(name, key != "original", [ms] if ms else [], backend=backend, allocated=allocated)
+        )
+    return result
+
+
+def met(result):
+    return [(v.target.kind, v.system, v.met) for v in targets.verdicts(result)]
+
+
+def test_targets_are_judged():
+    result = result_with("uni32", ours=(1000.0, "cudnn", 1), original=(1990.0, None, 2))
+    assert met(result) == [("mfu", "ours", False), ("faster", "ours", False)]
+    result = result_with("uni32", ours=(900.0, "cudnn", 1), original=(1990.0, None, 2))
+    assert met(result) == [("mfu", "ours", True), ("faster", "ours", True)]
+    result = result_with("uni32", ours=(900.0, "cudnn", 1), original=(None, None, None))
+    assert met(result) == [("mfu", "ours", True), ("faster", "ours", None)]
+
+
+def test_flash_attention_3_has_targets_of_its_own():
+    both = {"fa2": (1000.0, "flash_attention_2", 50), "fa3": (900.0, "flash_attention_3", 61)}
+    found = met(result_with("ragged64", **both, original=(2000.0, None, 120)))
+    assert found == [
+        ("mfu", "fa2", True),
+        ("faster", "fa2", True),
+        ("mfu", "fa3", False),
+        ("faster", "fa3", True),
+        ("memory", "fa2", True),
+        ("memory", "fa3", False),
+    ]
+
+
+def test_latency_and_training_targets():
+    assert met(result_with("uni1", ours=(2.4, "x", 1), original=(11.9, None, 1))) == [
+        ("ms", "ours", True),
+        ("faster", "ours", False),
+    ]
+    labels = {t.label for t in targets.TARGETS if t.family == "llava_vit"}
+    assert labels == {"uni1", "uni32", "ragged64", "train:uni16", "train:ragged8"}
+    assert met(result_with("train:uni16", ours=(1000.0, "x", 85), original=(1700.0, None, 100)))[2][2] is True
+
+
+# ---------------------------------------------------------------- kernels by name
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNT", "matmuls"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmuls"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "matmuls"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matmuls"),
+        ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::bfloat16_t>>", "attention"),
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64", "attention"),
+        ("triton_red_fused_add_native_layer_norm_0", "norms and elementwise"),
+        ("triton_poi_fused__to_copy_add_mul_2", "norms and elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>>", "norms and elementwise"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copies"),
+    ],
+)
+def test_kernels_are_told_apart(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_overlapping_kernels_count_once():
+    assert busy_time([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.0, 1.5)]) == 5.0
+
+
+# ---------------------------------------------------------------- the original tower
+
+
+MODEL_FILE = """
+from flash_attn import flash_attn_varlen_func
+from timm.models.registry import register_model
+from transformers.utils import is_flash_attn_2_available
+import torch
+assert is_flash_attn_2_available()
+class LlavaViTPackingConfig:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+class LlavaViTPackingModel(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.linear = torch.nn.Linear(config.hidden_size, 2)
+        self.register_buffer("frequencies", torch.ones(3), persistent=False)
+@register_model
+def preset():
+    pass
+"""
+TOWER_FILE = """
+from llava.utils import rank0_print
+from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
+import torch
+class HEVCViTPackingVisionTower(torch.nn.Module):
+    def forward(self, images):
+        return images, self.select_layer
+"""
+
+
+@pytest.fixture
+def fresh_modules(monkeypatch):
+    before = dict(sys.modules)
+    yield
+    for name in set(sys.modules) - set(before):
+        if name.partition(".")[0] == original.PACKAGE:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = None
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_original_from_a_folder_of_two_files(tmp_path, fresh_modules, flash_attn, nested):
+    for name, text in ((original.MODEL, MODEL_FILE), (original.TOWER, TOWER_FILE)):
+        file = tmp_path / (original.SOURCES[name][1] if nested else f"{name}.py")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    outside = {name: sys.modules.get(name) for name in ("timm", "timm.models", "llava", "llava.utils")}
+    path = list(sys.path)
+    import transformers.utils
+
+    check = transformers.utils.is_flash_attn_2_available
+    tower = original.original_tower(tmp_path, {"hidden_size": 4}, -2, CPU, torch.bfloat16)
+    assert tower(1) == (1, -2)
+    assert tower.vision_tower.linear.weight.dtype == torch.bfloat16
+    assert tower.vision_tower.frequencies.dtype == torch.float32
+    assert {name: sys.modules.get(name) for name in outside} == outside and sys.path == path
+    assert transformers.utils.is_flash_attn_2_available is check
+
+
+def test_original_says_what_is_missing(tmp_path, fresh_modules, flash_attn, monkeypatch):
+    with pytest.raises(Unavailable, match="no folder"):
+        original.original_tower(tmp_path / "nothing", {}, -2, CPU, torch.float32)
+    with pytest.raises(Unavailable, match="28efa3a"):
+        original.original_tower(tmp_path, {}, -2, CPU, torch.float32)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(Unavailable, match="flash-attn"):
+        original.original_tower(tmp_path, {}, -2, CPU, torch.float32)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def bench(*arguments):
+    return main(["bench", "--device", "cpu", "--repeat", "2", *map(str, arguments)])
+
+
+def test_bench_beside_transformers(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    families = {"siglip2": "Siglip2VisionModel", "aimv2": "Aimv2VisionModel", "dinov3": "DINOv3ViTModel"}
+    here = [family for family, name in families.items() if hasattr(transformers, name)]
+    if not here:
+        pytest.skip(f"transformers {transformers.__version__} has none of them")
+    file, picture = tmp_path / "out" / "bench.json", tmp_path / "out" / "bench.png"
+    code = bench(
+        *("--family", ",".join(here), "--work", "ragged3,train:ragged2", "--peers", "transformers,original"),
+        *("--json", file, "--plot", picture),
+    )
+    assert code == 0
+    assert sorted(f.name for f in file.parent.iterdir()) == ["bench.json", "bench.png"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    content = json.loads(file.read_text())
+    assert content["tiny"] is True and content["versions"]["torch"] == torch.__version__ and content["date"]
+    assert [(r["family"], r["work"]) for r in content["results"]] == [
+        (family, work) for family in here for work in ("ragged3", "train:ragged2")
+    ]
+    for result in content["results"]:
+        assert result["targets"] == []  # these are about the real sizes on a GPU
+        systems = {s["name"]: s for s in result["systems"]}
+        ours = systems["ours (auto)"]
+        assert ours["ours"] and len(ours["ms_of_each_round"]) == result["rounds"] == 2 and ours["ms"] > 0
+        assert ours["attention_backend"] == "sdpa"
+        theirs = systems["transformers, image by image"]
+        assert theirs["lowest_cosine_to_ours"] > 0.9999
+        assert result["times_faster"]["ours (auto)"][theirs["name"]] == pytest.approx(theirs["ms"] / ours["ms"])
+        if result["family"] == "siglip2":
+            assert systems["transformers, padded + mask"]["lowest_cosine_to_ours"] > 0.9999
+        assert "LlavaViT" in systems["original"]["note"]
+    assert "original: not here" in capsys.readouterr().out
+
+
+def test_bench_of_llava_vit_alone(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    assert bench("--work", "uni2,ragged3", "--backend", "sdpa,eager,flash_attention_2", "--json", file) == 0
+    for result in json.loads(file.read_text())["results"]:
+        systems = {s["name"]: s for s in result["systems"]}
+        assert systems["ours (sdpa)"]["lowest_cosine_to_ours"] is None  # the others are compared with this one
+        assert systems["ours (eager)"]["lowest_cosine_to_ours"] > 0.9999
+        assert systems["ours (eager)"]["attention_backend"] == "eager"
+        assert systems["ours (flash_attention_2)"]["note"].startswith("not here")
+    assert "tiny models" in capsys.readouterr().out
+
+
+def test_bench_stops_at_its_limit(capsys):
+    assert bench("--limit", "0") == 0
+    assert capsys.readouterr().out.count("time limit (--limit) was reached") == 3
+
+
+def test_scaling_and_breakdown(tmp_path, capsys):
+    file = tmp_path / "scaling.json"
+    assert bench("--scaling", "--json", file) == 0
+    series = json.loads(file.read_text())["scaling"]
+    assert [line["over"] for line in series] == ["images", "tokens_per_image"]
+    for line in series:
+        assert all(0 < p["attention_ms"] <= p["ms"] and p["backend"] == "sdpa" for p in line["points"])
+        assert all(p["images"] * p["tokens_per_image"] == p["tokens"] for p in line["points"])
+    file = tmp_path / "breakdown.json"
+    assert bench("--breakdown", "--work", "ragged4", "--json", file) == 0
+    (part,) = json.loads(file.read_text())["breakdown"]
+    assert part["layers"] == 2 and all(part["ms_by_kind"][kind] > 0 for kind in ("matmuls", "attention"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--family", "clip"], "unknown family 'clip'"),
+        (["--work", "uni"], "workload 'uni'"),
+        (["--peers", "vllm"], "unknown peers vllm"),
+        (["--backend", "fast"], "unknown attention backend 'fast'"),
+        (["--repeat", "0"], "--repeat"),
+        (["--scaling", "--breakdown"], "two runs"),
+    ],
+)
+def test_bench_refuses(arguments, message, capsys):
+    assert main(["bench", "--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_titles_say_which_sizes():
+    tiny = setting()
+    assert tiny.title == "tiny llava_vit"
+    assert replace(tiny, config=tiny.preset.config(tiny=False)).title == "LlavaViT-L/14"

@@ -1,0 +1,400 @@
+"""What keeps the encoder fast, as counts that need no GPU: compilations, graph breaks, host reads, copies, tensors.
+
+The compiled path runs on the CPU with tracing but without code generation (``aot_eager``), around an attention operator
+that is as opaque to the compiler as flash-attention is.
+"""
+
+import functools
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_close
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llava_packing_tower import HEVCViTPackingVisionTower, attention, compiling, encoder
+from llava_packing_tower.bench.presets import PRESETS
+from llava_packing_tower.families import family_for
+from llava_packing_tower.layers import EncoderBlock
+from llava_packing_tower.packing import batch_images_to_packing_input
+
+FAMILIES = tuple(PRESETS)
+BATCHES = 200
+MOST_COMPILATIONS = 6  # torch treats a batch of one token apart, and in training the first block
+
+
+# ---------------------------------------------------------------- a varlen operator that runs on a CPU
+
+
+def _by_segments(q, k, v, cu_seqlens, scale):
+    outputs = []
+    for a, b, c in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v))):
+        scores = torch.einsum("ihd,jhd->hij", a, b) * scale
+        outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), c))
+    return torch.cat(outputs)
+
+
+@torch.library.custom_op("llava_packing_tests::varlen", mutates_args=())
+def varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
+) -> torch.Tensor:
+    assert cu_seqlens.diff().max().item() == max_seqlen
+    return _by_segments(q, k, v, cu_seqlens, scale)
+
+
+@torch.library.custom_op("llava_packing_tests::varlen_backward", mutates_args=())
+def varlen_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = []  # by hand: inside of an operator nothing is recorded
+    for g, a, b, c in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (grad, q, k, v))):
+        weights = (torch.einsum("ihd,jhd->hij", a, b) * scale).softmax(-1)
+        inner = torch.einsum("ihd,jhd->hij", g, c)
+        inner = weights * (inner - (weights * inner).sum(-1, keepdim=True)) * scale
+        products = ("hij,jhd->ihd", inner, b), ("hij,ihd->jhd", inner, a), ("hij,ihd->jhd", weights, g)
+        grads.append([torch.einsum(*product) for product in products])
+    dq, dk, dv = (torch.cat(parts) for parts in zip(*grads))
+    return dq, dk, dv
+
+
+varlen.register_fake(lambda q, k, v, cu_seqlens, max_seqlen, scale: torch.empty_like(q))
+varlen_backward.register_fake(lambda grad, q, k, v, cu_seqlens, scale: tuple(map(torch.empty_like, (q, k, v))))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.scale = inputs[5]
+
+
+varlen.register_autograd(
+    lambda ctx, grad: (*varlen_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None), setup_context=_save
+)
+
+
+def test_the_stand_in_has_the_right_gradients():
+    cu_seqlens = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    q, k, v, grad = (torch.randn(9, 2, 4, dtype=torch.float64) for _ in range(4))
+    results = []
+    for run in (lambda *x: varlen(*x, cu_seqlens, 5, 0.3), lambda *x: _by_segments(*x, cu_seqlens, 0.3)):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        results.append(torch.autograd.grad(run(*inputs), inputs, grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture
+def cpu_varlen(monkeypatch):
+    """The name of a backend around that operator."""
+    module = SimpleNamespace(
+        VARLEN=True,
+        why_not=lambda *_: None,
+        attend=lambda q, k, v, segments, scale: varlen(q, k, v, segments.cu_seqlens, segments.max_seqlen, scale),
+    )
+    monkeypatch.setitem(attention.BACKENDS, "cpu_varlen", "cpu_varlen")
+    monkeypatch.setitem(attention._LOADED, "cpu_varlen", module)
+    return "cpu_varlen"
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts what torch.compile compiles; fails if the encoder fell back to eager."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(compiling, "_failed", [])
+    compiling.compiled_block.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    yield counter
+    assert not compiling._failed
+    assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
+    compiling.compiled_block.cache_clear()
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------- models and batches
+
+
+def tiny(family, **more):
+    preset = PRESETS[family]
+    torch.manual_seed(0)
+    cls = family_for(preset.model_type)
+    return cls(cls.config_class(**{**preset.tiny, **more})).eval().requires_grad_(False)
+
+
+def ragged(count, seed, patch=1, most=6):
+    """Sizes of ``count`` images, up to ``most`` patches a side."""
+    dice = random.Random(seed)
+    return [(dice.randint(1, most) * patch, dice.randint(1, most) * patch) for _ in range(count)]
+
+
+def packed(model, sizes, device="cpu"):
+    images = [torch.randn(3, h * model.config.patch_size, w * model.config.patch_size) for h, w in sizes]
+    return batch_images_to_packing_input(images, model.config.patch_size, model.patch_layout, device=device)
+
+
+def batches(count, seed):
+    """Every kind of batch that a step may bring: one image, one patch, equal sizes, many sizes."""
+    dice = random.Random(seed)
+    yield [(4, 3), (1, 1), (2, 5)]
+    yield [(3, 3)]
+    yield [(1, 1)]
+    yield [(2, 2)] * 5
+    for step in range(count - 4):
+        yield ragged(dice.randint(1, 9), seed * 1000 + step)
+
+
+# ---------------------------------------------------------------- compilation
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_ragged_batches_compile_once(cpu_varlen, compilations, grad):
+    model = tiny("llava_vit").requires_grad_(grad)
+    model.set_attention_backend(cpu_varlen)
+    model.encoder.compile_blocks = True
+    seen = set()
+    for sizes in batches(BATCHES, seed=1 + grad):
+        rows, grid = packed(model, sizes)
+        with torch.set_grad_enabled(grad):
+            out = model(rows, grid, feature_layers=(2,))[0]
+        if grad:
+            out.sum().backward()
+        seen.add(tuple(sizes))
+    assert len(seen) > 0.9 * BATCHES
+    assert 1 <= compilations.frame_count <= MOST_COMPILATIONS, compilations.frame_count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_compiles_whole_and_gives_the_same(cpu_varlen, compilations, family):
+    model = tiny(family)
+    model.set_attention_backend(cpu_varlen)
+    rows, grid = packed(model, [(4, 3), (1, 2), (5, 5)])
+    for compile_blocks in (True, False):
+        model.encoder.compile_blocks = compile_blocks
+        with torch.no_grad():
+            out = model(rows, grid, feature_layers=(model.num_layers,))[0]
+        if compile_blocks:
+            compiled = out
+            assert 1 <= compilations.frame_count <= MOST_COMPILATIONS
+    assert_close(compiled, out)
+
+
+def test_compiled_blocks_compose_with_gradient_checkpointing(cpu_varlen, compilations):
+    model = tiny("llava_vit").requires_grad_(True).train()
+    model.set_attention_backend(cpu_varlen)
+    grads = []
+    for checkpointing in (False, True):
+        model.encoder.compile_blocks = True
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for sizes in ragged(3, 1), ragged(5, 2), ragged(2, 3):
+            model.zero_grad()
+            rows, grid = packed(model, sizes)
+            generator = torch.Generator().manual_seed(0)
+            out = model(torch.randn(rows.shape, generator=generator), grid, feature_layers=(3,))[0]
+            out.square().sum().backward()
+        grads.append({n: p.grad for n, p in model.encoder.named_parameters()})
+    assert compilations.frame_count <= 2 * MOST_COMPILATIONS
+    for name, grad in grads[0].items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_count_sees_a_block_that_compiles_for_every_length(cpu_varlen, compilations, monkeypatch):
+    """The guard itself: with sizes frozen into the code, the compilations go far beyond the bound."""
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: torch._dynamo.optimize(compilations, dynamic=False)(f))
+    model = tiny("llava_vit")
+    model.set_attention_backend(cpu_varlen)
+    model.encoder.compile_blocks = True
+    for sizes in batches(8, seed=1):
+        with torch.no_grad():
+            model(*packed(model, sizes), feature_layers=(2,))
+    assert compilations.frame_count > MOST_COMPILATIONS
+
+
+# ---------------------------------------------------------------- host reads and copies: the meta device has no values
+
+
+@pytest.fixture
+def no_autocast(monkeypatch):
+    """torch knows no autocast on the meta device, and does not let anyone ask."""
+    monkeypatch.setattr(encoder, "compute_dtype", lambda hidden_states: hidden_states.dtype)
+
+
+def meta_tower(**sizes):
+    """A tower whose weights are on the meta device: reading a value of a tensor there is an error."""
+    config = {**PRESETS["llava_vit"].tiny, **sizes}
+    model = tiny("llava_vit", **sizes)
+    saved = {
+        "weights": "checkpoint",
+        "config": family_for("llava_vit_packing").config_class(**config).to_dict(),
+        "image_processor": model.default_image_processor(model.config).to_dict(),
+    }
+    arguments = SimpleNamespace(mm_vision_select_layer=-2, mm_packing_config=saved)
+    tower = HEVCViTPackingVisionTower("nowhere", arguments)
+    tower.load_state_dict(model.state_dict(), strict=False)
+    tower.vision_tower = model
+    tower([torch.randn(3, 14, 14)])  # the one check that all weights have come reads values
+    return tower.to("meta")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_value_is_read_from_the_device(no_autocast, family, grad):
+    model = tiny(family).requires_grad_(grad).to("meta")
+    for sizes in ([(4, 3), (1, 1), (2, 5)], [(3, 3)] * 4):
+        rows, grid = packed(model, sizes)
+        out = model(rows.to("meta"), grid, feature_layers=(model.num_layers,))[0]
+        assert out.is_meta and out.shape == (len(rows), model.config.hidden_size)
+        if grad:
+            out.sum().backward()
+
+
+def test_no_value_is_read_by_the_tower(no_autocast):
+    tower = meta_tower()
+    patch = tower.config.patch_size
+    images = [torch.randn(3, h * patch, w * patch) for h, w in ((4, 3), (1, 1), (2, 5))]
+    assert [f.shape[0] for f in tower(images)] == [12, 1, 10]
+    assert tower(torch.zeros(2, 3, 28, 42, device="meta")).shape == (2, 6, tower.hidden_size)
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.nonzero, bool])
+def test_the_meta_device_refuses_every_read(no_autocast, monkeypatch, read):
+    """The guard itself: a value read inside of a block is an error there."""
+    model = tiny("llava_vit").to("meta")
+    rows, grid = packed(model, [(2, 2)])
+    rows = rows.to("meta")
+    model(rows, grid)
+    forward = EncoderBlock.forward
+    monkeypatch.setattr(EncoderBlock, "forward", lambda self, x, *a: (read(x.sum()), forward(self, x, *a))[1])
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        model(rows, grid)
+
+
+def test_host_reads_do_not_grow_with_images_or_layers(monkeypatch):
+    """On the host itself: only the grid, which lies there by contract, is turned into Python numbers."""
+    reads = []
+
+    def spied(name):
+        real = getattr(torch.Tensor, name)
+
+        def spy(tensor, *arguments, **options):
+            reads.append((name, tuple(tensor.shape)))
+            return real(tensor, *arguments, **options)
+
+        return spy
+
+    for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, spied(name))
+    counts = []
+    for layers, images in ((2, 3), (6, 3), (2, 40)):
+        model = tiny("llava_vit", num_hidden_layers=layers)
+        rows, grid = packed(model, ragged(images, seed=layers))
+        reads.clear()
+        with torch.no_grad():
+            model(rows, grid, feature_layers=(layers - 1,))
+        assert {read for read in reads} == {("tolist", (images, 3))}, reads
+        counts.append(len(reads))
+    assert counts == [1, 1, 1]
+
+
+class Crossings(TorchDispatchMode):
+    """Elements of every copy from the host to the (meta) device."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if any(x.device.type == "cpu" for x in inputs) and any(x.is_meta for x in outputs):
+            self.elements += [x.numel() for x in outputs if x.is_meta]
+        return out
+
+
+def test_pixels_cross_to_the_device_once(no_autocast):
+    tower = meta_tower()
+    patch = tower.config.patch_size
+    counts = []
+    for seed, count in ((1, 3), (2, 30)):
+        images = [torch.randn(3, h * patch, w * patch) for h, w in ragged(count, seed)]
+        pixels = sum(image.numel() for image in images)
+        with Crossings() as crossings:
+            tower(images)
+        assert [n for n in crossings.elements if n >= pixels] == [pixels]
+        counts.append(len(crossings.elements))
+    assert counts[0] == counts[1] <= 6, counts  # rows, segment borders, positions, frequencies
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Alive(TorchDispatchMode):
+    """How many activations (storages of at least ``size`` elements) made so far are alive; views of the weights are
+    none."""
+
+    def __init__(self, size, weights):
+        super().__init__()
+        self.size, self.storages = size, {}
+        self.weights = {StorageWeakRef(weight.untyped_storage()).cdata for weight in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.numel() >= self.size:
+                reference = StorageWeakRef(x.untyped_storage())
+                if reference.cdata not in self.weights:
+                    self.storages[reference.cdata] = reference
+        return out
+
+    def count(self):
+        self.storages = {key: ref for key, ref in self.storages.items() if not ref.expired()}
+        return len(self.storages)
+
+
+def most_alive(monkeypatch, layers, grad=False, checkpointing=False, **options):
+    """The most activations that are alive as any block begins, the forward's own inputs not counted."""
+    model = tiny("llava_vit", num_hidden_layers=layers).requires_grad_(grad).train(grad)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    rows, grid = packed(model, [(6, 5), (2, 2), (3, 4)])
+    forward, counts = EncoderBlock.forward, []
+    size = len(rows) * model.config.hidden_size
+    with monkeypatch.context() as patch, Alive(size, model.parameters()) as alive:
+        patch.setattr(EncoderBlock, "forward", lambda self, *a: (counts.append(alive.count()), forward(self, *a))[1])
+        with torch.set_grad_enabled(grad):
+            out = model(rows, grid, **options)
+        counts.append(alive.count())
+    del out
+    return max(counts)
+
+
+def test_live_tensors_do_not_grow_with_depth(monkeypatch):
+    """Only the selected hidden state is kept, however deep the encoder is; all of them only when they are asked for."""
+    shallow = most_alive(monkeypatch, 4, feature_layers=(3,))
+    deep = most_alive(monkeypatch, 12, feature_layers=(11,))
+    everything = most_alive(monkeypatch, 12, output_hidden_states=True)
+    assert deep == shallow <= 6
+    assert everything >= deep + 10
+
+
+def test_checkpointing_keeps_one_or_two_tensors_per_layer(monkeypatch):
+    def per_layer(**options):
+        deep, shallow = (most_alive(monkeypatch, n, grad=True, feature_layers=(n,), **options) for n in (10, 4))
+        return (deep - shallow) / 6
+
+    assert per_layer(checkpointing=True) <= 2 < per_layer()
+
+
+def test_blocks_above_the_selected_layer_do_not_run(no_autocast, monkeypatch):
+    tower, calls = meta_tower(num_hidden_layers=5), []
+    forward = EncoderBlock.forward
+    monkeypatch.setattr(EncoderBlock, "forward", lambda self, *a: (calls.append(self), forward(self, *a))[1])
+    tower(torch.zeros(1, 3, 28, 28, device="meta"))
+    assert calls == list(tower.vision_tower.encoder.layers[:4])
