@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,16 @@ FAMILIES: dict[str, str] = {
     "dinov3_packing": ".dinov3:DINOv3ViTPacking",
     "dinov3_vit": ".dinov3:DINOv3ViTPacking",
 }
+ENTRY_POINTS = "llava_packing_tower.families"
+
+
+def add_installed() -> None:
+    """Add the families that installed packages name in their entry points; names of our own are not replaced."""
+    for point in entry_points(group=ENTRY_POINTS):
+        FAMILIES.setdefault(point.name, point.value)
+
+
+add_installed()
 
 
 def register_family(model_type: str, target: str) -> None:
