@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 import torch._dynamo
-from torch import nn
 
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .packing import PackedSegments
@@ -40,17 +39,6 @@ def compile_wanted(choice: bool | None, device: torch.device) -> bool:
             raise ValueError(f"{COMPILE_ENV} must be 0 or 1, got {text!r}")
         choice = text == "1"
     return device.type == "cuda" if choice is None else choice
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether a module or one below it carries hooks (DeepSpeed ZeRO-3, FSDP, a user's): these need eager."""
-    modules = [layer]
-    while modules:  # a quarter of the time of Module.modules(), which small batches would feel
-        module = modules.pop()
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            return True
-        modules += module._modules.values()
-    return False
 
 
 def run_block(

@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import backend_module, resolve_backend
-from .compiling import call_compiled, compile_wanted, has_hooks
+from .compiling import call_compiled, compile_wanted
 from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
+from .module_state import state_of
 from .packing import PackedSegments
 
 
@@ -44,11 +45,6 @@ class PackedEncoder(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
-    @property
-    def trained(self) -> bool:
-        """Whether any weight is trained."""
-        return any(p.requires_grad for p in self.parameters())
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -68,8 +64,10 @@ class PackedEncoder(nn.Module):
             ``{index: [N, hidden]}`` for each index of ``keep``. Blocks above the highest index are not run.
         """
         keep, device = tuple(keep), hidden_states.device
-        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or self.trained)
-        compiled = compile_wanted(self.compile_blocks, device) and not has_hooks(self)
+        state = state_of(self)
+        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or state.trained())
+        # Hooks need eager: those of DeepSpeed's ZeRO-3 and FSDP gather the weights.
+        compiled = compile_wanted(self.compile_blocks, device) and not state.has_hooks()
         backend = resolve_backend(
             self.attention_backend,
             device.type,

@@ -18,6 +18,7 @@ from torch import nn
 
 from .attention import backend_module
 from .layers import Rotary
+from .module_state import state_of
 from .packing import PackedSegments
 
 GRAPHS_ENV = "LLAVA_PACKING_CUDA_GRAPHS"
@@ -50,16 +51,6 @@ def graphs_wanted(device: torch.device, num_tokens: int, grad: bool) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def weight_addresses(module: nn.Module) -> int:
-    """A hash of where the weights lie: a graph must not outlive the memory that it reads."""
-    addresses, modules = [], [module]
-    while modules:
-        found = modules.pop()
-        addresses += [p.data_ptr() for p in found._parameters.values() if p is not None]
-        modules += found._modules.values()
-    return hash(tuple(addresses))
-
-
 def run_graphed(
     module: nn.Module,
     run: Run,
@@ -77,7 +68,7 @@ def run_graphed(
         bucket = -(-tokens // BUCKET) * BUCKET
         count = len(segments.lengths) + (bucket > tokens)
         longest = -(-max(segments.max_seqlen, bucket - tokens) // BUCKET) * BUCKET
-    weights = weight_addresses(module)
+    weights = state_of(module).weight_addresses()  # a graph must not outlive the memory that it reads
     key = (bucket, count, longest, tuple(keep), backend, hidden_states.dtype, device, rotary is None, weights)
     cache = _graphs.setdefault(module, OrderedDict())
     if key not in cache:

@@ -1,0 +1,63 @@
+"""What has to be known of a module before each run, without walking its tree each time.
+
+A walk over the 300 modules of a ViT-L costs half a millisecond, a fifth of the time that one image takes on a GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import chain
+
+import torch
+from torch import nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class ModuleState:
+    """The dictionaries of a module and of all below it, gathered once and again when a submodule is replaced."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = weakref.ref(root)
+        self._gather()
+
+    def _gather(self) -> None:
+        modules = list(self._root().modules())
+        self._children = [m._modules for m in modules]
+        self._known = self._now()
+        self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
+        self._parameters = [m._parameters for m in modules if m._parameters]
+
+    def _now(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self._children)))
+
+    def _refresh(self) -> None:
+        if self._now() != self._known:
+            self._gather()
+
+    def has_hooks(self) -> bool:
+        """Whether any module carries hooks (DeepSpeed ZeRO-3, FSDP, a user's)."""
+        self._refresh()
+        return any(self._hooks)
+
+    def parameters(self) -> list[nn.Parameter]:
+        self._refresh()
+        return [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
+
+    def trained(self) -> bool:
+        """Whether any weight is trained."""
+        return any(p.requires_grad for p in self.parameters())
+
+    def weight_addresses(self) -> int:
+        """A hash of where the weights lie in memory."""
+        return hash(tuple(map(torch.Tensor.data_ptr, self.parameters())))
+
+
+_states: weakref.WeakKeyDictionary[nn.Module, ModuleState] = weakref.WeakKeyDictionary()
+
+
+def state_of(module: nn.Module) -> ModuleState:
+    """The :class:`ModuleState` of ``module``."""
+    if module not in _states:
+        _states[module] = ModuleState(module)
+    return _states[module]
