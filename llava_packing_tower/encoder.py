@@ -51,7 +51,7 @@ class PackedEncoder(nn.Module):
         segments: PackedSegments,
         rotary: Rotary | None,
         keep: Iterable[int],
-    ) -> dict[int, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Run as many blocks as ``keep`` asks for and return the wanted states.
 
         Args:
@@ -61,7 +61,8 @@ class PackedEncoder(nn.Module):
             keep: indices of the states to return; 0 is the input of block 0, i the output of block i.
 
         Returns:
-            ``{index: [N, hidden]}`` for each index of ``keep``. Blocks above the highest index are not run.
+            ``[N, hidden]`` for each index of ``keep``, in its order: a tuple, because the hooks of DeepSpeed's ZeRO-3
+            look for tensors in tuples and not in a dict by number. Blocks above the highest index are not run.
         """
         keep, device = tuple(keep), hidden_states.device
         state = state_of(self)
@@ -78,8 +79,10 @@ class PackedEncoder(nn.Module):
         )
         compiled = compiled and backend_module(backend).VARLEN
         if compiled and graphs_wanted(device, hidden_states.shape[0], grad):
-            return run_graphed(self, self.run, hidden_states, segments, rotary, keep, backend)
-        return self.run(hidden_states, segments, rotary, keep, backend, compiled)
+            states = run_graphed(self, self.run, hidden_states, segments, rotary, keep, backend)
+        else:
+            states = self.run(hidden_states, segments, rotary, keep, backend, compiled)
+        return tuple(states[index] for index in keep)
 
     def run(
         self,
@@ -90,7 +93,7 @@ class PackedEncoder(nn.Module):
         backend: str,
         compiled: bool = True,
     ) -> dict[int, torch.Tensor]:
-        """The blocks, one after the other; see :meth:`forward`."""
+        """The blocks, one after the other; see :meth:`forward`. The states are returned by index."""
         states = {0: hidden_states} if 0 in keep else {}
         # Compiled code sees the same kind of arguments in the first block as in the others.
         pending = torch.zeros_like(hidden_states) if compiled else None

@@ -137,7 +137,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
             raise ValueError(f"{type(self).__name__} takes images only (t = 1), got a sample with t = {longest} frames")
         tokens = self.patch_embed(hidden_states.to(self.dtype))
         tokens, segments, rotary, patches = self.prepare(tokens, grids, patch_positions)
-        states = self.encoder(tokens, segments, rotary, keep)
+        states = dict(zip(keep, self.encoder(tokens, segments, rotary, keep)))
         if patches is not None:
             states = {index: state.index_select(0, patches) for index, state in states.items()}
         return states, grids

@@ -48,15 +48,7 @@ def damaged(checkpoint, copy, change):
 
 
 @pytest.mark.parametrize("next_dir", HOSTS)
-@pytest.mark.parametrize(
-    "stage",
-    [
-        2,
-        pytest.param(
-            3, marks=pytest.mark.xfail(strict=True, reason="DeepSpeed 0.14 fails on the encoder's dict of states")
-        ),
-    ],
-)
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_tuned_tower_survives(workspace, tmp_path, next_dir, stage):
     output = tmp_path / "llava_llama_packing"
     shutil.copytree(workspace / "vit_packing", tmp_path / "vit_packing")

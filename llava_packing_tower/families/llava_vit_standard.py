@@ -8,7 +8,7 @@ are written out here a second time, so that a mistake in one of the two models s
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -220,10 +220,9 @@ class StandardEncoder(nn.Module):
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
     def forward(
-        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], keep: Iterable[int]
-    ) -> dict[int, torch.Tensor]:
-        """States by index, 0 the input of layer 0; layers above the highest index are not run."""
-        keep = set(keep)
+        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], keep: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        """States in the order of ``keep``, 0 the input of layer 0; layers above the highest index are not run."""
         states = {0: x} if 0 in keep else {}
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
             if self.gradient_checkpointing and self.training:
@@ -232,7 +231,7 @@ class StandardEncoder(nn.Module):
                 x = layer(x, table)
             if index in keep:
                 states[index] = x
-        return states
+        return tuple(states[index] for index in keep)
 
 
 class StandardHead(nn.Module):
@@ -392,15 +391,14 @@ class LlavaViTModel(StrictPreTrainedModel):
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         table = rotary_table(positions, head_dim, self.config.rope_theta)
         if feature_layers is not None:
-            states = self.encoder(tokens, table, feature_layers)
-            return tuple(states[index] for index in feature_layers)
+            return self.encoder(tokens, table, feature_layers)
         wanted = range(self.num_layers + 1) if output_hidden_states else (self.num_layers,)
         states = self.encoder(tokens, table, wanted)
-        last = states[self.num_layers]
+        last = states[-1]
         if self.layernorm_post is not None:
             last = self.layernorm_post(last)
         pooled = None if self.head is None else self.head(last)
-        all_states = tuple(states[index] for index in wanted) if output_hidden_states else None
+        all_states = states if output_hidden_states else None
         if return_dict is False:
             return last, pooled, all_states
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=all_states)
