@@ -5,6 +5,7 @@ Needs a transformers that has the families; `make test` runs this file a second 
 
 import contextlib
 import io
+import itertools
 import json
 
 import pytest
@@ -160,12 +161,21 @@ def align(*arguments):
 class TestAlign:
     pytestmark = newest
 
-    def test_all_rows_in_bfloat16_with_photos(self, checkpoint):
+    @pytest.mark.parametrize("name", ["siglip2_full", "aimv2_native", "aimv2_lit", "dinov3"])
+    def test_all_rows_in_bfloat16_with_photos(self, checkpoint, tmp_path, name):
+        """Ten photos at ten sizes; for learned positions all of the one size that there is, and no mixed pack."""
         pytest.importorskip("skimage", reason="the photographs come with scikit-image")
-        status, lines = align("--ckpt", checkpoint("dinov3"), "--dtype", "bfloat16", "--use_real_images")
-        assert status == 0 and lines[-1] == "ALL TESTS PASSED" and lines[1].endswith("allowed")
-        rows = [line.split("  ")[0] for line in lines[2:-1]]
-        assert rows == ["224x224", "336x336", "448x448", "mixed pack", "real photos"]
+        file, low = tmp_path / "rows.json", ("--dtype", "bfloat16")
+        status, lines = align("--ckpt", checkpoint(name), *low, "--use_real_images", "--json", file)
+        assert status == 0 and lines[-1] == "ALL TESTS PASSED", lines
+        rows = json.loads(file.read_text())
+        singles = ["112x112"] if name == "aimv2_lit" else ["224x224", "336x336", "448x448"]
+        names = [*singles, *([] if name == "aimv2_lit" else ["mixed pack"]), "real photos"]
+        assert [row["name"] for row in rows] == names == [line.split("  ")[0] for line in lines if "PASS" in line][:-1]
+        assert [row["images"] for row in rows] == [2] * len(singles) + [4] * (len(names) - len(singles) - 1) + [10]
+        assert all(0.99 <= row["min_cosine"] <= row["mean_cosine"] < 1 and row["passed"] for row in rows)
+        assert all(0 < row["max_difference"] <= row["allowed_difference"] < 1 for row in rows)
+        assert rows[-1]["tokens"] == 160 if name == "aimv2_lit" else rows[-1]["tokens"] % 10
 
     def test_family_is_checked(self, checkpoint, capsys):
         small = ("--image_size", "28", "--family")
@@ -178,6 +188,7 @@ class TestAlign:
         [
             (("--image_size", "100"), "100 is no multiple of the patch size 28; nearest: 84, 112"),
             (("--batch_size", "0"), "must be at least 1"),
+            (("--attention", "flash_attention_2", "--image_size", "28"), "flash-attn"),
         ],
     )
     def test_options_that_cannot_be(self, checkpoint, capsys, options, message):
@@ -188,11 +199,17 @@ class TestAlign:
         status, lines = align("--ckpt", checkpoint("siglip2"), "--image_size", "28", "--threshold", "1.1")
         assert status == 1 and lines[-1] == "SOME TESTS FAILED" and lines[-2].endswith("FAIL")
 
-    @pytest.mark.parametrize("damage", ["swapped", "nan", "layer", "missing", "truncated"])
-    def test_damaged_packing_checkpoint(self, checkpoint, tmp_path, damage):
+    @pytest.mark.parametrize(
+        ("name", "damage"),
+        [
+            *itertools.product(["siglip2", "aimv2_native", "aimv2_learned", "dinov3_gated"], ["swapped", "layer"]),
+            *itertools.product(["siglip2"], ["nan", "missing", "truncated"]),
+        ],
+    )
+    def test_damaged_packing_checkpoint(self, checkpoint, tmp_path, name, damage):
         """A converted folder against its original: it fails whatever is wrong with it."""
-        source, folder = checkpoint("siglip2"), tmp_path / "packing"
-        family_for("siglip2").from_pretrained(source).save_pretrained(folder)
+        source, folder = checkpoint(name), tmp_path / "packing"
+        family_for(read_json(source / CONFIG_NAME)["model_type"]).from_pretrained(source).save_pretrained(folder)
         assert align("--ckpt", source, "--packed", folder, "--image_size", "112")[0] == 0
         file = folder / "model.safetensors"
         tensors = load_file(file)
@@ -209,9 +226,12 @@ class TestAlign:
         save_file(tensors, file)
         if damage == "truncated":
             file.write_bytes(file.read_bytes()[:-100])
-        status, lines = align("--ckpt", source, "--packed", folder, "--image_size", "112")
+        report = tmp_path / "rows.json"
+        status, lines = align("--ckpt", source, "--packed", folder, "--image_size", "112", "--json", report)
         assert status == 1 and lines[-1] == "SOME TESTS FAILED"
         assert any("FAIL" in line for line in lines[:-1])
+        if damage == "nan":
+            assert json.loads(report.read_text())[0]["max_difference"] is None
 
     @pytest.mark.parametrize("damage", ["missing", "truncated"])
     def test_damaged_original(self, checkpoint, tmp_path, damage):

@@ -10,11 +10,16 @@ compare with.
 from __future__ import annotations
 
 import argparse
+import json
+import math
+from pathlib import Path
 
 import torch
 
 from ..alignment import Row, compare, comparison_packs, fixed_size, real_images
+from ..attention import BACKENDS
 from ..cli import UsageError
+from ..demo.files import write_text
 from ..families import family_for
 from ..loading import CONFIG_NAME, read_json, resolve_folder
 from ..references import NoReference, Reference, require_reference
@@ -35,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_size", type=int, help="one single resolution in place of 224, 336 and 448")
     parser.add_argument("--threshold", type=float, default=0.99, help="smallest cosine that passes (default: 0.99)")
     parser.add_argument("--use_real_images", action="store_true", help="also ten photographs at random sizes")
-    parser.add_argument("--attention", default="auto", help="attention backend of the packed encoder")
+    parser.add_argument(
+        "--attention", default="auto", choices=("auto", *BACKENDS), help="attention backend of the packed encoder"
+    )
+    parser.add_argument("--json", help="also write the rows to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.allow_tf32 = False  # the float32 reference convolves; TF32 would be its largest error
     try:
         return _compare_all(args)
-    except NoReference as error:
+    except (NoReference, ImportError) as error:  # ImportError: a backend asked for that is not installed
         raise UsageError(str(error)) from error
     except ValueError as error:  # a checkpoint that cannot be read is not aligned
         print(f"FAIL  {error}\n{FAILED}")
@@ -89,6 +97,8 @@ def _compare_all(args: argparse.Namespace) -> int:
         rows.append(compare(name, images, model, exact, low, args.threshold))
         print(_line(rows[-1]), flush=True)
     passed = all(row.passed for row in rows)
+    if args.json:
+        write_text(Path(args.json), json.dumps([_entry(row) for row in rows], indent=1) + "\n")
     print(PASSED if passed else FAILED)
     return 0 if passed else 1
 
@@ -108,6 +118,12 @@ def _photos() -> list:
         return [Image.open(source_of(photo)) for photo in PHOTOS[:PHOTO_COUNT]]
     except FileNotFoundError as error:
         raise UsageError(f"--use_real_images: {error}") from error
+
+
+def _entry(row: Row) -> dict:
+    """A row for JSON, which knows neither NaN nor infinity: null."""
+    numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(row).items()}
+    return {**numbers, "passed": row.passed}
 
 
 def _line(row: Row) -> str:
