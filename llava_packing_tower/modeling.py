@@ -118,6 +118,10 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
             backend_module(name)
         self.encoder.attention_backend = name
 
+    def set_compile(self, choice: bool | None) -> None:
+        """Compile the encoder's blocks: True, False, or None for the default (on CUDA)."""
+        self.encoder.compile_blocks = choice
+
     def encode(
         self,
         hidden_states: torch.Tensor,

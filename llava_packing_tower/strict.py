@@ -62,6 +62,9 @@ class StrictPreTrainedModel(PreTrainedModel):
         """Choose the attention implementation; ``ValueError`` for one that this model does not have."""
         raise NotImplementedError
 
+    def set_compile(self, choice: bool | None) -> None:
+        """Compile the blocks: True, False, or None for the default. Models that compile nothing ignore it."""
+
     @classmethod
     def plan(
         cls,

@@ -55,6 +55,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         vision_tower: checkpoint folder or hub id, with or without a ``packing:`` prefix.
         args: LLaVA's model arguments or config. Read: ``mm_vision_select_layer`` (required),
             ``mm_vision_select_feature`` ("patch"), ``mm_projector_type``, ``mm_packing_attention`` ("auto"),
+            ``mm_packing_compile`` (True: compiled blocks on CUDA),
             ``mm_packing_config`` (written into a LLaVA checkpoint; lets a tower whose weights are in that checkpoint
             be rebuilt without its folder), ``unfreeze_mm_vision_tower``, ``mm_tunable_parts``.
         delay_load: read only the config now, unless the arguments say that the tower is trained.
@@ -70,6 +71,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         self.projector_type = getattr(args, "mm_projector_type", None) or "patch_merger"
         self.attention = getattr(args, "mm_packing_attention", None) or os.environ.get(ATTENTION_ENV) or "auto"
+        self.compile = getattr(args, "mm_packing_compile", True)
         self._saved = getattr(args, "mm_packing_config", None)
         self._unfilled = False
         if not delay_load or wants_loading(args):
@@ -114,6 +116,8 @@ class HEVCViTPackingVisionTower(nn.Module):
         else:
             model, processor = self._from_folder(_device_of(device_map))
         model.set_attention_backend(self.attention)
+        if not self.compile:
+            model.set_compile(False)
         self.image_processor = processor
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True

@@ -297,3 +297,9 @@ def test_attention_is_chosen_by_argument_or_environment(folder, features, monkey
     assert HEVCViTPackingVisionTower(folder, arguments()).vision_tower.encoder.attention_backend == "sdpa"
     with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
         HEVCViTPackingVisionTower(folder, arguments(mm_packing_attention="flash"))
+
+
+def test_compiled_blocks_are_switched_off_by_argument(folder):
+    assert HEVCViTPackingVisionTower(folder, arguments()).vision_tower.encoder.compile_blocks is None
+    off = HEVCViTPackingVisionTower(folder, arguments(mm_packing_compile=False))
+    assert off.vision_tower.encoder.compile_blocks is False

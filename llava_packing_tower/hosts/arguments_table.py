@@ -33,6 +33,13 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "attention backend of a packing tower: auto, flash_attention_2, torch_varlen, sdpa or eager",
     ),
     PluginArgument(
+        "mm_packing_compile",
+        "ModelArguments",
+        "bool",
+        True,
+        "compile the encoder blocks of a packing tower (on CUDA unless false)",
+    ),
+    PluginArgument(
         "mm_vision_tower_lr",
         "TrainingArguments",
         "Optional[float]",
