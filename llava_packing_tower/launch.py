@@ -23,6 +23,7 @@ from .cli import UsageError
 from .hosts import all_hosts, find_host
 from .hosts.arguments_table import PLUGIN_ARGUMENTS
 from .hosts.base import Argument, FoundHost, host_arguments
+from .native.settings import KEYS, NATIVE, PREFIX, check_settings
 
 ENTRY = "llava_packing_tower.train_entry"
 ALIASES = {"mm_vision_tower": "vision_tower"}
@@ -207,6 +208,19 @@ def check_files(values: dict[str, object], beside: Path) -> int | None:
     return check_deepspeed(values, beside)
 
 
+def check_resolution(values: Mapping[str, object]) -> None:
+    """Raises :class:`UsageError` for settings of native resolution that cannot be carried out or would be ignored."""
+    given = [PREFIX + key for key in KEYS if values.get(PREFIX + key) is not None]
+    if values.get("image_aspect_ratio") != NATIVE:
+        if given:
+            raise UsageError(f"{given[0]} has no effect without image_aspect_ratio: {NATIVE}")
+        return
+    try:
+        check_settings(values)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
     """The ZeRO stage that ``deepspeed`` asks for (None: no DeepSpeed).
 
@@ -284,6 +298,7 @@ def make_plan(
         given.pop(next((k for k in given if ALIASES.get(k, k) == ALIASES.get(key, key)), key), None)
         given[key] = value
     values = resolve(given, known_arguments(found), found)
+    check_resolution(values)
     stage = check_files(values, Path(config).resolve().parent)
     if num_processes is not None and (num_gpus is not None or hostfile is not None):
         raise UsageError("--num_processes is for runs on the CPU; with --num_gpus or --hostfile leave it out")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .families.llava_vit_standard import LlavaViTModel, OneVisionEncoderModel, clip_in_context
+from .native.settings import NativeSettings
 from .positions import interpolate_frame_indices
 from .strict import StrictPreTrainedModel
 from .tower import HEVCViTPackingVisionTower
@@ -39,6 +40,14 @@ class HEVCViTVisionTower(HEVCViTPackingVisionTower):
             known = ", ".join(STANDARD_MODELS)
             raise ValueError(f"the standard tower has no model for model_type {model_type!r}; known: {known}")
         return STANDARD_MODELS[model_type]
+
+    def set_native(self, settings: NativeSettings | None) -> None:
+        """Raises ``ValueError`` for native resolution, which needs the packing tower."""
+        if settings is not None:
+            raise ValueError(
+                f"image_aspect_ratio: native needs the packing tower, but {self.vision_tower_name!r} selects the "
+                f"standard one: use a packing checkpoint, or the prefix 'packing:'"
+            )
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """``[B, C, H, W]`` or ``[B, C, T, H, W]`` to ``[B, tokens, hidden_size]`` in the dtype of the pixels."""

@@ -16,6 +16,9 @@ from .families import family_for
 from .feature_select import selected_layers
 from .image_processor import PackingImageProcessor
 from .loading import CONFIG_NAME, construction, read_json, resolve_folder, zero3_enabled
+from .native.images import NativeImageProcessor
+from .native.resolution import ResolutionRule, merge_of
+from .native.settings import NativeSettings, settings_of
 from .packing import batch_images_to_packing_input, read_grid, split_packed
 from .strict import StrictPreTrainedModel
 
@@ -57,7 +60,8 @@ class HEVCViTPackingVisionTower(nn.Module):
             ``mm_vision_select_feature`` ("patch"), ``mm_projector_type``, ``mm_packing_attention`` ("auto"),
             ``mm_packing_compile`` (True: compiled blocks on CUDA),
             ``mm_packing_config`` (written into a LLaVA checkpoint; lets a tower whose weights are in that checkpoint
-            be rebuilt without its folder), ``unfreeze_mm_vision_tower``, ``mm_tunable_parts``.
+            be rebuilt without its folder), ``unfreeze_mm_vision_tower``, ``mm_tunable_parts``, and for native
+            resolution ``image_aspect_ratio`` with the ``mm_packing_*`` keys of :mod:`.native.settings`.
         delay_load: read only the config now, unless the arguments say that the tower is trained.
 
     Features keep the tower's own dtype, whatever the dtype of the images.
@@ -73,6 +77,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.attention = getattr(args, "mm_packing_attention", None) or os.environ.get(ATTENTION_ENV) or "auto"
         self.compile = getattr(args, "mm_packing_compile", True)
         self._saved = getattr(args, "mm_packing_config", None)
+        self._native = settings_of(args)
         self._unfilled = False
         if not delay_load or wants_loading(args):
             self.load_model()
@@ -121,6 +126,19 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.image_processor = processor
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
+        self.set_native(self._native)
+
+    def set_native(self, settings: NativeSettings | None) -> None:
+        """Prepare images at native resolution as the settings say, or (None) as the tower's own processor does."""
+        self._native = settings
+        if not self.is_loaded:
+            return
+        base = getattr(self.image_processor, "base", self.image_processor)
+        self.image_processor = base
+        if settings is not None:
+            merge = merge_of(self.projector_type)
+            rule = ResolutionRule(self.config.patch_size, merge, settings.min_patches, settings.max_patches)
+            self.image_processor = NativeImageProcessor(base, rule, settings)
 
     def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
         folder = resolve_folder(strip_prefix(self.vision_tower_name))
@@ -183,22 +201,30 @@ class HEVCViTPackingVisionTower(nn.Module):
     # ---------------------------------------------------------------- forward
 
     def forward(
-        self, images: torch.Tensor | Sequence[torch.Tensor], return_spatial_dims: bool = False
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        return_spatial_dims: bool = False,
+        patch_positions: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor | list[torch.Tensor], int, int]:
         """Features of images, all of them in one packed pass.
 
         Args:
-            images: ``[B, C, H, W]``, or a list of ``[C, H, W]`` of any sizes (multiples of the patch size).
+            images: ``[B, C, H, W]``, or a list of ``[C, H, W]`` of any sizes (multiples of the patch size), with clips
+                ``[C, T, H, W]`` among them if the family knows time.
             return_spatial_dims: also return rows and columns, in patches, of the first image.
+            patch_positions: ``[N, 3]`` (frame, row, column) of all patches in place of those of the grids.
 
         Returns:
-            ``[B, h*w, hidden_size]`` for a tensor, a list of ``[h_i*w_i, hidden_size]`` for a list, in the tower's
+            ``[B, h*w, hidden_size]`` for a tensor, a list of ``[t_i*h_i*w_i, hidden_size]`` for a list, in the tower's
             dtype.
 
         Raises:
-            ValueError: not loaded, no images, a wrong channel count or a size that is no multiple of the patch size.
+            ValueError: not loaded, no images, a wrong channel count, a size that is no multiple of the patch size, or
+                clips or positions for a family that takes images only.
         """
         self._require_weights()
+        if patch_positions is not None and self.vision_tower.image_only:
+            raise ValueError(f"{type(self.vision_tower).__name__} takes images only and no patch_positions")
 
         # ============================================================================================
         # INPUT CONVERSION: [B, C, H, W], or a ragged list of [C, H, W]
@@ -215,7 +241,8 @@ class HEVCViTPackingVisionTower(nn.Module):
         )
 
         # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
-        states = model(hidden_states=hidden_states, grid_thw=grid_thw, feature_layers=self.feature_layers)
+        given = {} if patch_positions is None else {"patch_positions": patch_positions}
+        states = model(hidden_states=hidden_states, grid_thw=grid_thw, feature_layers=self.feature_layers, **given)
         packed = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
 
         # ============================================================================================

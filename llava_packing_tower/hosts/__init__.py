@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from . import builder_hook, mends
+from . import builder_hook, mends, native
 from .base import FoundHost, Host
 from .imports import ImportHooks
 from .patches import Patches
@@ -52,6 +52,7 @@ def apply() -> None:
         for package in packages():
             mends.install(package, _hooks, _patches)
             builder_hook.install(package, _hooks, _patches)
+            native.install(package, _hooks, _patches)
             _extend(package)
     except BaseException:
         undo()
@@ -75,9 +76,11 @@ def _extend(package: str) -> None:
 
     # Imported when the host is: these modules need torch, and `import builder_patch` must stay cheap.
     def on_arch(arch: ModuleType) -> None:
+        from .participation import into_model
         from .tuning import remember_tower
 
         remember_tower(arch, _patches)
+        into_model(arch, _patches)
 
     def on_builder(builder: ModuleType) -> None:
         from .tuning import verify_after_load

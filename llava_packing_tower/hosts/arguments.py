@@ -7,17 +7,24 @@ from types import ModuleType
 from typing import Optional
 
 from .arguments_table import PLUGIN_ARGUMENTS
+from .base import GROUPS
 from .patches import Patches
 
 # HfArgumentParser of transformers 4.40 does not read `str | None` on Python 3.10.
-_TYPES = {"bool": bool, "str": str, "Optional[str]": Optional[str], "Optional[float]": Optional[float]}  # noqa: UP045
+_TYPES = {
+    "bool": bool,
+    "str": str,
+    "Optional[str]": Optional[str],  # noqa: UP045
+    "Optional[int]": Optional[int],  # noqa: UP045
+    "Optional[float]": Optional[float],  # noqa: UP045
+}
 _ADDED = "_llava_packing_added"
 _current: dict[str, object] = {}
 
 
 def extend(train: ModuleType, patches: Patches) -> None:
     """Replace the argument dataclasses of a host's ``train.train`` by subclasses that have the plugin's fields too."""
-    for group in ("ModelArguments", "TrainingArguments"):
+    for group in GROUPS:
         original = getattr(train, group)
         present = {f.name for f in dataclasses.fields(original)}
         missing = [a for a in PLUGIN_ARGUMENTS if a.group == group and a.name not in present]
@@ -26,13 +33,13 @@ def extend(train: ModuleType, patches: Patches) -> None:
             for a in missing
         ]
         namespace: dict[str, object] = {_ADDED: frozenset(a.name for a in missing)}
-        if group == "TrainingArguments":
 
-            def __post_init__(self, _base=original):
+        def __post_init__(self, _base=original, _group=group):
+            if hasattr(_base, "__post_init__"):
                 _base.__post_init__(self)
-                _current["training"] = self
+            _current[_group] = self
 
-            namespace["__post_init__"] = __post_init__
+        namespace["__post_init__"] = __post_init__
         extended = dataclasses.make_dataclass(group, fields, bases=(original,), namespace=namespace)
         # transformers pickles the training arguments by the name of their class.
         extended.__module__, extended.__qualname__ = original.__module__, original.__qualname__
@@ -43,9 +50,14 @@ def extend(train: ModuleType, patches: Patches) -> None:
 
 def current_training_arguments() -> object | None:
     """The TrainingArguments that the host parsed last in this process."""
-    return _current.get("training")
+    return _current.get("TrainingArguments")
+
+
+def current_data_arguments() -> object | None:
+    """The DataArguments that the host parsed last in this process."""
+    return _current.get("DataArguments")
 
 
 def host_lacks(train: ModuleType, name: str) -> bool:
     """Whether the host itself does not know an argument, so that the plugin has to carry it out."""
-    return any(name in getattr(getattr(train, group), _ADDED, ()) for group in ("ModelArguments", "TrainingArguments"))
+    return any(name in getattr(getattr(train, group), _ADDED, ()) for group in GROUPS)

@@ -40,6 +40,36 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "compile the encoder blocks of a packing tower (on CUDA unless false)",
     ),
     PluginArgument(
+        "mm_packing_min_patches",
+        "ModelArguments",
+        "Optional[int]",
+        None,
+        "image_aspect_ratio native: fewest patches of an image or frame; smaller ones are enlarged (16)",
+    ),
+    PluginArgument(
+        "mm_packing_max_patches",
+        "ModelArguments",
+        "Optional[int]",
+        None,
+        "image_aspect_ratio native: most patches of an image or frame; larger ones are reduced (those of the tower's "
+        "nominal image)",
+    ),
+    PluginArgument(
+        "mm_packing_video",
+        "ModelArguments",
+        "Optional[str]",
+        None,
+        "image_aspect_ratio native: clip (the frames of a video see each other, at interpolated temporal positions; "
+        "LlavaViT's default) or frames (each on its own)",
+    ),
+    PluginArgument(
+        "mm_packing_video_max_patches",
+        "ModelArguments",
+        "Optional[int]",
+        None,
+        "image_aspect_ratio native: most patches of all frames of a video together (no limit)",
+    ),
+    PluginArgument(
         "mm_vision_tower_lr",
         "TrainingArguments",
         "Optional[float]",

@@ -55,39 +55,59 @@ def hooked(original: Callable) -> Callable:
             kwargs["delay_load"] = False
         return cls(name, args=vision_tower_cfg, **kwargs)
 
-    setattr(build_vision_tower, _MARK, original)
-    return build_vision_tower
+    return mark_wrapper(build_vision_tower, original)
 
 
 def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
-    """Hook the builder of the LLaVA in ``package`` and every copy of the function that its modules took."""
-
-    def patch(module: ModuleType) -> None:
-        function = vars(module).get(FUNCTION)
-        if function is None:
-            raise AttributeError(f"{module.__name__} has no {FUNCTION}: this LLaVA is not laid out as expected")
-        original = getattr(function, _MARK, function)
-        wrapper = function if original is not function else hooked(original)
-        for other in _holders(package, original):
-            patches.set(other, FUNCTION, wrapper)
-        # A module that is imported later copies the wrapper itself; undo has to know of it.
-        patches.on_undo(lambda: _restore_copies(package, wrapper, original))
-
-    hooks.after(f"{package}.model.multimodal_encoder.builder", patch)
-    hooks.after(f"{package}.model.llava_arch", patch)
+    """Hook the tower builder of the LLaVA in ``package``."""
+    hook_function(package, "model.multimodal_encoder.builder", FUNCTION, hooked, hooks, patches)
     hooks.surface_failures(f"{package}.model")
 
 
-def _restore_copies(package: str, wrapper: Callable, original: Callable) -> None:
-    for module in _holders(package, wrapper):
-        setattr(module, FUNCTION, original)
+def hook_function(
+    package: str,
+    defined_in: str,
+    name: str,
+    wrap: Callable[[Callable], Callable],
+    hooks: ImportHooks,
+    patches: Patches,
+) -> None:
+    """Wrap a function of the LLaVA in ``package``, and every copy of it that its modules took.
+
+    ``wrap(original)`` makes the wrapper, with the original in its attribute ``_llava_packing_original``.
+    """
+
+    def patch(module: ModuleType) -> None:
+        function = vars(module).get(name)
+        if function is None:
+            raise AttributeError(f"{module.__name__} has no {name}: this LLaVA is not laid out as expected")
+        original = getattr(function, _MARK, function)
+        wrapper = function if original is not function else wrap(original)
+        for other in _holders(package, name, original):
+            patches.set(other, name, wrapper)
+        # A module that is imported later copies the wrapper itself; undo has to know of it.
+        patches.on_undo(lambda: _restore_copies(package, name, wrapper, original))
+
+    hooks.after(f"{package}.{defined_in}", patch)
+    hooks.after(f"{package}.model.llava_arch", patch)
 
 
-def _holders(package: str, function: Callable) -> list[ModuleType]:
-    """The imported modules of ``package`` in which our name stands for ``function``."""
+def mark_wrapper(wrapper: Callable, original: Callable) -> Callable:
+    """Note what a wrapper stands in for, so that it is not wrapped again."""
+    setattr(wrapper, _MARK, original)
+    return wrapper
+
+
+def _restore_copies(package: str, name: str, wrapper: Callable, original: Callable) -> None:
+    for module in _holders(package, name, wrapper):
+        setattr(module, name, original)
+
+
+def _holders(package: str, name: str, function: Callable) -> list[ModuleType]:
+    """The imported modules of ``package`` in which ``name`` stands for ``function``."""
     # vars(), not getattr(): asking a lazy module for an attribute it lacks can import half of transformers.
     return [
         module
-        for name, module in list(sys.modules.items())
-        if name.split(".")[0] == package and isinstance(module, ModuleType) and vars(module).get(FUNCTION) is function
+        for key, module in list(sys.modules.items())
+        if key.split(".")[0] == package and isinstance(module, ModuleType) and vars(module).get(name) is function
     ]

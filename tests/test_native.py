@@ -1,0 +1,300 @@
+"""Native resolution without a host: the rule, the settings, the processor, pooling, newlines, counting."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava_packing_tower import PackingImageProcessor
+from llava_packing_tower.native.images import NativeImageProcessor
+from llava_packing_tower.native.projectors import MergingProjector, make_projector
+from llava_packing_tower.native.resolution import ResolutionRule, merge_of
+from llava_packing_tower.native.settings import NativeSettings, check_settings, make_settings, settings_of
+from llava_packing_tower.native.tokens import TokenLayout, arrange, pool
+from llava_packing_tower.native.truncation import cut_tokens
+from llava_packing_tower.native.visuals import fill_slots, read_visuals
+from llava_packing_tower.tower import HEVCViTPackingVisionTower
+
+# ---------------------------------------------------------------- the rule
+
+
+@pytest.mark.parametrize(
+    "merge, bounds, size, expected",
+    [
+        ((1, 1), (1, 1024), (448, 448), (448, 448)),
+        ((1, 1), (1, 1024), (100, 50), (98, 56)),  # to the nearest multiples: 7.14 x 3.57 patches
+        ((2, 2), (4, 1024), (100, 50), (112, 56)),
+        ((1, 4), (4, 1024), (100, 50), (112, 56)),
+        ((1, 1), (1, 1024), (4000, 3000), (504, 378)),  # 36 x 27 = 972 of 1024 patches, still 4:3
+        ((2, 2), (4, 1024), (4000, 3000), (504, 364)),
+        ((1, 1), (1, 100), (4480, 448), (434, 42)),  # a panorama of 10:1
+        ((1, 1), (16, 1024), (7, 7), (56, 56)),  # enlarged to the fewest patches
+        ((1, 1), (1, 1024), (1, 1), (14, 14)),
+        ((1, 1), (1, 1024), (3, 1400), (14, 1400)),  # one patch wide
+        ((1, 1), (1, 100), (10, 10000), (14, 1400)),  # and too long for its width: cut down
+        ((2, 2), (4, 40), (10, 10000), (28, 280)),
+        ((1, 1), (20, 20), (140, 14), (140, 28)),  # rounding up would pass the most: that holds
+    ],
+)
+def test_sizes(merge, bounds, size, expected):
+    assert ResolutionRule(14, merge, *bounds).size(*size) == expected
+
+
+@given(
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+    merge=st.sampled_from([(1, 1), (2, 2), (1, 4)]),
+    least=st.integers(1, 400),
+    more=st.integers(4, 2000),
+)
+def test_the_rule_holds_for_every_image(width, height, merge, least, more):
+    rule = ResolutionRule(16, merge, least, least + more)
+    rows, columns = rule.grid(width, height)
+    assert rows % merge[0] == 0 and columns % merge[1] == 0 and rows >= 1 and columns >= 1
+    assert rows * columns <= least + more
+    tokens = rule.tokens(width, height)
+    assert tokens == (rows // merge[0], columns // merge[1])
+    tall, wide = rule.unit
+    if least <= rows * columns and round(height / tall) == rows // merge[0]:
+        assert abs(columns * 16 - width) <= wide or rows * columns > (least + more) // 2
+    # Turning an image by 90 degrees turns its grid, if the unit is square.
+    if merge != (1, 4) and width != height:
+        assert rule.grid(height, width) == (columns, rows)
+    if least <= rows * columns:
+        assert rule.size(*rule.size(width, height)) == rule.size(width, height)
+
+
+@pytest.mark.parametrize(
+    "bounds, merge, words",
+    [
+        ((5, 4), (1, 1), "5 is more than"),
+        ((1, 3), (2, 2), "2 x 2"),
+        ((0, 4), (1, 1), "got 0"),
+        ((1, 2.5), (1, 1), "2.5"),
+    ],
+)
+def test_impossible_bounds(bounds, merge, words):
+    with pytest.raises(ValueError, match=words):
+        ResolutionRule(14, merge, *bounds)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_settings_come_from_arguments_then_checkpoint_then_defaults():
+    earlier = SimpleNamespace(mm_packing_min_patches=9, mm_packing_video="frames")
+    args = SimpleNamespace(mm_projector_type="spatial_merge", mm_packing_min_patches=None, mm_packing_max_patches=200)
+    made = make_settings(args, earlier, 1024, image_only=False)
+    assert made == NativeSettings(9, 200, "frames", None)
+    assert make_settings(SimpleNamespace(), SimpleNamespace(), 1024, True) == NativeSettings(16, 1024, "frames")
+    assert make_settings(SimpleNamespace(), SimpleNamespace(), 9, False) == NativeSettings(9, 9, "clip")
+    config = SimpleNamespace(image_aspect_ratio="native", **made.items())
+    assert settings_of(config) == made
+    assert settings_of(SimpleNamespace(image_aspect_ratio="pad", **made.items())) is None
+    with pytest.raises(ValueError, match="no mm_packing_max_patches"):
+        settings_of(SimpleNamespace(image_aspect_ratio="native", mm_packing_min_patches=3))
+    with pytest.raises(ValueError, match="use 'frames'"):
+        make_settings(SimpleNamespace(mm_packing_video="clip"), SimpleNamespace(), 9, image_only=True)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"mm_projector_type": "pooler"}, "'pooler' does not work"),
+        ({"mm_patch_merge_type": "spatial_maxpool2x2"}, "flat, spatial, spatial_unpad"),
+        ({"mm_packing_video": "film"}, "clip, frames"),
+        ({"mm_packing_min_patches": 0}, "got 0"),
+        ({"mm_packing_min_patches": 9, "mm_packing_max_patches": 8}, "9 is more than"),
+        ({"mm_packing_max_patches": 3, "mm_projector_type": "patch_merger"}, "1 x 4"),
+        ({"mm_newline_position": "rows"}, "one_token"),
+        ({"mm_packing_video_max_patches": -1}, "got -1"),
+        ({"add_faster_video": True}, "add_faster_video"),
+    ],
+)
+def test_settings_that_cannot_be_carried_out(values, words):
+    with pytest.raises(ValueError, match=words):
+        check_settings(values)
+
+
+def test_settings_that_can():
+    for projector in (None, "linear", "mlp3x_gelu", "mlp2x_res2x_gelu", "identity", "spatial_merge", "patch_merger"):
+        check_settings({"mm_projector_type": projector, "mm_patch_merge_type": "spatial_unpad"})
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def photo(height, width, mode="RGB"):
+    noise = np.random.default_rng(height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def native(merge=(1, 1), least=1, most=64, together=None, **base):
+    base = PackingImageProcessor(size=56, **base)
+    rule = ResolutionRule(14, merge, least, most)
+    return NativeImageProcessor(base, rule, NativeSettings(least, most, "clip", together))
+
+
+def test_square_photos_of_the_fixed_size_have_the_pixels_of_the_fixed_processor():
+    images = [photo(56, 56), photo(56, 56, "L")]
+    processor = native()
+    fixed = processor.base.preprocess(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.preprocess(images, return_tensors="pt")["pixel_values"], fixed)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK", "LA"])
+def test_every_photo_keeps_its_shape(mode):
+    processor = native(merge=(2, 2), least=4)
+    made = processor([photo(30, 100, mode), photo(90, 20, mode), photo(3, 3, mode)], return_tensors="pt")
+    assert [tuple(p.shape) for p in made["pixel_values"]] == [(3, 28, 112), (3, 84, 28), (3, 28, 28)]
+    assert all(p.isfinite().all() for p in made["pixel_values"])
+
+
+def test_what_a_photo_of_its_own_size_becomes_is_resized_not_cropped():
+    pixels = native().preprocess(photo(70, 30), return_tensors="pt")["pixel_values"][0]
+    assert pixels.shape == (3, 70, 28)
+    expected = np.asarray(photo(70, 30).resize((28, 70), Image.Resampling.BICUBIC), np.float32) / 255
+    mean, std = (np.float32(v) for v in (native().image_mean, native().image_std))
+    assert_close(pixels, torch.from_numpy((expected - mean) / std).permute(2, 0, 1), 1e-6)
+
+
+def test_frames_of_a_video_share_one_size_and_the_bound_of_the_video():
+    clip = np.random.default_rng(0).integers(0, 255, (6, 60, 100, 3), dtype=np.uint8)
+    processor = native(together=60)
+    assert processor.preprocess(clip, return_tensors="pt")["pixel_values"].shape == (6, 3, 28, 56)  # 10 patches each
+    assert processor.preprocess(photo(60, 100), return_tensors="pt")["pixel_values"].shape == (1, 3, 56, 98)
+    one = processor.preprocess(clip[:1], return_tensors="pt")["pixel_values"]
+    assert one.shape == (1, 3, 56, 98)  # a video of one frame
+    assert native().preprocess(clip, return_tensors="pt")["pixel_values"].shape == (6, 3, 56, 98)
+
+
+def test_a_blank_image_is_one_token_and_the_saved_processor_is_the_base():
+    processor = native(merge=(1, 4), least=4)
+    assert processor.crop_size == {"height": 14, "width": 56}
+    assert processor.to_dict() == PackingImageProcessor(size=56).to_dict()
+    other = processor.preprocess(photo(14, 56), return_tensors="pt", do_normalize=False)["pixel_values"]
+    assert other.shape == (1, 3, 14, 56) and other.min() >= 0 and other.max() <= 1
+
+
+def test_a_tower_with_a_native_config_has_the_native_processor(golden):
+    args = SimpleNamespace(
+        mm_vision_select_layer=-1,
+        mm_projector_type="spatial_merge",
+        image_aspect_ratio="native",
+        mm_packing_min_patches=4,
+        mm_packing_max_patches=100,
+        mm_packing_video="clip",
+    )
+    tower = HEVCViTPackingVisionTower(str(golden / "hevc_packing_tower"), args, delay_load=True)
+    tower.load_model()
+    rule = tower.image_processor.rule
+    assert (rule.merge, rule.min_patches, rule.max_patches) == ((2, 2), 4, 100)
+    assert rule.patch_size == tower.config.patch_size
+    tower.set_native(None)
+    assert type(tower.image_processor) is PackingImageProcessor
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_merging_takes_neighbours_and_repeats_the_edge():
+    projector = MergingProjector(1, 4, (2, 2))
+    projector.ln_q = projector.mlp = torch.nn.Identity()
+    features = torch.arange(15.0)[:, None]  # 3 rows of 5
+    cells = projector(features, [(1, 3, 5)])
+    assert cells.tolist() == [
+        [0, 1, 5, 6],
+        [2, 3, 7, 8],
+        [4, 4, 9, 9],
+        [10, 11, 10, 11],
+        [12, 13, 12, 13],
+        [14, 14, 14, 14],
+    ]
+    projector.merge = (1, 4)
+    assert projector(features, [(1, 3, 5)])[:3].tolist() == [[0, 1, 2, 3], [4, 4, 4, 4], [5, 6, 7, 8]]
+    with pytest.raises(ValueError, match="16 patches, the features 15"):
+        projector(features, [(1, 4, 4)])
+    with pytest.raises(ValueError, match="15 patches without a grid"):
+        projector(features)
+
+
+def test_projectors_by_name():
+    assert make_projector("mlp2x_gelu", 8, 4) is None and merge_of("mlp2x_gelu") == (1, 1)
+    for name, merge in (("spatial_merge", (2, 2)), ("patch_merger", (1, 4))):
+        projector = make_projector(name, 8, 5)
+        assert projector.merge == merge_of(name) == merge
+        assert projector(torch.randn(2, 16, 8)).shape == (2, 4, 5)
+
+
+def test_pooling_on_the_real_grid():
+    frames = torch.arange(2 * 3 * 5.0).view(-1, 1)
+    pooled, grid = pool(frames, (2, 3, 5), 2, "max")
+    assert grid == (2, 1, 2) and pooled[:, 0].tolist() == [6, 8, 21, 23]
+    pooled, grid = pool(frames, (2, 3, 5), 2, "average")
+    assert grid == (2, 1, 2) and pooled[:, 0].tolist() == [3, 5, 18, 20]
+    pooled, grid = pool(frames, (2, 3, 5), 2, "bilinear")
+    assert grid == (2, 2, 3) and len(pooled) == 12
+    assert pool(frames, (2, 1, 15), 4, "max")[1] == (2, 1, 3)  # a side shorter than the stride
+    with pytest.raises(ValueError, match="'median'"):
+        pool(frames, (2, 3, 5), 2, "median")
+
+
+@pytest.mark.parametrize(
+    "position, expected",
+    [
+        ("grid", [0, 1, 9, 2, 3, 9, 4, 5, 9, 6, 7, 9]),
+        ("frame", [0, 1, 2, 3, 9, 4, 5, 6, 7, 9]),
+        ("one_token", [0, 1, 2, 3, 4, 5, 6, 7, 9]),
+        ("no_token", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_newlines_of_a_video(position, expected):
+    layout = TokenLayout(True, "spatial_unpad", position, pool_stride=1)
+    tokens, newline = torch.arange(8.0)[:, None], torch.tensor([9.0])
+    assert arrange(tokens, (2, 2, 2), True, layout, newline)[:, 0].tolist() == expected
+    flat = TokenLayout(True, "flat", position, pool_stride=1)
+    assert arrange(tokens, (2, 2, 2), True, flat, newline)[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert arrange(tokens, (1, 4, 2), False, layout, newline)[:, 0].tolist() == [0, 1, 9, 2, 3, 9, 4, 5, 9, 6, 7, 9]
+
+
+# ---------------------------------------------------------------- what LLaVA passes around
+
+
+def test_modalities_for_each_image_for_each_sample_or_for_all():
+    images = [torch.zeros(3, 14, 14), torch.zeros(2, 3, 14, 28), torch.zeros(1, 3, 14, 14)]
+    for modalities in (["image", "video", "text"], ["image", "video"]):
+        read = read_visuals(images, modalities, None, [1, 1] if len(modalities) == 3 else [1, 2])
+        assert [len(v.frames) for v in read] == [1, 2, 1] and read[1].is_video and not read[0].is_video
+    batch = torch.zeros(2, 4, 3, 14, 14)
+    assert all(v.is_video and len(v.frames) == 4 for v in read_visuals(batch, "video", None, [1, 1]))
+    with pytest.raises(ValueError, match="2 modalities for 3 images in 3 samples"):
+        read_visuals(images, ["image", "video"], None, [1, 1, 1])
+    with pytest.raises(ValueError, match="2 images: at native"):
+        read_visuals(images, "image", None, [1, 1, 1])
+    with pytest.raises(ValueError, match=r"got \[14, 14\]"):
+        read_visuals([torch.zeros(14, 14)], None, None, [1])
+    with pytest.raises(ValueError, match="3 frame_indices"):
+        read_visuals(images[1:2], "video", [{"frame_indices": [1, 2, 3]}], [1])
+
+
+def test_slots():
+    a, b = torch.ones(3, 2), torch.ones(5, 2)
+    assert [len(s) for s in fill_slots([a, b], [1, 0, 1])] == [3, 0, 5]
+    assert fill_slots([a, b, a], [1, 0, 1]) == [a, b, a]
+    with pytest.raises(ValueError, match=r"1 images, but the 2 samples of the batch have \[1, 1\]"):
+        fill_slots([a], [1, 1])
+
+
+def test_what_truncation_cuts():
+    text = [False, True, False, True]
+    assert cut_tokens(text, [4, 3], 9) == (0, 0)
+    assert cut_tokens(text, [4, 3], 8) == (1, 1)
+    assert cut_tokens(text, [4, 3], 4) == (5, 4)
+    assert cut_tokens([True, False, False], [4], 5) == (1, 0)
