@@ -342,6 +342,11 @@ def _environment(plan: Plan) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
+def _alone(plan: Plan) -> bool:
+    """One process and no DeepSpeed: then nothing is to be wrapped around the model."""
+    return plan.processes == 1 and plan.zero_stage is None and plan.hostfile is None
+
+
 def _command(plan: Plan, port: int) -> list[str]:
     words = [sys.executable, "-m"]
     if plan.device == "gpu" and plan.zero_stage is not None:
@@ -351,8 +356,11 @@ def _command(plan: Plan, port: int) -> list[str]:
         words += ["--module", ENTRY]
     elif plan.hostfile:
         raise UsageError("--hostfile needs DeepSpeed: give a `deepspeed:` configuration")
+    elif _alone(plan):
+        # Not through torchrun: in its environment even one process trains in DDP, which refuses unused parameters.
+        words += [ENTRY]
     else:
-        # Always through torchrun, one process included: DeepSpeed does not start on a CPU without its environment.
+        # Through torchrun, one process with DeepSpeed included: on a CPU it does not start without its environment.
         words += ["torch.distributed.run", "--nproc_per_node", str(plan.processes)]
         words += ["--master_addr", "127.0.0.1", "--master_port", str(port), "--module", ENTRY]
     return words + to_argv(plan.values)
@@ -363,6 +371,8 @@ def run(plan: Plan) -> int:
     environment = {**os.environ, **plan.environment}
     if plan.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif _alone(plan):  # with more GPUs in sight, transformers would use DataParallel
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     process = subprocess.Popen(plan.command, env=environment, stdin=subprocess.DEVNULL)
     while True:
         try:

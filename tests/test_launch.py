@@ -248,6 +248,24 @@ def test_gpu_plan(files, monkeypatch):
     assert launch.make_plan(files(deepspeed="-")).command[2] == "torch.distributed.run"
 
 
+def test_one_process_without_deepspeed_is_not_wrapped(files, monkeypatch):
+    """Not in DDP (torchrun's environment), and not in DataParallel (several GPUs in sight)."""
+    plan = launch.make_plan(files(deepspeed="-"), num_processes=1)
+    assert plan.command[1:3] == ["-m", launch.ENTRY]
+    assert launch.make_plan(files(), num_processes=1).command[2] == "torch.distributed.run"
+    assert launch.make_plan(files(deepspeed="-"), num_processes=2).command[2] == "torch.distributed.run"
+    monkeypatch.setattr(launch, "_gpus", lambda: 4)
+    plan = launch.make_plan(files(deepspeed="-"), num_gpus=1)
+    assert plan.command[1:3] == ["-m", launch.ENTRY]
+    script = "import os, sys; sys.exit(int(os.environ['CUDA_VISIBLE_DEVICES']))"
+    plan.command = [sys.executable, "-c", script]
+    for visible, first in (("3,1", 3), (None, 0)):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert launch.run(plan) == first
+
+
 def test_dry_run_prints_the_plan_and_starts_nothing(files, capsys, monkeypatch):
     monkeypatch.setattr(launch, "run", lambda plan: pytest.fail("started"))
     assert main(["train", str(files()), "--dry_run", "--num_processes", "2", "--max_steps", "5"]) == 0

@@ -22,7 +22,7 @@ from ..patches import Patches
 logger = logging.getLogger(__name__)
 
 DISABLE_ENV = "LLAVA_PACKING_DISABLE_MENDS"
-MEND_MODULES = ("llava", "deepspeed")
+MEND_MODULES = ("names", "llava", "trainer", "models", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Mend:
 
 MENDS: dict[str, Mend] = {}
 _applied: dict[str, Mend] = {}
+_left: dict[str, Mend] = {}
 
 
 def mend(
@@ -78,15 +79,22 @@ def applied() -> tuple[str, ...]:
     return tuple(_applied)
 
 
+def left() -> tuple[str, ...]:
+    """Names of the mends that were switched off though their defect is there."""
+    return tuple(_left)
+
+
 def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
     """Have every mend applied when it is due, for the LLaVA in ``package``."""
     off = disabled()
     for item in load_all().values():
-        if item.name in off:
-            continue
 
         def act(module: ModuleType, item: Mend = item) -> None:
-            if item.name in off or not item.defect(module):
+            if not item.defect(module):
+                return
+            if item.name in off:
+                _left[item.name] = item
+                patches.on_undo(lambda: _left.pop(item.name, None))
                 return
             item.apply(module, patches)
             if item.name not in _applied:

@@ -1,4 +1,4 @@
-"""Mends of DeepSpeed for machines without a GPU. They touch nothing where there is one."""
+"""Mends of DeepSpeed. All but the last are for machines without a GPU and touch nothing where there is one."""
 
 from __future__ import annotations
 
@@ -56,3 +56,28 @@ def ds_agsync(deepspeed: ModuleType, patches: Patches) -> None:
             return handle
 
         patches.set(deepspeed.comm, name, waited)
+
+
+def _leaves_plain_parameters_uncast(deepspeed: ModuleType) -> bool:
+    cast = getattr(deepspeed.DeepSpeedEngine, "_cast_module_mixed_precision", None)
+    return cast is not None and "not is_zero_init_model" in inspect.getsource(cast)
+
+
+@mend(
+    module="deepspeed",
+    reason="under ZeRO-3, DeepSpeed 0.19 no longer casts parameters that were made outside of zero.Init, as LLaVA's "
+    "projector is, and then fails on two dtypes",
+    defect=_leaves_plain_parameters_uncast,
+)
+def zero3_cast(deepspeed: ModuleType, patches: Patches) -> None:
+    original = deepspeed.DeepSpeedEngine._cast_module_mixed_precision
+
+    @functools.wraps(original)
+    def _cast_module_mixed_precision(self, param_dtype, buffer_dtype, is_zero_init_model, *args, **kwargs):
+        if param_dtype is not None and is_zero_init_model:
+            for parameter in self.module.parameters():
+                if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(param_dtype)
+        return original(self, param_dtype, buffer_dtype, is_zero_init_model, *args, **kwargs)
+
+    patches.set(deepspeed.DeepSpeedEngine, "_cast_module_mixed_precision", _cast_module_mixed_precision)

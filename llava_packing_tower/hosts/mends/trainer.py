@@ -1,0 +1,147 @@
+"""Mends of the hosts' trainers against the Trainer of newer versions of transformers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import ModuleType
+
+from ..patches import Patches
+from . import mend
+
+
+def _source(thing: object) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # no source file
+        return ""
+
+
+def _takes(function: object, name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _base(trainer: ModuleType) -> type:
+    """transformers' own Trainer, under the host's."""
+    return next(cls for cls in trainer.LLaVATrainer.__mro__ if cls.__module__ == "transformers.trainer")
+
+
+def _accelerator_is_made_wrongly(trainer: ModuleType) -> bool:
+    make = vars(trainer.LLaVATrainer).get("create_accelerator_and_postprocess")
+    if make is None or "dispatch_batches=self.args.dispatch_batches" not in _source(make):
+        return False
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    has_argument = "dispatch_batches" in TrainingArguments.__dataclass_fields__
+    return not (has_argument and _takes(Accelerator.__init__, "dispatch_batches"))
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the trainer makes its Accelerator with arguments that are gone; transformers' own method takes its place "
+    "(timeout: ddp_timeout)",
+    defect=_accelerator_is_made_wrongly,
+)
+def accelerator_arguments(trainer: ModuleType, patches: Patches) -> None:
+    patches.delete(trainer.LLaVATrainer, "create_accelerator_and_postprocess")
+
+
+def _save_passes_metrics(trainer: ModuleType) -> bool:
+    own = vars(trainer.LLaVATrainer).get("_save_checkpoint")
+    return own is not None and _takes(own, "metrics") and not _takes(_base(trainer)._save_checkpoint, "metrics")
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the trainer hands `metrics` on to transformers' _save_checkpoint, which takes them no more",
+    defect=_save_passes_metrics,
+)
+def save_metrics(trainer: ModuleType, patches: Patches) -> None:
+    save = _base(trainer)._save_checkpoint
+
+    @functools.wraps(save)
+    def _save_checkpoint(self, model, trial, metrics=None):
+        return save(self, model, trial)
+
+    patches.set(_base(trainer), "_save_checkpoint", _save_checkpoint)
+
+
+def _sampler_gets_the_dataset(trainer: ModuleType) -> bool:
+    own = vars(trainer.LLaVATrainer)
+    sampler = own.get("_get_train_sampler")
+    if sampler is None or "get_train_dataloader" in own:  # with a loader of its own, the host calls it as it is
+        return False
+    return _takes(_base(trainer)._get_train_sampler, "train_dataset") and not _takes(sampler, "train_dataset")
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="transformers calls _get_train_sampler with the dataset, which the host's own does not take",
+    defect=_sampler_gets_the_dataset,
+)
+def sampler_dataset(trainer: ModuleType, patches: Patches) -> None:
+    sampler = trainer.LLaVATrainer._get_train_sampler
+
+    @functools.wraps(sampler)
+    def _get_train_sampler(self, train_dataset=None):
+        return sampler(self)  # it reads self.train_dataset, the same one
+
+    patches.set(trainer.LLaVATrainer, "_get_train_sampler", _get_train_sampler)
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the host gives its trainer a `tokenizer`, which transformers 5 calls `processing_class`",
+    defect=lambda trainer: not _takes(_base(trainer).__init__, "tokenizer"),
+)
+def tokenizer_argument(trainer: ModuleType, patches: Patches) -> None:
+    init = trainer.LLaVATrainer.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        if "tokenizer" in kwargs:
+            kwargs["processing_class"] = kwargs.pop("tokenizer")
+        init(self, *args, **kwargs)
+
+    patches.set(trainer.LLaVATrainer, "__init__", __init__)
+
+
+def _group_by_length_is_gone(trainer: ModuleType) -> bool:
+    from transformers import TrainingArguments
+
+    sampler = vars(trainer.LLaVATrainer).get("_get_train_sampler")
+    gone = "group_by_length" not in TrainingArguments.__dataclass_fields__
+    return gone and "self.args.group_by_length" in _source(sampler)
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the sampler asks for the argument group_by_length, which is train_sampling_strategy in transformers 5",
+    defect=_group_by_length_is_gone,
+)
+def group_by_length(trainer: ModuleType, patches: Patches) -> None:
+    from transformers import TrainingArguments
+
+    asked = property(lambda self: self.train_sampling_strategy == "group_by_length")
+    patches.set(TrainingArguments, "group_by_length", asked)
+
+
+def _bf16_needs_a_gpu(arguments: ModuleType) -> bool:
+    import torch
+
+    if torch.cuda.is_available() or not hasattr(arguments, "is_torch_bf16_gpu_available"):
+        return False
+    # Earlier versions asked for the GPU's kind only where there is one.
+    guarded = "torch.cuda.is_available() and not is_torch_bf16_gpu_available()" in _source(arguments)
+    return not guarded and not arguments.is_torch_bf16_gpu_available()
+
+
+@mend(
+    module="transformers.training_args",
+    reason="without a GPU, bf16 is refused unless use_cpu is set, and use_cpu switches DeepSpeed off",
+    defect=_bf16_needs_a_gpu,
+)
+def bf16_on_cpu(arguments: ModuleType, patches: Patches) -> None:
+    patches.set(arguments, "is_torch_bf16_gpu_available", lambda: True)
