@@ -1,0 +1,115 @@
+"""SigLIP2, AIMv2 and DINOv3 inside a real host: published checkpoints, tuned for one step, saved, reloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import host_runs
+import pytest
+import torch
+from families import GOLDEN_FAMILIES
+from safetensors.torch import load_file
+
+from llava_packing_tower.digest import tensor_digest
+from llava_packing_tower.launch import make_plan, to_argv
+
+pytest.importorskip("llava", reason="no LLaVA is installed")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs here are for machines without a GPU"),
+    pytest.mark.timeout(600),
+]
+
+# The host's own train(), as `llava-packing train` starts it; its trainer tells the gradients of the tower.
+TRAIN_AND_RELOAD = """
+import inspect, json, sys
+from importlib import import_module
+from pathlib import Path
+from llava_packing_tower import hosts, train_entry
+from llava_packing_tower.tower import HEVCViTPackingVisionTower
+
+hosts.apply()
+trainer = import_module("llava.train.train").LLaVATrainer
+training_step, told = trainer.training_step, {}
+
+def step(self, model, *args, **kwargs):
+    loss = training_step(self, model, *args, **kwargs)
+    tower = model.get_vision_tower()
+    assert type(tower) is HEVCViTPackingVisionTower
+    told["family"] = type(tower.vision_tower).__name__
+    for name, parameter in tower.vision_tower.named_parameters():
+        told.setdefault("gradients", {})[name] = None if parameter.grad is None else parameter.grad.norm().item()
+    return loss
+
+trainer.training_step = step
+train_entry.main()
+folder = sys.argv[sys.argv.index("--output_dir") + 1]
+builder = import_module("llava.model.builder")
+v1 = "device" in inspect.signature(builder.load_pretrained_model).parameters
+how = {"device": "cpu", "device_map": "cpu"} if v1 else {"attn_implementation": "sdpa", "torch_dtype": "float32"}
+_, model, processor, _ = builder.load_pretrained_model(folder, None, "llava_llama", **how)
+tower = model.get_vision_tower()
+told["reloaded"] = [type(tower.vision_tower).__name__, tower.hidden_size, tower.num_patches]
+told["processor"] = [processor.image_mean, processor.image_std, processor.resample, processor.patch_size]
+Path(folder, "told.json").write_text(json.dumps(told))
+"""
+HOSTS = [
+    pytest.param("", id="llava_v1"),
+    pytest.param(
+        host_runs.NEXT,
+        id="llava_next",
+        marks=[pytest.mark.next, pytest.mark.skipif(not host_runs.NEXT, reason="LLAVA_NEXT_DIR is not set")],
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    host_runs.make_workspace(folder)
+    return folder
+
+
+@pytest.mark.parametrize("next_dir", HOSTS)
+@pytest.mark.parametrize("name", GOLDEN_FAMILIES)
+def test_one_step_with_the_tower_tuned(workspace, golden, monkeypatch, tmp_path, name, next_dir):
+    cls, output = GOLDEN_FAMILIES[name], tmp_path / "llava_llama"
+    monkeypatch.setenv("LLAVA_NEXT_DIR", next_dir)
+    # The prefix alone selects the tower, and model_type the family.
+    tower = f"packing:{golden / name}"
+    words = ["--mm_vision_tower", tower, "--bf16", "false", "--max_steps", "1", "--output_dir", str(output)]
+    plan = make_plan(workspace / "config.yaml", words, num_processes=1)
+    result = subprocess.run(
+        [sys.executable, "-c", TRAIN_AND_RELOAD, *to_argv(plan.values)],
+        env={**os.environ, **plan.environment, "LLAVA_NEXT_DIR": next_dir, "OMP_NUM_THREADS": "1"},
+        cwd=host_runs.REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = json.loads((output / "told.json").read_text())
+    assert told["family"] == cls.__name__ and "step 1/1  loss" in result.stdout
+
+    # LLaVA reads the last block's output before the final norm: that norm, and nothing else, takes no part.
+    before = cls.from_pretrained(golden / name).state_dict()
+    idle = {key for key in before if key.startswith(("post_layernorm.", "norm_post.", "norm."))}
+    assert told["gradients"].keys() == before.keys() and 1 <= len(idle) <= 2
+    assert {key for key, norm in told["gradients"].items() if not norm} == idle
+
+    # The step changed each of them, and what is saved is what was in memory.
+    saved = load_file(output / "model.safetensors")
+    after = {key: saved[f"model.vision_tower.vision_tower.{key}"] for key in before}
+    assert {key for key in before if torch.equal(before[key], after[key])} == idle
+    recorded = json.loads((output / "packing_tower.json").read_text())["tensors"]
+    assert {key: tensor_digest(tensor) for key, tensor in after.items()} == recorded
+
+    # The checkpoint alone rebuilds the tower, with the family's own image processor.
+    config = json.loads((output / "config.json").read_text())
+    assert config["mm_packing_config"]["config"]["model_type"] == cls.config_class.model_type
+    assert config["mm_hidden_size"] == before["encoder.layers.0.layer_norm1.weight"].numel()
+    own = cls.default_image_processor(cls.from_pretrained(golden / name).config)
+    assert told["reloaded"] == [cls.__name__, config["mm_hidden_size"], (own.crop_size["height"] // 4) ** 2]
+    assert told["processor"] == [own.image_mean, own.image_std, own.resample, 4]
