@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .config_check import check_config
 from .loading import (
     CONFIG_NAME,
     Recipe,
@@ -87,6 +88,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         else:
             known = ", ".join((own_type, *cls.source_model_types))
             raise ValueError(f"{where}: model_type {found!r} is not one that {cls.__name__} loads ({known})")
+        check_config(config, where)
         layers = getattr(config, "num_hidden_layers", 0)
         if layers > len(shapes):  # before a model of that many layers is built
             raise ValueError(f"{where}: the config claims {layers} layers, the weights have {len(shapes)} tensors")

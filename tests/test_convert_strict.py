@@ -60,7 +60,7 @@ def test_tensors_that_do_not_fit_are_a_table_and_no_output(standard, tmp_path, c
         ({"num_hidden_layers": 10**9}, ("claims 1000000000 layers",)),
         ({"num_attention_heads": 4}, ("head width 16",)),
         ({"num_attention_heads": 3}, ("no multiple of 3 heads",)),
-        ({"hidden_size": "wide"}, ("no model can be made",)),
+        ({"hidden_size": "wide"}, ("hidden_size in its config is 'wide'",)),
         ({"hidden_size": -64}, ("ERROR",)),
         ({"layer_norm_type": "batch_norm"}, ("batch_norm",)),
         ({"use_head": False}, ("unexpected", "head.probe", "layernorm_post.weight")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import PretrainedConfig
 
 from ..families import FAMILIES, family_for
 from ..families.llava_vit import LlavaViTPackingModel
 from ..families.llava_vit_keys import SOURCE_TYPE
 from ..families.llava_vit_standard import LlavaViTModel, OneVisionEncoderModel
-from ..image_processor import PackingImageProcessor
+from ..image_processor import PROCESSOR_NAME, PackingImageProcessor
 from ..loading import (
     CONFIG_NAME,
     WeightPlan,
@@ -160,21 +160,32 @@ def plan_conversion(
         config, plan = cls.plan(source.raw, shapes, None, source.path)
         with construction(torch.float32):
             targets = parameter_shapes(cls(config))
+        fields = config.to_dict()
     except (TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(f"{source.path}: no model can be made from its config: {error}") from error
     if target_name and target_name not in (*STANDARD_MODELS, "llava_vit_packing"):
-        check_preset(preset(target_name), config.to_dict(), source.name)
+        check_preset(preset(target_name), fields, source.name)
     used = {key for recipe in plan.recipes.values() for key in recipe.sources}
     dtypes = {key: value for key, value in source.files.dtypes().items() if key in used}
     if rows := plan_problems(plan, shapes, targets) + dtype_problems(dtypes):
         raise DoesNotFit(f"the weights of {source.path} do not fit {cls.__name__} with its config", rows)
     wanted = target_dtype(dtype, source, used)
-    dropped = {
-        key: value for key, value in source.raw.items() if key not in config.to_dict() and key not in _BOOKKEEPING
-    }
-    processor = cls.load_image_processor(source.path, config)
+    dropped = {key: value for key, value in source.raw.items() if key not in fields and key not in _BOOKKEEPING}
+    processor = _image_processor(cls, source, config)
     specs = {name: TensorSpec(shape, wanted) for name, shape in targets.items()}
     return Conversion(source, cls, config, plan, specs, processor, dropped)
+
+
+def _image_processor(
+    cls: type[StrictPreTrainedModel], source: Source, config: PretrainedConfig
+) -> PackingImageProcessor:
+    """That of the source, tried out on a small grey picture. Raises ``ValueError`` for one that does not work."""
+    try:
+        processor = cls.load_image_processor(source.path, config)
+        processor.preprocess(Image.new("RGB", (12, 8), (127, 127, 127)), size={"height": 8, "width": 8}, crop_size=8)
+    except (TypeError, ArithmeticError, LookupError, AttributeError, ValueError) as error:
+        raise ValueError(f"{source.path}: its {PROCESSOR_NAME} describes no image processor: {error}") from error
+    return processor
 
 
 @dataclass
@@ -201,11 +212,6 @@ def write_conversion(
 
     Raises ``ValueError`` for NaN and the like, ``OSError`` if the disk is full.
     """
-    free = shutil.disk_usage(folder).free
-    if conversion.nbytes > free:
-        raise OSError(
-            f"the result needs {conversion.nbytes / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free"
-        )
     started = time.perf_counter()
 
     def produce(name: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -112,13 +112,33 @@ def check_output(folder: Path) -> Path:
 
 @contextmanager
 def aside(folder: Path) -> Iterator[Path]:
-    """A scratch folder beside ``folder``, on the same disk; gone afterwards unless it was renamed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """A scratch folder beside ``folder``, on the same disk; gone afterwards unless it was renamed.
+
+    Raises ``OSError`` that names ``folder`` for whatever the disk refuses; folders made on the way to it go again.
+    """
+    made = [parent for parent in folder.parents if not parent.exists()]
+    scratch = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield scratch
+    except OSError as error:
+        reason = str(error) if scratch else error.strerror
+        raise OSError(f"{folder} was not written: {reason}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: the output is in it
+                parent.rmdir()
+
+
+def check_room(folder: Path, nbytes: int, verify: bool) -> None:
+    """Raises ``OSError`` unless the disk that ``folder`` is on has room for the result, and a second one to verify."""
+    free, needed = shutil.disk_usage(folder).free, nbytes * (2 if verify else 1)
+    if needed > free:
+        twice = " (the result, and for a moment a copy of it to verify)" if verify else ""
+        raise OSError(f"it needs {needed / 1e6:.1f} MB{twice}, the disk has {free / 1e6:.1f} MB free")
 
 
 def failed_name(folder: Path) -> Path:
@@ -152,6 +172,7 @@ def convert(name: str, output: str | None, options: Options, progress: Progress 
     photos = find_photos(options.images) if options.verify and source.kind in LLAVA_VIT else []
     progress.planned(conversion)
     with aside(folder) as scratch:
+        check_room(scratch, conversion.nbytes, options.verify)
         result = scratch / folder.name
         result.mkdir()
         report = write_conversion(conversion, result, progress.written)

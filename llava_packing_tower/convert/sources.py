@@ -226,6 +226,8 @@ def read_source(name: str, model_name: str | None = None, fields: Mapping[str, o
     raw = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     if "model_type" not in raw:
         return _read_bare(name, folder, files, model_name, fields)
+    if not isinstance(raw["model_type"], str):
+        raise ValueError(f"{folder}: model_type in its config is {raw['model_type']!r}, it should be a text")
     if fields:
         raise ValueError(
             f"{folder} has a config.json, which is carried over: {', '.join(fields)} cannot be given as well"

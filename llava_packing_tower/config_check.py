@@ -1,0 +1,46 @@
+"""Do the values of a config.json have the types that the encoder computes with?"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+from transformers import PretrainedConfig
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+# By what the signature of a config says of a field; None beside a type allows null.
+_RULES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "int": (_is_int, "a whole number, 0 or more"),
+    "float": (_is_float, "a number, 0 or more"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "str": (lambda value: isinstance(value, str), "a text"),
+}
+_NOT_ZERO = ("rope_theta", "image_size", "patch_size", "num_channels", "num_attention_heads", "hidden_size")
+
+
+def check_config(config: PretrainedConfig, where: object) -> None:
+    """Raises ``ValueError`` with the field, its value and what it should be. Fields of unknown types are let pass."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for cls in type(config).__mro__:
+        if cls is PretrainedConfig:
+            break
+        parameters = {**inspect.signature(cls.__init__).parameters, **parameters}
+    for name, parameter in parameters.items():
+        kind, _, rest = str(parameter.annotation).partition(" | ")
+        value = getattr(config, name, None)
+        if kind not in _RULES or (value is None and rest == "None"):
+            continue
+        fits, wanted = _RULES[kind]
+        if not fits(value):
+            raise ValueError(f"{where}: {name} in its config is {value!r}, it should be {wanted}")
+        if name in _NOT_ZERO and value == 0:
+            raise ValueError(f"{where}: {name} in its config is {value!r}, it cannot be zero")
