@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ from families import GOLDEN_FAMILIES
 from safetensors.torch import load_file
 
 from llava_packing_tower.digest import tensor_digest
-from llava_packing_tower.launch import make_plan, to_argv
 
 pytest.importorskip("llava", reason="no LLaVA is installed")
 pytestmark = [
@@ -24,12 +22,16 @@ pytestmark = [
 
 # The host's own train(), as `llava-packing train` starts it; its trainer tells the gradients of the tower.
 TRAIN_AND_RELOAD = """
-import inspect, json, sys
+import inspect, json, os, sys
 from importlib import import_module
 from pathlib import Path
 from llava_packing_tower import hosts, train_entry
+from llava_packing_tower.launch import make_plan, to_argv
 from llava_packing_tower.tower import HEVCViTPackingVisionTower
 
+plan = make_plan(sys.argv[1], sys.argv[2:], num_processes=1)
+sys.argv[1:] = to_argv(plan.values)
+os.environ.update(plan.environment)
 hosts.apply()
 trainer = import_module("llava.train.train").LLaVATrainer
 training_step, told = trainer.training_step, {}
@@ -74,16 +76,14 @@ def workspace(tmp_path_factory):
 
 @pytest.mark.parametrize("next_dir", HOSTS)
 @pytest.mark.parametrize("name", GOLDEN_FAMILIES)
-def test_one_step_with_the_tower_tuned(workspace, golden, monkeypatch, tmp_path, name, next_dir):
+def test_one_step_with_the_tower_tuned(workspace, golden, tmp_path, name, next_dir):
     cls, output = GOLDEN_FAMILIES[name], tmp_path / "llava_llama"
-    monkeypatch.setenv("LLAVA_NEXT_DIR", next_dir)
     # The prefix alone selects the tower, and model_type the family.
     tower = f"packing:{golden / name}"
     words = ["--mm_vision_tower", tower, "--bf16", "false", "--max_steps", "1", "--output_dir", str(output)]
-    plan = make_plan(workspace / "config.yaml", words, num_processes=1)
     result = subprocess.run(
-        [sys.executable, "-c", TRAIN_AND_RELOAD, *to_argv(plan.values)],
-        env={**os.environ, **plan.environment, "LLAVA_NEXT_DIR": next_dir, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", TRAIN_AND_RELOAD, str(workspace / "config.yaml"), *words],
+        env=host_runs.environment(next_dir),
         cwd=host_runs.REPOSITORY,
         capture_output=True,
         text=True,
