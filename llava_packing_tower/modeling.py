@@ -20,6 +20,7 @@ from .image_processor import PROCESSOR_NAME, PackingImageProcessor
 from .layers import PatchEmbed, Rotary
 from .loading import read_json
 from .packing import Grid, PackedSegments, PatchLayout, make_segments, read_grid
+from .participation import join_idle
 from .strict import StrictPreTrainedModel
 
 
@@ -163,7 +164,8 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
             patch_positions: ``[N, 3]`` positions in place of those of the grid (LlavaViT only).
             output_hidden_states: also return all hidden states.
             feature_layers: return just these hidden states (0 .. num_layers), as a tuple in this order; blocks above
-                the highest are not run and nothing is normed.
+                the highest are not run and nothing is normed. (In training, weights that are not used get gradients of
+                zeros.)
 
         Returns:
             ``[N, hidden]`` final-normed patch tokens; with ``output_hidden_states`` a pair of that and the tuple of
@@ -175,7 +177,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         """
         if feature_layers is not None:
             states, _ = self.encode(hidden_states, grid_thw, patch_positions, feature_layers)
-            return tuple(states[index] for index in feature_layers)
+            return join_idle(self, [states[index] for index in feature_layers], max(feature_layers))
         wanted = range(self.num_layers + 1) if output_hidden_states else (self.num_layers,)
         states, _ = self.encode(hidden_states, grid_thw, patch_positions, wanted)
         last = self.final_norm(states[self.num_layers])

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..image_processor import PackingImageProcessor
 from ..layers import MLP, BlockConfig, RMSNorm, make_norm
 from ..loading import Recipe, WeightPlan
+from ..participation import join_idle
 from ..strict import StrictPreTrainedModel
 from .key_maps import carried
 from .llava_vit import CARRIED_FIELDS
@@ -391,7 +392,7 @@ class LlavaViTModel(StrictPreTrainedModel):
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         table = rotary_table(positions, head_dim, self.config.rope_theta)
         if feature_layers is not None:
-            return self.encoder(tokens, table, feature_layers)
+            return join_idle(self, self.encoder(tokens, table, feature_layers), max(feature_layers))
         wanted = range(self.num_layers + 1) if output_hidden_states else (self.num_layers,)
         states = self.encoder(tokens, table, wanted)
         last = states[-1]

@@ -76,9 +76,11 @@ def _extend(package: str) -> None:
 
     # Imported when the host is: these modules need torch, and `import builder_patch` must stay cheap.
     def on_arch(arch: ModuleType) -> None:
+        from .participation import into_model
         from .tuning import remember_tower
 
         remember_tower(arch, _patches)
+        into_model(arch, _patches)
 
     def on_builder(builder: ModuleType) -> None:
         from .tuning import verify_after_load
