@@ -50,7 +50,7 @@ train_entry.main()
 folder = sys.argv[sys.argv.index("--output_dir") + 1]
 builder = import_module("llava.model.builder")
 v1 = "device" in inspect.signature(builder.load_pretrained_model).parameters
-how = {"device": "cpu", "device_map": "cpu"} if v1 else {"attn_implementation": "sdpa", "torch_dtype": "float32"}
+how = {"device": "cpu", "device_map": "cpu"} if v1 else {"attn_implementation": "sdpa", "torch_dtype": "bfloat16"}
 _, model, processor, _ = builder.load_pretrained_model(folder, None, "llava_llama", **how)
 tower = model.get_vision_tower()
 told["reloaded"] = [type(tower.vision_tower).__name__, tower.hidden_size, tower.num_patches]
