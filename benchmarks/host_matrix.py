@@ -43,6 +43,7 @@ def main() -> int:
     args = _arguments()
     hosts = dict(pair.split("=", 1) for pair in args.host)
     cells = json.loads(args.json.read_text()) if args.json.is_file() else {}
+    project = _git(str(REPOSITORY), "rev-parse", "--short", "HEAD")
     with tempfile.TemporaryDirectory(prefix="host_matrix_") as scratch:
         workspace = Path(scratch) / "workspace"
         _python(sys.executable, "-c", _MAKE, str(workspace), environment=_environment())
@@ -54,7 +55,7 @@ def main() -> int:
                     key = f"{title} | {versions['transformers']} | {stage}"
                     if key in cells and not (args.again and cells[key]["result"] != "pass"):
                         continue
-                    cell = {"host": title, "commit": commit, "stage": stage, "versions": versions}
+                    cell = {"host": title, "commit": commit, "stage": stage, "versions": versions, "project": project}
                     began = time.monotonic()
                     output = Path(scratch) / "cell"
                     shutil.rmtree(output, ignore_errors=True)

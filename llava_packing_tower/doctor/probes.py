@@ -1,0 +1,272 @@
+"""Trying things out: attention backends, the tower, collectives, DeepSpeed, and the host with its mends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import ERROR, WARNING, Finding
+
+TIMEOUT = 300
+# Largest difference from the float32 reference that is allowed, outputs and gradients being of order one.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+@dataclass
+class Backend:
+    """What became of one attention backend. ``error``: its largest difference from the eager one, in float32."""
+
+    name: str
+    runs: bool
+    error: float | None = None
+    backward: bool = False
+    reason: str | None = None
+
+
+# ---------------------------------------------------------------- in this process
+
+
+def attention_backends() -> tuple[list[Backend], list[Finding]]:
+    """Forward and backward of every backend on this machine's device, each against `eager` in float32."""
+    import torch
+
+    from ..attention import BACKENDS
+
+    device, dtype = _device()
+    results, findings = [], []
+    for name in BACKENDS:
+        result = _try_backend(name, device, dtype)
+        results.append(result)
+        if result.reason and result.reason.startswith("!"):
+            result.reason = result.reason[1:]
+            text = f"attention backend {name} does not work here: {result.reason}"
+            findings.append(Finding(ERROR, "attention", text, "export LLAVA_PACKING_ATTENTION=sdpa"))
+    kernels = [r for r in results if r.runs and r.name in ("flash_attention_2", "flash_attention_3", "torch_varlen")]
+    if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and not kernels:
+        text = "no variable-length attention kernel runs on this GPU: batches of many sizes go one size at a time"
+        findings.append(Finding(WARNING, "attention", text, "pip install flash-attn --no-build-isolation"))
+    return results, findings
+
+
+def _device():
+    import torch
+
+    if torch.cuda.is_available():
+        ampere = torch.cuda.get_device_capability() >= (8, 0)
+        return torch.device("cuda"), torch.bfloat16 if ampere else torch.float32
+    return torch.device("cpu"), torch.float32
+
+
+def _try_backend(name, device, dtype) -> Backend:
+    import torch
+
+    from ..attention import backend_module, varlen_attention
+
+    heads, width = 2, 64
+    module = backend_module(name)
+    lengths = (64, 64) if getattr(module, "EQUAL_LENGTHS_ONLY", False) else (17, 64, 5)
+    reason = module.why_not(device, dtype, width, False)
+    if reason:
+        return Backend(name, False, reason=reason)
+    backward = module.why_not(device, dtype, width, True) is None
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(sum(lengths), heads, width, generator=generator).to(dtype) for _ in range(4)]
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    def outputs(backend: str, where: torch.device, precision: torch.dtype) -> list[torch.Tensor]:
+        q, k, v, weight = (x.to(where, precision) for x in inputs)
+        q, k, v = (x.requires_grad_(backward) for x in (q, k, v))
+        with torch.set_grad_enabled(backward):
+            out = varlen_attention(q, k, v, bounds.to(where), max(lengths), lengths=lengths, backend=backend)
+        tensors = [out]
+        if backward:
+            tensors += torch.autograd.grad(out, (q, k, v), weight)
+        return [tensor.detach().float().cpu() for tensor in tensors]
+
+    try:
+        actual = outputs(name, device, dtype)
+    except Exception as error:  # a kernel that was built for something else fails in its own way; that is the result
+        return Backend(
+            name, False, reason=f"!{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
+    expected = outputs("eager", torch.device("cpu"), torch.float32)
+    worst = max((a - e).abs().max().item() for a, e in zip(actual, expected, strict=True))
+    if not worst <= TOLERANCE[str(dtype).removeprefix("torch.")]:
+        return Backend(name, False, worst, backward, f"!its results differ from eager by {worst:.1e}")
+    return Backend(name, True, worst, backward)
+
+
+def tower() -> tuple[dict[str, object], list[Finding]]:
+    """A tiny tower: forward and backward on this machine's device, compiled where it would be."""
+    import torch
+
+    from .. import LlavaViTPackingModel, batch_images_to_packing_input, compiling
+    from ..families.llava_vit import LlavaViTPackingConfig
+
+    device, dtype = _device()
+    config = LlavaViTPackingConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28
+    )
+    model = LlavaViTPackingModel(config).to(device, dtype)
+    wanted = compiling.compile_wanted(None, device)
+    images = [torch.zeros(3, 28, 42), torch.ones(3, 56, 28)]
+    rows, grid = batch_images_to_packing_input(images, config.patch_size, device=device, dtype=dtype)
+    out = model(rows, grid).last_hidden_state
+    out.float().square().mean().backward()
+    finite = bool(out.isfinite().all())
+    status = "compiled" if wanted and not compiling._failed else "eager"
+    findings = []
+    if not finite:
+        findings.append(Finding(ERROR, "tower", f"a tiny tower gives values that are not finite on {device}"))
+    if compiling._failed:
+        text = f"the encoder blocks cannot be compiled here and run eager: {compiling._failed[0].splitlines()[0]}"
+        findings.append(Finding(WARNING, "compile", text, f"export {compiling.COMPILE_ENV}=0"))
+    result = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "blocks": status, "finite": finite}
+    return result, findings
+
+
+# ---------------------------------------------------------------- in processes of their own
+
+
+def _run(script: str, *words: str, environment: dict[str, str] | None = None, timeout: float = TIMEOUT):
+    """Start a Python process with ``script``; returns the Popen."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": _path(), **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+
+
+def _path() -> str:
+    own = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
+
+
+def _end(process: subprocess.Popen, timeout: float) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return 124, "", f"no answer within {timeout:.0f} s"
+    return process.returncode, out, err
+
+
+def _last(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it ended without a word"
+
+
+HOST = """
+import json
+from importlib import import_module
+import builder_patch
+from llava_packing_tower import hosts
+from llava_packing_tower.hosts import mends
+package = hosts.find_host().package
+report = {}
+for name in ("train.train", "model.builder"):
+    import_module(f"{package}.{name}")
+try:
+    from deepspeed.accelerator import get_accelerator
+    import deepspeed, torch
+    report["deepspeed"] = {"version": deepspeed.__version__, "accelerator": get_accelerator().device_name()}
+except ModuleNotFoundError as error:
+    if error.name != "deepspeed":
+        raise
+report |= {"applied": mends.applied(), "left": mends.left()}
+print("\\n" + json.dumps(report))
+"""
+
+
+def host() -> tuple[dict[str, object], list[Finding]]:
+    """Import the host's trainer and loader with the hook in place: which defects are there, which mends are applied."""
+    from ..hosts import mends
+
+    code, out, err = _end(_run(HOST), TIMEOUT)
+    if code:
+        return {}, [_import_failure(_last(err))]
+    report = json.loads(_last(out))
+    known = mends.load_all()
+    findings = [
+        Finding(
+            WARNING,
+            "mends",
+            f"{name} is switched off and its defect is there: {known[name].reason}",
+            f"unset {mends.DISABLE_ENV}",
+        )
+        for name in report["left"]
+    ]
+    report["mends"] = [
+        {"name": name, "reason": known[name].reason, "issue": known[name].issue, "applied": state == "applied"}
+        for state in ("applied", "left")
+        for name in report.pop(state)
+    ]
+    return report, findings
+
+
+def _import_failure(line: str) -> Finding:
+    missing = line.partition("No module named ")[2].strip("'\"")
+    command = f"pip install --no-deps {missing.split('.')[0]}" if missing else None
+    if "which is no mend" in line:
+        command = "unset LLAVA_PACKING_DISABLE_MENDS"
+    return Finding(ERROR, "host", f"the host cannot be imported: {line}", command)
+
+
+RANK = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+backend, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+device = torch.device("cpu")
+if backend == "nccl":
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+address = f"tcp://127.0.0.1:{sys.argv[4]}"
+limit = datetime.timedelta(seconds=60)
+dist.init_process_group(backend, init_method=address, rank=rank, world_size=world, timeout=limit)
+x = torch.full((3,), float(rank + 1), device=device)
+dist.all_reduce(x)
+parts = torch.empty(world * 3, device=device)
+dist.all_gather_into_tensor(parts, torch.full((3,), float(rank), device=device))
+assert x.tolist() == [world * (world + 1) / 2] * 3, x
+assert parts.tolist() == [float(r) for r in range(world) for _ in range(3)], parts
+dist.destroy_process_group()
+print("fine")
+"""
+
+
+def collectives() -> tuple[dict[str, object], list[Finding]]:
+    """A sum and a gather over two processes: NCCL on the GPUs (one process on a single GPU), gloo without any."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    backend, world = ("nccl", min(2, gpus)) if gpus else ("gloo", 2)
+    result: dict[str, object] = {"backend": backend, "processes": world}
+    if backend == "nccl":
+        result["version"] = ".".join(map(str, torch.cuda.nccl.version()))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"), "OMP_NUM_THREADS": "1"}
+    ranks = [_run(RANK, backend, str(r), str(world), port, environment=environment) for r in range(world)]
+    ends = [_end(rank, 120) for rank in ranks]
+    failed = [_last(err) for code, _, err in ends if code]
+    result["works"] = not failed
+    if not failed:
+        return result, []
+    command = "NCCL_DEBUG=INFO llava-packing doctor" if backend == "nccl" else "export GLOO_SOCKET_IFNAME=lo"
+    return result, [Finding(ERROR, backend, f"{backend} over {world} processes fails: {failed[0]}", command)]
+
+
+def as_json(backends: list[Backend]) -> list[dict[str, object]]:
+    return [asdict(backend) for backend in backends]
