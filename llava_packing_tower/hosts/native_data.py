@@ -1,33 +1,39 @@
-"""The data's side of native resolution: images of a sample keep their own sizes, and go where their ``<image>`` is."""
+"""The data's side of native resolution: images of a sample keep their own sizes, frames their places in the video, and
+both go where their ``<image>`` is."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from ..native.settings import asks_for_native
+from ..native.video import Clip, read_clip
 from .patches import Patches
 
 logger = logging.getLogger(__name__)
+
+DETAILS = "packing_details"
+"""Where a sample carries, for each of its images, what LLaVA has no place for (see ``native.visuals.Detail``)."""
+POSITIONS = "positions_thw"
 
 
 def into_training(train: ModuleType, patches: Patches) -> None:
     """Wrap what a host's ``train.train`` makes batches with."""
     dataset = train.LazySupervisedDataset
     if hasattr(dataset, "process_image"):
-        process = dataset.process_image
-
-        @functools.wraps(process)
-        def process_image(self, image_file, overwrite_image_aspect_ratio=None):
-            # LLaVA-NeXT pads every image of a sample with several to a square.
-            native = asks_for_native(self.data_args)
-            return process(self, image_file, None if native else overwrite_image_aspect_ratio)
-
-        patches.set(dataset, "process_image", process_image)
+        _keep_sizes(dataset, patches)
+    if hasattr(train, "process_video_with_decord"):
+        reader = ClipReader(train.process_video_with_decord)
+        patches.set(train, "process_video_with_decord", reader)
+    else:
+        reader = None
+    _add_details(dataset, "_get_item" if hasattr(dataset, "_get_item") else "__getitem__", reader, patches)
 
     make = train.make_supervised_data_module
 
@@ -42,25 +48,125 @@ def into_training(train: ModuleType, patches: Patches) -> None:
     patches.set(train, "make_supervised_data_module", make_supervised_data_module)
 
 
+def _keep_sizes(dataset: type, patches: Patches) -> None:
+    process = dataset.process_image
+
+    @functools.wraps(process)
+    def process_image(self, image_file, overwrite_image_aspect_ratio=None):
+        # LLaVA-NeXT pads every image of a sample with several to a square.
+        native = asks_for_native(self.data_args)
+        return process(self, image_file, None if native else overwrite_image_aspect_ratio)
+
+    patches.set(dataset, "process_image", process_image)
+
+
+class ClipReader:
+    """LLaVA-NeXT's video reader, with PyAV where decord is missing; remembers where the last frames came from."""
+
+    def __init__(self, original: Callable) -> None:
+        self.original, self.last = original, None
+
+    def __call__(self, video_file: str, data_args: object) -> tuple:
+        if not asks_for_native(data_args):
+            return self.original(video_file, data_args)
+        wanted, force = data_args.video_fps, data_args.force_sample
+        clip = read_clip(video_file, wanted, data_args.frames_upbound, force)
+        self.last = clip
+        times = ",".join(f"{index / clip.fps:.2f}s" for index in clip.indices)
+        return clip.frames, clip.total / clip.fps, times, len(clip.indices)
+
+
+def _add_details(dataset: type, name: str, reader: ClipReader | None, patches: Patches) -> None:
+    """Have a dataset's samples carry the places of their frames and their own positions."""
+    get = getattr(dataset, name)
+
+    @functools.wraps(get)
+    def get_item(self, i):
+        if not asks_for_native(self.data_args):
+            return get(self, i)
+        # LLaVA-NeXT goes on with the next sample where a video cannot be read, and there is none after the last.
+        i = i % len(self.list_data_dict) if isinstance(i, int) else i
+        if reader is not None:
+            reader.last = None
+        sample = get(self, i)
+        if DETAILS not in sample and "image" in sample:  # else it is another one, which has been here
+            sample[DETAILS] = make_details(sample["image"], self.list_data_dict[i], i, self.data_args, reader)
+        return sample
+
+    patches.set(dataset, name, get_item)
+
+
+def make_details(
+    images: object, source: Mapping, index: int, data_args: object, reader: ClipReader | None
+) -> list[dict | None]:
+    """The details of each image of a sample.
+
+    Raises ``ValueError`` for positions that do not fit the images.
+    """
+    tensors = [image[0] for image in images] if isinstance(images, list) else [images]
+    details: list[dict] = [{} for _ in tensors]
+    clip: Clip | None = reader.last if reader is not None and "video" in source else None
+    if clip is not None and len(clip.indices) == len(tensors[0]):
+        details[0] = {"frame_indices": torch.tensor(clip.indices), "total_frames": clip.total}
+    if POSITIONS in source:
+        patch = data_args.image_processor.rule.patch_size
+        counts = [t.shape[-2] * t.shape[-1] // patch**2 * (len(t) if t.dim() == 4 else 1) for t in tensors]
+        positions = read_positions(source, data_args)
+        if sum(counts) != len(positions):
+            raise ValueError(
+                f"{source[POSITIONS]} has {len(positions)} positions, but the images of the sample have {counts} "
+                f"patches: images with positions need sides of whole patches, and a size between "
+                f"mm_packing_min_patches and mm_packing_max_patches"
+            )
+        for detail, part in zip(details, positions.split(counts)):
+            detail.update(patch_positions=part, group=index)
+    return [detail or None for detail in details]
+
+
+def read_positions(source: Mapping, data_args: object) -> torch.Tensor:
+    """The sample's positions (frame, row, column), float32 ``[num_patches, 3]``, from its ``.npy`` file.
+
+    Its path is absolute, or relative to the folder of the sample's images or videos. Raises ``ValueError`` for an array
+    of another shape.
+    """
+    folder = getattr(data_args, "video_folder" if "video" in source else "image_folder", None) or ""
+    file = os.path.join(folder, source[POSITIONS])
+    positions = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+    if positions.dim() != 2 or positions.shape[1] != 3:
+        raise ValueError(f"{file}: positions must be [num_patches, 3], got {list(positions.shape)}")
+    return positions
+
+
 class NativeCollator:
     """The host's collator, given no more images than the text of a sample has places for.
 
     The host cuts the text at ``limit`` tokens; images whose ``<image>`` goes with it would move into the next sample.
+    What samples carry beside their images reaches the model in ``image_sizes``.
     """
 
     def __init__(self, collate: Callable, limit: int, image_token: int) -> None:
         self.collate, self.limit, self.image_token = collate, limit, image_token
 
     def __call__(self, instances: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        return self.collate([self.fitted(instance) for instance in instances])
+        instances = [self.fitted(instance) for instance in instances]
+        batch = self.collate(instances)
+        details = [d for i in instances for d in i.get(DETAILS) or [None] * self._count(i)]
+        if any(details):
+            sizes = batch.get("image_sizes") or [None] * len(details)
+            batch["image_sizes"] = [{"size": s, **(d or {})} for s, d in zip(sizes, details)]
+        return batch
+
+    @staticmethod
+    def _count(instance: Mapping) -> int:
+        images = instance.get("image")
+        return len(images) if isinstance(images, list) else int(images is not None)
 
     def fitted(self, instance: Mapping) -> Mapping:
         """Raises ``ValueError`` for a sample with more or fewer images than ``<image>`` in its text."""
-        images, ids = instance.get("image"), instance["input_ids"]
-        if images is None:
+        if (count := self._count(instance)) == 0:
             return instance
-        marks = ids == self.image_token
-        places, count = int(marks.sum()), len(images) if isinstance(images, list) else 1
+        marks = instance["input_ids"] == self.image_token
+        places = int(marks.sum())
         if max(places, 1) != count:
             raise ValueError(f"sample {instance.get('id')} has {count} images, but {places} <image> in its text")
         kept = max(int(marks[: self.limit].sum()), 1)
@@ -73,4 +179,5 @@ class NativeCollator:
             count - kept,
             count,
         )
-        return {**instance, "image": images[:kept]}
+        cut = {**instance, "image": instance["image"][:kept]}
+        return {**cut, DETAILS: cut[DETAILS][:kept]} if DETAILS in cut else cut

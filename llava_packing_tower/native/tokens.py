@@ -52,24 +52,28 @@ def tower_inputs(
     inputs: list[torch.Tensor] = []
     grids: list[Grid] = []
     positions: list[torch.Tensor | None] = []
+    previous: Visual | None = None
     for visual in visuals:
         count, rows, columns = len(visual.frames), *(side // patch_size for side in visual.frames.shape[-2:])
-        if visual.is_video and clips:
-            inputs.append(visual.frames.transpose(0, 1))
-            grids.append((count, rows, columns))
-            own = _clip_positions(visual, rows, columns)
-        else:
+        own = visual.patch_positions
+        if own is not None and own.shape != (count * rows * columns, 3):
+            raise ValueError(
+                f"positions of shape {list(own.shape)} for {count} x {rows} x {columns} = {count * rows * columns} "
+                f"patches (frames x rows x columns)"
+            )
+        if not clips or not (visual.is_video or visual.group is not None):
             inputs += visual.frames.unbind()
             grids += [(1, rows, columns)] * count
-            own = None
-        if visual.patch_positions is not None:
-            own = visual.patch_positions
-            if own.shape != (count * rows * columns, 3):
-                raise ValueError(
-                    f"positions of shape {list(own.shape)} for {count} x {rows} x {columns} = {count * rows * columns} "
-                    f"patches (frames x rows x columns)"
-                )
+        elif visual.group is not None and previous is not None and _same_clip(previous, visual):
+            inputs[-1] = torch.cat([inputs[-1], visual.frames.transpose(0, 1)], dim=1)
+            grids[-1] = (grids[-1][0] + count, rows, columns)
+        else:
+            inputs.append(visual.frames.transpose(0, 1))
+            grids.append((count, rows, columns))
+        if own is None and clips and visual.is_video:
+            own = _clip_positions(visual, rows, columns)
         positions.append(own)
+        previous = visual
     if all(own is None for own in positions):
         return inputs, grids, None
     filled = [
@@ -79,6 +83,10 @@ def tower_inputs(
         for v, own in zip(visuals, positions)
     ]
     return inputs, grids, torch.cat([own.float() for own in filled])
+
+
+def _same_clip(a: Visual, b: Visual) -> bool:
+    return a.group == b.group and a.frames.shape[-2:] == b.frames.shape[-2:]
 
 
 def _clip_positions(visual: Visual, rows: int, columns: int) -> torch.Tensor:

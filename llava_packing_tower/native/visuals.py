@@ -10,8 +10,8 @@ import torch
 VIDEO = "video"
 Detail = Mapping[str, object]
 """What may stand in LLaVA's ``image_sizes`` in place of (width, height), all optional: ``size`` (that pair),
-``modality``, ``patch_positions`` ``[frames * rows * columns, 3]``, ``frame_indices`` (of the frames in their video) and
-``total_frames``. A plain dict: Trainer, accelerate and DeepSpeed move what is in it and keep its type."""
+``modality``, ``patch_positions`` ``[frames * rows * columns, 3]``, ``frame_indices`` (of the frames in their video),
+``total_frames`` and ``group``. A plain dict: Trainer, accelerate and DeepSpeed move what is in it and keep its type."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Visual:
     """One image, or the frames of one video: what one ``<image>`` in the text stands for.
 
     frames: pixels ``[T, C, H, W]``, one frame for an image. patch_positions: ``[T*h*w, 3]`` or None for those of the
-    grid. frame_indices and total_frames: where the frames lie in their video (default: they are all of it).
+    grid. frame_indices and total_frames: where the frames lie in their video (default: they are all of it). group:
+    neighbours with one group and one size are frames of one clip, each with an ``<image>`` of its own.
     """
 
     frames: torch.Tensor
@@ -27,6 +28,7 @@ class Visual:
     patch_positions: torch.Tensor | None = None
     frame_indices: tuple[int, ...] | None = None
     total_frames: int | None = None
+    group: int | None = None
 
 
 def blank_like(frames: torch.Tensor | None, unit: tuple[int, int], device: torch.device) -> Visual:
@@ -79,7 +81,8 @@ def _read(index: int, pixels: object, kind: str, detail: Detail) -> Visual:
         indices = tuple(int(i) for i in indices)
         if len(indices) != len(frames):
             raise ValueError(f"image {index} has {len(frames)} frames, but {len(indices)} frame_indices")
-    return Visual(frames, is_video, detail.get("patch_positions"), indices, None if total is None else int(total))
+    total, group = (None if value is None else int(value) for value in (total, detail.get("group")))
+    return Visual(frames, is_video, detail.get("patch_positions"), indices, total, group)
 
 
 def _kinds(modalities: Sequence[str] | str | None, count: int, per_sample: Sequence[int]) -> list[str]:

@@ -1,0 +1,100 @@
+"""Frames of a video file, sampled as LLaVA samples them, with their places in the video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Clip(NamedTuple):
+    """Sampled frames: uint8 ``[T, H, W, 3]``, their indices in the video, its frame count and its frames per second."""
+
+    frames: np.ndarray
+    indices: list[int]
+    total: int
+    fps: float
+
+
+def sample_indices(total: int, fps: float, wanted_fps: float, upbound: int, force: bool) -> list[int]:
+    """Which frames LLaVA-NeXT takes: ``wanted_fps`` a second; if these are more than ``upbound`` (0: no bound), or with
+    ``force``, that many evenly spaced ones, the first and the last among them."""
+    step = max(1, round(fps / wanted_fps))
+    indices = list(range(0, total, step))
+    if upbound > 0 and (len(indices) > upbound or force):
+        indices = np.linspace(0, total - 1, upbound, dtype=int).tolist()
+    return indices
+
+
+def read_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = False) -> Clip:
+    """Read the sampled frames of a video with decord, or with PyAV where decord is not installed.
+
+    Raises ``ValueError`` for a file without a frame that can be decoded, and where neither library is installed.
+    """
+    reader = next((read for name, read in (("decord", _Decord), ("av", _PyAV)) if find_spec(name)), None)
+    if reader is None:
+        raise ValueError(f"reading {file} takes PyAV or decord: pip install av")
+    try:
+        with reader(file) as video:
+            indices = sample_indices(video.total, video.fps, wanted_fps, upbound, force)
+            frames = video.take(indices)
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"{file} cannot be read as a video: {error}") from error
+    return Clip(np.stack(frames), indices, video.total, video.fps)
+
+
+class _PyAV:
+    """A video through PyAV, decoded from its start: seeking is not exact in every container."""
+
+    def __init__(self, file: str) -> None:
+        import av
+
+        self.container = av.open(file)
+        if not self.container.streams.video:
+            raise ValueError("it has no video stream")
+        self.stream = self.container.streams.video[0]
+        self.stream.thread_type = "AUTO"
+        # The header may be wrong, and some containers have no count at all.
+        self.total = sum(1 for _ in self._decoded())
+        if self.total == 0:
+            raise ValueError("no frame can be decoded")
+        rate = self.stream.average_rate
+        self.fps = float(rate) if rate else 1.0
+
+    def __enter__(self) -> _PyAV:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+    def _decoded(self) -> Iterator:
+        self.container.seek(0)
+        yield from self.container.decode(self.stream)
+
+    def take(self, indices: Sequence[int]) -> list[np.ndarray]:
+        wanted, found = set(indices), {}
+        for index, frame in enumerate(self._decoded()):
+            if index in wanted:
+                found[index] = frame.to_ndarray(format="rgb24")
+        return [found[index] for index in indices]
+
+
+class _Decord:
+    """A video through decord."""
+
+    def __init__(self, file: str) -> None:
+        import decord
+
+        self.video = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
+        self.total, self.fps = len(self.video), float(self.video.get_avg_fps())
+
+    def __enter__(self) -> _Decord:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.video
+
+    def take(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return list(self.video.get_batch(list(indices)).asnumpy())
