@@ -79,16 +79,18 @@ class StrictPreTrainedModel(PreTrainedModel):
         Raises ``ValueError`` for a ``model_type`` that this class does not load, or a config that cannot be true.
         """
         own_type, found = cls.config_class.model_type, source.get("model_type")
-        if found == own_type:
-            config = config or cls.config_class.from_dict(source)
-            plan = WeightPlan({key: Recipe((key,)) for key in shapes})
-        elif found in cls.source_model_types:
-            config = config or cls.config_from_source(source, shapes)
-            plan = cls.plan_from_source(source, config, shapes)
-        else:
+        if found != own_type and found not in cls.source_model_types:
             known = ", ".join((own_type, *cls.source_model_types))
             raise ValueError(f"{where}: model_type {found!r} is not one that {cls.__name__} loads ({known})")
+        own = found == own_type
+        try:
+            config = config or (cls.config_class.from_dict(source) if own else cls.config_from_source(source, shapes))
+        except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(f"{where}: its config cannot be used: {error}") from error
         check_config(config, where)
+        plan = (
+            WeightPlan({key: Recipe((key,)) for key in shapes}) if own else cls.plan_from_source(source, config, shapes)
+        )
         layers = getattr(config, "num_hidden_layers", 0)
         if layers > len(shapes):  # before a model of that many layers is built
             raise ValueError(f"{where}: the config claims {layers} layers, the weights have {len(shapes)} tensors")
