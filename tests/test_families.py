@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking, layers
 from llava_packing_tower.attention import backend_module, resolve_backend
-from llava_packing_tower.families import aimv2, dinov3, siglip2
+from llava_packing_tower.encoder import PackedEncoder
+from llava_packing_tower.families import aimv2, dinov3, family_for, siglip2
+from llava_packing_tower.modeling import PackedVisionModel
 from llava_packing_tower.packing import split_packed
 
 pytestmark = pytest.mark.newest
@@ -179,6 +181,17 @@ def test_positions_are_made_once_per_distinct_grid(load, name, module):
     for _ in range(3):
         model(*pack(model, ragged(model, ((2, 11), (11, 2), (2, 11), (13, 1), (2, 11)))))
         assert positions.cache_info().misses == 3
+
+
+def test_one_encoder_core(golden):
+    """Whatever stands between embedding and final norm is the same code in all four families."""
+    models = [cls.from_pretrained(golden / name) for name, cls in GOLDEN_FAMILIES.items()]
+    models.append(family_for("llava_vit").from_pretrained(golden / "llava_vit"))
+    for model in models:
+        assert type(model).forward is PackedVisionModel.forward or model.config.model_type == "llava_vit_packing"
+        assert type(model).encode is PackedVisionModel.encode and type(model.encoder) is PackedEncoder
+        ours = {type(m).__module__ for m in model.encoder.modules() if type(m).__module__.startswith("llava_packing")}
+        assert ours <= {f"llava_packing_tower.{name}" for name in ("encoder", "layers", "activations")}
 
 
 def test_rope_augmentation_only_if_asked_for(golden):

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import assert_close
 from families import GOLDEN_FAMILIES
 
 from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
+from llava_packing_tower.cli import main
 from llava_packing_tower.families import family_for
 from llava_packing_tower.hosts import builder_hook
 from llava_packing_tower.loading import construction, parameter_shapes, plan_problems
+from llava_packing_tower.references import IN_TRANSFORMERS
 
 pytestmark = pytest.mark.newest
 
@@ -301,3 +304,11 @@ def test_hub_id_in_python(hub, golden_case, cls):
         assert_close(model(expected["patches"], expected["grid_thw"]), expected["last_hidden_state"])
     with pytest.raises(ValueError, match="neither a local folder nor a hub id"):
         cls(ckpt="facebook/dinov3-large")  # a name of older guides that was never published
+
+
+@pytest.mark.parametrize("name", HUB_IDS)
+def test_align_takes_a_hub_id(hub, capsys, name):
+    if not all(hasattr(transformers, names.vision) for names in IN_TRANSFORMERS.values()):
+        pytest.skip(f"transformers {transformers.__version__} lacks the families")
+    assert main(["align", "--ckpt", HUB_IDS[name], "--device", "cpu", "--image_size", "16"]) == 0
+    assert capsys.readouterr().out.endswith("ALL TESTS PASSED\n")
