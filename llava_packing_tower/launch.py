@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
-
 from .cli import UsageError
 from .hosts import all_hosts, find_host
 from .hosts.arguments_table import PLUGIN_ARGUMENTS
 from .hosts.base import Argument, FoundHost, host_arguments
 from .native.settings import KEYS, NATIVE, PREFIX, check_settings
+from .nodes import Nodes, free_port
+from .reading import read_overrides, read_yaml
+from .resume import last_complete
 
 ENTRY = "llava_packing_tower.train_entry"
 ALIASES = {"mm_vision_tower": "vision_tower"}
@@ -48,6 +48,7 @@ class Plan:
     device: str
     processes: int | None
     hostfile: str | None = None
+    nodes: Nodes = field(default_factory=Nodes)
     environment: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
 
@@ -58,6 +59,11 @@ class Plan:
             where = "1 GPU" if count == 1 else f"{count} GPUs"
         else:
             where = "1 process on the CPU" if count == 1 else f"{count} processes on the CPU"
+        if self.nodes.count > 1:
+            where = f"{self.nodes.count} machines x {where}"
+        if self.processes:
+            where += f", world size {self.processes * self.nodes.count}"
+        start = last_complete(self.values["output_dir"])
         engine = "no DeepSpeed" if self.zero_stage is None else f"DeepSpeed ZeRO-{self.zero_stage}"
         rows = {
             "host": str(self.host),
@@ -67,6 +73,7 @@ class Plan:
             "trained": self.values.get("mm_tunable_parts") or "as the host's own arguments say",
             "engine": f"{engine}, {where}" + (f" on the hosts of {self.hostfile}" if self.hostfile else ""),
             "output": self.values["output_dir"],
+            "start": "from the beginning" if start is None else f"goes on from {start.name}",
         }
         return "\n".join(f"{key:>9}: {value}" for key, value in rows.items())
 
@@ -76,54 +83,6 @@ def _version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return "(not installed)"
-
-
-# ---------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice (the first would be lost without a word)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise UsageError(f"{self.name}, line {key_node.start_mark.line + 1}: {key} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(file: str | os.PathLike) -> dict[str, object]:
-    """The mapping in a YAML file. Raises :class:`UsageError` if there is none."""
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = yaml.load(stream, _Loader)
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} must hold `key: value` lines, found {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
-
-
-def read_overrides(words: Sequence[str]) -> dict[str, object]:
-    """``--key value``, ``--key=value``, ``--key a b`` and a bare ``--key`` (true) as a mapping."""
-    values: dict[str, object] = {}
-    position = 0
-    while position < len(words):
-        word = words[position]
-        if not word.startswith("--"):
-            raise UsageError(f"unexpected {word!r}: arguments of the host are written --key value")
-        key, equals, value = word[2:].partition("=")
-        position += 1
-        given = [value] if equals else []
-        while not equals and position < len(words) and not words[position].startswith("--"):
-            given.append(words[position])
-            position += 1
-        values[key] = given[0] if len(given) == 1 else given or True
-    return values
 
 
 # ---------------------------------------------------------------- checking
@@ -275,6 +234,7 @@ def make_plan(
     num_processes: int | None = None,
     hostfile: str | None = None,
     master_port: int | None = None,
+    nodes: Nodes | None = None,
 ) -> Plan:
     """Read and check a configuration and work out how it is launched.
 
@@ -285,6 +245,7 @@ def make_plan(
         num_processes: this many processes on the CPU of this machine, GPU or not.
         hostfile: DeepSpeed hostfile for several machines.
         master_port: port of the rendezvous (default: a free one).
+        nodes: several machines that torchrun brings together, in place of a hostfile.
 
     Raises:
         UsageError: for anything wrong in the configuration.
@@ -309,9 +270,12 @@ def make_plan(
             raise UsageError(f"--num_gpus {num_gpus}, but this machine has {gpus}")
         if num_gpus is not None or hostfile is not None or gpus:
             device, num_processes = "gpu", num_gpus or (gpus or None if hostfile is None else None)
-    plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile)
+    nodes = nodes or Nodes(port=master_port)
+    if hostfile is not None and nodes.count > 1:
+        raise UsageError("--hostfile and --nnodes are two ways to the same end: give one of them")
+    plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
     plan.environment = _environment(plan)
-    plan.command = _command(plan, master_port or _free_port())
+    plan.command = _command(plan)
     return plan
 
 
@@ -319,12 +283,6 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _environment(plan: Plan) -> dict[str, str]:
@@ -336,21 +294,21 @@ def _environment(plan: Plan) -> dict[str, str]:
             "OMP_NUM_THREADS": str(max(1, cores // plan.processes)),
             # DeepSpeed counts CPU sockets with the numactl program unless it is told how many processes there are.
             "LOCAL_SIZE": str(plan.processes),
-            # One machine: the rendezvous must not depend on how its host name resolves.
-            "GLOO_SOCKET_IFNAME": "lo",
         }
+        if plan.nodes.on_this_machine:  # then nothing must depend on how its host name resolves
+            wanted["GLOO_SOCKET_IFNAME"] = "lo"
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def _alone(plan: Plan) -> bool:
     """One process and no DeepSpeed: then nothing is to be wrapped around the model."""
-    return plan.processes == 1 and plan.zero_stage is None and plan.hostfile is None
+    return plan.processes == 1 and plan.zero_stage is None and plan.hostfile is None and plan.nodes.count == 1
 
 
-def _command(plan: Plan, port: int) -> list[str]:
+def _command(plan: Plan) -> list[str]:
     words = [sys.executable, "-m"]
-    if plan.device == "gpu" and plan.zero_stage is not None:
-        words += ["deepspeed.launcher.runner", "--master_port", str(port)]
+    if plan.device == "gpu" and plan.zero_stage is not None and plan.nodes.count == 1:
+        words += ["deepspeed.launcher.runner", "--master_port", str(plan.nodes.port or free_port())]
         words += ["--num_gpus", str(plan.processes)] if plan.processes else []
         words += ["--hostfile", plan.hostfile] if plan.hostfile else []
         words += ["--module", ENTRY]
@@ -361,8 +319,7 @@ def _command(plan: Plan, port: int) -> list[str]:
         words += [ENTRY]
     else:
         # Through torchrun, one process with DeepSpeed included: on a CPU it does not start without its environment.
-        words += ["torch.distributed.run", "--nproc_per_node", str(plan.processes)]
-        words += ["--master_addr", "127.0.0.1", "--master_port", str(port), "--module", ENTRY]
+        words += ["torch.distributed.run", *plan.nodes.torchrun(plan.processes), "--module", ENTRY]
     return words + to_argv(plan.values)
 
 

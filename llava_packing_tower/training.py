@@ -1,4 +1,5 @@
-"""What runs inside a training process beside the host: the check of the engine, progress, an orderly end."""
+"""What runs inside a training process beside the host: the second half of the plan, the check of the engine, progress,
+marks on complete checkpoints, an orderly end."""
 
 from __future__ import annotations
 
@@ -13,9 +14,14 @@ import torch
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
+from .attention import resolve_backend
+from .hosts import mends
 from .hosts.patches import Patches
+from .hosts.tuning import count_parts
 from .launch import zero_stage
 from .record import TowerRecord
+from .resume import mark_complete
+from .tower import HEVCViTPackingVisionTower
 
 
 def asked_stage(deepspeed: str | Mapping | None) -> int | None:
@@ -55,22 +61,52 @@ def check_engine(wrapped: nn.Module, stage: int | None) -> str:
     return f"engine: {kind}, ZeRO stage {actual}, world size {world}, backend {backend}"
 
 
+def describe_tower(tower: nn.Module, args: object) -> list[str]:
+    """Lines of the plan about a packing tower: how its attention is computed, and how many tokens it makes.
+
+    args: the training arguments. Raises what :func:`resolve_backend` raises for a backend that cannot run here.
+    """
+    model, lines = tower.vision_tower, []
+    if asked := getattr(model.encoder, "attention_backend", None):
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
+        trained = any(p.requires_grad for p in model.parameters())
+        device = torch.device(args.device).type
+        backend = resolve_backend(asked, device, dtype, model.encoder.head_dim, needs_grad=trained)
+        lines.append(f"tower attention: {backend} (asked: {asked})")
+    rule = getattr(tower.image_processor, "rule", None)
+    if rule is not None:
+        each = rule.merge[0] * rule.merge[1]
+        lines.append(f"tokens per image: {max(1, rule.min_patches // each)} to {rule.max_patches // each} (native)")
+    else:
+        pixels = f"{tower.image_size} x {tower.image_size} pixels, patch {model.config.patch_size}"
+        lines.append(f"tokens per image, or per crop of one: {tower.num_patches} ({pixels})")
+    return lines
+
+
+def describe_run(trainer: Trainer) -> list[str]:
+    """The lines of the plan that are known only now: mends, what is trained, the tower."""
+    parts = count_parts(trainer.model)
+    counted = ", ".join(f"{part} {trained:,} of {total:,}" for part, (trained, total) in parts.items())
+    trained, total = (sum(column) for column in zip(*parts.values()))
+    lines = [f"mends: {', '.join(mends.applied()) or 'none'}"]
+    lines.append(f"trained: {trained:,} of {total:,} parameters ({counted})")
+    for module in trainer.model.modules():
+        if isinstance(module, HEVCViTPackingVisionTower):
+            lines += describe_tower(module, trainer.args)
+    return lines
+
+
 class EngineCheck(TrainerCallback):
-    """Runs :func:`check_engine` when training starts, on every rank."""
+    """Runs :func:`check_engine` when training starts, on every rank; the first one prints the rest of the plan."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        line = check_engine(self.trainer.model_wrapped, asked_stage(args.deepspeed))
+        engine = check_engine(self.trainer.model_wrapped, asked_stage(args.deepspeed))
+        lines = describe_run(self.trainer)
         if state.is_world_process_zero:
-            from .hosts import mends
-
-            trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.trainer.model.parameters() if p.requires_grad)
-            total = sum(getattr(p, "ds_numel", p.numel()) for p in self.trainer.model.parameters())
-            print(f"mends: {', '.join(mends.applied()) or 'none'}")
-            print(f"trained: {trained:,} of {total:,} parameters")
-            print(line, flush=True)
+            print("\n".join([*lines, engine]), flush=True)
 
 
 class Progress(TrainerCallback):
@@ -109,8 +145,46 @@ class Progress(TrainerCallback):
         print("  ".join(words), flush=True)
 
 
+def mark_checkpoints(trainer_class: type[Trainer], patches: Patches) -> None:
+    """Mark each checkpoint as complete when every rank has written its part; only then are older ones deleted."""
+    save = trainer_class._save_checkpoint
+
+    @functools.wraps(save)
+    def _save_checkpoint(self, *args, **kwargs):
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            save(self, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        barrier()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.local_process_index == 0 and folder.is_dir():  # on every machine that has a folder of its own
+            mark_complete(folder)
+        barrier()
+        if self.args.should_save:
+            _rotate(self)
+
+    patches.set(trainer_class, "_save_checkpoint", _save_checkpoint)
+
+
+def _rotate(trainer: Trainer) -> None:
+    if hasattr(trainer, "_rotate_checkpoints"):
+        trainer._rotate_checkpoints(use_mtime=False, output_dir=trainer.args.output_dir)
+        return
+    from transformers.trainer_utils import rotate_checkpoints  # transformers 5
+
+    args, best = trainer.args, trainer.state.best_model_checkpoint
+    rotate_checkpoints(args.output_dir, save_total_limit=args.save_total_limit, best_model_checkpoint=best)
+
+
+def barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def install(train: ModuleType, patches: Patches) -> None:
-    """Give every trainer that the host's ``train.train`` makes the check and our progress in place of a bar."""
+    """Give every trainer that the host's ``train.train`` makes the check, marks on its checkpoints, and our progress in
+    place of a bar."""
     trainer_class = train.LLaVATrainer
     init = trainer_class.__init__
 
@@ -124,6 +198,7 @@ def install(train: ModuleType, patches: Patches) -> None:
         self.add_callback(TowerRecord())
 
     patches.set(trainer_class, "__init__", __init__)
+    mark_checkpoints(trainer_class, patches)
 
 
 def finish() -> None:

@@ -82,6 +82,16 @@ def _part(name: str) -> str:
     return next((part for word, part in words.items() if word in name), PARTS[3])
 
 
+def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Trained and all parameters of each part that the model has, in the order of PARTS."""
+    counts = {part: [0, 0] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        counts[_part(name)][0] += size * parameter.requires_grad
+        counts[_part(name)][1] += size
+    return {part: (trained, total) for part, (trained, total) in counts.items() if total}
+
+
 def tune_parts(train: ModuleType, patches: Patches) -> None:
     """On a host without ``mm_tunable_parts`` and ``mm_vision_tower_lr``: carry them out as its trainer is made."""
     trainer = train.LLaVATrainer
