@@ -284,15 +284,3 @@ def test_exit_status_of_the_processes_is_passed_on(files, monkeypatch):
 def test_shell_scripts(script):
     assert "set -euo pipefail" in script.read_text()
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).returncode == 0
-
-
-def test_finetune_script_passes_everything_on(files, tmp_path):
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "llava-packing"
-    command.write_text('#!/usr/bin/env bash\nprintf "%s|" "$@"\nexit 3\n')
-    command.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    script = [str(REPOSITORY / "train_scripts" / "finetune.sh")]
-    result = subprocess.run([*script, "a b.yaml", "--key", "v"], capture_output=True, text=True, env=environment)
-    assert (result.stdout, result.returncode) == ("train|a b.yaml|--key|v|", 3)
-    assert subprocess.run(script, capture_output=True, env=environment).returncode == 2

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Fine-tune LLaVA through a packed vision tower. Everything after the YAML file is passed on.
-#   train_scripts/finetune.sh configs/llava_next_finetune.yaml --num_gpus 8 --output_dir out/finetune
+# Fine-tune LLaVA through a packed vision tower: tower, projector and decoder.
+# The YAML may be left out; everything else is passed on to `llava-packing train`.
+#   train_scripts/finetune.sh [CONFIG.yaml] [--num_gpus 8] [--dry_run] [--key value ...]
 set -euo pipefail
 
-if [[ $# -eq 0 ]]; then
-  sed -n '2,3s/^# \{0,1\}//p' "$0" >&2
-  exit 2
+config="$(dirname "$0")/../configs/llava_next_finetune.yaml"
+if [[ $# -gt 0 && $1 != --* ]]; then
+  config="$1"
+  shift
 fi
-exec llava-packing train "$@"
+exec llava-packing train "$config" "$@"
