@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
             f"FAILED: the result does not do what the source does; it was moved to {outcome.folder}", markup=False
         )
         return 1
-    console.print(
-        f"written to {outcome.folder}" + ("" if outcome.results else " (not verified)"), markup=False, soft_wrap=True
-    )
+    skipped = any(result.passed is None for result in outcome.results)
+    remark = " (not verified)" if not outcome.results else " (not compared with another model)" if skipped else ""
+    console.print(f"written to {outcome.folder}{remark}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..alignment import compare, comparison_packs, fixed_size, random_images, snapped
+from ..alignment import compare, comparison_packs, fixed_size, random_images, real_images, snapped
 from ..modeling import PackedVisionModel
 from ..packing import batch_images_to_packing_input
 from ..references import NoReference, Reference, require_reference
 from .conversion import Conversion
+from .photos import open_photo
 from .verify import RELOAD, THRESHOLDS, Features, TestResult, reload_test
+
+PHOTOS = 4
 
 
 def verify_family(
@@ -21,13 +24,14 @@ def verify_family(
     folder: Path,
     device: torch.device,
     expected: Mapping[str, str],
+    photos: Sequence[Path],
     step: Callable[[str], None] = lambda what: None,
 ) -> list[TestResult]:
     """Against transformers' model where this transformers has one; the bits on disk in any case."""
     cls, dtype = conversion.model_class, conversion.dtype
     load = partial(cls.from_pretrained, folder, dtype=dtype, device=device)
     try:
-        results = _against_transformers(conversion, load, device, step)
+        results = _against_transformers(conversion, load, device, photos[:PHOTOS], step)
     except NoReference as error:
         results = [TestResult("transformers' own model", None, note=f"not compared: {error}")]
     step(RELOAD)
@@ -35,7 +39,11 @@ def verify_family(
 
 
 def _against_transformers(
-    conversion: Conversion, load: Callable[[], PackedVisionModel], device: torch.device, step: Callable[[str], None]
+    conversion: Conversion,
+    load: Callable[[], PackedVisionModel],
+    device: torch.device,
+    photos: Sequence[Path],
+    step: Callable[[str], None],
 ) -> list[TestResult]:
     model_type, dtype = conversion.config.model_type, conversion.dtype
     require_reference(model_type)
@@ -46,7 +54,12 @@ def _against_transformers(
         low = Reference(model_type, conversion.source.path, dtype, device)
         exact.round_weights(dtype)
     model, results = load(), []
-    for name, images in comparison_packs(model):
+
+    def pictures() -> list[torch.Tensor]:
+        opened = [open_photo(file) for file in photos]
+        return real_images(opened, conversion.processor, model.config.patch_size, fixed_size(model))
+
+    for name, images in comparison_packs(model, photos=pictures):
         step(f"transformers' model: {name}")
         row = compare(name, images, model, exact, low, THRESHOLDS[dtype])
         numbers = (row.tokens, row.min_cosine, row.mean_cosine, row.max_difference)

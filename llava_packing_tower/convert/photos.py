@@ -54,6 +54,15 @@ def find_photos(folder: str | Path | None = None) -> list[Path]:
     return found
 
 
+def open_photo(file: Path) -> Image.Image:
+    """Raises ``ValueError`` that names the file if it is no image."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+
+
 class Photographer:
     """Makes samples out of photo files; clips are a window that wanders over a photo."""
 
@@ -62,12 +71,7 @@ class Photographer:
         self.files = files
 
     def _open(self, number: int) -> Image.Image:
-        file = self.files[number % len(self.files)]
-        try:
-            with Image.open(file) as image:
-                return image.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        return open_photo(self.files[number % len(self.files)])
 
     def snapped(self, side: int) -> int:
         """The side rounded down to whole patches, at least two. Models with patches below 8 pixels (no real ones) get

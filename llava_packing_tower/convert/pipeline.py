@@ -169,7 +169,7 @@ def convert(name: str, output: str | None, options: Options, progress: Progress 
     source = read_source(name, options.model_name, options.fields)
     conversion = plan_conversion(source, options.target_model_name, options.dtype)
     folder = check_output(Path(output) if output else default_output(conversion))
-    photos = find_photos(options.images) if options.verify and source.kind in LLAVA_VIT else []
+    photos = find_photos(options.images) if options.verify else []
     progress.planned(conversion)
     with aside(folder) as scratch:
         check_room(scratch, conversion.nbytes, options.verify)
@@ -223,7 +223,7 @@ def verify_conversion(
     step("digests of the converted tensors")
     expected = {name: tensor_digest(conversion.tensor(name)) for name in conversion.specs}
     if source.kind not in LLAVA_VIT:
-        return verify_family(conversion, folder, device, expected, step)
+        return verify_family(conversion, folder, device, expected, photos, step)
     backwards = issubclass(cls, LlavaViTModel)
     original = LlavaViTPackingModel if backwards else LlavaViTModel
     from_source = partial(load_as, original, source, dtype, device)

@@ -90,8 +90,9 @@ def print_problems(console: Console, message: str, rows: Iterable[tuple[str, str
 
 
 def print_written(console: Console, report: WriteReport) -> None:
+    pace = f" ({report.seconds_per_gb:.1f} s per GB)" if report.nbytes >= 1e8 else ""  # below: mostly opening files
     console.print(
-        f"  converted {report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s ({report.seconds_per_gb:.1f} s per GB), "
+        f"  converted {report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s{pace}, "
         f"peak memory {report.peak_memory / 1e9:.2f} GB"
     )
 
