@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .cli import UsageError
+from .doctor.versions import Run, impossible
 from .hosts import all_hosts, find_host
 from .hosts.arguments_table import PLUGIN_ARGUMENTS
 from .hosts.base import Argument, FoundHost, host_arguments
@@ -258,7 +259,8 @@ def make_plan(
     for key, value in read_overrides(overrides).items():
         given.pop(next((k for k in given if ALIASES.get(k, k) == ALIASES.get(key, key)), key), None)
         given[key] = value
-    values = resolve(given, known_arguments(found), found)
+    known = known_arguments(found)
+    values = resolve(given, known, found)
     check_resolution(values)
     stage = check_files(values, Path(config).resolve().parent)
     if num_processes is not None and (num_gpus is not None or hostfile is not None):
@@ -274,9 +276,36 @@ def make_plan(
     if hostfile is not None and nodes.count > 1:
         raise UsageError("--hostfile and --nnodes are two ways to the same end: give one of them")
     plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
+    check_versions(plan, known)
     plan.environment = _environment(plan)
     plan.command = _command(plan)
     return plan
+
+
+def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
+    """Raises :class:`UsageError`, with the commands that mend it, where the installed versions cannot run the plan."""
+    config = plan.values.get("deepspeed")
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    attention = plan.values.get("attn_implementation")
+    if attention is None and "flash_attention_2" in known["attn_implementation"].default:
+        attention = "flash_attention_2"
+    file = Path(str(plan.values["model_name_or_path"])).expanduser() / "config.json"
+    decoder = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    problems = impossible(
+        Run(
+            zero_stage=plan.zero_stage,
+            on_cpu=plan.device == "cpu",
+            processes=plan.processes and plan.processes * plan.nodes.count,
+            attention=attention,
+            deepspeed=config,
+            hidden_size=json.loads(decoder.read_text(encoding="utf-8")).get("hidden_size")
+            if decoder.is_file()
+            else None,
+        )
+    )
+    if problems:
+        raise UsageError("these versions cannot run this:\n" + "\n".join(str(problem) for problem in problems))
 
 
 def _gpus() -> int:
