@@ -299,9 +299,7 @@ def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
             processes=plan.processes and plan.processes * plan.nodes.count,
             attention=attention,
             deepspeed=config,
-            hidden_size=json.loads(decoder.read_text(encoding="utf-8")).get("hidden_size")
-            if decoder.is_file()
-            else None,
+            hidden_size=decoder.get("hidden_size"),
         )
     )
     if problems:
