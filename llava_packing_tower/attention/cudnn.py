@@ -49,16 +49,19 @@ if missing_package is None:
     def _attention(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output, log-sum-exp, and the random state that the backward wants (unused: there is no dropout)."""
+        """Output, log-sum-exp, and the random state that the backward wants (unused: there is no dropout).
+
+        The log-sum-exp is flat: a symbolic ``tokens // length`` among its sizes would be compiled several times over.
+        """
         out, logsumexp, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(_batched(x, length) for x in (q, k, v)), None, True, 0.0, False, False, scale=scale
         )
-        return _packed(out).contiguous(), logsumexp.clone(), seed.clone(), offset.clone()
+        return _packed(out).contiguous(), logsumexp.flatten().clone(), seed.clone(), offset.clone()
 
     @_attention.register_fake
     def _(q, k, v, length, scale):
         tokens, heads, _ = q.shape
-        logsumexp = q.new_empty(tokens // length, heads, length, 1, dtype=torch.float32)
+        logsumexp = q.new_empty(tokens * heads, dtype=torch.float32)
         state = q.new_empty((), dtype=torch.int64)
         return q.new_empty(q.shape), logsumexp, state, torch.empty_like(state)
 
@@ -77,7 +80,7 @@ if missing_package is None:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_batched(x, length) for x in (grad, q, k, v, out)),
-            *(logsumexp, seed, offset, None, None, None, length, length, 0.0, False),
+            *(logsumexp.view(-1, q.shape[1], length, 1), seed, offset, None, None, None, length, length, 0.0, False),
             scale=scale,
         )
         return tuple(_packed(x).contiguous() for x in grads)
