@@ -10,6 +10,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import native_data_checks
+import native_video_checks
 import torch
 from native_host import (
     IGNORE,
@@ -25,7 +27,7 @@ from native_host import (
     reference_embeddings,
 )
 
-CHECKS = {}
+CHECKS = {**native_video_checks.CHECKS, **native_data_checks.CHECKS}
 
 
 def check(function):

@@ -10,6 +10,7 @@ import torch
 from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from native_data_checks import write_video
 from PIL import Image
 
 from llava_packing_tower import PackingImageProcessor
@@ -17,10 +18,13 @@ from llava_packing_tower.native.images import NativeImageProcessor
 from llava_packing_tower.native.projectors import MergingProjector, make_projector
 from llava_packing_tower.native.resolution import ResolutionRule, merge_of
 from llava_packing_tower.native.settings import NativeSettings, check_settings, make_settings, settings_of
-from llava_packing_tower.native.tokens import TokenLayout, arrange, pool
+from llava_packing_tower.native.tokens import TokenLayout, arrange, encode_visuals, pool
 from llava_packing_tower.native.truncation import cut_tokens
-from llava_packing_tower.native.visuals import fill_slots, read_visuals
+from llava_packing_tower.native.video import read_clip, sample_indices
+from llava_packing_tower.native.visuals import Visual, fill_slots, read_visuals
 from llava_packing_tower.tower import HEVCViTPackingVisionTower
+
+IMAGES = TokenLayout(clips=False)
 
 # ---------------------------------------------------------------- the rule
 
@@ -262,6 +266,50 @@ def test_newlines_of_a_video(position, expected):
     flat = TokenLayout(True, "flat", position, pool_stride=1)
     assert arrange(tokens, (2, 2, 2), True, flat, newline)[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert arrange(tokens, (1, 4, 2), False, layout, newline)[:, 0].tolist() == [0, 1, 9, 2, 3, 9, 4, 5, 9, 6, 7, 9]
+
+
+def test_a_clip_has_the_golden_features(golden, golden_case):
+    """Eight frames, whose places are interpolated as LlavaViT was trained; in another order they are something else."""
+    case = golden_case("llava_vit", "video8")
+    tower = HEVCViTPackingVisionTower(str(golden / "llava_vit"), SimpleNamespace(mm_vision_select_layer=-1))
+    frames = case["pixels.0"].transpose(0, 1)
+
+    def encode(frames, clips=True):
+        layout = TokenLayout(clips, pool_stride=1)
+        return encode_visuals(tower, torch.nn.Identity(), [Visual(frames, is_video=True)], layout)[0]
+
+    expected = case["hidden_states"][-1]
+    assert_close(encode(frames), expected)
+    per_frame = torch.cat([encode_visuals(tower, torch.nn.Identity(), [Visual(f[None])], IMAGES)[0] for f in frames])
+    assert_close(encode(frames, clips=False), per_frame)
+    assert (encode(frames) - per_frame).abs().max() > 0.1
+    turned = encode(frames.flip(0)).unflatten(0, (8, -1)).flip(0).flatten(0, 1)
+    assert (turned - expected).abs().max() > 0.1
+    assert_close(encode(frames[:1]), encode(frames[:1], clips=False))  # a video of one frame is an image
+
+
+# ---------------------------------------------------------------- video files
+
+
+def test_frames_are_sampled_as_the_host_samples_them():
+    assert sample_indices(33, 10.0, 2, 0, False) == [0, 5, 10, 15, 20, 25, 30]
+    assert sample_indices(33, 10.0, 2, 4, False) == [0, 10, 21, 32]
+    assert sample_indices(33, 10.0, 1, 6, False) == [0, 10, 20, 30]
+    assert sample_indices(33, 10.0, 1, 6, True) == [0, 6, 12, 19, 25, 32]
+    assert sample_indices(3, 0.3, 1, 0, False) == [0, 1, 2]  # slower than asked for: every frame
+
+
+def test_video_files(tmp_path):
+    write_video(tmp_path / "a.mp4", 33)
+    clip = read_clip(str(tmp_path / "a.mp4"), 1, 5)
+    assert (clip.frames.shape, clip.indices, clip.total, clip.fps) == ((5, 48, 64, 3), [0, 8, 16, 24, 32], 33, 4.0)
+    assert np.abs(clip.frames.mean((1, 2, 3)) - np.array([0, 40, 80, 120, 160])).max() < 4
+    write_video(tmp_path / "one.mp4", 1)
+    assert read_clip(str(tmp_path / "one.mp4")).frames.shape == (1, 48, 64, 3)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:700])
+    for name in ("cut.mp4", "none.mp4"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a video"):
+            read_clip(str(tmp_path / name))
 
 
 # ---------------------------------------------------------------- what LLaVA passes around
