@@ -80,7 +80,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no CUDA device, or this torch was built without CUDA")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: auto, cpu or cuda are known") from error
 
 
 def default_output(conversion: Conversion) -> Path:
