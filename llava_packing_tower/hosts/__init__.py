@@ -20,7 +20,7 @@ from .imports import ImportHooks
 from .patches import Patches
 
 # Looked for in this order; modules with a HOST.
-HOSTS: tuple[str, ...] = ("llava_next", "llava_v1")
+HOSTS: tuple[str, ...] = ("llava_next", "llava_v1", "llavaction")
 NEXT_DIR_ENV = "LLAVA_NEXT_DIR"
 
 _hooks = ImportHooks()
@@ -126,16 +126,17 @@ def find_host(package: str = "llava") -> FoundHost:
         _put_next_on_path()
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"no LLaVA is installed (package {package!r}). One of:\n" + _how_to_install())
+        raise ValueError(f"no LLaVA is installed (package {package!r}). One of:\n" + _how_to_install(package))
     root = Path(next(iter(spec.submodule_search_locations)))
     for host in all_hosts():
         if host.package == package and host.recognises(root):
             return FoundHost(host, root, _version(host, root))
-    raise ValueError(f"{root} is not a LLaVA that is laid out like one of these:\n" + _how_to_install())
+    raise ValueError(f"{root} is not a LLaVA that is laid out like one of these:\n" + _how_to_install(package))
 
 
-def _how_to_install() -> str:
-    return "\n".join(f"  {host.title}: {host.install}" for host in all_hosts())
+def _how_to_install(package: str) -> str:
+    hosts = [host for host in all_hosts() if host.package == package] or all_hosts()
+    return "\n".join(f"  {host.title}: {host.install}" for host in hosts)
 
 
 def _version(host: Host, root: Path) -> str:
@@ -145,7 +146,7 @@ def _version(host: Host, root: Path) -> str:
         for line in project.read_text(encoding="utf-8").splitlines():
             if line.startswith("version"):
                 return line.partition("=")[2].strip().strip("\"'")
-    for distribution in (host.package, "llava-torch"):
+    for distribution in dict.fromkeys((host.distribution or host.package, host.package)):
         try:
             return version(distribution)
         except PackageNotFoundError:

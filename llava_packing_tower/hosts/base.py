@@ -18,6 +18,8 @@ class Host:
     package: str
     recognises: Callable[[Path], bool]
     install: str
+    distribution: str | None = None
+    """What its package is called on PyPI, where that is not the package's own name."""
     own_arguments: tuple[str, ...] = ()
     """Arguments of train.py that users know from this host and miss in others; for messages alone."""
 

@@ -17,4 +17,5 @@ HOST = Host(
     package="llava",
     recognises=recognises,
     install="pip install --no-deps llava-torch==1.2.2.post1",
+    distribution="llava-torch",
 )

@@ -42,6 +42,7 @@ class Mend:
 MENDS: dict[str, Mend] = {}
 _applied: dict[str, Mend] = {}
 _left: dict[str, Mend] = {}
+_watched: set[str] = set()  # mends of libraries that wait for their library
 
 
 def mend(
@@ -106,8 +107,12 @@ def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
         name = item.module.format(package=package)
         if item.before:
             hooks.before(name, act)
-        elif item.module == name and name in sys.modules and package not in sys.modules:
-            # A library that is loaded already: mended when its user, the host, comes, not before.
-            hooks.before(package, lambda _, act=act, name=name: act(sys.modules[name]))
-        else:
+        elif item.module != name:
+            hooks.after(name, act)
+        elif name in sys.modules and package not in sys.modules:
+            # A library that is loaded already: mended when its user, the first host, comes, not before.
+            hooks.before(package, lambda _, act=act, item=item: item.name in _applied or act(sys.modules[item.module]))
+        elif item.name not in _watched:  # once, however many hosts there are
+            _watched.add(item.name)
+            patches.on_undo(lambda item=item: _watched.discard(item.name))
             hooks.after(name, act)

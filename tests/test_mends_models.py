@@ -1,0 +1,149 @@
+"""Mends of the hosts' models, tokenisation and loader, and of DeepSpeed, for newer versions of the libraries."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from test_mends import mended, module_from
+from transformers import PretrainedConfig
+
+from llava_packing_tower.tower import HEVCViTPackingVisionTower
+
+FIVE = int(transformers.__version__.split(".")[0]) >= 5
+pytestmark = pytest.mark.newest
+only_five = pytest.mark.skipif(not FIVE, reason="needs transformers 5")
+
+
+# ---------------------------------------------------------------- models, tokenisation, loader
+
+
+@only_five
+def test_rope_scaling_none(tmp_path, monkeypatch):
+    from transformers import Qwen2Config
+
+    def host(line: str) -> ModuleType:
+        (tmp_path / "fake" / "model" / "language_model").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fake" / "model" / "language_model" / "llava_x.py").write_text(line)
+        return module_from(tmp_path, monkeypatch, "fake.model.__init__", "")
+
+    assert mended("rope_scaling_none", host("# nothing")) is None
+    patches = mended("rope_scaling_none", host("config.rope_scaling = None"))
+    config = Qwen2Config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 12345.0})
+    config.rope_scaling = None
+    assert config.rope_parameters == {"rope_theta": 12345.0, "rope_type": "default"}
+    config.rope_scaling = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1.0}
+    assert config.rope_parameters["factor"] == 3.0
+    patches.undo()
+    config.rope_scaling = None
+    assert config.rope_parameters is None
+
+
+@pytest.mark.skipif(FIVE, reason="transformers 4")
+def test_rope_scaling_none_is_no_defect_of_transformers_4(tmp_path, monkeypatch):
+    (tmp_path / "fake" / "model" / "language_model").mkdir(parents=True)
+    (tmp_path / "fake" / "model" / "language_model" / "llava_x.py").write_text("config.rope_scaling = None")
+    assert not isinstance(vars(PretrainedConfig).get("rope_scaling"), property)
+    assert mended("rope_scaling_none", module_from(tmp_path, monkeypatch, "fake.model.__init__", "")) is None
+
+
+PREPROCESS = """
+import copy
+def preprocess_qwen(sources, tokenizer, has_image=False):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    start, end = tokenizer.additional_special_tokens_ids
+    tokenizer.chat_template = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
+    ids = []
+    for source in sources:
+        ids += tokenizer.apply_chat_template([{"role": "user", "content": source}])
+    return ids, (start, end), tokenizer.convert_tokens_to_ids("<image>")
+"""
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model = Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, additional_special_tokens=["<s>", "</s>"])
+
+
+def test_chat_template_ids(tmp_path, monkeypatch, tokenizer):
+    """The same function gives on transformers 5, mended, what it gives on transformers 4 as it is."""
+    pytest.importorskip("jinja2")
+    train = module_from(tmp_path, monkeypatch, "fake.train.train", PREPROCESS)
+    kind = type(tokenizer)
+    patches = mended("chat_template_ids", train)
+    assert (patches is not None) == FIVE
+    ids, ends, image = train.preprocess_qwen(["a <image> b", "b"], tokenizer)
+    assert (ids, ends, image) == ([3, 1, 5, 2, 4, 3, 2, 4], (3, 4), 5)
+    assert type(tokenizer) is kind and not hasattr(kind, "_made")  # the caller's own is as it was
+    if FIVE:
+        patches.undo()
+        with pytest.raises(AttributeError):
+            train.preprocess_qwen(["a"], tokenizer)
+
+
+LOADER = """
+import torch
+def load_pretrained_model(model_path, model_base, model_name, device_map="auto"):
+    model = make()
+    tower = model.get_vision_tower()
+    if device_map != "auto":
+        vision_tower = tower
+        vision_tower.to(device="cuda", dtype=torch.float16)
+    return None, model, None, 1
+"""
+
+
+def test_tower_half(tmp_path, monkeypatch, golden):
+    arguments = SimpleNamespace(mm_vision_select_layer=-1)
+    tower = HEVCViTPackingVisionTower(str(golden / "hevc_packing_tower"), arguments)
+    projector = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    inner = SimpleNamespace(mm_projector=projector)
+    model = SimpleNamespace(get_vision_tower=lambda: tower, get_model=lambda: inner)
+    builder = module_from(tmp_path, monkeypatch, "fake.model.builder", LOADER)
+    builder.make = lambda: model
+    patches = mended("tower_half", builder)
+    builder.load_pretrained_model("x", None, "llava", device_map="cpu")
+    assert tower.dtype == torch.bfloat16 and tower.device.type == "cpu"  # with the projector, wherever that is
+    assert tower.to(torch.float32).dtype == torch.float32 and "to" not in vars(HEVCViTPackingVisionTower)
+    patches.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError)):
+            builder.load_pretrained_model("x", None, "llava", device_map="cpu")
+    sound = module_from(tmp_path, monkeypatch, "fake.model.other", "def load_pretrained_model(model_path): pass")
+    assert mended("tower_half", sound) is None
+
+
+# ---------------------------------------------------------------- DeepSpeed
+
+ENGINE = """
+import torch
+class DeepSpeedEngine:
+    def _cast_module_mixed_precision(self, param_dtype, buffer_dtype, is_zero_init_model, keep_pattern=None):
+        if param_dtype is not None and {condition}:
+            for parameter in self.module.parameters():
+                parameter.data = parameter.data.to(param_dtype)
+"""
+
+
+def test_zero3_cast(tmp_path, monkeypatch):
+    fake = module_from(tmp_path, monkeypatch, "fake_deepspeed", ENGINE.format(condition="not is_zero_init_model"))
+    engine = fake.DeepSpeedEngine()
+    engine.module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    engine.module[0].weight.ds_id = 1
+    patches = mended("zero3_cast", fake)
+    engine._cast_module_mixed_precision(None, None, True)
+    assert [p.dtype for p in engine.module.parameters()] == [torch.float32] * 2
+    engine._cast_module_mixed_precision(torch.bfloat16, None, True)
+    assert [p.dtype for p in engine.module.parameters()] == [torch.float32, torch.bfloat16]
+    patches.undo()
+    assert mended("zero3_cast", module_from(tmp_path, monkeypatch, "other", ENGINE.format(condition="True"))) is None
+    older = ModuleType("older")
+    older.DeepSpeedEngine = object
+    assert mended("zero3_cast", older) is None
