@@ -5,10 +5,12 @@ Where the installed version does not have the defect, the test makes it; the tes
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import sys
 import textwrap
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -184,6 +186,15 @@ def test_tokenizer_argument(trainer_with, monkeypatch):
     seen = []
     new = lambda self, model=None, processing_class=None: seen.append(processing_class)  # noqa: E731
     monkeypatch.setattr(Trainer, "__init__", new)
+
+    @functools.wraps(new)  # as transformers 4.46 deprecates it
+    def deprecating(*args, **kwargs):
+        kwargs["processing_class"] = kwargs.pop("tokenizer")
+        return new(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "__init__", deprecating)
+    assert mended("tokenizer_argument", host) is None
+    monkeypatch.setattr(Trainer, "__init__", new)
     patches = mended("tokenizer_argument", host)
     host.LLaVATrainer(model=1, tokenizer="t")
     host.LLaVATrainer(model=1, processing_class="p")
@@ -233,6 +244,17 @@ def test_bf16_on_cpu(tmp_path, monkeypatch):
     assert mended("bf16_on_cpu", asking) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert mended("bf16_on_cpu", refusing) is None
+
+
+# ---------------------------------------------------------------- what is written of them
+
+
+def test_the_documentation_names_every_mend():
+    text = (Path(__file__).parent.parent / "docs" / "hosts.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    for name, item in mends.load_all().items():
+        assert name in rows, f"docs/hosts.md has no row for mend {name}"
+        assert item.reason in rows[name] and (item.issue or "| - |") in rows[name]
 
 
 # ---------------------------------------------------------------- what is left alone

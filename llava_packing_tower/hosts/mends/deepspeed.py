@@ -42,6 +42,7 @@ def _waits_for_the_last_gather_only(deepspeed: ModuleType) -> bool:
     module="deepspeed",
     reason="ZeRO-3 waits for the last of several all-gathers only; gloo does not finish them in order, and weights "
     "that were just loaded are overwritten at random",
+    issue="deepspeedai/DeepSpeed#8539",
     defect=_waits_for_the_last_gather_only,
 )
 def ds_agsync(deepspeed: ModuleType, patches: Patches) -> None:

@@ -70,6 +70,7 @@ def _strict_forwards(model: ModuleType) -> list[type]:
 @mend(
     module="{package}.model",
     reason="generate() passes cache_position, which the host's forward does not take",
+    issue="haotian-liu/LLaVA#1448",
     defect=lambda model: bool(_strict_forwards(model)),
 )
 def fwd_kw(model: ModuleType, patches: Patches) -> None:

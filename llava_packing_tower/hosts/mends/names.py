@@ -86,6 +86,7 @@ def _found(name: str, places: tuple[str, ...]) -> object:
     module="{package}.model.multimodal_resampler.qformer",
     reason="a resampler imports helpers from transformers.modeling_utils that are in transformers.pytorch_utils now; "
     "without them no LLaVA model can be imported",
+    issue="EvolvingLMMs-Lab/lmms-eval#860",
     defect=lambda qformer: bool(missing_names(qformer.__file__)),
     before=True,
 )
@@ -96,6 +97,7 @@ def resampler_names(qformer: ModuleType, patches: Patches) -> None:
 @mend(
     module="{package}.train.llava_trainer",
     reason="the trainer imports names from transformers.trainer that are elsewhere now",
+    issue="huggingface/transformers#38922",
     defect=lambda trainer: bool(missing_names(trainer.__file__)),
     before=True,
 )

@@ -17,8 +17,9 @@ def _source(thing: object) -> str:
         return ""
 
 
-def _takes(function: object, name: str) -> bool:
-    parameters = inspect.signature(function).parameters
+def _takes(function: object, name: str, unwrap: bool = True) -> bool:
+    """Whether a function takes an argument; without ``unwrap``, whether what is wrapped around it does."""
+    parameters = inspect.signature(function, follow_wrapped=unwrap).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
@@ -42,6 +43,7 @@ def _accelerator_is_made_wrongly(trainer: ModuleType) -> bool:
     module="{package}.train.llava_trainer",
     reason="the trainer makes its Accelerator with arguments that are gone; transformers' own method takes its place "
     "(timeout: ddp_timeout)",
+    issue="LLaVA-VL/LLaVA-NeXT#388",
     defect=_accelerator_is_made_wrongly,
 )
 def accelerator_arguments(trainer: ModuleType, patches: Patches) -> None:
@@ -94,7 +96,8 @@ def sampler_dataset(trainer: ModuleType, patches: Patches) -> None:
 @mend(
     module="{package}.train.llava_trainer",
     reason="the host gives its trainer a `tokenizer`, which transformers 5 calls `processing_class`",
-    defect=lambda trainer: not _takes(_base(trainer).__init__, "tokenizer"),
+    # From 4.46 to the last 4.x, a decorator takes it and hands it on under its new name.
+    defect=lambda trainer: not _takes(_base(trainer).__init__, "tokenizer", unwrap=False),
 )
 def tokenizer_argument(trainer: ModuleType, patches: Patches) -> None:
     init = trainer.LLaVATrainer.__init__
