@@ -237,7 +237,7 @@ def prompt_batches(host, model):
     """Two prompts of different lengths, with one and two images of different sizes; alone and together."""
     samples = [[1, IMAGE, 4], [1, 8, IMAGE, 9, 10, IMAGE, 11]]
     images = pixels((2, 5), (3, 2), (1, 7), seed=4)
-    model.config.tokenizer_padding_side = "left"
+    model.config.tokenizer_padding_side = "right"  # as training leaves it
     return [([samples[0]], images[:1]), ([samples[1]], images[1:])], (samples, images)
 
 
@@ -280,7 +280,7 @@ def generate_makes_the_mask_that_samples_of_one_length_lack(host):
     """Equal prompts, unequal images: without a mask LLaVA would attend to the padding behind the shorter one."""
     model = host.model()
     model.generation_config.eos_token_id = None
-    model.config.tokenizer_padding_side = "left"
+    model.config.tokenizer_padding_side = "right"  # as training leaves it
     samples, images = [[1, IMAGE, 4], [1, IMAGE, 4]], pixels((2, 5), (1, 2), seed=4)
     found = generated(host, model, samples, images, with_mask=False)
     for row in range(2):
@@ -320,6 +320,7 @@ def undo_takes_everything_back(host):
     for function in (
         arch.LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal,
         arch.LlavaMetaForCausalLM.encode_images,
+        host.module.LlavaLlamaForCausalLM.generate.__wrapped__,  # torch.no_grad's wrapper is LLaVA's own
         arch.build_vision_projector,
         projectors.build_vision_projector,
     ):

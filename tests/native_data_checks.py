@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from native_host import IMAGE, Host, pixels
+from native_host import IMAGE, WORDS, Host, make_prompts, pixels
 from PIL import Image
 
 SIZES = {"wide.png": (200, 30), "tall.png": (20, 90), "grey.png": (60, 60), "mosaic.png": (42, 28)}  # width x height
@@ -36,7 +36,6 @@ def turns(text):
 def module(samples, folder: Path, limit: int = 512, ratio: str = "native"):
     """The host's own dataset and collator for these samples, as its train() makes them."""
     import llava.train.train as train
-    from host_runs import QUESTION, SYSTEM, WORDS
     from llava import conversation
 
     from llava_packing_tower import PackingImageProcessor
@@ -49,8 +48,7 @@ def module(samples, folder: Path, limit: int = 512, ratio: str = "native"):
         noise = np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(noise).convert("L" if name == "grey.png" else "RGB").save(folder / name)
     if not (folder / "tokenizer").exists():
-        prompts = [f"{SYSTEM}USER: <image>\n{QUESTION} ASSISTANT: {word}</s>" for word in WORDS]
-        make_tokenizer(folder / "tokenizer", prompts, WORDS)
+        make_tokenizer(folder / "tokenizer", make_prompts(), WORDS)
     from transformers import LlamaTokenizer
 
     tokenizer = LlamaTokenizer.from_pretrained(folder / "tokenizer", model_max_length=limit)

@@ -9,6 +9,12 @@ from pathlib import Path
 import torch
 
 SQUARE = 56
+WORDS = ("cat", "moon", "cup")
+QUESTION = "What is in the photo?"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
 IGNORE, IMAGE = -100, -200
 TOWER = {
     "hidden_size": 64,
@@ -29,6 +35,11 @@ DECODER = {
     "max_position_embeddings": 512,
     "attn_implementation": "eager",
 }
+
+
+def make_prompts() -> list[str]:
+    """Enough text for a tokenizer of the template ``v1``."""
+    return [f"{SYSTEM}USER: <image>\n{QUESTION} ASSISTANT: {word}</s>" for word in WORDS]
 
 
 def make_tower(folder: Path) -> None:

@@ -208,7 +208,7 @@ def generate_about_videos(host: Host):
     """One prompt with a video and an image, one with a video of one frame: together as alone."""
     model = host.model()
     model.generation_config.eos_token_id = None
-    model.config.tokenizer_padding_side = "left"
+    model.config.tokenizer_padding_side = "right"  # as training leaves it
     samples = [[1, IMAGE, 4, IMAGE], [1, 8, IMAGE, 9, 10]]
     images, kinds = [video(3, 3, 2), pixels((2, 5))[0], video(1, 4, 3)], ["video", "image", "video"]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import yaml
-from host_runs import NEXT, make_workspace, reload, report, train
+from native_runs import make_workspace, reload, train
 
 from llava_packing_tower.cli import UsageError
 from llava_packing_tower.launch import make_plan
 
+NEXT = os.environ.get("LLAVA_NEXT_DIR")
 HOSTS = [
     pytest.param("", id="llava_v1"),
     pytest.param(
@@ -20,38 +22,25 @@ HOSTS = [
     ),
 ]
 OPTIONS = {
-    "image_aspect_ratio": "native",
     "mm_projector_type": "spatial_merge",
     "mm_patch_merge_type": "spatial_unpad",
     "mm_packing_min_patches": 8,
     "mm_packing_max_patches": 40,
-    # The workspace's data: seven photos of 60 x 90 to 114 x 60 pixels (height x width), and a sample of text.
-    "per_device_train_batch_size": 3,
-    "max_steps": 2,
-    "learning_rate": 1e-4,
 }
 
 
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_train_save_reload_generate(tmp_path, next_dir):
-    config = make_workspace(tmp_path)
-    content = {**yaml.safe_load(config.read_text()), **OPTIONS}
-    content.pop("mm_vision_tower_lr")
-    config.write_text(yaml.safe_dump(content))
+    printed = train(make_workspace(tmp_path, **OPTIONS), next_dir)
+    assert "step 2/2" in printed and "native resolution: 8 samples, 7 images and videos" in printed
     output = tmp_path / "llava_llama_packing_native"
-    printed = train(config, output, next_dir, processes=1)
-    assert "step 2/2" in printed
     saved = json.loads((output / "config.json").read_text())
     assert saved["image_aspect_ratio"] == "native" and saved["mm_projector_type"] == "spatial_merge"
-    kept = {key: value for key, value in saved.items() if key.startswith("mm_packing_") and key != "mm_packing_config"}
-    assert kept == {
-        "mm_packing_min_patches": 8,
-        "mm_packing_max_patches": 40,
-        "mm_packing_video": "clip",
-        "mm_packing_video_max_patches": None,
-    }
-    result = report(reload(output, tmp_path, next_dir))
-    assert result["answer"] == result["without cache"]
+    names = ("min_patches", "max_patches", "video", "video_max_patches")
+    assert [saved[f"mm_packing_{name}"] for name in names] == [8, 40, "clip", None]
+    result = reload(output, [tmp_path / "0.png", tmp_path / "6.png"], next_dir)
+    assert result["shapes"] == [[3, 56, 84], [3, 112, 56]]  # of 60 x 90 and 114 x 60 pixels (height x width)
+    assert result["answers"] == result["without cache"]
     assert result["tensors"] == json.loads((output / "packing_tower.json").read_text())["tensors"]
 
 

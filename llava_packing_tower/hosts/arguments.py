@@ -53,9 +53,9 @@ def current_training_arguments() -> object | None:
     return _current.get("TrainingArguments")
 
 
-def current_data_arguments() -> object | None:
-    """The DataArguments that the host parsed last in this process."""
-    return _current.get("DataArguments")
+def current_arguments(group: str) -> object | None:
+    """The arguments of this dataclass that the host parsed last in this process."""
+    return _current.get(group)
 
 
 def host_lacks(train: ModuleType, name: str) -> bool:

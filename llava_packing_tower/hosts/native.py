@@ -25,12 +25,18 @@ def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
 
         into_model(arch, patches)
 
+    def on_models(models: ModuleType) -> None:
+        from .native_model import into_generate
+
+        into_generate(models, patches)
+
     def on_train(train: ModuleType) -> None:
         from .native_data import into_training
 
         into_training(train, patches)
 
     hooks.after(f"{package}.model.llava_arch", on_arch)
+    hooks.after(f"{package}.model", on_models)
     hooks.after(f"{package}.train.train", on_train)
 
 

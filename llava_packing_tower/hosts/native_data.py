@@ -3,6 +3,7 @@ both go where their ``<image>`` is."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -12,8 +13,11 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from ..native.report import check_places, images_of, measure
 from ..native.settings import asks_for_native
 from ..native.video import Clip, read_clip
+from .arguments import current_arguments
+from .native_model import token_layout
 from .patches import Patches
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,7 @@ def into_training(train: ModuleType, patches: Patches) -> None:
         if asks_for_native(data_args):
             limit, token = tokenizer.model_max_length, train.IMAGE_TOKEN_INDEX
             module["data_collator"] = NativeCollator(module["data_collator"], limit, token)
+            report_tokens(train, module["train_dataset"].list_data_dict, tokenizer, data_args)
         return module
 
     patches.set(train, "make_supervised_data_module", make_supervised_data_module)
@@ -135,6 +140,41 @@ def read_positions(source: Mapping, data_args: object) -> torch.Tensor:
     if positions.dim() != 2 or positions.shape[1] != 3:
         raise ValueError(f"{file}: positions must be [num_patches, 3], got {list(positions.shape)}")
     return positions
+
+
+def report_tokens(train: ModuleType, samples: Sequence[Mapping], tokenizer: object, data_args: object) -> None:
+    """Print what the dataset costs, once; every rank refuses samples that do not fit together.
+
+    Raises ``ValueError`` for samples with more or fewer images than ``<image>`` in their text.
+    """
+    reads_videos = hasattr(train, "process_video_with_decord")
+    check_places(samples, reads_videos)
+    arguments = current_arguments("ModelArguments")
+    if arguments is None or os.environ.get("RANK", "0") != "0":
+        return
+
+    def to_ids(sample: Mapping) -> list[int]:
+        turns = train.preprocess_multimodal(copy.deepcopy([sample["conversations"]]), data_args)
+        has_image = bool(images_of(sample, reads_videos))
+        return train.preprocess(turns, tokenizer, has_image=has_image)["input_ids"][0].tolist()
+
+    processor, sampling = data_args.image_processor, None
+    if reads_videos:
+        sampling = {"wanted_fps": data_args.video_fps, "upbound": data_args.frames_upbound}
+        sampling["force"] = data_args.force_sample
+    report = measure(
+        samples,
+        processor,
+        token_layout(arguments, processor.settings),
+        to_ids,
+        train.IMAGE_TOKEN_INDEX,
+        tokenizer.model_max_length,
+        {kind: getattr(data_args, f"{kind}_folder", None) for kind in ("image", "video")},
+        sampling,
+    )
+    print("\n".join(report.lines()), flush=True)
+    for warning in report.warnings():
+        logger.warning("native resolution: %s", warning)
 
 
 class NativeCollator:

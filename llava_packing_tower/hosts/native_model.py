@@ -14,11 +14,19 @@ from types import ModuleType
 
 import torch
 
-from ..native.settings import KEYS, PREFIX, asks_for_native, check_settings, make_settings, settings_of
+from ..native.settings import (
+    KEYS,
+    PREFIX,
+    NativeSettings,
+    asks_for_native,
+    check_settings,
+    make_settings,
+    settings_of,
+)
 from ..native.tokens import TokenLayout, encode_visuals
 from ..native.truncation import Truncations
 from ..native.visuals import blank_like, fill_slots, read_visuals
-from .arguments import current_data_arguments
+from .arguments import current_arguments
 from .patches import Patches
 from .tuning import is_packing_tower
 
@@ -71,6 +79,31 @@ def into_model(arch: ModuleType, patches: Patches) -> None:
     patches.set(mixin, "encode_images", encode_images)
 
 
+def into_generate(models: ModuleType, patches: Patches) -> None:
+    """Have the models of a host's ``model`` package generate behind left padding.
+
+    LLaVA pads at the side that training used, mostly the right: samples of a batch that differ in their images would
+    then go on behind their padding.
+    """
+    for cls in {id(c): c for c in vars(models).values() if isinstance(c, type)}.values():
+        if not (hasattr(cls, PREPARE) and "generate" in vars(cls)):
+            continue
+        generate = cls.generate
+
+        @functools.wraps(generate)
+        def padded_left(self, *args, _generate=generate, **kwargs):
+            if not asks_for_native(self.config):
+                return _generate(self, *args, **kwargs)
+            side = getattr(self.config, "tokenizer_padding_side", "right")
+            self.config.tokenizer_padding_side = "left"
+            try:
+                return _generate(self, *args, **kwargs)
+            finally:
+                self.config.tokenizer_padding_side = side
+
+        patches.set(cls, "generate", padded_left)
+
+
 def _encode(
     model: object, tower: torch.nn.Module, given: dict, image_token: int, truncations: Truncations
 ) -> list[torch.Tensor]:
@@ -87,15 +120,19 @@ def _encode(
         visuals = [blank_like(None, tower.image_processor.rule.unit, tower.device)] * len(per_sample)
     inner = model.get_model()
     newline = getattr(inner, "image_newline", None)
-    features = encode_visuals(tower, inner.mm_projector, visuals, token_layout(model.config), newline)
+    layout = token_layout(model.config, settings_of(model.config))
+    features = encode_visuals(tower, inner.mm_projector, visuals, layout, newline)
     slots = fill_slots(features, per_sample)
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     truncations.look(marks, seen, per_sample, [len(slot) for slot in slots], limit)
     return slots
 
 
-def token_layout(config: object) -> TokenLayout:
-    """How a model's config wants its tokens. Raises ``ValueError`` for what native resolution cannot carry out."""
+def token_layout(config: object, settings: NativeSettings) -> TokenLayout:
+    """How a model's config, or arguments, want its tokens.
+
+    Raises ``ValueError`` for what native resolution cannot carry out.
+    """
     check_settings({name: getattr(config, name, None) for name in (*OPTIONS, "add_faster_video")})
 
     def chosen(name: str, default: object) -> object:
@@ -103,7 +140,7 @@ def token_layout(config: object) -> TokenLayout:
         return default if value is None else value
 
     return TokenLayout(
-        clips=settings_of(config).video == "clip",
+        clips=settings.video == "clip",
         merge_type=chosen("mm_patch_merge_type", "flat"),
         newline_position=chosen("mm_newline_position", "one_token"),
         pool_stride=chosen("mm_spatial_pool_stride", 2),
@@ -119,7 +156,7 @@ def _wrap_initialize(arch: ModuleType, patches: Patches) -> None:
     def initialize_vision_modules(self, model_args, fsdp=None):
         original(self, model_args, fsdp)
         tower = self.get_vision_tower()
-        data = current_data_arguments()
+        data = current_arguments("DataArguments")
         if not asks_for_native(model_args if data is None else data):
             if is_packing_tower(tower):
                 tower.set_native(None)

@@ -154,6 +154,23 @@ def _end_lines(lines: torch.Tensor, newline: torch.Tensor | None) -> torch.Tenso
     return torch.cat([lines, ends], dim=1).flatten(0, 1)
 
 
+def token_count(grid: Grid, is_video: bool, layout: TokenLayout) -> int:
+    """Length of what :func:`arrange` makes of tokens on this grid."""
+    t, h, w = grid
+    if is_video and layout.pool_stride > 1:
+        h, w = pooled_sides(h, w, layout.pool_stride, layout.pool_mode)
+    lines = {"grid": t * h, "frame": t, "one_token": 1, "no_token": 0}
+    newlines = lines[layout.newline_position if is_video else "grid"] if layout.has_newlines else 0
+    return t * h * w + newlines
+
+
+def pooled_sides(h: int, w: int, stride: int, mode: str) -> tuple[int, int]:
+    """Rows and columns behind :func:`pool`."""
+    if mode == "bilinear":
+        return math.ceil(h / stride), math.ceil(w / stride)
+    return max(1, h // stride), max(1, w // stride)
+
+
 def pool(tokens: torch.Tensor, grid: Grid, stride: int, mode: str) -> tuple[torch.Tensor, Grid]:
     """Pool every frame, as LLaVA's ``get_2dPool`` does for square ones.
 
@@ -169,8 +186,7 @@ def pool(tokens: torch.Tensor, grid: Grid, stride: int, mode: str) -> tuple[torc
     t, h, w = grid
     image = tokens.view(t, h, w, -1).permute(0, 3, 1, 2).contiguous()
     if mode == "bilinear":
-        size = [math.ceil(h / stride), math.ceil(w / stride)]
-        image = functional.interpolate(image, size=size, mode="bilinear")
+        image = functional.interpolate(image, size=pooled_sides(h, w, stride, mode), mode="bilinear")
     elif mode in ("average", "max"):
         kernel = (min(stride, h), min(stride, w))
         image = (functional.avg_pool2d if mode == "average" else functional.max_pool2d)(image, kernel)

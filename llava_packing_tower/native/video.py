@@ -45,6 +45,26 @@ def read_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = 
     return Clip(np.stack(frames), indices, video.total, video.fps)
 
 
+def probe_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = False) -> tuple[int, int, int]:
+    """Width, height and number of the frames that :func:`read_clip` would read, from the header alone where it can.
+
+    Raises ``ValueError`` as :func:`read_clip` does.
+    """
+    if not find_spec("av"):
+        clip = read_clip(file, wanted_fps, upbound, force)
+        return clip.frames.shape[2], clip.frames.shape[1], len(clip.indices)
+    import av
+
+    try:
+        with av.open(file) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 1)
+            total = stream.frames or round(float(container.duration or 0) / av.time_base * rate) or 1
+            return stream.width, stream.height, len(sample_indices(total, rate, wanted_fps, upbound, force))
+    except (OSError, IndexError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as a video: {error}") from error
+
+
 class _PyAV:
     """A video through PyAV, decoded from its start: seeking is not exact in every container."""
 
