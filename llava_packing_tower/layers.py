@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from .activations import activation
+from .activations import activation, linear_act
 from .attention import attend
 from .packing import PackedSegments, PatchLayout
 
@@ -162,7 +163,7 @@ class MLP(nn.Module):
         self.act = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = self.act(self.fc1(x)) if self.gate is None else self.act(self.gate(x)) * self.fc1(x)
+        inner = linear_act(self.fc1, self.act, x) if self.gate is None else self.act(self.gate(x)) * self.fc1(x)
         return self.fc2(inner)
 
 
@@ -207,4 +208,11 @@ class EncoderBlock(nn.Module):
             hidden_states = hidden_states + pending
         attended = self.self_attn(self.layer_norm1(hidden_states), segments, rotary, backend)
         hidden_states = hidden_states + self.layer_scale1(attended)
-        return hidden_states, self.layer_scale2(self.mlp(self.layer_norm2(hidden_states)))
+        return hidden_states, self.layer_scale2(self.mlp(self._normed_for_mlp(hidden_states)))
+
+    def _normed_for_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The second norm. Compiled for training it is computed again in the backward, which costs next to nothing and
+        keeps a seventeenth less of activations."""
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            return checkpoint(self.layer_norm2, hidden_states, use_reentrant=False)
+        return self.layer_norm2(hidden_states)

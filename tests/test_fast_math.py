@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_packing_tower.activations import Gelu, GeluTanh, activation, fast_gelu, normal_cdf
+from llava_packing_tower.activations import Gelu, GeluTanh, activation, fast_gelu, linear_act, normal_cdf
 from llava_packing_tower.layers import BlockConfig, EncoderBlock
 from llava_packing_tower.packing import make_segments
 
@@ -51,6 +51,37 @@ def test_compiled_forms(name):
     plain = module(x)
     assert (out - exact).abs().max() <= (plain - exact).abs().max() * 1.01
     assert activation("silu")(x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_linear_and_gelu_in_one_kernel(name, spread):
+    """Compiled bf16 inference: nearer to the exact GELU of the exact product than the two steps in bf16."""
+    linear, act = torch.nn.Linear(48, 512).bfloat16(), activation(name)
+    x = (torch.randn(300, 48) * spread * 1.7).bfloat16()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        exact = act(torch.nn.functional.linear(*(t.double() for t in (x, linear.weight, linear.bias))))
+        plain = act(linear(x))
+        calls = []
+        compiled = torch.compile(linear_act, backend=lambda graph, _: calls.append(str(graph.graph)) or graph)
+        fused = compiled(linear, act, x)
+    assert "linear_gelu" in calls[0]
+    assert (fused - exact).square().mean() < (plain - exact).square().mean()
+    compiled(linear, act, x).sum().backward()  # training takes the two steps
+    assert "linear_gelu" not in calls[1] and linear.weight.grad is not None
+    assert torch.equal(linear_act(linear, act, x), act(linear(x)))
+
+
+@pytest.mark.parametrize("act, dtype", [("silu", torch.bfloat16), ("gelu", torch.float32), ("gelu", torch.float16)])
+def test_other_activations_and_dtypes_take_two_steps(act, dtype):
+    linear, act = torch.nn.Linear(8, 16).to(dtype), activation(act)
+    torch._dynamo.reset()
+    calls = []
+    with torch.no_grad():
+        compiled = torch.compile(linear_act, backend=lambda graph, _: calls.append(str(graph.graph)) or graph)
+        compiled(linear, act, torch.randn(5, 8, dtype=dtype))
+    assert calls and "linear_gelu" not in calls[0]
 
 
 def test_gelu_kinds_differ():
