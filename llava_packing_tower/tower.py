@@ -201,8 +201,8 @@ class HEVCViTPackingVisionTower(nn.Module):
     # ---------------------------------------------------------------- forward
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        # ZeRO-3's hooks would count each returned image as a step of the backward pass, and DeepSpeed compares the steps
-        # of all ranks, which have other numbers of images. Here is nothing for it to gather: the weights are further in.
+        # ZeRO-3's hooks would count each returned image as a step of the backward pass, and DeepSpeed compares the
+        # steps of all ranks, which have other numbers of images. Here is nothing to gather: the weights are further in.
         partitioned = self.is_loaded and hasattr(next(self.vision_tower.parameters()), "ds_id")
         return self.forward(*args, **kwargs) if partitioned else super().__call__(*args, **kwargs)
 
