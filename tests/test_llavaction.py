@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -116,3 +118,37 @@ def test_a_tuned_tower_survives_without_its_folder(model_class, tower, tmp_path)
     again = model_class.from_pretrained(tmp_path / "saved").get_vision_tower()
     kept = {n: tensor_digest(p) for n, p in again.named_parameters()}
     assert kept == {n: tensor_digest(p) for n, p in inside.named_parameters()} and len(kept) > 20
+
+
+def test_a_frozen_tower_comes_from_its_folder_though_no_file_has_it(model_class, tower, tmp_path):
+    """As with a LoRA, whose base is the plain decoder: transformers would make the tower's weights anew."""
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    saved = tmp_path / "llava_qwen_frozen"
+    model = make(model_class, mm_vision_tower=str(tower))
+    model.config.mm_packing_config = model.get_vision_tower().packing_config("folder")
+    model.config.mm_use_im_patch_token = False
+    model.save_pretrained(saved)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(saved)
+    tensors = load_file(saved / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "vision_tower" not in name}
+    assert len(tensors) - len(kept) > 20
+    save_file(kept, saved / "model.safetensors", metadata={"format": "pt"})
+    load = importlib.import_module("llavaction.model.builder").load_pretrained_model
+    _, loaded, _, _ = load(str(saved), None, saved.name, attn_implementation="eager")
+    folder = load_file(tower / "model.safetensors")
+    state = loaded.get_vision_tower().vision_tower.state_dict()
+    assert state.keys() == folder.keys()
+    assert [name for name in folder if not torch.equal(folder[name].to(state[name].dtype), state[name])] == []
+
+    folder["layernorm_pre.bias"][3] += 1
+    changed = tmp_path / "vit_packing"
+    shutil.copytree(tower, changed)
+    save_file(folder, changed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(changed)}))
+    with pytest.raises(ValueError, match="has changed since"):
+        load(str(saved), None, saved.name, attn_implementation="eager")

@@ -83,8 +83,10 @@ def _extend(package: str) -> None:
         into_model(arch, _patches)
 
     def on_builder(builder: ModuleType) -> None:
+        from .frozen import restore_after_load
         from .tuning import verify_after_load
 
+        restore_after_load(builder, _patches)
         verify_after_load(builder, _patches)
 
     def on_train(train: ModuleType) -> None:
