@@ -175,7 +175,7 @@ def test_trained_check_fails_where_a_tensor_stood_still(tower):
 def rows(right: int, wrong: int) -> list[report.Row]:
     answers = [f"word{i}" for i in range(right + wrong)]
     said = answers[:right] + ["something else"] * wrong
-    return [report.Row(f"{a}.png", 30 + i, 20, (2, 3), a, "?", s) for i, (a, s) in enumerate(zip(answers, said))]
+    return [report.Row(f"{a}.png", 30 + i, 20, (2, 3), 6, a, "?", s) for i, (a, s) in enumerate(zip(answers, said))]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_own_output_folder_is_emptied(tmp_path):
 
 def test_tables_hold_every_photo_check_and_fact(tmp_path):
     table = rows(2, 1)
-    table[2] = report.Row("odd.png", 448, 172, (3, 8), "word2", "a|b\n[red]\x1b[0m", "x" * 50)
+    table[2] = report.Row("odd.png", 448, 172, (3, 8), 24, "word2", "a|b\n[red]\x1b[0m", "x" * 50)
     checks = [report.check_answers(table), report.Check("reload", True, "fine")]
     report.write_tables(tmp_path, table, checks, {"host": "LLaVA 9"})
     content = json.loads((tmp_path / "table.json").read_text())
@@ -328,15 +328,21 @@ def test_tables_hold_every_photo_check_and_fact(tmp_path):
     assert content["photos"][2]["patches"] == 24 and content["photos"][2]["after"] == "x" * 50
     text = (tmp_path / "table.md").read_text()
     assert "FAILED: answers: 2 of 3 right" in text and "passed: reload: fine" in text and "host: LLaVA 9" in text
-    line = next(line for line in text.splitlines() if "448 x 172" in line)
-    assert "3 x 8 = 24" in line and "\x1b" not in line and line.replace("\\|", "").count("|") == len(report.COLUMNS) + 1
+    line = next(line for line in text.splitlines() if "448x172" in line)
+    assert (
+        "| 3x8=24 | 24 |" in line
+        and "\x1b" not in line
+        and line.replace("\\|", "").count("|") == len(report.COLUMNS) + 1
+    )
 
 
 def test_rich_table_prints_what_models_write_as_text():
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.rich_table([report.Row("a.png", 1411, 1411, (8, 8), "photographer", "[/x] [red]", "[bold]")]))
+    row = report.Row("hubble_deep_field.png", 1411, 1411, (5, 11), 55, "photographer", "[/x] [red]", "[bold] and so on")
+    console.print(report.rich_table([row]))
     text = console.export_text()
-    assert "[/x] [red]" in text and "[bold]" in text and "photographer" in text
+    assert "[/x] [..." in text and "[bold] an..." in text and "photographer" in text
+    assert "hubble_deep_field" in text and "1411x1411" in text and "5x11=55" in text and " 55 " in text
 
 
 def test_apart_keeps_every_patch_in_its_place():

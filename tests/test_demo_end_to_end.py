@@ -29,6 +29,9 @@ def test_demo_trains_reloads_and_fails_for_its_answers_alone(tmp_path, monkeypat
     assert passed == {"answers": False, "reload": True, "tower trained": True, "engine": True}, table["checks"]
     assert len(table["photos"]) == len(PHOTOS)
     assert all(photo["patches"] == photo["grid"][0] * photo["grid"][1] > 0 for photo in table["photos"])
+    # At native resolution every patch is a token, and photos of other shapes have other grids.
+    assert all(photo["tokens"] == photo["patches"] for photo in table["photos"])
+    assert len({tuple(photo["grid"]) for photo in table["photos"]}) >= 5
     assert sorted(path.stem for path in (output / "patches").glob("*.png")) == sorted(
         Path(photo.name).stem for photo in PHOTOS
     )

@@ -2,8 +2,8 @@
 
     python -m llava_packing_tower.demo.ask CHECKPOINT --data photos.json --images folder --version v1 --output answers
 
-writes `answers.json` (the answers, the patch grid of each photo, a digest of every tensor of the loaded tower) and
-`answers.npz` (what reached the tower, as uint8 `[H, W, 3]` per photo).
+writes `answers.json` (the answers, the patch grid of each photo and the visual tokens that the decoder got for it, a
+digest of every tensor of the loaded tower) and `answers.npz` (what reached the tower, as uint8 `[H, W, 3]` per photo).
 """
 
 from __future__ import annotations
@@ -44,18 +44,25 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load_checkpoint(args.checkpoint)
     tower = loaded.model.get_vision_tower()
     patch = tower.config.patch_size
-    answers, inputs, grids = {}, {}, {}
+    answers, inputs, grids, tokens = {}, {}, {}, {}
+    counted: list[int] = []
+    loaded.model.get_model().mm_projector.register_forward_hook(
+        lambda module, given, output: counted.append(output.shape[:-1].numel())
+    )
     for entry in json.loads(args.data.read_text(encoding="utf-8")):
         question = entry["conversations"][0]["value"].replace("<image>", "").strip()
         with Image.open(args.images / entry["image"]) as image:
             image.load()
+        counted.clear()
         answers[entry["image"]] = ask(loaded, image, question, args.version)
+        tokens[entry["image"]] = sum(counted)
         pixels = prepare_image(loaded, image)
         inputs[entry["image"]] = visible(pixels[0], loaded.image_processor)
         grids[entry["image"]] = [side // patch for side in pixels.shape[-2:]]
     content = {
         "answers": answers,
         "grids": grids,
+        "tokens": tokens,
         "patch_size": patch,
         "dtype": str(tower.dtype).removeprefix("torch."),
         "tower": digests_in_memory(loaded.model),

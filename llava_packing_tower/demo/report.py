@@ -24,12 +24,14 @@ NEEDED = 0.8
 
 @dataclass(frozen=True)
 class Row:
-    """One photo of the table. Sizes in pixels, grid in patches (rows, columns) as they reached the tower."""
+    """One photo of the table. Sizes in pixels, grid in patches (rows, columns) as they reached the tower, tokens as the
+    projector handed them to the decoder."""
 
     photo: str
     width: int
     height: int
     grid: tuple[int, int]
+    tokens: int
     expected: str
     before: str
     after: str
@@ -46,15 +48,16 @@ class Row:
         """The table's columns as text for 80 characters; what a model wrote is cut to one short line."""
         return [
             Path(self.photo).stem,
-            f"{self.width} x {self.height}",
-            f"{self.grid[0]} x {self.grid[1]} = {self.patches}",
+            f"{self.width}x{self.height}",
+            f"{self.grid[0]}x{self.grid[1]}={self.patches}",
+            str(self.tokens),
             self.expected,
-            shorten(self.before, 10),
+            shorten(self.before, 9),
             shorten(self.after, 12),
         ]
 
 
-COLUMNS = ("photo", "size", "patches", "expected", "before", "after")
+COLUMNS = ("photo", "size", "patches", "tokens", "expected", "before", "after")
 
 
 def same_answer(answer: str, expected: str) -> bool:
