@@ -39,9 +39,7 @@ def test_the_rms_size_is_of_the_source_only():
     with torch.device("meta"):
         config = create_model("llava_vit_base_rms").config
     assert config.layer_norm_type == "rms_norm" and config.hidden_size == 768
-    with pytest.raises(
-        ValueError, match="unknown model name 'hf_llava_vit_packing_base_rms'; known: hf_"
-    ):
+    with pytest.raises(ValueError, match="unknown model name 'hf_llava_vit_packing_base_rms'; known: hf_"):
         preset("hf_llava_vit_packing_base_rms")
 
 
