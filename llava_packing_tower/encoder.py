@@ -95,8 +95,10 @@ class PackedEncoder(nn.Module):
     ) -> dict[int, torch.Tensor]:
         """The blocks, one after the other; see :meth:`forward`. The states are returned by index."""
         states = {0: hidden_states} if 0 in keep else {}
-        # Compiled code sees the same kind of arguments in the first block as in the others.
-        pending = torch.zeros_like(hidden_states) if compiled else None
+        pending = None
+        if compiled:
+            # The first block gets the same kind of arguments as the others: else it would be compiled on its own.
+            pending = torch.zeros_like(hidden_states, requires_grad=hidden_states.requires_grad)
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
             run = functools.partial(call_compiled, self.config, layer) if compiled else layer.__call__
             if self.gradient_checkpointing and self.training:

@@ -25,7 +25,7 @@ from llava_packing_tower.packing import batch_images_to_packing_input
 
 FAMILIES = tuple(PRESETS)
 BATCHES = 200
-MOST_COMPILATIONS = 6  # torch treats a batch of one token apart, and in training the first block
+MOST_COMPILATIONS = 3  # torch treats a batch of one token apart
 
 
 # ---------------------------------------------------------------- a varlen operator that runs on a CPU
