@@ -23,6 +23,14 @@ def golden_case(golden):
     return lambda folder, case: load_file(golden / folder / f"case_{case}.safetensors")
 
 
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory):
+    """Trainings of a real host, each run once for all tests."""
+    from host_runs import Trainings
+
+    return Trainings(tmp_path_factory.mktemp)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

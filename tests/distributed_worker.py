@@ -12,6 +12,8 @@ import sys
 from functools import partial
 
 import builder_patch  # noqa: F401
+
+# isort: split
 import torch
 import torch.distributed as dist
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -124,7 +126,9 @@ class Plain:
         if type(self.model).__name__ != "FullyShardedDataParallel":
             return everything(model)
         with type(self.model).summon_full_params(self.model, writeback=False):
-            return {name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in model.named_parameters()}
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in model.named_parameters()
+            }
 
 
 class Deep:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
+import transformers
 import yaml
 from PIL import Image
 
 from llava_packing_tower.demo.models import make_decoder, make_tokenizer, make_tower
+from llava_packing_tower.nodes import free_port
+
+__all__ = ["Trainings", "environment", "execute", "free_port", "make_workspace", "reload", "train", "train_command"]
 
 REPOSITORY = Path(__file__).parent.parent
 NEXT = os.environ.get("LLAVA_NEXT_DIR") or ""
@@ -61,7 +68,7 @@ def make_workspace(folder: Path) -> Path:
         "bf16": True,
         "gradient_checkpointing": False,
         "per_device_train_batch_size": 2,
-        "max_steps": 2,
+        "max_steps": 4,
         "learning_rate": 1e-3,
         "seed": 3,
         "save_strategy": "no",
@@ -75,64 +82,110 @@ def make_workspace(folder: Path) -> Path:
 
 
 def environment(next_dir: str) -> dict[str, str]:
-    return {**os.environ, "LLAVA_NEXT_DIR": next_dir, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "LLAVA_NEXT_DIR": next_dir, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def execute(command: list[str], env: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a launcher in a process group of its own; past the time limit all of it is killed, and the test fails."""
+    process = subprocess.Popen(
+        command,
+        env=env,
+        cwd=REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{out[-3000:]}\n{err[-5000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def train_command(config: Path, output: Path, *words: str, processes: int = 2) -> list[str]:
+    command = [sys.executable, "-m", "llava_packing_tower", "train", str(config), "--num_processes", str(processes)]
+    return [*command, "--output_dir", str(output), *words]
 
 
 def train(config: Path, output: Path, next_dir: str, *words: str, processes: int = 2) -> str:
     """`llava-packing train` on the CPU; returns what it printed. Fails the test if it exits with an error."""
-    command = [sys.executable, "-m", "llava_packing_tower", "train", str(config), "--num_processes", str(processes)]
-    command += ["--output_dir", str(output), *words]
-    result = subprocess.run(
-        command, env=environment(next_dir), cwd=REPOSITORY, capture_output=True, text=True, timeout=240
-    )
+    result = execute(train_command(config, output, *words, processes=processes), environment(next_dir))
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-# Loads a checkpoint as a user would, in a process of its own, and reports as JSON in its last line.
-RELOAD = """
-import inspect, json, sys
-import builder_patch
-import torch
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-from llava_packing_tower.digest import tensor_digest
-from llava_packing_tower.hosts import mends
-from PIL import Image
-
-folder, image, prompt = sys.argv[1:]
-v1 = "device" in inspect.signature(load_pretrained_model).parameters
-how = {"device": "cpu", "device_map": "cpu"} if v1 else {"attn_implementation": "sdpa", "torch_dtype": "bfloat16"}
-tokenizer, model, processor, _ = load_pretrained_model(folder, None, folder.rsplit("/", 1)[-1], **how)
-tower = model.get_vision_tower()
-result = {"tower": type(tower).__name__, "mends": mends.applied()}
-result["tensors"] = {n: tensor_digest(p.to(torch.bfloat16)) for n, p in tower.vision_tower.named_parameters()}
-model.float()
-ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
-photo = Image.open(image)
-pixels = process_images([photo], processor, model.config)
-pixels = pixels.float() if torch.is_tensor(pixels) else [p.float() for p in pixels]
-inputs = {"images": pixels, "image_sizes": [photo.size]}
-answer = model.generate(ids, max_new_tokens=4, do_sample=False, **inputs)[0].tolist()
-again, words = ids, []
-for _ in answer:
-    words.append(int(model(again, use_cache=False, **inputs).logits[0, -1].argmax()))
-    again = torch.cat([again, torch.tensor([words[-1:]])], 1)
-result |= {"answer": answer, "without cache": words}
-print(json.dumps(result))
-"""
-
-
-def reload(checkpoint: Path, workspace: Path, next_dir: str) -> subprocess.CompletedProcess:
-    """Run RELOAD on a checkpoint."""
+def reload(jobs: list[dict], workspace: Path, next_dir: str) -> list[dict]:
+    """Load checkpoints ``{"folder", "base"}`` in a new process (host_reload.py): a report, or an error, of each."""
     prompt = f"{SYSTEM}USER: <image>\n{QUESTION} ASSISTANT:"
-    command = [sys.executable, "-c", RELOAD, str(checkpoint), str(workspace / "images" / "3.png"), prompt]
-    return subprocess.run(
-        command, env=environment(next_dir), cwd=REPOSITORY, capture_output=True, text=True, timeout=240
-    )
-
-
-def report(result: subprocess.CompletedProcess) -> dict:
+    script = Path(__file__).parent / "host_reload.py"
+    command = [sys.executable, str(script), json.dumps(jobs, default=str), str(workspace / "images" / "3.png"), prompt]
+    result = execute(command, {**environment(next_dir), "PYTHONPATH": str(REPOSITORY)})
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------- trained once, for several tests
+
+# Two stages for LoRA, one in each of the two environments that `make test` runs.
+LORA_STAGE = 2 if int(transformers.__version__.split(".")[0]) >= 5 else 3
+
+
+def words_for(kind: str, folder: Path) -> list[str]:
+    stage = {"zero2": 2, "zero3": 3, "lora": LORA_STAGE, "frozen": 2}[kind]
+    words = ["--vision_tower", str(folder / "vit_packing"), "--deepspeed", f"configs/zero{stage}.json"]
+    if kind == "lora":
+        words += ["--lora_enable", "true", "--lora_r", "4", "--lora_alpha", "8"]
+    if kind == "frozen":  # in float32; the learning rate for the tower stays, although it is frozen
+        words += ["--bf16", "false", "--mm_tunable_parts", "mm_mlp_adapter,mm_language_model"]
+    return words
+
+
+def output_of(folder: Path, kind: str) -> Path:
+    return folder / ("llava_llama_lora_packing" if kind == "lora" else "llava_llama_packing")
+
+
+def two_machines(config: Path, output: Path, words: list[str]) -> str:
+    """The launcher started twice, as on two machines with one process each; what the first one printed."""
+    port = str(free_port())
+    shared = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    results: list = [None, None]
+
+    def start(rank: int) -> None:
+        command = train_command(config, output, *words, *shared, "--node_rank", str(rank), processes=1)
+        results[rank] = execute(command, environment(NEXT))
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        assert result is not None and result.returncode == 0, result and result.stdout + result.stderr
+    return results[0].stdout
+
+
+class Trainings:
+    """Real trainings, each run when it is first asked for. Every one has a copy of the tower for itself."""
+
+    def __init__(self, make_folder) -> None:
+        self.make_folder = make_folder
+        self.workspace = make_folder("hosts")
+        self.config = make_workspace(self.workspace)
+        self.kept: dict[str, tuple[Path, str]] = {}
+
+    def run(self, kind: str) -> tuple[Path, str]:
+        """The folder that holds the tower and the output (:func:`output_of`), and what was printed."""
+        if kind not in self.kept:
+            folder = self.make_folder(kind)
+            shutil.copytree(self.workspace / "vit_packing", folder / "vit_packing")
+            output, words = output_of(folder, kind), words_for(kind, folder)
+            if kind == "lora":
+                log = two_machines(self.config, output, words)
+            else:
+                log = train(self.config, output, NEXT, *words, processes=1 if kind == "frozen" else 2)
+            self.kept[kind] = (folder, log)
+        return self.kept[kind]

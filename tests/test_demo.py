@@ -263,7 +263,8 @@ def test_the_seed_is_set_before_the_host_makes_its_projector(monkeypatch, words,
     seen = []
 
     class Trainer:
-        pass
+        def _save_checkpoint(self):
+            pass
 
     host = SimpleNamespace(LLaVATrainer=Trainer, train=lambda attn_implementation: seen.append(torch.initial_seed()))
     monkeypatch.setattr(hosts, "apply", lambda: None)

@@ -4,145 +4,168 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import host_runs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel
 from llava_packing_tower.digest import tensor_digest
 
 pytest.importorskip("llava", reason="no LLaVA is installed")
-
-HOSTS = [
-    pytest.param("", id="llava_v1"),
-    pytest.param(
-        host_runs.NEXT,
-        id="llava_next",
-        marks=[pytest.mark.next, pytest.mark.skipif(not host_runs.NEXT, reason="LLAVA_NEXT_DIR is not set")],
-    ),
-]
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [
+    pytest.mark.newest,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs here are for machines without a GPU"),
     pytest.mark.timeout(600),
 ]
+IN_MODEL = "model.vision_tower.vision_tower."
+KINDS = ("zero2", "zero3", "lora")
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hosts")
-    host_runs.make_workspace(folder)
-    return folder
-
-
-def damaged(checkpoint, copy, change):
-    """A copy of a checkpoint with ``change(tensors)`` done to its weights."""
+def damaged(checkpoint, name: str, change, file: str = "model.safetensors"):
+    """A copy of a checkpoint beside it, with ``change(tensors)`` done to its weights."""
+    copy = checkpoint.parent / name
     shutil.copytree(checkpoint, copy)
-    file = copy / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load_file(copy / file)
     change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, copy / file, metadata={"format": "pt"})
     return copy
 
 
-@pytest.mark.parametrize("next_dir", HOSTS)
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_tuned_tower_survives(workspace, tmp_path, next_dir, stage):
-    output = tmp_path / "llava_llama_packing"
-    shutil.copytree(workspace / "vit_packing", tmp_path / "vit_packing")
-    words = ["--deepspeed", f"configs/zero{stage}.json", "--vision_tower", str(tmp_path / "vit_packing")]
-    log = host_runs.train(workspace / "config.yaml", output, next_dir, *words)
-    assert f"engine: DeepSpeedEngine, ZeRO stage {stage}, world size 2, backend gloo" in log, log
-    assert "step 1/2  loss" in log and "step 2/2  loss" in log
-    expected = {"cuda_sync", "tower_fp32", "empty_groups", "inner_loop" if next_dir else "fwd_kw"}
-    named = {name for line in log.splitlines() if line.startswith("mends: ") for name in line[7:].split(", ")}
-    assert expected <= named, named
+@pytest.fixture(scope="module")
+def runs(trainings):
+    """Folder and log of each kind of training."""
+    return {kind: trainings.run(kind) for kind in (*KINDS, "frozen")}
 
+
+@pytest.fixture(scope="module")
+def workspace(trainings):
+    return trainings.workspace
+
+
+@pytest.fixture(scope="module")
+def reloaded(runs, workspace):
+    """Checkpoints loaded in one new process: a report or an error of each. The folders of tuned towers are gone."""
+    jobs = {}
+    for kind in KINDS:
+        folder, _ = runs[kind]
+        shutil.rmtree(folder / "vit_packing")
+        base = workspace / "llama_tiny" if kind == "lora" else None
+        jobs[kind] = {"folder": host_runs.output_of(folder, kind), "base": base}
+    whole = jobs["zero2"]["folder"]
+    bias = IN_MODEL + "layernorm_pre.bias"
+    surplus = bias.replace("layernorm_pre", "layernorm_gone")
+    jobs["partial"] = {"folder": damaged(whole, "llava_llama_partial", lambda t: t.pop(bias))}
+    jobs["surplus"] = {"folder": damaged(whole, "llava_llama_surplus", lambda t: t.update({surplus: t[bias].clone()}))}
+    projector = "model.mm_projector.0.weight"
+    jobs["projector"] = {"folder": damaged(whole, "llava_llama_projector", lambda t: t.pop(projector))}
+    folder, _ = runs["frozen"]
+    jobs["frozen"] = {"folder": host_runs.output_of(folder, "frozen")}
+    changed = folder / "llava_llama_changed"
+    shutil.copytree(host_runs.output_of(folder, "frozen"), changed)
+    other = folder / "changed_packing"
+    shutil.copytree(folder / "vit_packing", other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["layernorm_pre.bias"][3] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(content | {"mm_vision_tower": str(other)}))
+    jobs["changed"] = {"folder": changed}
+    return dict(zip(jobs, host_runs.reload(list(jobs.values()), workspace, host_runs.NEXT), strict=True))
+
+
+def tensors_of_tower(output) -> dict[str, torch.Tensor]:
+    """Those that a checkpoint holds, by their names in the tower's own folder."""
+    extras = output / "non_lora_trainables.bin"
+    saved = torch.load(extras, weights_only=True) if extras.exists() else load_file(output / "model.safetensors")
+    word = "vision_tower.vision_tower."
+    return {name.split(word)[1]: tensor for name, tensor in saved.items() if word in name}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_comes_first(runs, kind):
+    log = runs[kind][1]
+    stage = {"zero2": 2, "zero3": 3, "lora": host_runs.LORA_STAGE}[kind]
+    where = "2 machines x 1 process on the CPU, world size 2" if kind == "lora" else "2 processes on the CPU"
+    assert f"engine: DeepSpeed ZeRO-{stage}, {where}" in log
+    lines = log.split("step 1/4  loss")[0].splitlines()
+    plan = {line.partition(": ")[0].strip(): line.partition(": ")[2] for line in lines}
+    assert plan["engine"] == f"DeepSpeedEngine, ZeRO stage {stage}, world size 2, backend gloo"
+    assert plan["tower attention"] == "sdpa (asked: auto)" and plan["start"] == "from the beginning"
+    assert plan["tokens per image, or per crop of one"].startswith("64 (112 x 112 pixels")
+    assert "mm_vision_tower 670,336 of 670,336, mm_mlp_adapter 33,024 of 33,024" in plan["trained"]
+    assert {"cuda_sync", "tower_fp32"} <= set(plan["mends"].split(", "))
+    assert "step 4/4  loss" in log
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tuned_tower_is_saved_to_the_last_bit(runs, workspace, kind):
+    output = host_runs.output_of(runs[kind][0], kind)
     trained = json.loads((output / "packing_tower.json").read_text())["tensors"]
-    before = load_file(workspace / "vit_packing" / "model.safetensors")
-    saved = {
-        k.split("vision_tower.", 1)[1]: v for k, v in load_file(output / "model.safetensors").items() if "vision_t" in k
-    }
-    # What was in memory when training ended is in the file, to the last bit, and nothing else.
-    assert {k.removeprefix("vision_tower."): tensor_digest(v) for k, v in saved.items()} == trained
-    assert {k.removeprefix("vision_tower.") for k in saved} == before.keys()
-    changed = [k for k, v in before.items() if not torch.equal(v.bfloat16(), saved[f"vision_tower.{k}"].bfloat16())]
-    assert set(changed) == before.keys()  # every tensor of the tower was trained
-    config = json.loads((output / "config.json").read_text())
-    assert config["mm_packing_config"]["weights"] == "checkpoint" and "fingerprint" not in config["mm_packing_config"]
+    before, saved = load_file(workspace / "vit_packing" / "model.safetensors"), tensors_of_tower(output)
+    assert {name: tensor_digest(tensor) for name, tensor in saved.items()} == trained  # in memory at the end
+    assert saved.keys() == before.keys()
+    assert not [name for name, tensor in before.items() if torch.equal(tensor.bfloat16(), saved[name].bfloat16())]
+    content = json.loads((output / "config.json").read_text())["mm_packing_config"]
+    assert content["weights"] == "checkpoint" and "fingerprint" not in content
 
-    shutil.rmtree(tmp_path / "vit_packing")  # the tower's own folder is not needed any more
-    loaded = host_runs.report(host_runs.reload(output, workspace, next_dir))
-    assert loaded["tower"] == "HEVCViTPackingVisionTower"
-    if next_dir:  # LLaVA 1.x always loads as float16; there the plugin's own check compared file and memory
-        assert loaded["tensors"] == trained
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tuned_tower_reloads_to_the_last_bit_without_its_folder(runs, reloaded, workspace, kind):
+    output, loaded = host_runs.output_of(runs[kind][0], kind), reloaded[kind]
+    assert "error" not in loaded, loaded
+    # With a LoRA the checkpoint's config has the dtype of the base: the same values, in float32.
+    dtype = torch.float32 if kind == "lora" else torch.bfloat16
+    assert loaded["tower"] == "HEVCViTPackingVisionTower" and loaded["dtype"] == str(dtype)
+    saved = tensors_of_tower(output)
+    assert loaded["tensors"] == {name: tensor_digest(tensor.to(dtype)) for name, tensor in saved.items()}
+    assert loaded["answer"] == loaded["without cache"] and len(loaded["answer"]) == 4
+
+    # The features too: those of the file's tensors in a model that LLaVA had nothing to do with.
+    from PIL import Image
+
+    from llava_packing_tower import HEVCViTPackingVisionTower, PackingImageProcessor
+
+    content = json.loads((workspace / "vit_packing" / "config.json").read_text())
+    model = LlavaViTPackingModel(LlavaViTPackingConfig.from_dict(content)).to(dtype)
+    model.load_state_dict(saved)
+    settings = type("Settings", (), {"mm_vision_select_layer": -1, "mm_projector_type": "mlp2x_gelu"})
+    tower = HEVCViTPackingVisionTower(str(workspace / "vit_packing"), settings())
+    tower.vision_tower = model.eval()
+    photo = Image.open(workspace / "images" / "3.png").convert("RGB")
+    side = max(photo.size)  # LLaVA's `pad`: a square of the mean colour
+    processor = PackingImageProcessor.from_pretrained(workspace / "vit_packing")
+    square = Image.new("RGB", (side, side), tuple(int(255 * x) for x in processor.image_mean))
+    square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
+    pixels = processor.preprocess(square, return_tensors="pt")["pixel_values"]
+    assert tensor_digest(pixels) == loaded["pixels"]
+    with torch.no_grad():
+        assert tensor_digest(tower(pixels.to(dtype))) == loaded["features"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("partial", "layernorm_pre.bias"),
+        ("surplus", "with no place in the tower: vision_tower.layernorm_gone"),
+        ("projector", "in no file: model.mm_projector.0.weight"),
+        ("changed", "has changed since"),
+    ],
+)
+def test_a_reload_that_is_not_whole_is_an_error(reloaded, damage, message):
+    assert message in reloaded[damage].get("error", ""), reloaded[damage]
+
+
+def test_a_frozen_tower_comes_from_its_folder(runs, reloaded, workspace):
+    folder, log = runs["frozen"]
+    assert "world size 1" in log and "mm_vision_tower 0 of 670,336" in log
+    before, output = load_file(workspace / "vit_packing" / "model.safetensors"), host_runs.output_of(folder, "frozen")
+    for name, tensor in tensors_of_tower(output).items():  # not even rounded
+        assert torch.equal(tensor, before[name]), name
+    content = json.loads((output / "config.json").read_text())["mm_packing_config"]
+    assert content["weights"] == "folder" and len(content["fingerprint"]) == 64
+    loaded = reloaded["frozen"]
+    assert loaded["tensors"] == {name: tensor_digest(tensor) for name, tensor in before.items()}
     assert loaded["answer"] == loaded["without cache"]
-
-    if stage == 2 and not next_dir:
-        name = "model.vision_tower.vision_tower.layernorm_pre.bias"
-        partial = damaged(output, tmp_path / "llava_llama_partial", lambda tensors: tensors.pop(name))
-        result = host_runs.reload(partial, workspace, next_dir)
-        assert result.returncode != 0 and "layernorm_pre.bias" in result.stderr, result.stderr
-        surplus = name.replace("layernorm_pre", "layernorm_gone")
-        other = damaged(output, tmp_path / "llava_llama_surplus", lambda t: t.update({surplus: t[name].clone()}))
-        result = host_runs.reload(other, workspace, next_dir)
-        assert result.returncode != 0 and "with no place in the tower: vision_tower.layernorm_gone" in result.stderr
-
-
-@pytest.mark.parametrize("next_dir", HOSTS)
-def test_a_frozen_tower_comes_from_its_folder_and_a_changed_folder_is_noticed(workspace, tmp_path, next_dir):
-    """In float32, and with a learning rate for the tower although it is frozen."""
-    output, tower = tmp_path / "llava_llama_packing", tmp_path / "vit_packing"
-    shutil.copytree(workspace / "vit_packing", tower)
-    words = ["--deepspeed", "configs/zero2.json", "--bf16", "false", "--vision_tower", str(tower)]
-    words += ["--mm_tunable_parts", "mm_mlp_adapter,mm_language_model"]
-    log = host_runs.train(workspace / "config.yaml", output, next_dir, *words, processes=1)
-    assert "world size 1" in log, log
-    before = load_file(tower / "model.safetensors")
-    saved = load_file(output / "model.safetensors")
-    for name, tensor in before.items():  # not even rounded
-        assert torch.equal(saved[f"model.vision_tower.vision_tower.{name}"], tensor), name
-    config = json.loads((output / "config.json").read_text())
-    assert config["mm_packing_config"]["weights"] == "folder" and len(config["mm_packing_config"]["fingerprint"]) == 64
-    loaded = host_runs.report(host_runs.reload(output, workspace, next_dir))
-    assert loaded["answer"] == loaded["without cache"]
-
-    before["layernorm_pre.bias"][3] += 1
-    save_file(before, tower / "model.safetensors", metadata={"format": "pt"})
-    result = host_runs.reload(output, workspace, next_dir)
-    assert result.returncode != 0 and "has changed since" in result.stderr, result.stdout + result.stderr
-
-
-def test_a_run_that_would_be_plain_ddp_is_refused(workspace, tmp_path):
-    """accelerate leaves DeepSpeed out when use_cpu is set: past the launcher's own check, the process refuses."""
-    from llava_packing_tower import launch
-
-    plan = launch.make_plan(
-        workspace / "config.yaml",
-        ["--deepspeed", "configs/zero2.json", "--output_dir", str(tmp_path / "llava_llama")],
-        num_processes=2,
-    )
-    result = subprocess.run(
-        [*plan.command, "--use_cpu", "True"],
-        env={**host_runs.environment(""), **plan.environment},
-        cwd=host_runs.REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode != 0
-    assert "ZeRO-2 was asked for, but the model is wrapped in DistributedDataParallel" in result.stderr, result.stderr
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_mends_switched_off_by_name(workspace, tmp_path):
-    script = (
-        "import builder_patch, llava.train.train\nfrom llava_packing_tower.hosts import mends\nprint(mends.applied())"
-    )
-    environment = {**host_runs.environment(""), "LLAVA_PACKING_DISABLE_MENDS": "tower_fp32,fwd_kw"}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, env=environment, cwd=host_runs.REPOSITORY, capture_output=True, text=True)
-    assert "'cuda_sync'" in result.stdout, result.stdout + result.stderr
-    assert "tower_fp32" not in result.stdout and "fwd_kw" not in result.stdout

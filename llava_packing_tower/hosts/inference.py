@@ -39,13 +39,16 @@ def build_prompt(version: str, question: str, answer: str | None = None) -> str:
     return conversation.get_prompt()
 
 
-def load_checkpoint(folder: Path, device: str | None = None) -> Checkpoint:
+def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | None = None) -> Checkpoint:
     """Load a LLaVA checkpoint with the host's `load_pretrained_model`, in the dtype in which it was saved.
 
-    device: where it goes; None is the first GPU, or the CPU where there is none.
+    device: where it goes; None is the first GPU, or the CPU where there is none. model_base: what a LoRA, or a
+    checkpoint of the projector alone, was trained on.
     """
+    folder = Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = str(read_json(folder / CONFIG_NAME).get("torch_dtype") or "float16")
+    content = read_json(folder / CONFIG_NAME)
+    dtype = str(content.get("torch_dtype") or content.get("dtype") or "float16")  # transformers 5 writes `dtype`
     builder = import_module("llava.model.builder")
     accepted = inspect.signature(builder.load_pretrained_model).parameters
     options: dict[str, object] = {}
@@ -56,8 +59,9 @@ def load_checkpoint(folder: Path, device: str | None = None) -> Checkpoint:
     if "attn_implementation" in accepted:
         options["attn_implementation"] = "sdpa"
     name = import_module("llava.mm_utils").get_model_name_from_path(str(folder))
+    base = None if model_base is None else str(model_base)
     with _dtype(builder, getattr(torch, dtype)):
-        loaded = Checkpoint(*builder.load_pretrained_model(str(folder), None, name, **options))
+        loaded = Checkpoint(*builder.load_pretrained_model(str(folder), base, name, **options))
     loaded.model.eval()
     return loaded
 

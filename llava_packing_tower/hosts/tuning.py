@@ -141,7 +141,10 @@ def verify_after_load(builder: ModuleType, patches: Patches) -> None:
         result = original(model_path, model_base, *args, **kwargs)
         tower = getattr(result[1], "get_vision_tower", lambda: None)()
         if is_packing_tower(tower):
+            from .whole import check_whole
+
             check_tower_weights(tower, result[1].config, model_path, model_base)
+            check_whole(result[1], model_path, model_base)
         return result
 
     patches.set(builder, "load_pretrained_model", load_pretrained_model)
@@ -213,7 +216,7 @@ def _tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torc
         if extras.is_file():
             tensors = torch.load(extras, map_location="cpu", weights_only=True)
             sources.append((tensors, list(tensors)))
-        if _has_weights(folder):
+        if has_weights(folder):
             files = WeightFiles(folder)
             sources.append((files, list(files.shapes())))
         for source, keys in sources:
@@ -223,6 +226,6 @@ def _tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torc
     return {}
 
 
-def _has_weights(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
     bases = ("model.safetensors", "pytorch_model.bin")
     return any((folder / base).is_file() or (folder / f"{base}.index.json").is_file() for base in bases)

@@ -1,0 +1,68 @@
+"""Two processes, one of which never has an image: nothing hangs, under any engine, and all engines learn the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import host_runs
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_packing_tower.digest import tensor_digest
+
+pytest.importorskip("llava", reason="no LLaVA is installed")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytestmark = [
+    pytest.mark.newest,
+    pytest.mark.skipif(bool(host_runs.NEXT), reason="the worker builds the models of LLaVA 1.x"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs here are for machines without a GPU"),
+    pytest.mark.timeout(300),
+]
+ENGINES = ("ddp", "zero2", "zero3", "fsdp")
+IDLE = (".encoder.layers.2.", ".layernorm_post.", ".head.")  # above the selected layer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """What the worker reports of each engine. A rank that waits for ever fails this by the time limit."""
+    script = Path(__file__).parent / "distributed_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+    command += ["--master_port", str(host_runs.free_port()), str(script), str(folder), *ENGINES]
+    extra = {"LOCAL_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(host_runs.REPOSITORY)}
+    done = host_runs.execute(command, {**host_runs.environment(""), **extra}, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return {entry["engine"]: entry for entry in lines}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_without_images_takes_part(results, folder, engine):
+    result = results[engine]
+    on_disk = {k: tensor_digest(v) for k, v in load_file(folder / "llava_tiny" / "model.safetensors").items()}
+    assert result["start"] == on_disk  # under ZeRO-3 loaded by parts
+    assert result["partitioned"] == (sum("vision_tower" in name for name in on_disk) if engine == "zero3" else 0)
+    assert len(result["losses"]) == 40 and result["ranks differ in"] == []
+    if engine != "fsdp":  # there a rank holds gradients for its own share only
+        assert result["without gradient"] == []
+    # Everything was trained but the weights above the selected layer: image_newline and the tower's first layers too.
+    assert set(result["unchanged"]) == {name for name in on_disk if any(word in name for word in IDLE)}
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_engines_learn_the_same(results, folder, engine):
+    """In float32, 20 steps of two accumulated batches, against DDP."""
+    expected, found = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ddp", engine))
+    start = load_file(folder / "llava_tiny" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        moved = (tensor - start[name]).abs().max().item()
+        assert (found[name] - tensor).abs().max().item() <= 1e-3 * moved + 1e-6, name
+    assert results[engine]["losses"] == pytest.approx(results["ddp"]["losses"], abs=1e-4)
