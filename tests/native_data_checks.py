@@ -188,6 +188,32 @@ def videos_carry_the_places_of_their_frames(host: Host):
     assert torch.equal(prepared[4][:, 0], embeddings.expand(3, -1))
 
 
+def odd_photos_have_the_documented_outcome(host: Host):
+    """From the file to the sequence: one pixel wide, one patch wide, 10:1, large, grey with transparency, one bit."""
+    odd = {
+        "line.png": ("RGB", (1, 300), (21, 1)),
+        "patch.png": ("RGB", (14, 140), (10, 1)),
+        "panorama.jpg": ("RGB", (1000, 100), (2, 20)),
+        "large.jpg": ("RGB", (4000, 3000), (5, 7)),
+        "grey.png": ("LA", (60, 40), (3, 4)),
+        "bit.png": ("1", (9, 9), (1, 1)),
+        "palette.gif": ("P", (30, 90), (6, 2)),
+    }
+    samples = [{"id": n, "image": n, "conversations": turns("<image>\nWhat?")} for n in odd]
+    with tempfile.TemporaryDirectory() as folder:
+        dataset, collate = module(samples, Path(folder))
+        for name, (mode, size, _) in odd.items():
+            Image.new(mode, size).save(Path(folder) / name)
+        batch = collate([dataset[i] for i in range(len(odd))])
+    grids = [(h, w) for _, _, (h, w) in odd.values()]
+    assert shapes(batch) == [(3, 14 * h, 14 * w) for h, w in grids], shapes(batch)
+    model = host.model()
+    ids = torch.tensor([[3, IMAGE]] * len(odd))
+    given = {**batch, "input_ids": ids, "labels": ids, "attention_mask": ids != 0}
+    _, _, mask, _, embeddings, _ = host.prepare(model, given)[:6]
+    assert mask.sum(1).tolist() == [1 + h * w for h, w in grids] and embeddings.isfinite().all()
+
+
 def a_blank_batch_of_any_size_is_one_token_each(host: Host):
     """`pixels` of one patch are what LLaVA makes for text: they must not reach the sequence."""
     model = host.model()
