@@ -13,7 +13,7 @@ _PUBLIC = {
     "DINOv3ViTPacking": "families.dinov3",
     "HEVCViTPackingVisionTower": "tower",
     "HEVCViTVisionTower": "standard_tower",
-    "LlavaViTConfig": "families.llava_vit_standard",
+    "LlavaViTConfig": "families.llava_vit_standard_config",
     "LlavaViTModel": "families.llava_vit_standard",
     "LlavaViTPackingConfig": "families.llava_vit",
     "LlavaViTPackingModel": "families.llava_vit",

@@ -292,6 +292,14 @@ def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, devic
         assign(module, name, recipe.build(*(source[key] for key in recipe.sources)), torch.device(device))
 
 
+def open_to_others(folder: Path) -> None:
+    """The permissions that files made in the usual way have: temporary ones are for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``; on success its files appear in ``folder`` by rename, else nothing does.
@@ -304,11 +312,11 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield aside
+        open_to_others(aside)
         if folder.is_dir() and any(folder.iterdir()):
             for file in sorted(aside.iterdir(), key=lambda f: f.name == CONFIG_NAME):
                 os.replace(file, folder / file.name)
         else:
-            aside.chmod(0o755)
             os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from .families.llava_vit import LlavaViTPackingConfig, LlavaViTPackingModel
-from .families.llava_vit_standard import LlavaViTConfig, LlavaViTModel
+from .families.llava_vit_standard import LlavaViTModel
+from .families.llava_vit_standard_config import LlavaViTConfig
 from .presets import PACKING, PRESETS, preset
 
 logger = logging.getLogger(__name__)

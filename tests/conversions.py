@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_packing_tower.cli import main
-from llava_packing_tower.families.llava_vit_standard import LlavaViTConfig, LlavaViTModel
+from llava_packing_tower.families.llava_vit_standard import LlavaViTModel
+from llava_packing_tower.families.llava_vit_standard_config import LlavaViTConfig
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, patch_size=32)
 

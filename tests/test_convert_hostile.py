@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_packing_tower.cli import main
 from llava_packing_tower.convert import pipeline
-from llava_packing_tower.families.llava_vit_standard import LlavaViTConfig
+from llava_packing_tower.families.llava_vit_standard_config import LlavaViTConfig
 from llava_packing_tower.loading import WeightFiles
 
 

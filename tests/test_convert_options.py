@@ -174,3 +174,17 @@ def test_the_hooks_hevc_vit_rule_is_the_standard_tower(standard):
     images = torch.randn(2, 3, 64, 96)
     left, right = HEVCViTVisionTower(str(standard), Args()), HEVCViTPackingVisionTower(str(standard), Args())
     assert torch.allclose(left(images), right(images), atol=2e-5)
+
+
+def test_others_may_read_what_was_written(tmp_path, standard):
+    """Temporary files are for their owner alone; on a shared cluster a checkpoint must not be."""
+    umask = os.umask(0o027)
+    try:
+        model = LlavaViTModel.from_pretrained(standard)
+        model.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(umask)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "saved").iterdir()} == {0o640}
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o750
+    convert(standard, "--output_dir", tmp_path / "converted", "--no-verify")
+    assert {f.stat().st_mode & 0o077 for f in (tmp_path / "converted").iterdir()} == {0o077 & (0o666 & ~umask)}

@@ -20,7 +20,7 @@ from ..digest import tensor_digest
 from ..families.llava_vit import LlavaViTPackingModel
 from ..families.llava_vit_keys import SOURCE_TYPE
 from ..families.llava_vit_standard import LlavaViTModel
-from ..loading import write_json
+from ..loading import open_to_others, write_json
 from ..strict import StrictPreTrainedModel
 from .conversion import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
 from .families import verify_family
@@ -183,6 +183,7 @@ def convert(name: str, output: str | None, options: Options, progress: Progress 
         results = verify_conversion(conversion, result, device, photos, progress.step) if options.verify else []
         write_json(_report(conversion, report, results), result / REPORT_NAME)
         final = failed_name(folder) if any_failed(results) else folder
+        open_to_others(result)
         os.replace(result, final)
     return Outcome(conversion, final, report, results, time.perf_counter() - started)
 

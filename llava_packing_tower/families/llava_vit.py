@@ -1,7 +1,7 @@
 """LlavaViT (HEVC-ViT, published as OneVision-Encoder): images, videos and mixtures with 3-D rotary positions.
 
 State-dict names are those of the converted ``llava_vit_packing`` checkpoints. Numerics after OneVision-Encoder
-(https://github.com/EvolvingLMMs-Lab/OneVision-Encoder), see docs/numerics.md.
+(https://github.com/EvolvingLMMs-Lab/OneVision-Encoder).
 """
 
 from __future__ import annotations
