@@ -22,6 +22,7 @@ COMMANDS: dict[str, Command] = {
     "verify": Command("verify", "compare two LlavaViT checkpoints on real photographs"),
     "doctor": Command("doctor", "which host, versions, defects and attention backends are here, and what mends them"),
     "demo": Command("demo", "fine-tune a tiny LLaVA on real photographs, reload it and ask about each photo"),
+    "run": Command("run", "run LLaVA's own scripts, or any other, with the packing tower"),
     "bench": Command("bench", "measure the packed encoders beside what people use today"),
 }
 

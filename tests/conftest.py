@@ -31,6 +31,14 @@ def trainings(tmp_path_factory):
     return Trainings(tmp_path_factory.mktemp)
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo's model, untrained and trained, with its photos."""
+    from evaluation_runs import make_demo
+
+    return make_demo(tmp_path_factory.mktemp("demo"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -1,0 +1,64 @@
+"""Run any script or module with the packing tower in LLaVA: LLaVA's own evaluation scripts stay as they are.
+
+    python -m llava_packing_tower.run -m llava.eval.model_vqa --model-path ...
+    python -m llava_packing_tower.run path/to/script.py ...
+    torchrun --nproc_per_node 8 -m llava_packing_tower.run path/to/script.py ...
+
+`llava-packing run -- python -m llava.eval.model_vqa ...` is the same. On a machine without CUDA, `.cuda()` and
+`device="cuda"` of tensors and modules mean the CPU: LLaVA's scripts ask for CUDA unconditionally.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USAGE = "usage: python -m llava_packing_tower.run (-m MODULE | SCRIPT.py) [ARGUMENTS ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Apply the hook, then run ``-m MODULE`` or ``SCRIPT.py`` as ``__main__`` with the words after it as ``sys.argv``.
+
+    Exits with status 2 and one line for anything else.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_module = words[:1] == ["-m"]
+    target = words[is_module : is_module + 1]
+    if not target or target[0].startswith("-"):
+        raise SystemExit(USAGE)
+    if not is_module and not Path(target[0]).is_file():
+        raise SystemExit(f"{target[0]}: no such file. {USAGE}")
+
+    from . import hosts
+
+    hosts.apply()
+    without_cuda()
+    sys.argv = words[is_module:]
+    if is_module:
+        sys.path[0] = str(Path.cwd())
+        runpy.run_module(target[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(target[0]).resolve().parent)
+        runpy.run_path(target[0], run_name="__main__")
+
+
+def without_cuda() -> bool:
+    """Where there is no CUDA, have ``.cuda()`` of tensors and modules leave them where they are; returns whether so."""
+    import torch
+
+    if torch.cuda.is_available():
+        return False
+    print("no CUDA here: .cuda() leaves tensors and modules on the CPU", file=sys.stderr)
+
+    def stay(self, *args, **kwargs):
+        return self
+
+    torch.Tensor.cuda = stay
+    torch.nn.Module.cuda = stay
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""`llava-packing run`: LLaVA's own evaluation scripts, unchanged, on a checkpoint with a packing tower."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from importlib.util import find_spec
+
+import pytest
+from host_runs import environment, execute
+
+from llava_packing_tower.cli import UsageError
+from llava_packing_tower.commands.run import command
+from llava_packing_tower.demo.photos import PHOTOS, QUESTION
+
+ENTRY = ["-m", "llava_packing_tower.run"]
+
+
+def test_the_hook_goes_in_front_of_modules_and_scripts():
+    here = sys.executable
+    assert command(["--", "python", "-m", "llava.eval.model_vqa", "--x", "1"]) == [
+        *(here, *ENTRY),
+        *("-m", "llava.eval.model_vqa", "--x", "1"),
+    ]
+    assert command(["python3", "-u", "a.py", "-m"]) == [here, "-u", *ENTRY, "a.py", "-m"]
+    assert command(["a.py"]) == [here, *ENTRY, "a.py"]
+    assert command(["/opt/p/bin/python3.11", "a.py"]) == ["/opt/p/bin/python3.11", *ENTRY, "a.py"]
+
+
+@pytest.mark.parametrize("words", [[], ["--"], ["bash", "a.sh"], ["python"], ["python", "-m"], ["python", "-c", "1"]])
+def test_what_cannot_have_the_hook_is_refused(words):
+    with pytest.raises(UsageError, match=r"llava\.eval\.model_vqa"):
+        command(words)
+
+
+def test_a_script_runs_as_main_with_its_arguments_and_status(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, beside\nfrom llava_packing_tower import hosts\n"
+        "assert __name__ == '__main__' and hosts.is_active() and beside.HERE\n"
+        "print(sys.argv[1:], torch.ones(2).cuda().sum().item())\nsys.exit(7)\n"
+    )
+    (tmp_path / "beside.py").write_text("HERE = True\n")
+    words = ["run", "--", "python", str(script), "-m", "--flag", "x y"]
+    result = execute([sys.executable, "-m", "llava_packing_tower", *words], environment(""))
+    assert result.returncode == 7, result.stderr
+    assert result.stdout.strip() == "['-m', '--flag', 'x y'] 2.0"
+    result = execute([sys.executable, *ENTRY, str(tmp_path / "missing.py")], environment(""))
+    assert result.returncode != 0 and "missing.py: no such file" in result.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(find_spec("llava") is None, reason="LLaVA is not installed")
+@pytest.mark.skipif(
+    find_spec("shortuuid") is None, reason="llava.eval.model_vqa imports shortuuid: requirements/eval.txt"
+)
+def test_llavas_own_model_vqa_answers_with_a_packing_tower(demo, tmp_path):
+    """Unedited, and the checkpoint moved away from the folder of its tower."""
+    checkpoint = tmp_path / "llava_llama_moved"
+    shutil.copytree(demo.trained, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["mm_vision_tower"] = str(tmp_path / "gone_packing")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "out" / "answers.jsonl"
+    lines = [{"question_id": photo.answer, "image": photo.name, "text": QUESTION} for photo in PHOTOS]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    words = ["-m", "llava.eval.model_vqa", "--model-path", str(checkpoint), "--image-folder", str(demo.images)]
+    words += ["--question-file", str(questions), "--answers-file", str(answers), "--conv-mode", "v1"]
+    command = [sys.executable, "-m", "llava_packing_tower", "run", "--", "python", *words, "--temperature", "0"]
+    result = execute(command, environment(""))
+    assert result.returncode == 0, result.stdout + result.stderr
+    given = {line["question_id"]: line["text"] for line in map(json.loads, answers.read_text().splitlines())}
+    assert len(given) == len(PHOTOS)
+    assert sum(text == name for name, text in given.items()) >= 13, given
