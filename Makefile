@@ -91,10 +91,11 @@ $(STAMPS)/project: setup.cfg pyproject.toml $(STAMPS)/base
 	@touch $@
 
 # The second environment: the newest supported transformers, for the tests marked "newest".
-$(NEW)/.stamps/ready: $(addprefix requirements/,torch.txt newest.txt demo.txt dev.txt) setup.cfg pyproject.toml $(STAMPS)/venv
-	@echo "[$(NEW)] torch, the newest transformers, photographs, pytest"
+$(NEW)/.stamps/ready: $(addprefix requirements/,torch.txt newest.txt demo.txt dev.txt newest_host.txt) setup.cfg pyproject.toml $(STAMPS)/venv
+	@echo "[$(NEW)] torch, the newest transformers, photographs, pytest, DeepSpeed, LLaVA"
 	@test -x $(NEW)/bin/python || $(BIN)/python -m venv $(NEW)
-	@for list in torch newest demo dev; do \
-	  $(NEW)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/$$list.txt || exit 1; done
+	@for list in torch newest demo dev newest_host; do \
+	  $(NEW)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	    -r requirements/$$list.txt || exit 1; done
 	@$(NEW)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@mkdir -p $(NEW)/.stamps && touch $@

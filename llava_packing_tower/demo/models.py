@@ -62,9 +62,9 @@ def make_tokenizer(folder: Path, prompts: Iterable[str], words: Iterable[str]) -
         minloglevel=2,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "tokenizer.model"
-    file.write_bytes(model.getvalue())
-    tokenizer = LlamaTokenizer(str(file), legacy=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    # From the folder: what the constructor takes, a file or its vocabulary, depends on the version of transformers.
+    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True, add_bos_token=True)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

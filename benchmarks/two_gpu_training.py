@@ -1,0 +1,396 @@
+"""Does training scale, and does it stay the same? LLaVA with a ViT-L packing tower under ZeRO-3, on one GPU and on two.
+
+  python benchmarks/two_gpu_training.py --json two_gpu.json               # 50 steps, 3 runs, a reload: under 4 minutes
+  python benchmarks/two_gpu_training.py --json tiny.json --tiny           # the same on a CPU, in small
+
+The model is a host's own class (LLaVA-NeXT if LLAVA_NEXT_DIR is set, else llavaction's Qwen2, else LLaVA 1.x's Llama)
+with random weights: a tower of ViT-L/14 size, an mlp2x_gelu projector, a decoder of the size of Qwen2-0.5B. Images of
+many sizes go in at native resolution, text-only samples are mixed in, and every fifth step one of the two micro-batches
+has no image at all. A step is always the same two micro-batches: one after the other on one GPU, one on each of two.
+
+How "the same loss curve" is measured: a second run on one GPU has the samples of each micro-batch in reverse order. In
+exact arithmetic nothing would change, so its distance to the first run is the noise of bfloat16. Two GPUs must stay
+within 3 times that noise (largest difference over the steps), or within 0.02 if that is more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+IGNORE, IMAGE = -100, -200
+MICRO, SLOTS, WARM_UP = 4, 2, 8
+FULL = {
+    "steps": 50,
+    "tower": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "patch": 14,
+    "sides": (8, 33),  # of an image in patches
+    "decoder": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+    "rate": 2e-4,
+}
+TINY = {
+    "steps": 24,
+    "tower": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "patch": 14,
+    "sides": (1, 6),
+    "decoder": {
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "rate": 5e-3,
+}
+
+
+def host_classes() -> tuple[str, type, type]:
+    """Name, config and model class of the host."""
+    if os.environ.get("LLAVA_NEXT_DIR"):
+        from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
+
+        return "LLaVA-NeXT (LlavaQwenForCausalLM)", LlavaQwenConfig, LlavaQwenForCausalLM
+    if importlib.util.find_spec("llavaction"):
+        from llavaction.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
+
+        return "llavaction (LlavaQwenForCausalLM)", LlavaQwenConfig, LlavaQwenForCausalLM
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    return "llava-torch (LlavaLlamaForCausalLM)", LlavaConfig, LlavaLlamaForCausalLM
+
+
+def decoder_attention(device: str) -> str:
+    return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+# ---------------------------------------------------------------- model and data
+
+
+def make(folder: Path, size: dict, device: str) -> dict:
+    """Write a LLaVA with random weights in bfloat16, with its tower inside, as a finished training leaves it."""
+    import torch
+
+    from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
+
+    torch.manual_seed(0)
+    edge = size["patch"] * (size["sides"][1] - 1)
+    tower = folder / "vit_packing"
+    # Without a head: LLaVA reads hidden states before it, and every weight is trained.
+    config = LlavaViTPackingConfig(image_size=edge, patch_size=size["patch"], use_head=False, **size["tower"])
+    with torch.device(device):
+        LlavaViTPackingModel(config).bfloat16().save_pretrained(tower)
+    PackingImageProcessor(size=edge).save_pretrained(tower)
+    name, config_class, model_class = host_classes()
+    config = config_class(
+        **size["decoder"],
+        mm_vision_tower=str(tower),
+        mm_hidden_size=size["tower"]["hidden_size"],
+        mm_vision_select_layer=-1,
+        mm_projector_type="mlp2x_gelu",
+        mm_patch_merge_type="flat",
+        mm_tunable_parts="mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        image_aspect_ratio="native",
+        mm_packing_min_patches=1,
+        mm_packing_max_patches=size["sides"][1] ** 2,
+        mm_packing_video="frames",
+        tokenizer_model_max_length=8192,
+        use_cache=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = model_class(config).bfloat16()
+    projector = model.get_model().mm_projector
+    model.config.mm_packing_config = model.get_vision_tower().packing_config("checkpoint")
+    model.save_pretrained(folder / "llava")
+    count = sum(p.numel() for p in model.parameters())
+    parts = {"tower": model.get_vision_tower(), "projector": projector}
+    return {"host": name, "parameters": count} | {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
+
+
+def micro_batch(size: dict, step: int, slot: int, device: str, backwards: bool = False) -> dict:
+    """Four samples: three photos of other sizes and a text, or (slot 1, every fifth step) four texts.
+
+    There are 16 images and 16 texts, each with an answer of its own to be learned by heart.
+    """
+    import torch
+
+    draw = torch.Generator().manual_seed(7919 * step + slot)
+    vocabulary, patch = size["decoder"]["vocab_size"], size["patch"]
+    rows, images = [], []
+    for index in range(MICRO):
+        text = index == 3 or (slot == 1 and step % 5 == 4)
+        number = int(torch.randint(16, (1,), generator=draw))
+        own = torch.Generator().manual_seed(number + 100 * text)  # the same each time this sample comes
+        answer = torch.randint(3, vocabulary, (8,), generator=own)
+        question = torch.randint(3, vocabulary, (6 + 10 * (number % 3),), generator=own) if text else torch.arange(3, 9)
+        if not text:
+            side = torch.randint(*size["sides"], (2,), generator=own)
+            coarse = torch.randn(1, 3, 5, 5, generator=own)
+            pixels = torch.nn.functional.interpolate(coarse, size=(side * patch).tolist(), mode="bicubic")[0]
+            images.append(pixels.to(device, torch.bfloat16))
+            question = torch.cat([question[:3], torch.tensor([IMAGE]), question[3:]])
+        rows.append((torch.cat([question, answer]), len(question)))
+    if backwards:
+        rows, images = rows[::-1], images[::-1]
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(MICRO, longest, dtype=torch.long)
+    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (words, start) in enumerate(rows):
+        ids[row, : len(words)], mask[row, : len(words)] = words, True
+        labels[row, start : len(words)] = words[start:]
+    batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+    return batch | {"images": images or None}
+
+
+# ---------------------------------------------------------------- one training process
+
+
+def train(args: argparse.Namespace, size: dict, device: str) -> None:
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from llava_packing_tower.attention import resolve_backend
+    from llava_packing_tower.digest import tensor_digest
+    from llava_packing_tower.hosts import mends
+    from llava_packing_tower.record import gathered
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_accumulation_steps": SLOTS // world,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    kept = HfDeepSpeedConfig(config)  # from here on transformers loads under zero.Init
+    model_class = host_classes()[2]
+    how = {"attn_implementation": decoder_attention(device), "torch_dtype": torch.bfloat16}
+    model = model_class.from_pretrained(args.folder / "llava", **how).train().requires_grad_(True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size["rate"], weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    assert engine.zero_optimization_stage() == 3 and engine.world_size == world
+    slots = [rank] if world == SLOTS else list(range(SLOTS))
+    losses, began, tokens = [], 0.0, 0
+    for step in range(size["steps"]):
+        if step == min(WARM_UP, size["steps"] // 2):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            dist.barrier()
+            began, first = time.perf_counter(), step
+        total = torch.zeros((), device=engine.device)
+        for slot in slots:
+            batch = micro_batch(size, step, slot, str(engine.device), args.backwards)
+            tokens += sum(i.shape[1] * i.shape[2] // size["patch"] ** 2 for i in batch["images"] or [])
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float() / SLOTS
+        dist.all_reduce(total)
+        losses.append(total.item())
+    if device == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    seconds = time.perf_counter() - began
+    state, digests = {}, {}
+    for key, parameter in model.named_parameters():
+        with gathered(parameter):
+            if rank == 0:
+                state[key] = parameter.detach().cpu().clone()
+                digests[key] = tensor_digest(state[key])
+    tower = model.get_vision_tower()
+    probe = torch.randn(3, 6 * size["patch"], 4 * size["patch"], generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        features = tower([probe.to(engine.device, torch.bfloat16)])[0]
+    if rank == 0:
+        if args.save:
+            tied = {"lm_head.weight"} if size["decoder"]["tie_word_embeddings"] else set()
+            whole = {key: tensor for key, tensor in state.items() if key not in tied}
+            model.save_pretrained(args.folder / args.save, state_dict=whole)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+        encoder = tower.vision_tower.encoder
+        report = {
+            "world": world,
+            "engine": type(engine).__name__,
+            "decoder attention": model.config._attn_implementation,
+            "tower attention": resolve_backend("auto", device, torch.bfloat16, encoder.head_dim, needs_grad=True),
+            "mends": mends.applied(),
+            "losses": losses,
+            "samples/s": MICRO * SLOTS * (size["steps"] - first) / seconds,
+            "visual tokens of rank 0": tokens,
+            "peak GiB": memory,
+            "digests": digests,
+            "features": tensor_digest(features),
+        }
+        (args.folder / f"{args.name}.json").write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+    del kept
+
+
+def reload(args: argparse.Namespace, size: dict, device: str) -> None:
+    """A new process without DeepSpeed: every tensor and the tower's features, against what training had in memory."""
+    import torch
+
+    from llava_packing_tower.digest import differing, tensor_digest
+    from llava_packing_tower.hosts.tuning import check_tower_weights
+
+    trained = json.loads((args.folder / f"{args.name}.json").read_text())
+    model_class = host_classes()[2]
+    folder = args.folder / args.save
+    model = model_class.from_pretrained(folder, torch_dtype=torch.bfloat16).to(device).eval()
+    tower = model.get_vision_tower()
+    check_tower_weights(tower, model.config, str(folder))
+    here = {key: tensor_digest(parameter) for key, parameter in model.named_parameters()}
+    probe = torch.randn(3, 6 * size["patch"], 4 * size["patch"], generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        # As under ZeRO-3, where hooks keep the blocks from being compiled: the same kernels, the same bits.
+        tower.vision_tower.encoder.compile_blocks = False
+        features = tensor_digest(tower([probe.to(device, torch.bfloat16)])[0])
+    wrong = differing({key: trained["digests"][key] for key in here}, here)
+    report = {"tensors": len(here), "different": wrong, "features equal": features == trained["features"]}
+    (args.folder / "reload.json").write_text(json.dumps(report))
+
+
+# ---------------------------------------------------------------- the parent
+
+
+def start(words: list[str], processes: int, limit: float, device: str) -> float:
+    """Run this file again in ``processes`` processes; seconds taken. Raises where it fails or takes too long."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(Path(__file__).resolve()), *words]
+    if processes:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1"]
+        command = [sys.executable, *torchrun, "--master_port", str(port), *command[1:]]
+    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if device == "cpu":
+        environment |= {"LOCAL_SIZE": str(processes or 1), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    began = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        if process.wait(timeout=limit):
+            raise SystemExit(f"failed with status {process.returncode}: {' '.join(words)}")
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise SystemExit(f"hangs: not done after {limit:.0f} s: {' '.join(words)}") from None
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where the report goes")
+    parser.add_argument("--tiny", action="store_true", help="small, on the CPU")
+    parser.add_argument("--steps", type=int, help="in place of 50 (24 with --tiny)")
+    parser.add_argument("--limit", type=float, default=100, help="seconds that one run may take (default 100)")
+    for name in ("--job", "--name", "--save"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--backwards", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    size = {**(TINY if args.tiny else FULL)}
+    size["steps"] = args.steps or size["steps"]
+    device = "cpu" if args.tiny else "cuda"
+    if args.job:
+        import builder_patch  # noqa: F401
+
+        if args.job == "make":
+            (args.folder / "make.json").write_text(json.dumps(make(args.folder, size, device)))
+        else:
+            {"train": train, "reload": reload}[args.job](args, size, device)
+        return
+    common = ["--steps", str(size["steps"])] + (["--tiny"] if args.tiny else [])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        common += ["--folder", name]
+        seconds = {"make": start(["--job", "make", *common], 0, args.limit, device)}
+        runs = {"one": (1, []), "backwards": (1, ["--backwards"]), "two": (2, ["--save", "saved"])}
+        for run, (processes, words) in runs.items():
+            job = ["--job", "train", "--name", run, *words, *common]
+            seconds[run] = start(job, processes, args.limit, device)
+        job = ["--job", "reload", "--name", "two", "--save", "saved", *common]
+        seconds["reload"] = start(job, 0, args.limit, device)
+        found = {run: json.loads((folder / f"{run}.json").read_text()) for run in (*runs, "make", "reload")}
+    report = summary(found, seconds, device)
+    text = json.dumps(report, indent=1)
+    if args.json:
+        args.json.write_text(text + "\n")
+    print(text)
+    failed = [check for check, passed in report["checks"].items() if not passed]
+    print("FAILED: " + ", ".join(failed) if failed else "all checks passed")
+    sys.exit(bool(failed))
+
+
+def summary(found: dict, seconds: dict, device: str) -> dict:
+    """The figures and the checks."""
+    import torch
+    import transformers
+
+    for run in ("one", "backwards", "two"):
+        found[run].pop("digests")
+        found[run].pop("features")
+    one, backwards, two = (found[run]["losses"] for run in ("one", "backwards", "two"))
+    noise = max(abs(a - b) for a, b in zip(one, backwards, strict=True))
+    apart = max(abs(a - b) for a, b in zip(one, two, strict=True))
+    tail = max(3, len(two) // 10)
+    start_loss, end_loss = sum(two[:tail]) / tail, sum(two[-tail:]) / tail
+    rates = {run: found[run]["samples/s"] for run in ("one", "two")}
+    checks = {
+        "loss falls": end_loss < 0.85 * start_loss,
+        "same curve on one GPU and on two": apart <= max(3 * noise, 0.02),
+        "every tensor reloads to the last bit": not found["reload"]["different"],
+        "features reload to the last bit": found["reload"]["features equal"],
+    }
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    for package in ("deepspeed", "flash_attn"):
+        if importlib.util.find_spec(package):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": versions,
+        "model": found["make"],
+        "loss": {"first steps": start_loss, "last steps": end_loss},
+        "largest difference of losses": {"one GPU, samples in reverse (noise)": noise, "one GPU and two": apart},
+        "samples/s": rates,
+        "scaling efficiency": rates["two"] / (2 * rates["one"]),
+        "seconds": {key: round(value, 1) for key, value in seconds.items()},
+        "checks": checks,
+        "reload": found["reload"],
+        "runs": {run: found[run] for run in ("one", "backwards", "two")},
+    }
+
+
+if __name__ == "__main__":
+    main()
