@@ -186,6 +186,11 @@ def text_alone(host):
         found = gradients(model, host.forward(model, batch).loss)
         assert all(g is not None for g in found.values())  # DDP and ZeRO wait for a gradient of every parameter
         assert not any(g.any() for n, g in found.items() if "vision_tower" in n or "mm_projector" in n)
+    for kind in ("mlp2x_gelu", "spatial_merge", "patch_merger"):
+        training = host.model(mm_projector_type=kind, mm_patch_merge_type="spatial_unpad").train()
+        output = training(input_ids=batch["input_ids"], labels=batch["labels"], images=None)
+        found = gradients(training, output.loss)
+        assert all(g is not None and g.isfinite().all() for g in found.values()), kind
     with_blank = host.prepare(model, collate(SAMPLES, pixels(*RAGGED)))[4]
     without = pixels(*RAGGED)
     del without[1]
