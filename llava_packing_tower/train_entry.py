@@ -5,6 +5,7 @@ Started by the launcher (`llava-packing train`) as ``-m llava_packing_tower.trai
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -30,6 +31,20 @@ def main() -> None:
     set_seed(int(_argument("seed") or TrainingArguments.seed))
     train.train(attn_implementation=_argument("attn_implementation"))
     training.finish()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        leave()
+
+
+def leave() -> None:
+    """End this process well, without taking the interpreter apart.
+
+    Threads of the collectives may outlive their groups, and a rank that meets one of them on its way out is aborted
+    ("terminate called without an active exception"): torchrun then calls a run failed that has saved everything.
+    """
+    atexit._run_exitfuncs()  # loggers and data loaders put their things away here
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _argument(name: str) -> str | None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_launch import need_a_host
 
 from llava_packing_tower import launch
 from llava_packing_tower.cli import UsageError
@@ -73,7 +74,7 @@ def test_each_family_has_both_stages():
 
 
 def test_the_hosts_own_parser_takes_every_configuration():
-    pytest.importorskip("llava", reason="no LLaVA is installed")
+    need_a_host()
     files = [str(config) for config in CONFIGS if fits(config)]
     assert len(files) >= 9
     result = subprocess.run([sys.executable, "-c", PARSE, *files], capture_output=True, text=True, cwd=REPOSITORY)

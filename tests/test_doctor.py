@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_launch import files  # noqa: F401  (a fixture)
+from test_launch import files, need_a_host  # noqa: F401  (files is a fixture)
 
 from llava_packing_tower import attention, launch
 from llava_packing_tower.cli import UsageError, main
@@ -245,7 +245,7 @@ def test_no_host(monkeypatch, capsys):
 
 def test_the_real_machine(monkeypatch, capsys):
     """All of it, with the host imported and its defects found; one mend is switched off."""
-    pytest.importorskip("llava", reason="no LLaVA is installed")
+    need_a_host()
     monkeypatch.setenv("LLAVA_PACKING_DISABLE_MENDS", "fwd_kw,cuda_sync,inner_loop")
     status = main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)

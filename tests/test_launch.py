@@ -41,6 +41,7 @@ def files(tmp_path):
         "mm_vision_select_layer": -2,
         "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",
         "bf16": True,
+        "attn_implementation": "sdpa",  # LLaVA-NeXT's default needs flash-attn
         "learning_rate": "1e-4",
         "num_train_epochs": 3,
         "report_to": None,
@@ -57,6 +58,14 @@ def files(tmp_path):
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
     monkeypatch.setattr(launch, "_gpus", lambda: 0)
+
+
+def need_a_host() -> None:
+    """Skip where there is none; it is not imported, for that prints."""
+    try:
+        find_host()
+    except ValueError as error:
+        pytest.skip(str(error).splitlines()[0])
 
 
 def words_of(plan):
@@ -278,6 +287,27 @@ def test_exit_status_of_the_processes_is_passed_on(files, monkeypatch):
     plan.command = [sys.executable, "-c", "import os, sys; sys.exit(7 if os.environ['LOCAL_SIZE'] == '1' else 0)"]
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     assert launch.run(plan) == 7
+
+
+def test_a_rank_leaves_without_taking_the_interpreter_apart(tmp_path):
+    """What aborts while the interpreter ends must not turn a run that has saved everything into a failed one."""
+    script = """
+import atexit, os, pathlib, sys
+from llava_packing_tower import train_entry
+class Abort:
+    def __del__(self, abort=os.abort):
+        abort()
+module_level = Abort()
+atexit.register(lambda: pathlib.Path(sys.argv[1]).write_text("done"))
+print("last words", end="")
+if sys.argv[2] == "leave":
+    train_entry.leave()
+"""
+    for how, status in (("leave", 0), ("end", -6)):
+        command = [sys.executable, "-c", script, str(tmp_path / how), how]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+        assert result.returncode == status, result.stderr
+        assert (tmp_path / how).read_text() == "done" and (result.stdout == "last words" or how == "end")
 
 
 @pytest.mark.parametrize("script", [*sorted((REPOSITORY / "train_scripts").glob("*.sh")), REPOSITORY / ".ci" / "run"])
