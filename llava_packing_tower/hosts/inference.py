@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -54,16 +54,30 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
     options: dict[str, object] = {}
     if "device" in accepted:
         options["device"] = device
+    else:
+        options["device_map"] = {"": device}  # its default spreads one model over all GPUs
     if "torch_dtype" in accepted:
         options["torch_dtype"] = dtype
     if "attn_implementation" in accepted:
         options["attn_implementation"] = "sdpa"
-    name = import_module("llava.mm_utils").get_model_name_from_path(str(folder))
+    name = model_name(folder, content)
     base = None if model_base is None else str(model_base)
     with _dtype(builder, getattr(torch, dtype)):
         loaded = Checkpoint(*builder.load_pretrained_model(str(folder), base, name, **options))
     loaded.model.eval()
     return loaded
+
+
+def model_name(folder: Path, content: Mapping[str, object]) -> str:
+    """The name by which the host's loader chooses the model class: from the config, where it says.
+
+    Of itself LLaVA looks for "qwen", "yi" and the like in the name of the folder.
+    """
+    model_type = str(content.get("model_type") or "")
+    if not model_type.startswith("llava"):
+        return import_module("llava.mm_utils").get_model_name_from_path(str(folder))
+    name = "llava_llama" if model_type == "llava" else model_type
+    return f"{name}_lora" if (folder / "adapter_config.json").is_file() else name
 
 
 @contextmanager
