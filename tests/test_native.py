@@ -288,6 +288,22 @@ def test_a_clip_has_the_golden_features(golden, golden_case):
     assert_close(encode(frames[:1]), encode(frames[:1], clips=False))  # a video of one frame is an image
 
 
+@pytest.mark.parametrize("family", ["siglip2", "dinov3", "aimv2_native"])
+def test_families_of_images_take_videos_frame_by_frame(golden, family):
+    tower = HEVCViTPackingVisionTower(str(golden / family), SimpleNamespace(mm_vision_select_layer=-1))
+    p, channels = tower.config.patch_size, tower.config.num_channels
+    clip, image = Visual(torch.randn(3, channels, 2 * p, 4 * p), is_video=True), torch.randn(channels, 3 * p, 2 * p)
+    layout = TokenLayout(clips=False, pool_stride=1)
+    video, photo = encode_visuals(tower, torch.nn.Identity(), [clip, Visual(image[None])], layout)
+    assert_close(photo, tower([image])[0])
+    assert_close(video, torch.cat([tower([frame])[0] for frame in clip.frames]))
+    with pytest.raises(ValueError, match="images only"):
+        encode_visuals(tower, torch.nn.Identity(), [clip], TokenLayout(clips=True))
+    placed = Visual(image[None], patch_positions=torch.zeros(6, 3))
+    with pytest.raises(ValueError, match="no patch_positions"):
+        encode_visuals(tower, torch.nn.Identity(), [placed], layout)
+
+
 # ---------------------------------------------------------------- video files
 
 
