@@ -22,6 +22,8 @@ COMMANDS: dict[str, Command] = {
     "verify": Command("verify", "compare two LlavaViT checkpoints on real photographs"),
     "doctor": Command("doctor", "which host, versions, defects and attention backends are here, and what mends them"),
     "demo": Command("demo", "fine-tune a tiny LLaVA on real photographs, reload it and ask about each photo"),
+    "eval": Command("eval", "evaluate a checkpoint on lmms-eval's tasks"),
+    "eval-report": Command("eval_report", "results of several evaluations in one table and one chart"),
     "run": Command("run", "run LLaVA's own scripts, or any other, with the packing tower"),
     "bench": Command("bench", "measure the packed encoders beside what people use today"),
 }

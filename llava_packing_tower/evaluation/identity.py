@@ -13,7 +13,7 @@ NOT_THE_MODEL = ("training_args.bin", "trainer_state.json", "packing_tower.json"
 
 
 def identity(checkpoint: str | Path, base: str | Path | None = None) -> str:
-    """16 hex digits over every byte of the configuration, tokenizer and weights (about a second per GB).
+    """ "w" and 16 hex digits over every byte of the configuration, tokenizer and weights (about a second per GB).
 
     Raises ``ValueError`` for a folder without ``config.json``.
     """
@@ -27,4 +27,4 @@ def identity(checkpoint: str | Path, base: str | Path | None = None) -> str:
             with file.open("rb") as stream:
                 while chunk := stream.read(1 << 22):
                     digest.update(chunk)
-    return digest.hexdigest()[:16]
+    return f"w{digest.hexdigest()[:16]}"

@@ -210,7 +210,7 @@ class LlavaPacking(lmms):
 
 
 def generation_options(given: dict) -> tuple[dict[str, object], list[str]]:
-    """What the model's `generate` is told, and the strings that end an answer, for lmms-eval's ``generation_kwargs``."""
+    """What `generate` is told, and the strings that end an answer, for the ``generation_kwargs`` of lmms-eval."""
     ends = given.get("until") or []
     ends = [e for e in ([ends] if isinstance(ends, str) else ends) if e and e != LMMS_EVAL_DEFAULT_END]
     temperature = given.get("temperature")

@@ -1,4 +1,4 @@
-"""The smoke task: the photographs of `make demo`, from the installed packages that carry them. Nothing is downloaded."""
+"""The smoke task: the photographs of `make demo`, out of installed packages. Nothing is downloaded."""
 
 from pathlib import Path
 
