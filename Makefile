@@ -1,6 +1,6 @@
 # Everything goes into .venv (and .venv-new, for tests with the newest transformers); each step leaves a stamp and runs
 # again only when its requirements file changed.
-#   make demo   fine-tune LLaVA through the packing tower on real photographs, reload it and ask about each
+#   make demo   fine-tune LLaVA through the packing tower on real photographs, reload it, ask about each, score it
 #   make test   the test suite          make lint   ruff          make clean   remove .venv and outputs
 # PYTHON=...          interpreter to build .venv with (3.10 to 3.12)
 # LLAVA_NEXT_DIR=...  a clone of LLaVA-NeXT: used as the host in place of the LLaVA from PyPI
@@ -25,10 +25,10 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@sed -n '3,7s/^# \{0,1\}//p' Makefile
 
-demo: $(STAMPS)/project $(STAMPS)/demo $(HOST)
+demo: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/eval $(HOST)
 	$(BIN)/llava-packing demo $(DEMO_ARGS)
 
-test: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(HOST) $(NEW)/.stamps/ready
+test: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/eval $(HOST) $(NEW)/.stamps/ready
 	$(BIN)/python -m pytest tests $(TEST_ARGS)
 	$(NEW)/bin/python -m pytest tests -m newest $(TEST_ARGS) $(if $(TEST_ARGS),|| test $$? = 5) # 5: none selected
 
@@ -36,7 +36,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-env: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(HOST)
+env: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/eval $(HOST)
 
 clean:
 	rm -rf $(VENV) $(NEW) demo_output build *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -78,6 +78,11 @@ $(STAMPS)/next: requirements/next.txt $(STAMPS)/base
 $(STAMPS)/demo: requirements/demo.txt $(STAMPS)/base
 	@echo "[.venv] photographs, matplotlib"
 	@$(PIP) -r requirements/demo.txt
+	@touch $@
+
+$(STAMPS)/eval: requirements/eval.txt requirements/next.txt $(STAMPS)/base
+	@echo "[.venv] lmms-eval"
+	@$(PIP) -r requirements/eval.txt
 	@touch $@
 
 $(STAMPS)/dev: requirements/dev.txt $(STAMPS)/base

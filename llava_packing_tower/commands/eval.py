@@ -67,20 +67,20 @@ def run(args: argparse.Namespace) -> int:
         "max_frames_num": args.max_frames_num,
     }
     model = {name: value for name, value in model.items() if value is not None}
-    for name, value in model.items():
-        if {",", "="} & set(str(value)):
-            raise UsageError(f"{name}: {value} has a comma or an equals sign, by which lmms-eval separates arguments")
     output = args.output_path or Path("eval_results") / args.checkpoint.resolve().name
-    evaluation = Evaluation(
-        model,
-        output,
-        batch_size=args.batch_size,
-        limit=args.limit,
-        include=args.include_path,
-        rest=tuple(args.rest),
-        force=args.force,
-        **where,
-    )
+    try:
+        evaluation = Evaluation(
+            model,
+            output,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            include=args.include_path,
+            rest=tuple(args.rest),
+            force=args.force,
+            **where,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     console.print(f"{args.checkpoint} (weights {weights}): {', '.join(tasks)}", soft_wrap=True)
     results = run_tasks(evaluation, tasks, console)
     written = write_report(output, {args.checkpoint.resolve().name: results})

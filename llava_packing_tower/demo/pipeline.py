@@ -24,6 +24,7 @@ from ..record import TOWER_RECORD
 from . import OUTPUT, report
 from .models import make_decoder, make_tokenizer, make_tower
 from .photos import PHOTOS, QUESTION, Photo, write_dataset
+from .scoring import score
 from .training import Engine, TrainingFailed, launch
 
 MARK = ".llava_packing_demo"
@@ -117,7 +118,7 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
     seconds: dict[str, float] = {}
 
     def stage(number: int, text: str) -> None:
-        console.print(f"[bold]\\[{number}/5][/] {text}", soft_wrap=True)
+        console.print(f"[bold]\\[{number}/6][/] {text}", soft_wrap=True)
 
     plan = make_plan(config, output, words)
     clear(output)
@@ -160,6 +161,9 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
         report.check_trained(before["tower"], in_memory),
         report.check_engine(trained.engine, engine),
     ]
+    stage(6, "the task `smoke` of lmms-eval, by its own command line")
+    if scored := score(plan.path("output_dir"), output / "evaluation", str(plan.values["version"]), console):
+        checks.append(scored)
     draw(plan, photos, after["patch_size"], trained.history)
     seconds["total"] = time.monotonic() - started
     facts = {

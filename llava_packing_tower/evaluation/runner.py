@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console
@@ -45,6 +46,11 @@ class Evaluation:
     rest: tuple[str, ...] = ()
     force: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.model_args.items():
+            if {",", "="} & set(str(value)):
+                raise ValueError(f"{name}: {value} has a comma or an equals sign, which lmms-eval takes for ends")
 
     def key(self, task: str) -> str:
         """What a result depends on: the weights, the task, every option but batches and processes, the versions."""
@@ -162,8 +168,8 @@ def cause(log: str) -> str:
     found = next((line for line in reversed(body) if ERROR_LINE.match(line)), None)
     if found is not None:
         start = len(body) - 1 - body[::-1].index(found)
-        # Messages of several lines, as far as they are indented lists of names.
-        more = [line for line in body[start + 1 : start + 4] if re.match(r"^\d+ [a-z]", line)]
-        return " ".join([found, *more])
+        # A message of several lines, such as our own lists of tensors.
+        more = takewhile(lambda line: re.match(r"\d+ [a-z][^\x1b]*$", line), body[start + 1 : start + 5])
+        return "; ".join([found, *more])
     reported = REPORTED.findall(log)
     return reported[-1] if reported else (lines[-1] if lines else "no output")

@@ -55,6 +55,7 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
         self.config.mm_packing_config = self.get_vision_tower().packing_config(
             weights="checkpoint" if in_checkpoint else "folder"
         )
+        self.config.mm_packing_conversation = getattr(model_args, "version", None)  # an evaluation asks in it
         for name in ("mm_tunable_parts", "unfreeze_mm_vision_tower"):
             setattr(self.config, name, getattr(model_args, name, None))
 
