@@ -54,7 +54,7 @@ def conversation_name(config: object, asked: str | None = None) -> str:
     """
     name = asked or getattr(config, "mm_packing_conversation", None)
     name = name or CONVERSATIONS.get(getattr(config, "model_type", ""), DEFAULT_CONVERSATION)
-    build_prompt(name, "")
+    build_prompt(name, "?")  # raises where there is none
     return name
 
 
