@@ -31,13 +31,6 @@ def model_class():
     hosts.undo()
 
 
-@pytest.fixture(autouse=True)
-def _default_dtype():
-    """transformers 4.40 does not put the default dtype back where loading raises."""
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fork") / "vit_packing"
