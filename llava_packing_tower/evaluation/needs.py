@@ -23,6 +23,7 @@ MODULES = {
     "pytablewriter": "pytablewriter",
     "sacrebleu": "sacrebleu",
     "portalocker": "portalocker",
+    "lxml": "lxml",
     "pytz": "pytz",
     "tenacity": "tenacity",
     "accelerate": "accelerate",
