@@ -115,7 +115,10 @@ def run_task(evaluation: Evaluation, task: str, console: Console) -> TaskResult:
     before = set(folder.rglob("*_results.json"))
     # Some tasks read this variable and do not know its default.
     home = {"HF_HOME": os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))}
-    environment = {**os.environ, **home, **plugin_environment(), **evaluation.environment}
+    # lmms-eval takes the commit of the current folder, whatever lies there, for its own version: every commit of the
+    # user's would empty its cache.
+    git = {"GIT_DIR": str(folder / "no.git")}
+    environment = {**os.environ, **home, **git, **plugin_environment(), **evaluation.environment}
     status = _watch(evaluation.command(task), environment, folder / LOG, console)
     new = sorted(set(folder.rglob("*_results.json")) - before)
     log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
