@@ -24,6 +24,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("demo", "fine-tune a tiny LLaVA on real photographs, reload it and ask about each photo"),
     "eval": Command("eval", "evaluate a checkpoint on lmms-eval's tasks"),
     "eval-report": Command("eval_report", "results of several evaluations in one table and one chart"),
+    "probe": Command("probe", "compare towers without a decoder: linear and k-NN probe on an image folder"),
     "run": Command("run", "run LLaVA's own scripts, or any other, with the packing tower"),
     "bench": Command("bench", "measure the packed encoders beside what people use today"),
 }

@@ -1,0 +1,131 @@
+"""`llava-packing probe`: towers on an image folder, without a decoder."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_packing_tower.cli import main
+from llava_packing_tower.evaluation import probing
+
+pytest.importorskip("sklearn")
+CLASSES = ("dots", "stripes", "waves")
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    from llava_packing_tower.demo.models import make_tower
+
+    folder = tmp_path_factory.mktemp("tower") / "vit_packing"
+    make_tower(folder, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three textures, 8 images each, every one of another shape and with noise."""
+    folder, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for kind, name in enumerate(CLASSES):
+        (folder / name).mkdir()
+        for number in range(8):
+            height, width = 60 + 11 * number, 150 - 9 * number
+            y, x = np.mgrid[:height, :width]
+            pattern = [(x // 7 + y // 7) % 2, (x // 10) % 2, (np.sin(x / 6) + np.sin(y / 15)) > 0][kind]
+            pixels = pattern[..., None] * np.array([180, 120, 60]) + noise.integers(0, 60, (height, width, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_folders_are_split_by_class_and_the_same_way_every_time(photos, tmp_path):
+    first, second = probing.read_folder(photos), probing.read_folder(photos)
+    assert first.classes == CLASSES and len(first.files) == 24
+    assert (first.is_test == second.is_test).all()
+    assert [int(first.is_test[first.labels == c].sum()) for c in range(3)] == [2, 2, 2]
+    assert all(file.parent.name == CLASSES[label] for file, label in zip(first.files, first.labels))
+    for split, count in (("train", 5), ("val", 3)):
+        for name in CLASSES[:2]:
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (20, 20)).save(tmp_path / split / name / f"{number}.jpg")
+    given = probing.read_folder(tmp_path)
+    assert given.is_test.sum() == 6 and all("val" in f.parts for f, t in zip(given.files, given.is_test) if t)
+
+
+def test_folders_that_cannot_be_used_are_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match="has 0 classes"):
+        probing.read_folder(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in ("one/a.png", "two/a.png", "two/b.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    with pytest.raises(ValueError, match="class 'one' has 1 image"):
+        probing.read_folder(tmp_path)
+
+
+def test_features_are_those_of_each_image_alone(tower, photos):
+    loaded = probing.load_tower(str(tower))
+    files = probing.read_folder(photos).files[:7]
+    together, counts = probing.features(loaded, files, batch_size=5)
+    assert len(set(counts.tolist())) > 2, "images of several shapes"
+    for file, vector, count in zip(files, together, counts):
+        pixels = loaded.image_processor.preprocess(Image.open(file), return_tensors="pt")["pixel_values"][0]
+        with torch.inference_mode():
+            alone = loaded(pixels[None])[0]
+        assert len(alone) == count and np.allclose(alone.mean(0).numpy(), vector, atol=2e-5)
+
+
+def test_the_command_compares_towers_and_caches(tower, photos, tmp_path, capsys):
+    from llava_packing_tower.demo.models import make_tower
+
+    other = tmp_path / "other_packing"
+    make_tower(other, seed=4)
+    words = ["probe", str(tower), str(other), "--data", str(photos), "--cache", str(tmp_path / "cache"), "--k", "3"]
+    assert main([*words, "--json", str(tmp_path / "a.json")]) == 0
+    out = capsys.readouterr().out
+    assert "24 images of 3 classes, 6 held out" in out and out.count("images/s") == 2
+    first = json.loads((tmp_path / "a.json").read_text())
+    assert [entry["tower"] for entry in first] == [str(tower), str(other)]
+    assert all(entry["linear"] > 0.6 and entry["tested"] == 6 for entry in first), first
+    assert main([*words, "--json", str(tmp_path / "b.json")]) == 0
+    assert capsys.readouterr().out.count("features from the cache") == 2
+    second = json.loads((tmp_path / "b.json").read_text())
+    assert [{**e, "seconds": 0} for e in first] == [{**e, "seconds": 0} for e in second]
+    # Another layer, another image, other weights: nothing of the cache fits.
+    for change in ("layer", "image", "weights"):
+        more = ["--select_layer", "-2"] if change == "layer" else []
+        if change == "image":
+            Image.new("RGB", (70, 50)).save(photos / "dots" / "0.png")
+        if change == "weights":
+            make_tower(tower, seed=5)
+            make_tower(other, seed=6)
+        assert main([*words, *more]) == 0
+        assert "from the cache" not in capsys.readouterr().out, change
+
+
+def test_labels_that_say_nothing_score_near_chance(tower, photos):
+    """The probe does not see what it is tested on."""
+    real = probing.read_folder(photos)
+    noise = np.random.default_rng(1).normal(size=(240, 16)).astype(np.float32)
+    labels, is_test = np.tile(real.labels, 10), np.tile(real.is_test, 10)
+    linear, knn = probing.classify(noise, probing.Photos((), labels, CLASSES, is_test), k=5)
+    assert linear < 0.55 and knn < 0.55
+
+
+def test_wrong_words_are_refused_by_name(tower, photos, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        Image.new("RGB", (30, 30)).save(tmp_path / name)
+    (tmp_path / "b" / "broken.png").write_bytes(b"no image")
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert main(["probe", str(tower), "--data", str(tmp_path), *cache]) == 2
+    assert "broken.png cannot be read" in capsys.readouterr().err
+    assert not list(tmp_path.glob("cache/*")), "nothing half done is kept"
+    assert main(["probe", str(tmp_path / "none"), "--data", str(photos), *cache]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert main(["probe", str(tower), "--data", str(photos), "--square", "--max_patches", "9"]) == 2
+    assert main(["probe", str(tower), "--data", str(photos), "--square", *cache]) == 0
