@@ -17,7 +17,7 @@ from llava_packing_tower.hosts import find_host
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-SCRIPTS = sorted((REPOSITORY / "train_scripts").glob("*.sh"))
+SCRIPTS = sorted(s for s in (REPOSITORY / "train_scripts").glob("*.sh") if s.name != "eval_lmms.sh")
 FAMILIES = {
     "": "checkpoints/llava_vit_large_packing",
     "_siglip2": "packing:google/siglip2-so400m-patch16-naflex",

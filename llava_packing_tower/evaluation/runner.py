@@ -167,7 +167,7 @@ def cause(log: str) -> str:
     # torchrun ends with a report of its own; each rank's exception stands before it.
     # A retry repeats the exception in front of it, without its message.
     outer = re.compile(r"\b(ChildFailedError|RetryError)\b")
-    body = [re.sub(r"^\[rank\d+\]: ", "", line) for line in lines if not outer.search(line)]
+    body = [re.sub(r"^\[rank\d+\]: +", "", line) for line in lines if not outer.search(line)]
     found = next((line for line in reversed(body) if ERROR_LINE.match(line)), None)
     if found is not None:
         start = len(body) - 1 - body[::-1].index(found)
