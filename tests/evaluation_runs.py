@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from host_runs import REPOSITORY, environment, execute
 
 from llava_packing_tower.demo import pipeline
@@ -30,13 +31,15 @@ def make_demo(folder: Path) -> Demo:
     """The demo's photos, models and training, in one process without DeepSpeed: a minute instead of three."""
     if finished := os.environ.get(FINISHED):
         return _at(Path(finished))
-    config = REPOSITORY / "configs" / "demo.yaml"
+    values = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
+    config = folder / "demo.yaml"
+    config.write_text(yaml.safe_dump({key: value for key, value in values.items() if key != "deepspeed"}))
     plan = pipeline.make_plan(config, folder, [])
     pipeline.hosts.apply()
     write_dataset(plan.path("data_path"), plan.path("image_folder"))
     pipeline.make_models(plan)
     command = [sys.executable, "-m", "llava_packing_tower", "train", str(config), "--num_processes", "1"]
-    command += [*plan.overrides, "--deepspeed", "null", "--per_device_train_batch_size", "16"]
+    command += [*plan.overrides, "--per_device_train_batch_size", "16"]
     zero_steps = ["--max_steps", "-1", "--num_train_epochs", "0", "--output_dir", str(folder / pipeline.UNTRAINED)]
     for words in (zero_steps, []):
         result = execute([*command, *words], environment(""), timeout=400)
