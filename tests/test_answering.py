@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import shutil
 from fractions import Fraction
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llava_packing_tower import hosts
 from llava_packing_tower.hosts import answering
@@ -214,3 +217,25 @@ def test_the_class_comes_from_the_config_not_from_the_folders_name(tmp_path):
     assert model_name(tmp_path / "run-b", {"model_type": "llava"}) == "llava_llama"
     (tmp_path / "adapter_config.json").write_text("{}")
     assert model_name(tmp_path, {"model_type": "llava_qwen"}) == "llava_qwen_lora"
+
+
+def test_a_frozen_towers_folder_may_be_gone_where_the_checkpoint_has_its_weights(demo, tmp_path, caplog):
+    """What training with a frozen tower leaves behind, moved to a machine without the tower's folder."""
+    folder = tmp_path / "frozen"
+    shutil.copytree(demo.trained, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["mm_vision_tower"] = str(tmp_path / "gone_packing")
+    config["mm_packing_config"].update(weights="folder", fingerprint="0" * 64)
+    config["mm_tunable_parts"] = "mm_mlp_adapter,mm_language_model"
+    (folder / "config.json").write_text(json.dumps(config))
+    hosts.apply()
+    found = load_checkpoint(folder).model.get_vision_tower().state_dict()
+    assert "is not here" in caplog.text
+    saved = load_file(folder / "model.safetensors")
+    wanted = {key.split("vision_tower.", 1)[1]: saved[key] for key in saved if "vision_tower." in key}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert json.loads((folder / "config.json").read_text()) == config
+    kept = {key: tensor for key, tensor in saved.items() if "vision_tower." not in key}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="gone_packing"):
+        load_checkpoint(folder)

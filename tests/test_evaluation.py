@@ -166,6 +166,7 @@ tenacity.RetryError: RetryError[<Future at 0x7f state=finished raised DatasetNot
     assert runner.cause(log) == "datasets.exceptions.DatasetNotFoundError: Dataset 'x' doesn't exist on the Hub"
     log = "[rank1]: ValueError: the tower:\n[rank1]:   2 not in the checkpoint: a, b\ntorch...ChildFailedError: \n"
     assert runner.cause(log) == "ValueError: the tower:; 2 not in the checkpoint: a, b"
+    assert runner.cause("ImportError: \n\nX needs Y\nand more\n") == "ImportError: X needs Y"
     assert runner.cause("nothing known\nlast words\n") == "last words" and runner.cause("") == "no output"
 
 

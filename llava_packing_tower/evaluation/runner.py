@@ -172,6 +172,8 @@ def cause(log: str) -> str:
     if found is not None:
         start = len(body) - 1 - body[::-1].index(found)
         # A message of several lines, such as our own lists of tensors.
+        if found.endswith("Error:"):
+            return " ".join([found, *body[start + 1 : start + 2]])
         more = takewhile(lambda line: re.match(r"\d+ [a-z][^\x1b]*$", line), body[start + 1 : start + 5])
         return "; ".join([found, *more])
     reported = REPORTED.findall(log)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..loading import CONFIG_NAME, read_json
+from .standing import self_contained
 
 
 class Checkpoint(NamedTuple):
@@ -62,8 +63,8 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
         options["attn_implementation"] = "sdpa"
     name = model_name(folder, content)
     base = None if model_base is None else str(model_base)
-    with _dtype(builder, getattr(torch, dtype)):
-        loaded = Checkpoint(*builder.load_pretrained_model(str(folder), base, name, **options))
+    with _dtype(builder, getattr(torch, dtype)), self_contained(folder) as place:
+        loaded = Checkpoint(*builder.load_pretrained_model(str(place), base, name, **options))
     loaded.model.eval()
     return loaded
 
