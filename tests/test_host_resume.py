@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import host_runs
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava_packing_tower import resume
 
@@ -17,46 +18,67 @@ needs_host = pytest.mark.skipif(
     find_spec("llava") is None or find_spec("deepspeed") is None or torch.cuda.is_available(),
     reason="needs LLaVA and DeepSpeed on a machine without a GPU",
 )
-# Loaded by Python itself in every process of the run: kills the one that is about to write a certain file.
+# Loaded by Python itself in every process of the run: kills the one that writes a certain file. Weights are written by
+# the safetensors library, outside of Python's own open(): half of them come onto the disk.
 KILLER = """
 import os, signal, sys
+import safetensors
 
-def watch(event, args, name=os.environ.get("KILL_WHEN_WRITING")):
-    if event == "open" and name and str(args[0]).endswith(name) and "w" in str(args[1]):
+name = os.environ.get("KILL_WHEN_WRITING") or "\\0"
+
+def watch(event, args):
+    if event == "open" and str(args[0]).endswith(name) and "w" in str(args[1]):
         os.kill(os.getpid(), signal.SIGKILL)
 
+def serialize_file(tensors, filename, *args, original=safetensors.serialize_file, **kwargs):
+    if not str(filename).endswith(name):
+        return original(tensors, filename, *args, **kwargs)
+    whole = safetensors.serialize(tensors, *args, **kwargs)
+    file = os.open(filename, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.write(file, whole[: len(whole) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
 sys.addaudithook(watch)
+safetensors.serialize_file = serialize_file
 """
 
 
 @needs_host
 @pytest.mark.timeout(400)
-def test_killed_while_saving(trainings, tmp_path):
+# The state of the trainer is the last file of a checkpoint (weights and optimizer are there), the weights are the first.
+@pytest.mark.parametrize(("kind", "file"), [("zero2", resume.STATE), ("zero3", "model.safetensors")])
+def test_killed_while_saving(trainings, tmp_path, kind, file):
     config = trainings.config
-    words = ["--deepspeed", "configs/zero2.json", "--save_strategy", "steps", "--save_steps", "2"]
+    words = ["--deepspeed", f"configs/{kind}.json", "--save_strategy", "steps", "--save_steps", "2"]
     words += ["--save_total_limit", "1", "--max_steps", "4"]
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(KILLER)
     output = tmp_path / "llava_llama_killed"
     environment = host_runs.environment(host_runs.NEXT)
-    # The state of the trainer is the last file of a checkpoint: weights and optimizer are there, the end is not.
-    killing = {"PYTHONPATH": str(tmp_path / "hook"), "KILL_WHEN_WRITING": f"checkpoint-4/{resume.STATE}"}
+    killing = {"PYTHONPATH": str(tmp_path / "hook"), "KILL_WHEN_WRITING": f"checkpoint-4/{file}"}
     killed = host_runs.execute(host_runs.train_command(config, output, *words), {**environment, **killing})
     assert killed.returncode != 0 and f"exitcode  : -{signal.SIGKILL:d}" in killed.stderr, killed.stderr
     assert [c.name for c in resume.checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
-    assert (output / "checkpoint-4" / "model.safetensors").exists() and not (output / "model.safetensors").exists()
-    assert resume.last_complete(output).name == "checkpoint-2"
+    sizes = {n: (output / f"checkpoint-{n}" / "model.safetensors").stat().st_size for n in (2, 4)}
+    assert sizes[4] == (sizes[2] if file == resume.STATE else sizes[2] // 2) > 100_000
+    assert not (output / "model.safetensors").exists() and resume.last_complete(output).name == "checkpoint-2"
 
     log = host_runs.train(config, output, host_runs.NEXT, *words)
-    assert "start: goes on from checkpoint-2" in log and "checkpoint-4 is not complete" in log
+    reason = f"checkpoint-4 is not complete (it has no {resume.STATE}): now incomplete-checkpoint-4"
+    assert "start: goes on from checkpoint-2" in log and reason in log
     assert "step 3/4" in log and "step 4/4" in log and "step 1/4" not in log and "step 2/4" not in log
     assert [c.name for c in resume.checkpoints(output)] == ["checkpoint-4"]  # save_total_limit
-    assert (output / "incomplete-checkpoint-4").is_dir()
+    assert (output / "incomplete-checkpoint-4" / "model.safetensors").stat().st_size == sizes[4]
 
-    straight = host_runs.output_of(trainings.run("zero2")[0], "zero2")  # the same training, never interrupted
+    # Weights, moments of the optimizer, learning rate, random numbers, place in the data: were one of them not that of
+    # the checkpoint, the end would not be that of the same training, never interrupted, to the last bit.
+    straight = host_runs.output_of(trainings.run(kind)[0], kind)
     ends = [json.loads((folder / "packing_tower.json").read_text()) for folder in (output, straight)]
     assert ends[0]["step"] == ends[1]["step"] == 4
-    assert ends[0]["tensors"] == ends[1]["tensors"]  # to the last bit
+    assert ends[0]["tensors"] == ends[1]["tensors"]
+    weights = [load_file(folder / "model.safetensors") for folder in (output, straight)]
+    assert weights[0].keys() == weights[1].keys()
+    assert [name for name, tensor in weights[0].items() if not torch.equal(tensor, weights[1][name])] == []
 
 
 @needs_host
