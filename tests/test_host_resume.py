@@ -45,7 +45,7 @@ safetensors.serialize_file = serialize_file
 
 @needs_host
 @pytest.mark.timeout(400)
-# The state of the trainer is the last file of a checkpoint (weights and optimizer are there), the weights are the first.
+# The state of the trainer is a checkpoint's last file (weights and optimizer are there), the weights are its first.
 @pytest.mark.parametrize(("kind", "file"), [("zero2", resume.STATE), ("zero3", "model.safetensors")])
 def test_killed_while_saving(trainings, tmp_path, kind, file):
     config = trainings.config
