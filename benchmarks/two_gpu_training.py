@@ -1,6 +1,6 @@
 """Does training scale, and does it stay the same? LLaVA with a ViT-L packing tower under ZeRO-3, on one GPU and on two.
 
-  python benchmarks/two_gpu_training.py --json two_gpu.json               # 50 steps, 3 runs, a reload: under 4 minutes
+  python benchmarks/two_gpu_training.py --json two_gpu.json               # 50 steps, 3 runs, a reload: about 5 minutes
   python benchmarks/two_gpu_training.py --json tiny.json --tiny           # the same on a CPU, in small
 
 The model is a host's own class (LLaVA-NeXT if LLAVA_NEXT_DIR is set, else llavaction's Qwen2, else LLaVA 1.x's Llama)
@@ -18,9 +18,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -28,141 +28,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from two_gpu_parts import FULL, MICRO, SLOTS, TINY, host_classes, make, micro_batch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-IGNORE, IMAGE = -100, -200
-MICRO, SLOTS, WARM_UP = 4, 2, 8
-FULL = {
-    "steps": 50,
-    "tower": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    "patch": 14,
-    "sides": (8, 33),  # of an image in patches
-    "decoder": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "rate": 2e-4,
-}
-TINY = {
-    "steps": 24,
-    "tower": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "patch": 14,
-    "sides": (1, 6),
-    "decoder": {
-        "vocab_size": 200,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
-    "rate": 5e-3,
-}
 
-
-def host_classes() -> tuple[str, type, type]:
-    """Name, config and model class of the host."""
-    if os.environ.get("LLAVA_NEXT_DIR"):
-        from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
-
-        return "LLaVA-NeXT (LlavaQwenForCausalLM)", LlavaQwenConfig, LlavaQwenForCausalLM
-    if importlib.util.find_spec("llavaction"):
-        from llavaction.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
-
-        return "llavaction (LlavaQwenForCausalLM)", LlavaQwenConfig, LlavaQwenForCausalLM
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-
-    return "llava-torch (LlavaLlamaForCausalLM)", LlavaConfig, LlavaLlamaForCausalLM
+WARM_UP = 8
+STARTED = time.time()
 
 
 def decoder_attention(device: str) -> str:
     return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
-
-
-# ---------------------------------------------------------------- model and data
-
-
-def make(folder: Path, size: dict, device: str) -> dict:
-    """Write a LLaVA with random weights in bfloat16, with its tower inside, as a finished training leaves it."""
-    import torch
-
-    from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
-
-    torch.manual_seed(0)
-    edge = size["patch"] * (size["sides"][1] - 1)
-    tower = folder / "vit_packing"
-    # Without a head: LLaVA reads hidden states before it, and every weight is trained.
-    config = LlavaViTPackingConfig(image_size=edge, patch_size=size["patch"], use_head=False, **size["tower"])
-    with torch.device(device):
-        LlavaViTPackingModel(config).bfloat16().save_pretrained(tower)
-    PackingImageProcessor(size=edge).save_pretrained(tower)
-    name, config_class, model_class = host_classes()
-    config = config_class(
-        **size["decoder"],
-        mm_vision_tower=str(tower),
-        mm_hidden_size=size["tower"]["hidden_size"],
-        mm_vision_select_layer=-1,
-        mm_projector_type="mlp2x_gelu",
-        mm_patch_merge_type="flat",
-        mm_tunable_parts="mm_vision_tower,mm_mlp_adapter,mm_language_model",
-        image_aspect_ratio="native",
-        mm_packing_min_patches=1,
-        mm_packing_max_patches=size["sides"][1] ** 2,
-        mm_packing_video="frames",
-        tokenizer_model_max_length=8192,
-        use_cache=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = model_class(config).bfloat16()
-    projector = model.get_model().mm_projector
-    model.config.mm_packing_config = model.get_vision_tower().packing_config("checkpoint")
-    model.save_pretrained(folder / "llava")
-    count = sum(p.numel() for p in model.parameters())
-    parts = {"tower": model.get_vision_tower(), "projector": projector}
-    return {"host": name, "parameters": count} | {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
-
-
-def micro_batch(size: dict, step: int, slot: int, device: str, backwards: bool = False) -> dict:
-    """Four samples: three photos of other sizes and a text, or (slot 1, every fifth step) four texts.
-
-    There are 16 images and 16 texts, each with an answer of its own to be learned by heart.
-    """
-    import torch
-
-    draw = torch.Generator().manual_seed(7919 * step + slot)
-    vocabulary, patch = size["decoder"]["vocab_size"], size["patch"]
-    rows, images = [], []
-    for index in range(MICRO):
-        text = index == 3 or (slot == 1 and step % 5 == 4)
-        number = int(torch.randint(16, (1,), generator=draw))
-        own = torch.Generator().manual_seed(number + 100 * text)  # the same each time this sample comes
-        answer = torch.randint(3, vocabulary, (8,), generator=own)
-        question = torch.randint(3, vocabulary, (6 + 10 * (number % 3),), generator=own) if text else torch.arange(3, 9)
-        if not text:
-            side = torch.randint(*size["sides"], (2,), generator=own)
-            coarse = torch.randn(1, 3, 5, 5, generator=own)
-            pixels = torch.nn.functional.interpolate(coarse, size=(side * patch).tolist(), mode="bicubic")[0]
-            images.append(pixels.to(device, torch.bfloat16))
-            question = torch.cat([question[:3], torch.tensor([IMAGE]), question[3:]])
-        rows.append((torch.cat([question, answer]), len(question)))
-    if backwards:
-        rows, images = rows[::-1], images[::-1]
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(MICRO, longest, dtype=torch.long)
-    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (words, start) in enumerate(rows):
-        ids[row, : len(words)], mask[row, : len(words)] = words, True
-        labels[row, start : len(words)] = words[start:]
-    batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
-    return batch | {"images": images or None}
 
 
 # ---------------------------------------------------------------- one training process
@@ -179,6 +54,7 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
     from llava_packing_tower.hosts import mends
     from llava_packing_tower.record import gathered
 
+    clock = {"imported": time.time()}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -200,6 +76,7 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=size["rate"], weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     assert engine.zero_optimization_stage() == 3 and engine.world_size == world
+    clock["loaded"] = time.time()
     slots = [rank] if world == SLOTS else list(range(SLOTS))
     losses, began, tokens = [], 0.0, 0
     for step in range(size["steps"]):
@@ -218,10 +95,12 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
             total += loss.detach().float() / SLOTS
         dist.all_reduce(total)
         losses.append(total.item())
+        clock.setdefault("first step", time.time())
     if device == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
     seconds = time.perf_counter() - began
+    clock["steps"] = time.time()
     state, digests = {}, {}
     for key, parameter in model.named_parameters():
         with gathered(parameter):
@@ -249,6 +128,7 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
             "samples/s": MICRO * SLOTS * (size["steps"] - first) / seconds,
             "visual tokens of rank 0": tokens,
             "peak GiB": memory,
+            "seconds": {b: clock[b] - clock[a] for a, b in itertools.pairwise(clock)} | {"all": time.time() - STARTED},
             "digests": digests,
             "features": tensor_digest(features),
         }
@@ -285,8 +165,8 @@ def reload(args: argparse.Namespace, size: dict, device: str) -> None:
 # ---------------------------------------------------------------- the parent
 
 
-def start(words: list[str], processes: int, limit: float, device: str) -> float:
-    """Run this file again in ``processes`` processes; seconds taken. Raises where it fails or takes too long."""
+def start(words: list[str], processes: int, device: str, gpu: int | None = None) -> subprocess.Popen:
+    """Run this file again in ``processes`` processes, on one GPU alone if ``gpu`` is given."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -297,15 +177,27 @@ def start(words: list[str], processes: int, limit: float, device: str) -> float:
     environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if device == "cpu":
         environment |= {"LOCAL_SIZE": str(processes or 1), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    began = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def wait(processes: dict[str, subprocess.Popen], limit: float) -> dict[str, float]:
+    """Seconds that each took. Ends all of them and raises SystemExit where one fails or takes too long."""
+    began, seconds = time.perf_counter(), {}
     try:
-        if process.wait(timeout=limit):
-            raise SystemExit(f"failed with status {process.returncode}: {' '.join(words)}")
+        for name, process in processes.items():
+            if process.wait(timeout=max(1.0, limit - (time.perf_counter() - began))):
+                raise SystemExit(f"{name} failed with status {process.returncode}")
+            seconds[name] = time.perf_counter() - began
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise SystemExit(f"hangs: not done after {limit:.0f} s: {' '.join(words)}") from None
-    return time.perf_counter() - began
+        raise SystemExit(f"{name} hangs: not done after {limit:.0f} s") from None
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its workers, which have process groups of their own
+                process.wait()
+    return seconds
 
 
 def main() -> None:
@@ -313,7 +205,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--tiny", action="store_true", help="small, on the CPU")
     parser.add_argument("--steps", type=int, help="in place of 50 (24 with --tiny)")
-    parser.add_argument("--limit", type=float, default=100, help="seconds that one run may take (default 100)")
+    parser.add_argument("--limit", type=float, default=170, help="seconds that one run may take (default 170)")
     for name in ("--job", "--name", "--save"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -334,13 +226,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common += ["--folder", name]
-        seconds = {"make": start(["--job", "make", *common], 0, args.limit, device)}
-        runs = {"one": (1, []), "backwards": (1, ["--backwards"]), "two": (2, ["--save", "saved"])}
-        for run, (processes, words) in runs.items():
-            job = ["--job", "train", "--name", run, *words, *common]
-            seconds[run] = start(job, processes, args.limit, device)
-        job = ["--job", "reload", "--name", "two", "--save", "saved", *common]
-        seconds["reload"] = start(job, 0, args.limit, device)
+        job = ["--job", "train", *common, "--name"]
+        seconds = wait({"make": start(["--job", "make", *common], 0, device)}, args.limit)
+        # Both on one GPU: side by side, each on its own.
+        alone = {
+            "one": start([*job, "one"], 1, device, 0),
+            "backwards": start([*job, "backwards", "--backwards"], 1, device, 1),
+        }
+        seconds |= wait(alone, args.limit)
+        seconds |= wait({"two": start([*job, "two", "--save", "saved"], 2, device)}, args.limit)
+        words = ["--job", "reload", "--name", "two", "--save", "saved", *common]
+        seconds |= wait({"reload": start(words, 0, device)}, args.limit)
+        runs = ("one", "backwards", "two")
         found = {run: json.loads((folder / f"{run}.json").read_text()) for run in (*runs, "make", "reload")}
     report = summary(found, seconds, device)
     text = json.dumps(report, indent=1)
