@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .cli import UsageError
 from .doctor.versions import Run, impossible
+from .hostfile import check_hostfile, pack
 from .hosts import all_hosts, find_host
 from .hosts.arguments_table import PLUGIN_ARGUMENTS
 from .hosts.base import Argument, FoundHost, host_arguments
@@ -275,6 +276,8 @@ def make_plan(
     nodes = nodes or Nodes(port=master_port)
     if hostfile is not None and nodes.count > 1:
         raise UsageError("--hostfile and --nnodes are two ways to the same end: give one of them")
+    if hostfile is not None:
+        check_hostfile(hostfile)
     plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
     check_versions(plan, known)
     plan.environment = _environment(plan)
@@ -339,6 +342,8 @@ def _command(plan: Plan) -> list[str]:
         words += ["--num_gpus", str(plan.processes)] if plan.processes else []
         words += ["--hostfile", plan.hostfile] if plan.hostfile else []
         words += ["--module", ENTRY]
+        if plan.hostfile:
+            return [*words, pack(to_argv(plan.values), {**os.environ, **plan.environment})]
     elif plan.hostfile:
         raise UsageError("--hostfile needs DeepSpeed: give a `deepspeed:` configuration")
     elif _alone(plan):

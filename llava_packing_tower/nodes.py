@@ -77,7 +77,9 @@ class Nodes:
         words = ["--nproc_per_node", str(processes)]
         if self.endpoint is not None:
             words += ["--nnodes", str(self.count), "--rdzv_backend", "c10d", "--rdzv_endpoint", self.endpoint]
-            return [*words, "--rdzv_id", self.meeting or "llava-packing"]
+            words += ["--rdzv_id", self.meeting or "llava-packing"]
+            # Else the processes look for rank 0 under this machine's host name, which may lead anywhere.
+            return words + (["--local_addr", "127.0.0.1"] if self.on_this_machine else [])
         if self.count > 1:
             words += ["--nnodes", str(self.count), "--node_rank", str(self.rank)]
         return [*words, "--master_addr", self.address or "127.0.0.1", "--master_port", str(self.port or free_port())]

@@ -12,10 +12,12 @@ import sys
 from importlib import import_module
 
 from . import hosts
+from .hostfile import unpack
 from .hosts.patches import Patches
 
 
 def main() -> None:
+    sys.argv[1:] = unpack(sys.argv[1:], os.environ)  # before anything reads either
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("llava_packing_tower").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.basicConfig(format="%(message)s")

@@ -148,14 +148,20 @@ def output_of(folder: Path, kind: str) -> Path:
     return folder / ("llava_llama_lora_packing" if kind == "lora" else "llava_llama_packing")
 
 
-def two_machines(config: Path, output: Path, words: list[str]) -> str:
-    """The launcher started twice, as on two machines with one process each; what the first one printed."""
+def two_machines(config: Path, output: Path, words: list[str], meet: bool = False) -> str:
+    """The launcher started twice, as on two machines with one process each; what they printed.
+
+    meet: at a rendezvous, where torchrun gives out the ranks; else machine 0 is told and every one has its number.
+    """
     port = str(free_port())
     shared = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    if meet:
+        shared = ["--nnodes", "2", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", output.parent.name]
     results: list = [None, None]
 
     def start(rank: int) -> None:
-        command = train_command(config, output, *words, *shared, "--node_rank", str(rank), processes=1)
+        number = [] if meet else ["--node_rank", str(rank)]
+        command = train_command(config, output, *words, *shared, *number, processes=1)
         results[rank] = execute(command, environment(NEXT))
 
     threads = [threading.Thread(target=start, args=(rank,)) for rank in (0, 1)]
@@ -165,7 +171,11 @@ def two_machines(config: Path, output: Path, words: list[str]) -> str:
         thread.join()
     for result in results:
         assert result is not None and result.returncode == 0, result and result.stdout + result.stderr
-    return results[0].stdout
+    first, second = (result.stdout for result in results)
+    if "step 1/" in second and meet:  # it was given rank 0
+        first, second = second, first
+    assert "step 1/" in first and "step 1/" not in second, first + second
+    return first
 
 
 class Trainings:
@@ -183,8 +193,8 @@ class Trainings:
             folder = self.make_folder(kind)
             shutil.copytree(self.workspace / "vit_packing", folder / "vit_packing")
             output, words = output_of(folder, kind), words_for(kind, folder)
-            if kind == "lora":
-                log = two_machines(self.config, output, words)
+            if kind in ("lora", "zero2"):
+                log = two_machines(self.config, output, words, meet=kind == "zero2")
             else:
                 log = train(self.config, output, NEXT, *words, processes=1 if kind == "frozen" else 2)
             self.kept[kind] = (folder, log)

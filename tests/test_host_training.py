@@ -88,7 +88,8 @@ def tensors_of_tower(output) -> dict[str, torch.Tensor]:
 def test_the_plan_comes_first(runs, kind):
     log = runs[kind][1]
     stage = {"zero2": 2, "zero3": 3, "lora": host_runs.LORA_STAGE}[kind]
-    where = "2 machines x 1 process on the CPU, world size 2" if kind == "lora" else "2 processes on the CPU"
+    # LoRA: machine 0 is told; ZeRO-2: they meet at a rendezvous.
+    where = "2 processes on the CPU" if kind == "zero3" else "2 machines x 1 process on the CPU, world size 2"
     assert f"engine: DeepSpeed ZeRO-{stage}, {where}" in log
     lines = log.split("step 1/4  loss")[0].splitlines()
     plan = {line.partition(": ")[0].strip(): line.partition(": ")[2] for line in lines}

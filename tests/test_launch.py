@@ -250,8 +250,10 @@ def test_gpu_plan(files, monkeypatch):
     assert launch.make_plan(files(), num_processes=2).device == "cpu"
     with pytest.raises(UsageError, match="this machine has 4"):
         launch.make_plan(files(), num_gpus=8)
-    plan = launch.make_plan(files(), hostfile="hosts.txt", num_gpus=8)
-    assert plan.command[plan.command.index("--hostfile") + 1] == "hosts.txt"
+    hostfile = str(files().parent / "hosts.txt")
+    Path(hostfile).write_text("# one\nnode-a slots=8\n")
+    plan = launch.make_plan(files(), hostfile=hostfile, num_gpus=8)
+    assert plan.command[plan.command.index("--hostfile") + 1] == hostfile
     with pytest.raises(UsageError, match="--num_processes is for runs on the CPU"):
         launch.make_plan(files(), num_gpus=2, num_processes=2)
     assert launch.make_plan(files(deepspeed="-")).command[2] == "torch.distributed.run"
