@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import wave
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +15,14 @@ from native_data_checks import write_video
 from PIL import Image
 
 from llava_packing_tower import PackingImageProcessor
+from llava_packing_tower.native import video
 from llava_packing_tower.native.images import NativeImageProcessor
 from llava_packing_tower.native.projectors import MergingProjector, make_projector
 from llava_packing_tower.native.resolution import ResolutionRule, merge_of
 from llava_packing_tower.native.settings import NativeSettings, check_settings, make_settings, settings_of
 from llava_packing_tower.native.tokens import TokenLayout, arrange, encode_visuals, pool
 from llava_packing_tower.native.truncation import cut_tokens
-from llava_packing_tower.native.video import read_clip, sample_indices
+from llava_packing_tower.native.video import probe_clip, read_clip, sample_indices
 from llava_packing_tower.native.visuals import Visual, fill_slots, read_visuals
 from llava_packing_tower.tower import HEVCViTPackingVisionTower
 
@@ -315,17 +317,57 @@ def test_frames_are_sampled_as_the_host_samples_them():
     assert sample_indices(3, 0.3, 1, 0, False) == [0, 1, 2]  # slower than asked for: every frame
 
 
-def test_video_files(tmp_path):
+@pytest.fixture(params=["av", "decord"])
+def reader(request, monkeypatch):
+    """Videos are read with this library alone."""
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed: its way of reading videos is not run")
+    monkeypatch.setattr(video, "find_spec", lambda name: name == request.param)
+    return request.param
+
+
+def test_video_files(tmp_path, reader):
     write_video(tmp_path / "a.mp4", 33)
     clip = read_clip(str(tmp_path / "a.mp4"), 1, 5)
     assert (clip.frames.shape, clip.indices, clip.total, clip.fps) == ((5, 48, 64, 3), [0, 8, 16, 24, 32], 33, 4.0)
+    assert clip.frames.dtype == np.uint8
     assert np.abs(clip.frames.mean((1, 2, 3)) - np.array([0, 40, 80, 120, 160])).max() < 4
+    assert probe_clip(str(tmp_path / "a.mp4"), 1, 5) == (64, 48, 5)
     write_video(tmp_path / "one.mp4", 1)
     assert read_clip(str(tmp_path / "one.mp4")).frames.shape == (1, 48, 64, 3)
-    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:700])
-    for name in ("cut.mp4", "none.mp4"):
+    assert probe_clip(str(tmp_path / "one.mp4")) == (64, 48, 1)
+
+
+def test_files_that_are_no_video_or_a_damaged_one(tmp_path, reader):
+    write_video(tmp_path / "a.mp4", 33)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[:700])
+    (tmp_path / "text.mp4").write_bytes(b"no video")
+    noise = np.random.default_rng(0).bytes(len(whole) // 4)
+    (tmp_path / "damaged.mp4").write_bytes(whole[: len(whole) // 4] + noise + whole[len(whole) // 2 :])
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", None))
+        sound.writeframes(bytes(8000))
+    for name in ("cut.mp4", "text.mp4", "damaged.mp4", "sound.wav", "none.mp4"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as a video"):
             read_clip(str(tmp_path / name))
+
+
+def test_both_libraries_read_the_same_frames(tmp_path, monkeypatch):
+    for name in ("av", "decord"):
+        pytest.importorskip(name, reason=f"{name} is not installed: nothing to compare")
+    write_video(tmp_path / "a.mp4", 33)
+    clips = []
+    for chosen in ("av", "decord"):
+        monkeypatch.setattr(video, "find_spec", lambda name, chosen=chosen: name == chosen)
+        clips.append(read_clip(str(tmp_path / "a.mp4"), 2, 7, True))
+    assert clips[0][1:] == clips[1][1:]
+    assert np.abs(clips[0].frames.astype(int) - clips[1].frames).max() <= 2  # rounding in the conversion of colours
+
+
+def test_without_a_library_for_videos(monkeypatch):
+    monkeypatch.setattr(video, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="takes PyAV or decord: pip install av"):
+        read_clip("a.mp4")
 
 
 # ---------------------------------------------------------------- what LLaVA passes around

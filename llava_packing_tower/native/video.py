@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -107,8 +108,9 @@ class _Decord:
     def __init__(self, file: str) -> None:
         import decord
 
-        self.video = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
-        self.total, self.fps = len(self.video), float(self.video.get_avg_fps())
+        with _decord_errors():
+            self.video = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
+            self.total, self.fps = len(self.video), float(self.video.get_avg_fps())
 
     def __enter__(self) -> _Decord:
         return self
@@ -117,4 +119,16 @@ class _Decord:
         del self.video
 
     def take(self, indices: Sequence[int]) -> list[np.ndarray]:
-        return list(self.video.get_batch(list(indices)).asnumpy())
+        with _decord_errors():
+            return list(self.video.get_batch(list(indices)).asnumpy())
+
+
+@contextmanager
+def _decord_errors() -> Iterator[None]:
+    """decord's own errors, which are plain ``Exception``, as ``ValueError``."""
+    from decord import DECORDError
+
+    try:
+        yield
+    except DECORDError as error:
+        raise ValueError(str(error).strip().splitlines()[0]) from error
