@@ -83,11 +83,11 @@ def _extend(package: str) -> None:
         into_model(arch, _patches)
 
     def on_builder(builder: ModuleType) -> None:
-        from .frozen import restore_after_load
-        from .tuning import verify_after_load
+        from .after_load import after_load
+        from .frozen import restore_frozen
+        from .whole import check_loaded
 
-        restore_after_load(builder, _patches)
-        verify_after_load(builder, _patches)
+        after_load(builder, _patches, restore_frozen, check_loaded)
 
     def on_train(train: ModuleType) -> None:
         from .arguments import extend

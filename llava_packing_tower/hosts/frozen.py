@@ -6,34 +6,22 @@ trained, and gives it random weights (4.40 to 4.51) or uninitialised memory (lat
 
 from __future__ import annotations
 
-import functools
 import logging
-from types import ModuleType
 
 import torch
+from torch import nn
 
 from ..tower import HEVCViTPackingVisionTower
-from .patches import Patches
-from .tuning import _tower_tensors, is_packing_tower
+from .tuning import tower_tensors
 
 logger = logging.getLogger(__name__)
 
 
-def restore_after_load(builder: ModuleType, patches: Patches) -> None:
-    """Have ``load_pretrained_model`` give a frozen tower its own weights again where no file had them."""
-    original = builder.load_pretrained_model
-
-    @functools.wraps(original)
-    def load_pretrained_model(model_path, model_base=None, *args, **kwargs):
-        result = original(model_path, model_base, *args, **kwargs)
-        tower = getattr(result[1], "get_vision_tower", lambda: None)()
-        if is_packing_tower(tower):
-            saved = getattr(result[1].config, "mm_packing_config", None) or {}
-            if saved.get("weights") != "checkpoint":
-                restore(tower, model_path, model_base)
-        return result
-
-    patches.set(builder, "load_pretrained_model", load_pretrained_model)
+def restore_frozen(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
+    """Give the tower of a loaded LLaVA its own weights again where it is a frozen one; see :func:`restore`."""
+    saved = getattr(model.config, "mm_packing_config", None) or {}
+    if saved.get("weights") != "checkpoint":
+        restore(model.get_vision_tower(), model_path, model_base)
 
 
 @torch.no_grad()
@@ -42,7 +30,7 @@ def restore(tower: HEVCViTPackingVisionTower, model_path: str, model_base: str |
 
     Tensors keep the dtype and device that they have. Raises ``ValueError`` where the folder has changed.
     """
-    found = _tower_tensors(model_path, model_base)
+    found = tower_tensors(model_path, model_base)
     prefix = "vision_tower."
     missing = [name for name in tower.state_dict() if name not in found]
     if not missing:

@@ -133,24 +133,6 @@ def split_groups(optimizer: torch.optim.Optimizer, ids: set[int], rate: float) -
 # ---------------------------------------------------------------- after a reload
 
 
-def verify_after_load(builder: ModuleType, patches: Patches) -> None:
-    """Have ``load_pretrained_model`` fail where a tower would not have the weights of its checkpoint."""
-    original = builder.load_pretrained_model
-
-    @functools.wraps(original)
-    def load_pretrained_model(model_path, model_base=None, *args, **kwargs):
-        result = original(model_path, model_base, *args, **kwargs)
-        tower = getattr(result[1], "get_vision_tower", lambda: None)()
-        if is_packing_tower(tower):
-            from .whole import check_whole
-
-            check_tower_weights(tower, result[1].config, model_path, model_base)
-            check_whole(result[1], model_path, model_base)
-        return result
-
-    patches.set(builder, "load_pretrained_model", load_pretrained_model)
-
-
 def check_tower_weights(
     tower: HEVCViTPackingVisionTower, config: object, model_path: str, model_base: str | None = None
 ) -> None:
@@ -162,10 +144,12 @@ def check_tower_weights(
     """
     saved = getattr(config, "mm_packing_config", None) or {}
     state = tower.state_dict()
+    sentence = "the vision tower does not have the weights of"
     if saved.get("weights") != "checkpoint":
-        _refuse({"without a value": [name for name, tensor in state.items() if tensor.isnan().any()]}, "its own folder")
+        nan = [name for name, tensor in state.items() if tensor.isnan().any()]
+        refuse({"without a value": nan}, f"{sentence} its own folder")
         return
-    found = _tower_tensors(model_path, model_base)
+    found = tower_tensors(model_path, model_base)
     problems = {
         "not in the checkpoint": sorted(state.keys() - found.keys()),
         "with no place in the tower": sorted(found.keys() - state.keys()),
@@ -178,17 +162,18 @@ def check_tower_weights(
             continue
         if not torch.equal(here.cpu(), found[name].to(here.dtype)):
             problems["different from the checkpoint"].append(name)
-    _refuse(problems, model_path)
+    refuse(problems, f"{sentence} {model_path}")
 
 
-def _refuse(problems: Mapping[str, list[str]], where: str) -> None:
+def refuse(problems: Mapping[str, list[str]], sentence: str) -> None:
+    """Raises ``ValueError``: the sentence, then how many and which names have each problem; nothing if none has any."""
     lines = [
         f"  {len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         for what, names in problems.items()
         if names
     ]
     if lines:
-        raise ValueError(f"the vision tower does not have the weights of {where}:\n" + "\n".join(lines))
+        raise ValueError(f"{sentence}:\n" + "\n".join(lines))
 
 
 class _TowerTensors(Mapping):
@@ -207,7 +192,7 @@ class _TowerTensors(Mapping):
         return len(self._names)
 
 
-def _tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch.Tensor]:
+def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch.Tensor]:
     """Those of the first of: what LoRA training saved beside its adapter, the model's own files, the base's files."""
     word = "vision_tower."
     for folder in filter(None, (model_path, model_base)):

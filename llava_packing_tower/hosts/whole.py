@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..loading import WeightFiles, resolve_folder
-from .tuning import LORA_EXTRAS, has_weights
+from .tuning import LORA_EXTRAS, check_tower_weights, has_weights, refuse
 
 PROJECTOR = "mm_projector.bin"
 ADAPTER_PREFIX = "base_model.model."
@@ -26,6 +26,12 @@ def names_in_files(*folders: str | Path | None) -> set[str]:
             if (folder / extra).is_file():
                 names |= torch.load(folder / extra, map_location="cpu", weights_only=True, mmap=True).keys()
     return {name.removeprefix(ADAPTER_PREFIX) for name in names}
+
+
+def check_loaded(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
+    """Raises ``ValueError`` where a loaded LLaVA, or its tower, would not have the weights of its checkpoint."""
+    check_tower_weights(model.get_vision_tower(), model.config, model_path, model_base)
+    check_whole(model, model_path, model_base)
 
 
 def check_whole(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
@@ -46,9 +52,5 @@ def check_whole(model: nn.Module, model_path: str, model_base: str | None = None
             problems["on the meta device"].append(name)
         if name not in found and id(parameter) not in known and not any(w in name for w in RENAMED_BY_TRANSFORMERS):
             problems["in no file"].append(name)
-    lines = [
-        f"  {len(n)} {what}: {', '.join(n[:5])}{', ...' if len(n) > 5 else ''}" for what, n in problems.items() if n
-    ]
-    if lines:
-        where = model_path if model_base is None else f"{model_path} and {model_base}"
-        raise ValueError(f"the model is not whole after loading {where}:\n" + "\n".join(lines))
+    where = model_path if model_base is None else f"{model_path} and {model_base}"
+    refuse(problems, f"the model is not whole after loading {where}")

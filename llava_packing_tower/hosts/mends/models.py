@@ -125,21 +125,16 @@ def _tower_stays(tower_class: type) -> Iterator[None]:
     ),
 )
 def tower_half(builder: ModuleType, patches: Patches) -> None:
-    load = builder.load_pretrained_model
+    # Only here: `import builder_patch` must stay cheap.
+    from ...tower import HEVCViTPackingVisionTower
+    from ..after_load import after_load
 
-    @functools.wraps(load)
-    def load_pretrained_model(*args, **kwargs):
-        from ...tower import HEVCViTPackingVisionTower
+    def beside_projector(model, *_):
+        # A frozen tower may have come from its own folder, in that folder's dtype.
+        projector = next(model.get_model().mm_projector.parameters(), None)
+        if projector is not None and not projector.is_meta:
+            model.get_vision_tower().to(device=projector.device, dtype=projector.dtype)
 
-        with _tower_stays(HEVCViTPackingVisionTower):
-            result = load(*args, **kwargs)
-        model = result[1]
-        tower = getattr(model, "get_vision_tower", lambda: None)()
-        if isinstance(tower, HEVCViTPackingVisionTower):
-            # A frozen tower may have come from its own folder, in that folder's dtype.
-            projector = next(model.get_model().mm_projector.parameters(), None)
-            if projector is not None and not projector.is_meta:
-                tower.to(device=projector.device, dtype=projector.dtype)
-        return result
-
-    patches.set(builder, "load_pretrained_model", load_pretrained_model)
+    stays = _tower_stays(HEVCViTPackingVisionTower)
+    patches.set(builder, "load_pretrained_model", stays(builder.load_pretrained_model))
+    after_load(builder, patches, beside_projector)
