@@ -6,13 +6,12 @@ State-dict names are those of the converted ``llava_vit_packing`` checkpoints. N
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..encoder import PackedEncoder
@@ -22,10 +21,11 @@ from ..modeling import PackedVisionModel
 from ..packing import Grid, PackedSegments, PatchLayout, to_device
 from ..positions import batch_positions, rotary_3d, rotary_3d_of_grids
 from .llava_vit_keys import SOURCE_TYPE, plan_packing
+from .llava_vit_standard_config import STANDARD_FIELDS, LlavaViTConfig
 
 
-class LlavaViTPackingConfig(PretrainedConfig):
-    """Configuration of :class:`LlavaViTPackingModel`; the fields and defaults of published checkpoints.
+class LlavaViTPackingConfig(LlavaViTConfig):
+    """Configuration of :class:`LlavaViTPackingModel`: the fields and defaults of :class:`LlavaViTConfig`, and two more.
 
     ``image_size`` only tells the tower its nominal patch counts. ``spatial_merge_size`` and ``temporal_patch_size``
     are carried for compatibility and not used. Raises ``ValueError`` for ``attention_dropout`` other than 0.
@@ -33,43 +33,8 @@ class LlavaViTPackingConfig(PretrainedConfig):
 
     model_type = "llava_vit_packing"
 
-    def __init__(
-        self,
-        hidden_size: int = 768,
-        intermediate_size: int = 3072,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        num_channels: int = 3,
-        image_size: int = 448,
-        patch_size: int = 16,
-        hidden_act: str = "gelu",
-        layer_norm_eps: float = 1e-6,
-        layer_norm_type: str = "layer_norm",
-        attention_dropout: float = 0.0,
-        initializer_range: float = 0.02,
-        rope_theta: float = 10000.0,
-        use_head: bool = True,
-        spatial_merge_size: int = 1,
-        temporal_patch_size: int = 1,
-        **kwargs,
-    ) -> None:
-        super().__init__(**kwargs)
-        if attention_dropout:
-            raise ValueError(f"attention_dropout must be 0 (packed attention has none), got {attention_dropout}")
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_channels = num_channels
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_act = hidden_act
-        self.layer_norm_eps = layer_norm_eps
-        self.layer_norm_type = layer_norm_type
-        self.attention_dropout = attention_dropout
-        self.initializer_range = initializer_range
-        self.rope_theta = rope_theta
-        self.use_head = use_head
+    def __init__(self, *args, spatial_merge_size: int = 1, temporal_patch_size: int = 1, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.spatial_merge_size = spatial_merge_size
         self.temporal_patch_size = temporal_patch_size
 
@@ -231,7 +196,7 @@ class LlavaViTPackingModel(PackedVisionModel):
         return plan_packing(source["model_type"], shapes)
 
 
-CARRIED_FIELDS = tuple(inspect.signature(LlavaViTPackingConfig).parameters)[:-1]
+CARRIED_FIELDS = (*STANDARD_FIELDS, "spatial_merge_size", "temporal_patch_size")
 # Fields whose default differs from ours, for configs that leave them out.
 ONEVISION_DEFAULTS = {
     "hidden_size": 1024,

@@ -24,9 +24,8 @@ from ..loading import Recipe, WeightPlan
 from ..participation import join_idle
 from ..strict import StrictPreTrainedModel
 from .key_maps import carried
-from .llava_vit import CARRIED_FIELDS
 from .llava_vit_keys import SOURCE_TYPE, plan_standard
-from .llava_vit_standard_config import LlavaViTConfig, OneVisionEncoderConfig
+from .llava_vit_standard_config import STANDARD_FIELDS, LlavaViTConfig, OneVisionEncoderConfig
 
 RESIDUAL_PATCHES = 2048
 """How many patches a residual map keeps (the source model kept 1536)."""
@@ -376,7 +375,6 @@ class OneVisionEncoderModel(LlavaViTModel):
     source_model_types = ("llava_vit", "llava_vit_packing", SOURCE_TYPE)
 
 
-STANDARD_FIELDS = tuple(name for name in CARRIED_FIELDS if name not in ("spatial_merge_size", "temporal_patch_size"))
 STANDARD_CONFIGS = {cls.model_type: cls for cls in (LlavaViTConfig, OneVisionEncoderConfig)}
 
 for _model in (LlavaViTModel, OneVisionEncoderModel):

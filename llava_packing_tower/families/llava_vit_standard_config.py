@@ -1,6 +1,8 @@
-"""Configurations of the standard LlavaViT and of its published successor."""
+"""Configurations of the standard LlavaViT, which the packing one extends, and of its published successor."""
 
 from __future__ import annotations
+
+import inspect
 
 from transformers import PretrainedConfig
 
@@ -33,7 +35,7 @@ class LlavaViTConfig(PretrainedConfig):
     ) -> None:
         super().__init__(**kwargs)
         if attention_dropout:
-            raise ValueError(f"attention_dropout must be 0, got {attention_dropout}")
+            raise ValueError(f"attention_dropout must be 0 (the attention has none), got {attention_dropout}")
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -48,6 +50,9 @@ class LlavaViTConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rope_theta = rope_theta
         self.use_head = use_head
+
+
+STANDARD_FIELDS = tuple(inspect.signature(LlavaViTConfig).parameters)[:-1]
 
 
 class OneVisionEncoderConfig(LlavaViTConfig):
