@@ -5,6 +5,7 @@
 # PYTHON=...          interpreter to build .venv with (3.10 to 3.12)
 # LLAVA_NEXT_DIR=...  a clone of LLaVA-NeXT: used as the host in place of the LLaVA from PyPI
 # DEMO_ARGS=..., TEST_ARGS=...  passed on
+# WORKERS=...         tests at a time; 0: one after the other, as where there is a GPU, on which some tests measure
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -17,6 +18,9 @@ BIN := $(VENV)/bin
 NEW := .venv-new
 # The requirements files name everything, dependencies included: nothing is left for pip to choose.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
+# In the order of tests/conftest.py: what shares a training stays together, what takes long begins.
+SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 HOST := $(if $(LLAVA_NEXT_DIR),$(STAMPS)/next) $(STAMPS)/host
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -28,9 +32,16 @@ help:
 demo: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/eval $(HOST)
 	$(BIN)/llava-packing demo $(DEMO_ARGS)
 
+# Both environments, also if the first fails; of the second, 5 says that TEST_ARGS selected none of its tests.
 test: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/eval $(HOST) $(NEW)/.stamps/ready
-	$(BIN)/python -m pytest tests $(TEST_ARGS)
-	$(NEW)/bin/python -m pytest tests -m newest $(TEST_ARGS) $(if $(TEST_ARGS),|| test $$? = 5) # 5: none selected
+	@trap 'exit 130' INT; first=0; second=0; \
+	echo "[$(VENV)] all tests, $(WORKERS) at a time"; \
+	$(BIN)/python -m pytest tests $(SPREAD) $(TEST_ARGS) || first=$$?; \
+	echo "[$(NEW)] the tests marked newest"; \
+	$(NEW)/bin/python -m pytest tests -m newest $(SPREAD) $(TEST_ARGS) || second=$$?; \
+	$(if $(TEST_ARGS),if [ $$second = 5 ]; then second=0; fi;) \
+	echo "[$(VENV)] exit status $$first   [$(NEW)] exit status $$second"; \
+	exit $$((first ? first : second))
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
@@ -50,45 +61,19 @@ $(STAMPS)/venv:
 	done; \
 	echo "No Python 3.10, 3.11 or 3.12 with the venv module was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1
 
-$(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
-	@echo "[.venv] torch"
-	@$(PIP) -r requirements/torch.txt
+LISTS := torch base deepspeed host next demo eval dev
+$(addprefix $(STAMPS)/,$(LISTS)): $(STAMPS)/%: requirements/%.txt
+	@echo "[$(VENV)] requirements/$*.txt"
+	@$(PIP) $(PIP_$*) -r requirements/$*.txt
 	@touch $@
 
-$(STAMPS)/base: requirements/base.txt $(STAMPS)/torch
-	@echo "[.venv] transformers and friends"
-	@$(PIP) -r requirements/base.txt
-	@touch $@
-
-$(STAMPS)/deepspeed: requirements/deepspeed.txt $(STAMPS)/base
-	@echo "[.venv] DeepSpeed"
-	@$(PIP) --no-build-isolation -r requirements/deepspeed.txt
-	@touch $@
-
-$(STAMPS)/host: requirements/host.txt $(STAMPS)/deepspeed
-	@echo "[.venv] LLaVA"
-	@$(PIP) -r requirements/host.txt
-	@touch $@
-
-$(STAMPS)/next: requirements/next.txt $(STAMPS)/base
-	@echo "[.venv] what LLaVA-NeXT imports"
-	@$(PIP) -r requirements/next.txt
-	@touch $@
-
-$(STAMPS)/demo: requirements/demo.txt $(STAMPS)/base
-	@echo "[.venv] photographs, matplotlib"
-	@$(PIP) -r requirements/demo.txt
-	@touch $@
-
-$(STAMPS)/eval: requirements/eval.txt requirements/next.txt $(STAMPS)/base
-	@echo "[.venv] lmms-eval"
-	@$(PIP) -r requirements/eval.txt
-	@touch $@
-
-$(STAMPS)/dev: requirements/dev.txt $(STAMPS)/base
-	@echo "[.venv] pytest, hypothesis, ruff"
-	@$(PIP) -r requirements/dev.txt
-	@touch $@
+# What has to be there before.
+PIP_deepspeed := --no-build-isolation
+$(STAMPS)/torch: $(STAMPS)/venv
+$(STAMPS)/base: $(STAMPS)/torch
+$(addprefix $(STAMPS)/,deepspeed next demo eval dev): $(STAMPS)/base
+$(STAMPS)/host: $(STAMPS)/deepspeed
+$(STAMPS)/eval: requirements/next.txt
 
 $(STAMPS)/project: setup.cfg pyproject.toml $(STAMPS)/base
 	@echo "[.venv] llava_packing_tower"

@@ -12,6 +12,25 @@ GOLDEN = Path(__file__).parent / "golden"
 ATOL = 2e-5  # float32 noise between correct implementations is below 1e-5; the smallest structural mistake is 4.7e-5
 
 
+def pytest_collection_modifyitems(items):
+    """For `pytest -n`: files that share a training are one group, and the long ones begin.
+
+    Long are the files with a training, and those that raised their time limit.
+    """
+    trainings: dict[Path, str] = {}
+    long: set[str] = set()
+    for item in items:
+        for fixture in {"trainings", "demo"} & set(item.fixturenames):
+            trainings[item.path] = fixture
+    for item in items:
+        on_gpu = item.path.parent.name == "gpu"
+        group = "gpu" if on_gpu else trainings.get(item.path, item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+        if item.path in trainings or item.get_closest_marker("timeout"):
+            long.add(group)
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in long)
+
+
 @pytest.fixture(scope="session")
 def golden():
     return GOLDEN
