@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 import transformers
 import yaml
 from PIL import Image
@@ -19,10 +20,11 @@ from PIL import Image
 from llava_packing_tower.demo.models import make_decoder, make_tokenizer, make_tower
 from llava_packing_tower.nodes import free_port
 
-__all__ = ["Trainings", "environment", "execute", "free_port", "make_workspace", "reload", "train", "train_command"]
-
 REPOSITORY = Path(__file__).parent.parent
 NEXT = os.environ.get("LLAVA_NEXT_DIR") or ""
+# The values of LLAVA_NEXT_DIR that give each real host; to parametrise a test with.
+NEEDS_NEXT = [pytest.mark.next, pytest.mark.skipif(not NEXT, reason="LLAVA_NEXT_DIR is not set")]
+HOSTS = [pytest.param("", id="llava_v1"), pytest.param(NEXT, id="llava_next", marks=NEEDS_NEXT)]
 WORDS = ("cat", "moon", "cup")
 QUESTION = "What is in the photo?"
 SYSTEM = (
@@ -99,9 +101,11 @@ def execute(command: list[str], env: dict[str, str], timeout: float = 240) -> su
     )
     try:
         out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise  # Ctrl-C, or pytest's own time limit
         raise AssertionError(f"still running after {timeout} s:\n{out[-3000:]}\n{err[-5000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -135,8 +139,11 @@ LORA_STAGE = 2 if int(transformers.__version__.split(".")[0]) >= 5 else 3
 
 
 def words_for(kind: str, folder: Path) -> list[str]:
+    words = ["--vision_tower", str(folder / "vit_packing")]
+    if kind == "fsdp":
+        return [*words, "--fsdp", "full_shard auto_wrap"]
     stage = {"zero2": 2, "zero3": 3, "lora": LORA_STAGE, "frozen": 2}[kind]
-    words = ["--vision_tower", str(folder / "vit_packing"), "--deepspeed", f"configs/zero{stage}.json"]
+    words += ["--deepspeed", f"configs/zero{stage}.json"]
     if kind == "lora":
         words += ["--lora_enable", "true", "--lora_r", "4", "--lora_alpha", "8"]
     if kind == "frozen":  # in float32; the learning rate for the tower stays, although it is frozen

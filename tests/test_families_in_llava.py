@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import host_runs
@@ -57,14 +56,6 @@ told["reloaded"] = [type(tower.vision_tower).__name__, tower.hidden_size, tower.
 told["processor"] = [processor.image_mean, processor.image_std, processor.resample, processor.patch_size]
 Path(folder, "told.json").write_text(json.dumps(told))
 """
-HOSTS = [
-    pytest.param("", id="llava_v1"),
-    pytest.param(
-        host_runs.NEXT,
-        id="llava_next",
-        marks=[pytest.mark.next, pytest.mark.skipif(not host_runs.NEXT, reason="LLAVA_NEXT_DIR is not set")],
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +65,15 @@ def workspace(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("next_dir", HOSTS)
+@pytest.mark.parametrize("next_dir", host_runs.HOSTS)
 @pytest.mark.parametrize("name", GOLDEN_FAMILIES)
 def test_one_step_with_the_tower_tuned(workspace, golden, tmp_path, name, next_dir):
     cls, output = GOLDEN_FAMILIES[name], tmp_path / "llava_llama"
     # The prefix alone selects the tower, and model_type the family.
     tower = f"packing:{golden / name}"
     words = ["--mm_vision_tower", tower, "--bf16", "false", "--max_steps", "1", "--output_dir", str(output)]
-    result = subprocess.run(
-        [sys.executable, "-c", TRAIN_AND_RELOAD, str(workspace / "config.yaml"), *words],
-        env=host_runs.environment(next_dir),
-        cwd=host_runs.REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-c", TRAIN_AND_RELOAD, str(workspace / "config.yaml"), *words]
+    result = host_runs.execute(command, host_runs.environment(next_dir), timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     told = json.loads((output / "told.json").read_text())
     assert told["family"] == cls.__name__ and "step 1/1  loss" in result.stdout

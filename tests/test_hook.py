@@ -5,20 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from host_runs import HOSTS, execute
 
 from llava_packing_tower.hosts import builder_hook, find_host
 from llava_packing_tower.hosts.imports import ImportHooks
 from llava_packing_tower.hosts.patches import Patches
 from llava_packing_tower.tower import HEVCViTPackingVisionTower
 
-REPOSITORY = Path(__file__).parent.parent
 BUILDER = """
 import os
 class CLIPVisionTower:
@@ -164,16 +162,6 @@ def test_the_table_of_towers_resolves():
 
 # ---------------------------------------------------------------- the real hosts, each in a process of its own
 
-NEXT = os.environ.get("LLAVA_NEXT_DIR")
-HOSTS = [
-    pytest.param("", id="llava_v1"),
-    pytest.param(
-        NEXT,
-        id="llava_next",
-        marks=[pytest.mark.next, pytest.mark.skipif(not NEXT, reason="LLAVA_NEXT_DIR is not set")],
-    ),
-]
-
 SCRIPT = """
 import sys
 if {late}:
@@ -228,8 +216,7 @@ def test_real_host(next_dir, late, golden):
     environment = {**os.environ, "LLAVA_NEXT_DIR": next_dir}
     if late and next_dir:
         environment["PYTHONPATH"] = next_dir  # imported before the plugin can put it on the path
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
+    result = execute([sys.executable, "-c", script], environment)
     assert result.stdout.strip().endswith("passed"), result.stdout + result.stderr
 
 

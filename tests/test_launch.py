@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from host_runs import HOSTS, NEXT
 
 from llava_packing_tower import launch
 from llava_packing_tower.cli import UsageError, main
@@ -19,9 +20,6 @@ from llava_packing_tower.hosts.llava_next import HOST as NEXT_HOST
 from llava_packing_tower.hosts.llava_v1 import HOST as V1_HOST
 
 REPOSITORY = Path(__file__).parent.parent
-NEXT = os.environ.get("LLAVA_NEXT_DIR")
-needs_next = [pytest.mark.next, pytest.mark.skipif(not NEXT, reason="LLAVA_NEXT_DIR is not set")]
-BOTH = [pytest.param("", id="llava_v1"), pytest.param(NEXT, id="llava_next", marks=needs_next)]
 
 
 @pytest.fixture
@@ -202,7 +200,7 @@ def test_names_that_transformers_changed(files):
     assert sum(name in words_of(plans[0]) for name in ("evaluation_strategy", "eval_strategy")) == 1
 
 
-@pytest.mark.parametrize("next_dir", BOTH)
+@pytest.mark.parametrize("next_dir", HOSTS)
 @pytest.mark.parametrize("name", ["demo", "llava_next_pretrain", "llava_next_finetune"])
 def test_configurations_of_the_repository(name, next_dir, monkeypatch):
     monkeypatch.setenv("LLAVA_NEXT_DIR", next_dir)
