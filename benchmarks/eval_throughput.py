@@ -1,108 +1,201 @@
 """Requests per second of `llava_packing` (batched, packed) beside lmms-eval's own `llava_onevision` (batch size 1).
 
-    LLAVA_NEXT_DIR=... python benchmarks/eval_throughput.py CHECKPOINT --images 200 --batch_sizes 1,8,32
+    LLAVA_NEXT_DIR=... python benchmarks/eval_throughput.py CHECKPOINT --images 200 --batch_sizes 1,8,16
+    LLAVA_NEXT_DIR=... python benchmarks/eval_throughput.py --json eval.json         # a checkpoint made here, in a GPU
+    LLAVA_NEXT_DIR=... python benchmarks/eval_throughput.py --tiny --images 12       # the same in small, on the CPU
 
-The same checkpoint, questions and images (photographs out of installed packages, each cropped to a shape of its own).
-Each is a process of its own. The model is loaded and warmed up before the clock starts. Greedy, 16 new
-tokens.
+Without CHECKPOINT one is made first: a tower of ViT-L/14 size with random weights, native resolution, and a small LLaMA
+decoder which learns to name sixteen photographs (benchmarks/eval_checkpoint.py). Both models get the same checkpoint,
+prompts, photographs (each cropped to a shape of its own) and settings: greedy, at most 32 new tokens; every second
+request asks for a word, the others for a sentence. Each model is a process of its own, is loaded and warmed up before
+the clock starts, and answers everything up to three times (the median counts). Photographs are in memory; making
+pixels of them is timed.
+
+lmms-eval's model always loads float16; ours takes the checkpoint's dtype. It also imports two video readers: where
+`av` or `decord` is not installed an empty module stands in, as there are no videos here.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
-QUESTION = "What does this photo show? Answer with one word."
-SETTINGS = {"max_new_tokens": 16, "temperature": 0, "do_sample": False}
-
-
-def images(count: int, seed: int = 0) -> list:
-    import numpy as np
-    from PIL import Image
-
-    from llava_packing_tower.demo.photos import PHOTOS, source_of
-
-    rng, made = np.random.default_rng(seed), []
-    for index in range(count):
-        with Image.open(source_of(PHOTOS[index % len(PHOTOS)])) as photo:
-            width, height = (int(side * rng.uniform(0.5, 1)) for side in photo.size)
-            made.append(photo.convert("RGB").crop((0, 0, width, height)))
-    return made
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+SETTINGS = {"max_new_tokens": 32, "temperature": 0, "do_sample": False}
+CONVERSATION = "v1"
+PASSES, ENOUGH = 3, 10.0  # passes over all requests; none is begun after so many seconds
+VIDEO_READERS = {"av": (), "decord": ("VideoReader", "cpu")}
+STOCK, OURS = "llava_onevision", "llava_packing"
 
 
-def measure(model_name: str, checkpoint: str, count: int, batch_size: int) -> dict:
-    """Seconds and answers of one model, in this process."""
+def stand_in_for_video_readers() -> list[str]:
+    """Modules without content for those that lmms-eval's model imports and that are not installed; their names."""
+    missing = [name for name in VIDEO_READERS if find_spec(name) is None]
+    for name in missing:
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(dict.fromkeys(VIDEO_READERS[name]))
+        sys.modules[name] = module
+    return missing
+
+
+def load(model_name: str, checkpoint: Path) -> tuple[object, list[str]]:
+    """lmms-eval's model, at batch size 1, and the modules that something stands in for."""
     import torch
-    from lmms_eval.api.instance import Instance
     from lmms_eval.models import get_model
 
     from llava_packing_tower import hosts
+    from llava_packing_tower.evaluation.models.llava_packing import LlavaPacking
 
     hosts.apply()  # the stock model needs it to build the tower at all
-    arguments = {"pretrained": checkpoint, "batch_size": batch_size, "conv_template": "v1"}
-    if model_name == "llava_onevision":
-        arguments["model_name"] = json.loads((Path(checkpoint) / "config.json").read_text())["model_type"]
-        if not torch.cuda.is_available():
-            arguments.update(device_map="auto", device="cpu")
-    model = get_model(model_name)(**arguments)
-    pictures = images(count)
-    model.task_dict = {"throughput": {"test": pictures}}
+    if model_name == OURS:
+        return LlavaPacking(pretrained=str(checkpoint), conv_template=CONVERSATION), []
+    missing = stand_in_for_video_readers()
+    kind = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    # By itself it would take the class from words in the folder's name.
+    arguments = {"pretrained": str(checkpoint), "conv_template": CONVERSATION, "model_name": kind}
+    if not torch.cuda.is_available():
+        arguments.update(device_map="auto", device="cpu")
+    return get_model(STOCK)(**arguments), missing
 
-    def request(index: int) -> Instance:
-        given = (QUESTION, dict(SETTINGS), lambda picture: [picture], index, "throughput", "test")
-        return Instance(
-            request_type="generate_until",
-            arguments=given,
-            idx=0,
-            metadata={"task": "throughput", "doc_id": index, "repeats": 1},
-        )
 
-    def finish() -> None:
+def measure(model_name: str, checkpoint: Path, count: int, batch_sizes: Sequence[int]) -> list[dict]:
+    """A row for each batch size, in this process."""
+    import torch
+    from eval_checkpoint import asked, photographs
+    from lmms_eval.api.instance import Instance
+
+    model, missing = load(model_name, checkpoint)
+    pictures = photographs(count, seed=1)
+    model.task_dict = {"throughput": {"test": [picture for picture, _ in pictures]}}
+    questions = [asked(photo, index) for index, (_, photo) in enumerate(pictures)]
+
+    def answers_to(indices: Sequence[int]) -> tuple[list[str], float]:
+        requests = []
+        for index in indices:
+            given = (questions[index][0], dict(SETTINGS), lambda picture: [picture], index, "throughput", "test")
+            about = {"task": "throughput", "doc_id": index, "repeats": 1}
+            requests.append(Instance(request_type="generate_until", arguments=given, idx=0, metadata=about))
+        mark = time.perf_counter()
+        answers = model.generate_until(requests)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        return answers, time.perf_counter() - mark
 
-    model.generate_until([request(index) for index in range(min(count, max(8, batch_size)))])
-    finish()
-    mark = time.perf_counter()
-    answers = model.generate_until([request(index) for index in range(count)])
-    finish()
-    seconds = time.perf_counter() - mark
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"model": model_name, "batch_size": batch_size, "requests": count, "seconds": seconds, "device": device} | {
-        "answers": answers
-    }
+    rows = []
+    for size in batch_sizes:
+        if model_name == OURS:
+            model.batch_size = size
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        answers_to(range(min(count, 2 * max(16, size))))
+        runs = [answers_to(range(count))]
+        while len(runs) < PASSES and sum(seconds for _, seconds in runs) < ENOUGH:
+            runs.append(answers_to(range(count)))
+        answers = runs[0][0]
+        rows.append(
+            {
+                "model": model_name,
+                "batch_size": size,
+                "requests": count,
+                "seconds": [round(seconds, 3) for _, seconds in runs],
+                "requests_per_second": count / statistics.median(seconds for _, seconds in runs),
+                "dtype": str(model.model.dtype),
+                "right": sum(answer == wanted for answer, (_, wanted) in zip(answers, questions)),
+                "same_answers_in_each_pass": all(run[0] == answers for run in runs),
+                "stand_ins": missing,
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+                "answers": answers,
+            }
+        )
+    return rows
+
+
+def child(words: Sequence[str], limit: float) -> float:
+    """This file again, in a process of its own; seconds. Raises ``SystemExit`` where it fails or takes too long."""
+    mark = time.monotonic()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        subprocess.run([sys.executable, __file__, *words], check=True, timeout=limit, env=environment)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"not done after {limit:.0f} s: {' '.join(words)}") from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"failed with status {error.returncode}: {' '.join(words)}") from None
+    return time.monotonic() - mark
+
+
+def line(row: dict, reference: dict) -> str:
+    same = sum(a == b for a, b in zip(row["answers"], reference["answers"]))
+    times = row["requests_per_second"] / reference["requests_per_second"]
+    return (
+        f"{row['model']:<16} batch {row['batch_size']:<3} {row['requests_per_second']:8.2f} requests/s ({times:5.2f}x) "
+        f"{row['dtype']}, {row['right']} of {row['requests']} answers right, {same} as {reference['model']}, "
+        f"{row['device']}"
+    )
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "lmms-eval", "flash-attn")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="(one is made)")
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--batch_sizes", default="1,8,32")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs=2, metavar=("MODEL", "BATCH"), help="measure one, in this process")
+    parser.add_argument("--batch_sizes", default="1,8,16", help="of llava_packing (1,8,16)")
+    parser.add_argument("--tiny", action="store_true", help="make a small checkpoint, for a CPU")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take (300)")
+    parser.add_argument("--json", type=Path, help="where the report goes")
+    parser.add_argument("--only", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    sizes = [int(size) for size in args.batch_sizes.split(",")]
     if args.only:
-        print(json.dumps(measure(args.only[0], args.checkpoint, args.images, int(args.only[1]))))
+        rows = measure(args.only[0], args.checkpoint, args.images, [1] if args.only[0] == STOCK else sizes)
+        Path(args.only[1]).write_text(json.dumps(rows))
         return
-    runs = [("llava_onevision", "1"), *(("llava_packing", size) for size in args.batch_sizes.split(","))]
-    rows = []
-    for model, size in runs:
-        command = [sys.executable, __file__, args.checkpoint, "--images", str(args.images), "--only", model, size]
-        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(result.stdout.splitlines()[-1]))
-        row = rows[-1]
-        same = sum(a == b for a, b in zip(row["answers"], rows[0]["answers"]))
-        print(
-            f"{row['model']:<16} batch {row['batch_size']:<3} {row['requests'] / row['seconds']:8.2f} requests/s"
-            f"  {same} of {row['requests']} answers as llava_onevision  ({row['device']})",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, made, seconds = args.checkpoint, None, {}
+        if checkpoint is None:
+            checkpoint = Path(folder, "llava_llama_packing")
+            maker = [sys.executable, str(Path(__file__).with_name("eval_checkpoint.py")), str(checkpoint)]
+            mark = time.monotonic()
+            subprocess.run([*maker, *(["--tiny"] if args.tiny else [])], check=True, timeout=args.limit)
+            seconds["make"] = time.monotonic() - mark
+            made = json.loads((checkpoint / "made.json").read_text())
+        rows = []
+        for model in (STOCK, OURS):
+            output = str(Path(folder, f"{model}.json"))
+            words = [str(checkpoint), "--images", str(args.images), "--batch_sizes", args.batch_sizes]
+            seconds[model] = child([*words, "--only", model, output], args.limit)
+            for row in json.loads(Path(output).read_text()):
+                rows.append(row)
+                print(line(row, rows[0]), flush=True)
+    seconds = {name: round(value, 1) for name, value in seconds.items()}
+    print(f"seconds of each process, loading and warm-up included: {seconds}")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        report = {"date": time.strftime("%Y-%m-%d"), "versions": versions(), "checkpoint": made or str(checkpoint)}
+        report |= {"settings": SETTINGS, "seconds": seconds, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
