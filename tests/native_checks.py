@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import native_data_checks
+import native_tiles_checks
 import native_video_checks
 import torch
 from native_host import (
@@ -27,7 +28,7 @@ from native_host import (
     reference_embeddings,
 )
 
-CHECKS = {**native_video_checks.CHECKS, **native_data_checks.CHECKS}
+CHECKS = {**native_video_checks.CHECKS, **native_data_checks.CHECKS, **native_tiles_checks.CHECKS}
 
 
 def check(function):
@@ -162,6 +163,23 @@ def a_batch_equals_its_samples_one_by_one(host):
         own = images[start : start + max(sample.count(IMAGE), 1)]
         alone = host.forward(model, collate([sample], own)).logits[0]
         close(together[row][mask[row].bool()], alone, 1e-4)
+
+
+@check
+def position_ids_count_the_tokens_of_each_sample(host):
+    """Asked for position ids, LLaVA makes them: from 0 in each sample, wherever its padding is."""
+    model, images = host.model(), pixels(*RAGGED)
+    lengths = [len(e) for e, _ in reference_embeddings(model, SAMPLES, images)]
+    assert len(set(lengths)) > 2
+    for padding in ("right", "left"):
+        model.config.tokenizer_padding_side = padding
+        batch = collate(SAMPLES, images, padding)
+        ids = torch.arange(batch["input_ids"].shape[1])[None].expand_as(batch["input_ids"])
+        _, found, mask, *_ = model.prepare_inputs_labels_for_multimodal(
+            batch["input_ids"], ids, batch["attention_mask"], None, batch["labels"], images
+        )
+        for row, n in enumerate(lengths):
+            assert found[row][mask[row].bool()].tolist() == list(range(n)), (padding, row)
 
 
 @check

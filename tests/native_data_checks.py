@@ -8,10 +8,11 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
-from native_host import IMAGE, WORDS, Host, make_prompts, pixels
+from native_host import IMAGE, WORDS, Host, close, make_prompts, pixels
 from PIL import Image
 
 SIZES = {"wide.png": (200, 30), "tall.png": (20, 90), "grey.png": (60, 60), "mosaic.png": (42, 28)}  # width x height
@@ -159,6 +160,32 @@ def positions_of_a_sample_reach_the_model(host: Host):
     assert torch.equal(with_positions[0], without[0]) and (with_positions[1, :6] - without[1, :6]).abs().max() > 1e-3
 
 
+def positions_of_a_video_reach_the_model(host: Host):
+    if not host.is_next:
+        return  # LLaVA 1.x reads no videos
+    own = {"video": "clip.mp4", "positions_thw": "clip.npy", "conversations": turns("<image>\nWhat?")}
+    plain = {"video": "clip.mp4", "conversations": turns("<image>\nWhat?")}
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(Path(folder) / "clip.mp4", 9)  # 9 frames at 4 a second: 3 are read, of 3 x 5 patches
+        positions = np.random.default_rng(4).integers(0, 60, (3 * 3 * 5, 3)) + 0.5
+        np.save(Path(folder) / "clip.npy", positions)
+        dataset, collate = module([own, plain], Path(folder))
+        batch = collate([dataset[0], dataset[1]])
+    assert shapes(batch) == [(3, 3, 42, 70)] * 2
+    first, second = batch["image_sizes"]
+    assert torch.equal(first["patch_positions"], torch.from_numpy(positions).float())
+    assert "patch_positions" not in second and second["frame_indices"].tolist() == [0, 4, 8]
+    model = host.model(mm_spatial_pool_stride=1)
+    ids = torch.tensor([[IMAGE, 3]] * 2)
+    found = host.prepare(model, {**batch, "input_ids": ids, "labels": ids, "attention_mask": ids != 0})[4][0, :-1]
+    from llava_packing_tower import image_to_packing_input
+
+    rows, grid = image_to_packing_input(batch["images"][0].transpose(0, 1), 14)
+    inner, where = model.get_vision_tower().vision_tower, torch.from_numpy(positions).float()
+    states = inner(rows, grid, patch_positions=where, output_hidden_states=True).hidden_states[-1]
+    close(found, model.get_model().mm_projector(states))
+
+
 def videos_carry_the_places_of_their_frames(host: Host):
     if not host.is_next:
         return  # LLaVA 1.x reads no videos
@@ -186,6 +213,34 @@ def videos_carry_the_places_of_their_frames(host: Host):
     prepared = host.prepare(model, {**batch, "input_ids": ids, "labels": ids, "attention_mask": ids != 0})
     assert prepared[2].sum(1).tolist() == [1 + 2 * 3, 1 + 5 * 2 * 3, 1 + 5 * 2 * 3]  # 3 x 5 patches, pooled up to 2 x 3
     assert torch.equal(prepared[4][:, 0], embeddings.expand(3, -1))
+
+
+def photos_that_cannot_be_read_are_passed_over(host: Host):
+    """LLaVA-NeXT alone would stop at two in a row, and at the last sample. What no sample can replace is an error."""
+    if not host.is_next:
+        return  # LLaVA 1.x stops
+    names = ["wide.png", "no1.png", "no2.png", "no3.png", "tall.png", "no4.png"]
+    samples = [{"id": n, "image": n, "conversations": turns("<image>\nWhat?")} for n in names]
+    with tempfile.TemporaryDirectory() as folder, mock.patch("time.sleep"):
+        dataset, _ = module(samples, Path(folder))
+        found = [dataset[i] for i in range(6)]
+        # The second: neither it nor the third can be read, nor the fourth: the fifth.
+        wanted = ["wide.png", "tall.png", "tall.png", "tall.png", "tall.png", "wide.png"]
+        assert [sample["id"] for sample in found] == wanted, found
+        lost, _ = module(samples[1:4] * 4, Path(folder))
+        try:
+            lost[0]
+        except FileNotFoundError as error:
+            assert "no" in str(error)
+        else:
+            raise AssertionError("nothing can be read")
+        pad, _ = module(samples, Path(folder), ratio="pad")
+        try:
+            pad[5]
+        except FileNotFoundError:
+            pass  # other ratios are left to LLaVA
+        else:
+            raise AssertionError("another ratio was changed")
 
 
 def odd_photos_have_the_documented_outcome(host: Host):

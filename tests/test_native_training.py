@@ -7,7 +7,9 @@ import os
 
 import pytest
 import yaml
+from native_data_checks import write_video
 from native_runs import make_workspace, reload, train
+from PIL import Image
 
 from llava_packing_tower.cli import UsageError
 from llava_packing_tower.launch import make_plan
@@ -42,6 +44,37 @@ def test_train_save_reload_generate(tmp_path, next_dir):
     assert result["shapes"] == [[3, 56, 84], [3, 112, 56]]  # of 60 x 90 and 114 x 60 pixels (height x width)
     assert result["answers"] == result["without cache"]
     assert result["tensors"] == json.loads((output / "packing_tower.json").read_text())["tensors"]
+
+
+@pytest.mark.parametrize("next_dir", HOSTS)
+def test_odd_inputs_do_not_stop_a_run(tmp_path, next_dir):
+    """Every sample is drawn once. For LLaVA-NeXT a video of one frame too, and a video and a photo that cannot be read:
+    other samples take their places."""
+    photos = {"line.png": ("RGB", (1, 300)), "panorama.jpg": ("L", (1000, 100)), "large.jpg": ("RGB", (4000, 3000))}
+    videos = {"clip.mp4": 9, "one.mp4": 1} if next_dir else {}
+    options = {"max_steps": 5 if next_dir else 4, "mm_packing_max_patches": 40, "mm_packing_min_patches": 1}
+    config = make_workspace(tmp_path, **options, **({"video_folder": str(tmp_path)} if next_dir else {}))
+    samples = json.loads((tmp_path / "data.json").read_text())
+    for name, (mode, size) in photos.items():
+        Image.new(mode, size, 90).save(tmp_path / name)
+        samples.append({**samples[0], "id": name, "image": name})
+    for name, frames in videos.items():
+        write_video(tmp_path / name, frames)
+    (tmp_path / "corrupt.mp4").write_bytes(b"no video")
+    talk = samples[0]["conversations"]
+    (tmp_path / "broken.png").write_bytes(b"no photo")
+    if next_dir:
+        samples += [{"id": name, "video": name, "conversations": talk} for name in (*videos, "corrupt.mp4")]
+        samples.append({"id": "broken", "image": "broken.png", "conversations": talk})
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    printed = train(config, next_dir)
+    steps, count = options["max_steps"], len(samples)
+    readable = count - 1 - (2 if next_dir else 0)  # one is text alone
+    assert count <= 3 * steps and f"step {steps}/{steps}" in printed
+    assert f"native resolution: {count} samples, {readable} images and videos" in printed
+    for words in ("corrupt.mp4 cannot be read as a video", "Failed to fetch sample"):
+        assert (words in printed) == bool(next_dir), words
+    assert "nan" not in printed.lower()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 DETAILS = "packing_details"
 """Where a sample carries, for each of its images, what LLaVA has no place for (see ``native.visuals.Detail``)."""
 POSITIONS = "positions_thw"
+SKIPS = 3
+"""How often a run goes on behind a sample, and the one after it, that cannot be read."""
 
 
 def into_training(train: ModuleType, patches: Patches) -> None:
@@ -37,7 +39,10 @@ def into_training(train: ModuleType, patches: Patches) -> None:
         patches.set(train, "process_video_with_decord", reader)
     else:
         reader = None
-    _add_details(dataset, "_get_item" if hasattr(dataset, "_get_item") else "__getitem__", reader, patches)
+    takes_the_next = hasattr(dataset, "_get_item")
+    _add_details(dataset, "_get_item" if takes_the_next else "__getitem__", reader, patches)
+    if takes_the_next:
+        _go_further(dataset, patches)
 
     make = train.make_supervised_data_module
 
@@ -99,6 +104,28 @@ def _add_details(dataset: type, name: str, reader: ClipReader | None, patches: P
         return sample
 
     patches.set(dataset, name, get_item)
+
+
+def _go_further(dataset: type, patches: Patches) -> None:
+    """LLaVA-NeXT takes the next sample for one that cannot be read, and stops at two in a row and at the last one."""
+    fetch = dataset.__getitem__
+
+    @functools.wraps(fetch)
+    def __getitem__(self, i):
+        if not asks_for_native(self.data_args):
+            return fetch(self, i)
+        count, index = len(self.list_data_dict), i
+        for skips in range(SKIPS + 1):
+            try:
+                return fetch(self, index)
+            except Exception as error:
+                if skips == SKIPS:
+                    raise
+                further = (index + (1 if index == count - 1 else 2)) % count
+                logger.warning("sample %d cannot be read, going on with sample %d: %s", index, further, error)
+                index = further
+
+    patches.set(dataset, "__getitem__", __getitem__)
 
 
 def make_details(
