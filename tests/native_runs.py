@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import yaml
+from host_runs import environment, execute
 from native_host import QUESTION, SYSTEM, WORDS, make_prompts
 from PIL import Image
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 def make_workspace(folder: Path, **options) -> Path:
@@ -64,8 +61,7 @@ def make_workspace(folder: Path, **options) -> Path:
 
 
 def _run(command: list[str], next_dir: str) -> str:
-    environment = {**os.environ, "LLAVA_NEXT_DIR": next_dir, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    result = execute(command, environment(next_dir))
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

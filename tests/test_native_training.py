@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import yaml
+from host_runs import HOSTS
 from native_data_checks import write_video
 from native_runs import make_workspace, reload, train
 from PIL import Image
@@ -14,15 +14,6 @@ from PIL import Image
 from llava_packing_tower.cli import UsageError
 from llava_packing_tower.launch import make_plan
 
-NEXT = os.environ.get("LLAVA_NEXT_DIR")
-HOSTS = [
-    pytest.param("", id="llava_v1"),
-    pytest.param(
-        NEXT,
-        id="llava_next",
-        marks=[pytest.mark.next, pytest.mark.skipif(not NEXT, reason="LLAVA_NEXT_DIR is not set")],
-    ),
-]
 OPTIONS = {
     "mm_projector_type": "spatial_merge",
     "mm_patch_merge_type": "spatial_unpad",
