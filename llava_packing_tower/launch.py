@@ -67,6 +67,7 @@ class Plan:
             where += f", world size {self.processes * self.nodes.count}"
         start = last_complete(self.values["output_dir"])
         engine = "no DeepSpeed" if self.zero_stage is None else f"DeepSpeed ZeRO-{self.zero_stage}"
+        engine = "FSDP" if self.values.get("fsdp") else engine
         rows = {
             "host": str(self.host),
             "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "deepspeed")),
@@ -169,6 +170,23 @@ def check_files(values: dict[str, object], beside: Path) -> int | None:
     return check_deepspeed(values, beside)
 
 
+def check_fsdp(values: Mapping[str, object]) -> None:
+    """Raises :class:`UsageError` for what the hosts cannot save, or go on from, under FSDP."""
+    if not values.get("fsdp"):
+        return
+    if values.get("deepspeed"):
+        raise UsageError("fsdp and deepspeed exclude each other: leave one of them out")
+    if values.get("lora_enable"):
+        raise UsageError("fsdp: the hosts would save one rank's pieces of a LoRA; use `deepspeed:` for it")
+    parts = {part.strip() for part in str(values.get("mm_tunable_parts") or "mm_language_model").split(",")}
+    if values.get("tune_mm_mlp_adapter") or parts <= {"mm_mlp_adapter", "mm_vision_resampler"}:
+        raise UsageError("fsdp: the hosts would save one rank's pieces of the projector; use `deepspeed:` for it")
+    if start := last_complete(values["output_dir"]):
+        raise UsageError(
+            f"fsdp: a run does not go on from {start} as if it had never stopped; take another output_dir, or deepspeed"
+        )
+
+
 def check_resolution(values: Mapping[str, object]) -> None:
     """Raises :class:`UsageError` for settings of native resolution that cannot be carried out or would be ignored."""
     given = [PREFIX + key for key in KEYS if values.get(PREFIX + key) is not None]
@@ -263,6 +281,7 @@ def make_plan(
     known = known_arguments(found)
     values = resolve(given, known, found)
     check_resolution(values)
+    check_fsdp(values)
     stage = check_files(values, Path(config).resolve().parent)
     if num_processes is not None and (num_gpus is not None or hostfile is not None):
         raise UsageError("--num_processes is for runs on the CPU; with --num_gpus or --hostfile leave it out")

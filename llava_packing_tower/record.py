@@ -26,17 +26,36 @@ def gathered(parameter: torch.Tensor) -> contextlib.AbstractContextManager:
     return zero.GatheredParameters([parameter])
 
 
+def summoned(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Under FSDP's first version all parameters whole, on GPUs in the memory of rank 0's CPU alone (all ranks must
+    enter), else nothing."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import ShardingStrategy
+
+    if not isinstance(model, FSDP):
+        return contextlib.nullcontext()
+    # torch refuses to offload what is not sharded, and crashes where it is on a CPU already.
+    offload = model.compute_device.type != "cpu" and all(
+        part.sharding_strategy != ShardingStrategy.NO_SHARD for part in FSDP.fsdp_modules(model)
+    )
+    return FSDP.summon_full_params(model, writeback=False, rank0_only=offload, offload_to_cpu=offload)
+
+
 def digests_in_memory(model: nn.Module) -> dict[str, str]:
     """A digest of every tensor of the packing tower inside ``model``, by its name in the tower; {} without one.
 
-    Collective under ZeRO-3.
+    Collective under ZeRO-3 and FSDP; under FSDP those of rank 0 count.
     """
     digests = {}
-    for module in model.modules():
-        if isinstance(module, HEVCViTPackingVisionTower):
-            for name, parameter in module.vision_tower.named_parameters():
-                with gathered(parameter):
-                    digests[name] = tensor_digest(parameter)
+    with summoned(model):
+        for module in model.modules():
+            if isinstance(module, HEVCViTPackingVisionTower):
+                for name, parameter in module.vision_tower.named_parameters():
+                    with gathered(parameter):
+                        # FSDP's second version has DTensors; the first frees its memory afterwards, which nothing else
+                        # may hold then: hence a copy.
+                        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.clone()
+                        digests[name.replace("_fsdp_wrapped_module.", "")] = tensor_digest(whole)
     return digests
 
 

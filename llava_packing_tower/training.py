@@ -34,17 +34,20 @@ def asked_stage(deepspeed: str | Mapping | None) -> int | None:
     return zero_stage(deepspeed)
 
 
-def check_engine(wrapped: nn.Module, stage: int | None) -> str:
+def check_engine(wrapped: nn.Module, stage: int | None, fsdp: bool = False) -> str:
     """One line about what wraps the model for training.
 
-    Raises ``RuntimeError`` if ZeRO ``stage`` was asked for and ``wrapped`` is not a DeepSpeed engine at that stage: a
-    CPU run can be plain DDP without a word (accelerate leaves DeepSpeed out when ``use_cpu`` is set).
+    Raises ``RuntimeError`` if ZeRO ``stage`` was asked for and ``wrapped`` is not a DeepSpeed engine at that stage, or
+    ``fsdp`` and it is none of FSDP's: a CPU run can be plain DDP without a word (accelerate leaves DeepSpeed out when
+    ``use_cpu`` is set, and FSDP without a GPU).
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     world = torch.distributed.get_world_size() if distributed else 1
     backend = torch.distributed.get_backend() if distributed else "none"
     kind = type(wrapped).__name__
     line = f"engine: {kind}, world size {world}, backend {backend}"
+    if fsdp and not kind.startswith(("FullyShardedDataParallel", "FSDP")):
+        raise RuntimeError(f"FSDP was asked for, but the model is wrapped in {kind}: refusing to train")
     if stage is None:
         return line
     from deepspeed import DeepSpeedEngine
@@ -83,9 +86,8 @@ def describe_tower(tower: nn.Module, args: object) -> list[str]:
     return lines
 
 
-def describe_run(trainer: Trainer) -> list[str]:
-    """The lines of the plan that are known only now: mends, what is trained, the tower."""
-    parts = count_parts(trainer.model)
+def describe_run(trainer: Trainer, parts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The lines of the plan that are known only now: mends, what is trained (``count_parts``), the tower."""
     counted = ", ".join(f"{part} {trained:,} of {total:,}" for part, (trained, total) in parts.items())
     trained, total = (sum(column) for column in zip(*parts.values()))
     lines = [f"mends: {', '.join(mends.applied()) or 'none'}"]
@@ -101,10 +103,11 @@ class EngineCheck(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self.parts = count_parts(trainer.model)  # now: FSDP leaves every rank with pieces of the parameters
 
     def on_train_begin(self, args, state, control, **kwargs):
-        engine = check_engine(self.trainer.model_wrapped, asked_stage(args.deepspeed))
-        lines = describe_run(self.trainer)
+        engine = check_engine(self.trainer.model_wrapped, asked_stage(args.deepspeed), bool(args.fsdp))
+        lines = describe_run(self.trainer, self.parts)
         if state.is_world_process_zero:
             print("\n".join([*lines, engine]), flush=True)
 

@@ -31,6 +31,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in long)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """How many tests each reason has kept from running: a host that is absent must not go unnoticed."""
+    reasons: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if reasons:
+        terminalreporter.section("tests that were skipped, by reason")
+    for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):
+        terminalreporter.line(f"{count:>4}  {reason}")
+
+
 @pytest.fixture(scope="session")
 def golden():
     return GOLDEN

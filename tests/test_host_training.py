@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 IN_MODEL = "model.vision_tower.vision_tower."
-KINDS = ("zero2", "zero3", "lora")
+KINDS = ("zero2", "zero3", "fsdp", "lora")
 
 
 def damaged(checkpoint, name: str, change, file: str = "model.safetensors"):
@@ -87,13 +87,16 @@ def tensors_of_tower(output) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_comes_first(runs, kind):
     log = runs[kind][1]
-    stage = {"zero2": 2, "zero3": 3, "lora": host_runs.LORA_STAGE}[kind]
+    stage = {"zero2": 2, "zero3": 3, "lora": host_runs.LORA_STAGE}.get(kind)
     # LoRA: machine 0 is told; ZeRO-2: they meet at a rendezvous.
-    where = "2 processes on the CPU" if kind == "zero3" else "2 machines x 1 process on the CPU, world size 2"
-    assert f"engine: DeepSpeed ZeRO-{stage}, {where}" in log
+    where = "2 processes on the CPU" if kind in ("zero3", "fsdp") else "2 machines x 1 process on the CPU, world size 2"
+    assert f"engine: {f'DeepSpeed ZeRO-{stage}' if stage else 'FSDP'}, {where}" in log
     lines = log.split("step 1/4  loss")[0].splitlines()
     plan = {line.partition(": ")[0].strip(): line.partition(": ")[2] for line in lines}
-    assert plan["engine"] == f"DeepSpeedEngine, ZeRO stage {stage}, world size 2, backend gloo"
+    # FSDP's first version wraps the model, its second gives it another class.
+    wrapped = ("FullyShardedDataParallel", "FSDPLlavaLlamaForCausalLM", "FSDPLlavaQwenForCausalLM")
+    engines = {f"DeepSpeedEngine, ZeRO stage {stage}"} if stage else set(wrapped)
+    assert plan["engine"] in {f"{engine}, world size 2, backend gloo" for engine in engines}
     assert plan["tower attention"] == "sdpa (asked: auto)" and plan["start"] == "from the beginning"
     assert plan["tokens per image, or per crop of one"].startswith("64 (112 x 112 pixels")
     assert "mm_vision_tower 670,336 of 670,336, mm_mlp_adapter 33,024 of 33,024" in plan["trained"]

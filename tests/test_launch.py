@@ -12,7 +12,7 @@ import pytest
 import yaml
 from host_runs import HOSTS, NEXT
 
-from llava_packing_tower import launch
+from llava_packing_tower import launch, resume
 from llava_packing_tower.cli import UsageError, main
 from llava_packing_tower.hosts import find_host
 from llava_packing_tower.hosts.base import FoundHost, host_arguments
@@ -175,9 +175,18 @@ def test_an_unknown_key_costs_no_import_of_torch(files):
         ({"model_name_or_path": "./no/decoder"}, "model_name_or_path: folder ./no/decoder does not exist"),
         ({"deepspeed": "zero9.json"}, "zero9.json is neither in the current folder nor in"),
         ({"use_cpu": True}, "use_cpu silently switches DeepSpeed off"),
+        ({"fsdp": "full_shard"}, "fsdp and deepspeed exclude each other"),
+        ({"fsdp": "full_shard", "deepspeed": "-", "lora_enable": True}, "pieces of a LoRA"),
+        ({"fsdp": "full_shard", "deepspeed": "-", "mm_tunable_parts": "mm_mlp_adapter"}, "pieces of the projector"),
+        ({"fsdp": "full_shard", "deepspeed": "-", "output_dir": "OUT"}, "does not go on from"),
     ],
 )
-def test_what_is_wrong_is_said(files, changes, message):
+def test_what_is_wrong_is_said(files, changes, message, tmp_path):
+    if changes.get("output_dir") == "OUT":
+        (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / "out" / "checkpoint-2" / resume.STATE).write_text("{}")
+        resume.mark_complete(tmp_path / "out" / "checkpoint-2")
+        changes = {**changes, "output_dir": str(tmp_path / "out")}
     with pytest.raises(UsageError) as caught:
         launch.make_plan(files(**changes))
     assert message in str(caught.value)

@@ -22,7 +22,7 @@ from ..patches import Patches
 logger = logging.getLogger(__name__)
 
 DISABLE_ENV = "LLAVA_PACKING_DISABLE_MENDS"
-MEND_MODULES = ("names", "llava", "trainer", "models", "deepspeed", "resuming")
+MEND_MODULES = ("names", "llava", "trainer", "models", "deepspeed", "resuming", "fsdp")
 
 
 @dataclass(frozen=True)
