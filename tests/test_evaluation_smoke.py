@@ -149,6 +149,37 @@ def test_the_right_choice_has_the_smallest_loss(model, demo):
     assert loss > 0 and again == pytest.approx(losses[0, 0], abs=1e-2)
 
 
+def test_questions_of_several_rounds_go_on_until_the_task_ends_them(model, demo):
+    """Document i has i + 1 rounds, each with another photo; the task sees the answers so far, and its own note."""
+    documents = [[opened(demo, (i + 3 * j) % 16) for j in range(i + 1)] for i in range(4)]
+    model.task_dict = {"task": {"test": documents}}
+    calls = []
+
+    def to_text(document, previous_output, round_idx, previous_round_info):
+        calls.append((len(document), round_idx, list(previous_output), previous_round_info))
+        note = (previous_round_info or 0) + 10
+        if round_idx == len(document):
+            return None, None, True, [f"kept {answer}" for answer in previous_output], note
+        return [document[round_idx]], QUESTION, False, previous_output, note
+
+    settings = {"max_new_tokens": 16, "until": ["\n\n"], "temperature": 0}
+    show = lambda document: document[:1]  # noqa: E731
+    args = [(QUESTION, settings, show, to_text, i, "task", "test") for i in range(4)]
+    found = model.generate_until_multi_round([SimpleNamespace(args=each, metadata={}) for each in args])
+    assert settings == {"max_new_tokens": 16, "until": ["\n\n"], "temperature": 0}
+    # lmms-eval makes one string of anything but a list.
+    assert [len(answers) for answers in found] == [1, 2, 3, 4] and all(isinstance(each, list) for each in found)
+    # Each answer is the one that its photo gets alone.
+    model.task_dict = {"task": {"test": [[image] for document in documents for image in document]}}
+    alone = iter(model.generate_until([request(i, dict(settings)) for i in range(10)]))
+    single = [[next(alone) for _ in document] for document in documents]
+    assert found == [[f"kept {answer}" for answer in answers] for answers in single]
+    assert len({answer for answers in single for answer in answers}) >= 6
+    assert [call[:2] for call in calls if call[0] == 3] == [(3, 1), (3, 2), (3, 3)]
+    assert [call[2:] for call in calls if call[0] == 3] == [(single[2][:n], 10 * (n - 1) or None) for n in (1, 2, 3)]
+    assert model.generate_until_multi_round([]) == []
+
+
 def test_frames_of_a_task_are_one_video(model, demo):
     frames = [Image.new("RGB", (60, 40), (20 * i, 99, 0)) for i in range(9)]
     model.task_dict = {"task": {"test": [frames]}}

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from families import GOLDEN_FAMILIES
 from PIL import Image
 
 from llava_packing_tower.cli import main
@@ -104,6 +105,45 @@ def test_the_command_compares_towers_and_caches(tower, photos, tmp_path, capsys)
             make_tower(other, seed=6)
         assert main([*words, *more]) == 0
         assert "from the cache" not in capsys.readouterr().out, change
+
+
+@pytest.mark.parametrize("name", GOLDEN_FAMILIES)
+def test_every_familys_features_are_means_of_the_patches_alone(name, golden, photos):
+    """No class token or register is in the mean, and no image sees its neighbours in the pass."""
+    fixed = name == "aimv2_learned"
+    if fixed:
+        with pytest.raises(ValueError, match=r"images of one size only: add --square"):
+            probing.load_tower(f"packing:{golden / name}")
+    loaded = probing.load_tower(f"packing:{golden / name}", square=fixed, **({} if fixed else {"max_patches": 40}))
+    assert type(loaded.vision_tower) is GOLDEN_FAMILIES[name]
+    files = probing.read_folder(photos).files[::4]
+    together, counts = probing.features(loaded, files, batch_size=4)
+    assert len(set(counts.tolist())) == 1 if fixed else len(set(counts.tolist())) > 2
+    patch = loaded.config.patch_size
+    for file, vector, count in zip(files, together, counts):
+        pixels = loaded.image_processor.preprocess(Image.open(file), return_tensors="pt")["pixel_values"][0]
+        assert count == (pixels.shape[1] // patch) * (pixels.shape[2] // patch)
+        with torch.inference_mode():
+            alone = loaded(pixels[None])[0]
+        assert len(alone) == count and np.allclose(alone.float().mean(0).numpy(), vector, atol=2e-5)
+
+
+def test_families_are_compared_in_one_table(golden, photos, tmp_path, capsys):
+    names = [name for name in GOLDEN_FAMILIES if name != "aimv2_learned"]
+    words = ["probe", *(f"packing:{golden / name}" for name in names), "--data", str(photos), "--max_patches", "40"]
+    words += ["--k", "3", "--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "all.json")]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "all.json").read_text())
+    configs = [json.loads((golden / name / "config.json").read_text()) for name in names]
+    assert len({entry["family"] for entry in found}) == len(names) == 3
+    assert [entry["hidden_size"] for entry in found] == [
+        config.get("hidden_size") or config["vision_config"]["hidden_size"] for config in configs
+    ]
+    assert all(entry["tested"] == 6 and 0 < entry["patches"] <= 40 for entry in found)
+    # The textures differ so much that random features tell them apart: chance is a third.
+    assert all(entry["linear"] > 0.6 for entry in found), found
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 3
+    assert capsys.readouterr().out.count("images/s") == 3
 
 
 def test_labels_that_say_nothing_score_near_chance(tower, photos):

@@ -125,21 +125,64 @@ class LlavaPacking(lmms):
         """An answer for each request, in their order; greedy unless its arguments ask for sampling."""
         answers: list[str] = [""] * len(requests)
 
-        def prepared(request: Instance) -> Question:
-            context, _, to_visual, doc_id, task, split = request.args
-            return self._prepare(request, context, to_visual, doc_id, task, split)
+        def prepared(index: int) -> Question:
+            context, _, to_visual, doc_id, task, split = requests[index].args
+            return self._prepare(requests[index], context, to_visual, doc_id, task, split)
 
         # A copy: what is in the request is part of the key under which lmms-eval caches the answer.
         settings = [dict(request.args[1]) for request in requests]
-        for indices, questions in self._batches(requests, prepared, lambda i: json.dumps(settings[i], sort_keys=True)):
+        for index, answer in self._answers([request.args[0] for request in requests], prepared, settings):
+            answers[index] = answer
+            self.cache_hook.add_partial("generate_until", (requests[index].args[0], settings[index]), answer)
+        return answers
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
+        """The answers of all rounds for each request; in each round, those that go on are asked together.
+
+        After a round the task's ``doc_to_text`` gets a request's answers so far. It returns what is shown and asked
+        next, whether it ends here instead, the answers as it wants them kept, and a note for its next call.
+        """
+        answers: list[list[str]] = [[] for _ in requests]
+        notes: list[object] = [None] * len(requests)
+        texts = [request.args[0] for request in requests]
+        shown = [request.args[2] for request in requests]
+        active, number = list(range(len(requests))), 0
+
+        def prepared(place: int) -> Question:
+            index = active[place]
+            return self._prepare(requests[index], texts[index], shown[index], *requests[index].args[4:])
+
+        while active:
+            settings = [dict(requests[index].args[1]) for index in active]
+            for place, answer in self._answers([texts[index] for index in active], prepared, settings):
+                answers[active[place]].append(answer)
+            number += 1
+            following = []
+            for index in active:
+                _, _, _, to_text, doc_id, task, split = requests[index].args
+                visuals, text, ends, kept, notes[index] = to_text(
+                    self.task_dict[task][split][doc_id],
+                    previous_output=answers[index],
+                    round_idx=number,
+                    previous_round_info=notes[index],
+                )
+                answers[index] = list(kept)
+                if not ends:
+                    texts[index], shown[index] = text, lambda document, visuals=visuals: visuals
+                    following.append(index)
+            active = following
+        return answers
+
+    def _answers(
+        self, texts: Sequence[str], prepared: Callable[[int], Question], settings: Sequence[dict]
+    ) -> Iterator[tuple[int, str]]:
+        """Number and answer of each question, as they come."""
+        groups = [json.dumps(each, sort_keys=True) for each in settings]
+        for indices, questions in self._batches(texts, prepared, groups):
             options, ends = generation_options(settings[indices[0]])
             for index, ids in zip(indices, generate(self.loaded, questions, **options)):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                answers[index] = cut(text, ends).strip()
-                self.cache_hook.add_partial(
-                    "generate_until", (requests[index].args[0], settings[index]), answers[index]
-                )
-        return answers
+                yield index, cut(text, ends).strip()
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """For each request the loss of its continuation and whether it is the greedy one.
@@ -149,7 +192,8 @@ class LlavaPacking(lmms):
         """
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
 
-        def prepared(request: Instance) -> Question:
+        def prepared(index: int) -> Question:
+            request = requests[index]
             if len(request.args) == 2:  # a continuation without context or image
                 return prepare(self.loaded, request.args[0], [], self.conversation, answer=request.args[1])
             context, continuation, to_visual, doc_id, task, split = request.args
@@ -157,13 +201,11 @@ class LlavaPacking(lmms):
                 continuation = continuation(self.task_dict[task][split][doc_id])
             return self._prepare(request, context, to_visual, doc_id, task, split, str(continuation))
 
-        for indices, questions in self._batches(requests, prepared, lambda i: ""):
+        texts = [request.args[0] for request in requests]
+        for indices, questions in self._batches(texts, prepared, [""] * len(requests)):
             for index, result in zip(indices, losses(self.loaded, questions)):
                 results[index] = result
         return results
-
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise NotImplementedError("llava_packing answers single questions; this task asks in several rounds")
 
     def _prepare(
         self,
@@ -188,19 +230,19 @@ class LlavaPacking(lmms):
             raise ValueError(f"task {task}, document {doc_id}: {error}") from error
 
     def _batches(
-        self, requests: Sequence[Instance], prepared: Callable, group: Callable[[int], str]
+        self, texts: Sequence[str], prepared: Callable[[int], Question], groups: Sequence[str]
     ) -> Iterator[tuple[list[int], list[Question]]]:
-        """Batches of requests of one group, the longest texts first; the next is prepared while one is answered."""
-        groups: dict[str, list[int]] = {}
-        for index in sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0])):
-            groups.setdefault(group(index), []).append(index)
+        """Batches of questions of one group, the longest texts first; the next is prepared while one is answered."""
+        members: dict[str, list[int]] = {}
+        for index in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
+            members.setdefault(groups[index], []).append(index)
         size = self.batch_size
-        batches = [some[i : i + size] for some in groups.values() for i in range(0, len(some), size)]
+        batches = [some[i : i + size] for some in members.values() for i in range(0, len(some), size)]
         with (
             ThreadPoolExecutor(max_workers=1) as worker,
-            tqdm(total=len(requests), disable=self._rank != 0, desc="requests") as progress,
+            tqdm(total=len(texts), disable=self._rank != 0, desc="requests") as progress,
         ):
-            make = lambda indices: [prepared(requests[i]) for i in indices]  # noqa: E731
+            make = lambda indices: [prepared(i) for i in indices]  # noqa: E731
             ahead = worker.submit(make, batches[0]) if batches else None
             for indices, following in zip(batches, chain(batches[1:], [None])):
                 questions = ahead.result()
