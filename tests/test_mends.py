@@ -309,6 +309,8 @@ def test_plain_ddp_is_refused(tmp_path):
             RuntimeError, match="ZeRO-2 was asked for, but the model is wrapped in DistributedDataParallel"
         ):
             training.check_engine(wrapped, 2)
+        with pytest.raises(RuntimeError, match="FSDP was asked for, but the model is wrapped in DistributedDataPara"):
+            training.check_engine(wrapped, None, fsdp=True)
         line = training.check_engine(wrapped, None)
         assert line == "engine: DistributedDataParallel, world size 1, backend gloo"
     finally:
