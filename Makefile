@@ -19,7 +19,7 @@ NEW := .venv-new
 # The requirements files name everything, dependencies included: nothing is left for pip to choose.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
-# In the order of tests/conftest.py: what shares a training stays together, what takes long begins.
+# tests/conftest.py makes the groups, what shares a training in one, and puts the long ones first.
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 HOST := $(if $(LLAVA_NEXT_DIR),$(STAMPS)/next) $(STAMPS)/host
 export HF_HUB_OFFLINE ?= 1
@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help demo test lint clean env
 help:
-	@sed -n '3,7s/^# \{0,1\}//p' Makefile
+	@sed -n '3,8s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/eval $(HOST)
 	$(BIN)/llava-packing demo $(DEMO_ARGS)
