@@ -9,7 +9,7 @@ decoder which learns to name sixteen photographs (benchmarks/eval_checkpoint.py)
 prompts, photographs (each cropped to a shape of its own) and settings: greedy, at most 32 new tokens; every second
 request asks for a word, the others for a sentence. Each model is a process of its own, is loaded and warmed up before
 the clock starts, and answers everything up to three times (the median counts). Photographs are in memory; making
-pixels of them is timed.
+pixels of them is timed. ("Right" says something about checkpoints that have learned these photographs.)
 
 lmms-eval's model always loads float16; ours takes the checkpoint's dtype. It also imports two video readers: where
 `av` or `decord` is not installed an empty module stands in, as there are no videos here.
@@ -30,11 +30,10 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 SETTINGS = {"max_new_tokens": 32, "temperature": 0, "do_sample": False}
-CONVERSATION = "v1"
 PASSES, ENOUGH = 3, 10.0  # passes over all requests; none is begun after so many seconds
 VIDEO_READERS = {"av": (), "decord": ("VideoReader", "cpu")}
 STOCK, OURS = "llava_onevision", "llava_packing"
@@ -58,14 +57,16 @@ def load(model_name: str, checkpoint: Path) -> tuple[object, list[str]]:
 
     from llava_packing_tower import hosts
     from llava_packing_tower.evaluation.models.llava_packing import LlavaPacking
+    from llava_packing_tower.hosts.answering import conversation_name
 
     hosts.apply()  # the stock model needs it to build the tower at all
     if model_name == OURS:
-        return LlavaPacking(pretrained=str(checkpoint), conv_template=CONVERSATION), []
+        return LlavaPacking(pretrained=str(checkpoint)), []
     missing = stand_in_for_video_readers()
-    kind = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    config = json.loads((checkpoint / "config.json").read_text())
+    conversation = conversation_name(SimpleNamespace(**config))  # by itself it would take Qwen's
     # By itself it would take the class from words in the folder's name.
-    arguments = {"pretrained": str(checkpoint), "conv_template": CONVERSATION, "model_name": kind}
+    arguments = {"pretrained": str(checkpoint), "conv_template": conversation, "model_name": config["model_type"]}
     if not torch.cuda.is_available():
         arguments.update(device_map="auto", device="cpu")
     return get_model(STOCK)(**arguments), missing
@@ -142,7 +143,7 @@ def line(row: dict, reference: dict) -> str:
     times = row["requests_per_second"] / reference["requests_per_second"]
     return (
         f"{row['model']:<16} batch {row['batch_size']:<3} {row['requests_per_second']:8.2f} requests/s ({times:5.2f}x) "
-        f"{row['dtype']}, {row['right']} of {row['requests']} answers right, {same} as {reference['model']}, "
+        f"{row['dtype']}, {row['right']} of {row['requests']} answers right, {same} as {reference['model']}'s, "
         f"{row['device']}"
     )
 

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import functools
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 USAGE = "usage: python -m llava_packing_tower.run (-m MODULE | SCRIPT.py) [ARGUMENTS ...]"
@@ -45,19 +46,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def without_cuda() -> bool:
-    """Where there is no CUDA, have ``.cuda()`` of tensors and modules leave them where they are; returns whether so."""
+    """Where there is no CUDA, have tensors and modules stay on the CPU when they are sent to it; returns whether so."""
     import torch
 
     if torch.cuda.is_available():
         return False
-    print("no CUDA here: .cuda() leaves tensors and modules on the CPU", file=sys.stderr)
+    print("no CUDA here: what is sent to it stays on the CPU", file=sys.stderr)
 
     def stay(self, *args, **kwargs):
         return self
 
-    torch.Tensor.cuda = stay
-    torch.nn.Module.cuda = stay
+    def here(place: object) -> object:
+        named = isinstance(place, str | torch.device) and str(place).partition(":")[0] == "cuda"
+        return "cpu" if named else place
+
+    for cls in (torch.Tensor, torch.nn.Module):
+        cls.cuda = stay
+        cls.to = _redirected(cls.to, here)
     return True
+
+
+def _redirected(to: Callable, here: Callable[[object], object]) -> Callable:
+    @functools.wraps(to)
+    def redirected(self, *args, **kwargs):
+        return to(self, *map(here, args), **{name: here(value) for name, value in kwargs.items()})
+
+    return redirected
 
 
 if __name__ == "__main__":

@@ -39,6 +39,11 @@ def test_a_script_runs_as_main_with_its_arguments_and_status(tmp_path):
     script.write_text(
         "import sys, torch, beside\nfrom llava_packing_tower import hosts\n"
         "assert __name__ == '__main__' and hosts.is_active() and beside.HERE\n"
+        "kept = torch.nn.Linear(1, 1).to('cuda:0', torch.float64)\n"
+        "sent = torch.ones(2).to(device=torch.device('cuda'), dtype=torch.half, non_blocking=True)\n"
+        "assert sent.device.type == 'cpu' and sent.dtype == torch.half\n"
+        "assert kept.weight.device.type == 'cpu' and kept.weight.dtype == torch.float64\n"
+        "assert torch.ones(1).to('meta').is_meta and torch.ones(1).to(torch.int8).dtype == torch.int8\n"
         "print(sys.argv[1:], torch.ones(2).cuda().sum().item())\nsys.exit(7)\n"
     )
     (tmp_path / "beside.py").write_text("HERE = True\n")
@@ -55,7 +60,8 @@ def test_a_script_runs_as_main_with_its_arguments_and_status(tmp_path):
 @pytest.mark.skipif(
     find_spec("shortuuid") is None, reason="llava.eval.model_vqa imports shortuuid: requirements/eval.txt"
 )
-def test_llavas_own_model_vqa_answers_with_a_packing_tower(demo, tmp_path):
+@pytest.mark.parametrize("script", ["model_vqa", "model_vqa_loader"])
+def test_llavas_own_scripts_answer_with_a_packing_tower(demo, tmp_path, script):
     """Unedited, and the checkpoint moved away from the folder of its tower."""
     checkpoint = tmp_path / "llava_llama_moved"
     shutil.copytree(demo.trained, checkpoint)
@@ -65,7 +71,7 @@ def test_llavas_own_model_vqa_answers_with_a_packing_tower(demo, tmp_path):
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "out" / "answers.jsonl"
     lines = [{"question_id": photo.answer, "image": photo.name, "text": QUESTION} for photo in PHOTOS]
     questions.write_text("\n".join(map(json.dumps, lines)))
-    words = ["-m", "llava.eval.model_vqa", "--model-path", str(checkpoint), "--image-folder", str(demo.images)]
+    words = ["-m", f"llava.eval.{script}", "--model-path", str(checkpoint), "--image-folder", str(demo.images)]
     words += ["--question-file", str(questions), "--answers-file", str(answers), "--conv-mode", "v1"]
     command = [sys.executable, "-m", "llava_packing_tower", "run", "--", "python", *words, "--temperature", "0"]
     result = execute(command, environment(""))
