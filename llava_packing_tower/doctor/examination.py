@@ -46,7 +46,7 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
     report["tower"], found = probes.tower()
     findings += found
     tower = report["tower"]
-    say(f"tower: {tower['blocks']}, {tower['dtype']} on {tower['device']}")
+    say(f"tower: blocks {tower['blocks']}, {tower['dtype']} on {tower['device']}")
     report["collectives"], found = probes.collectives()
     findings += found
     joined = report["collectives"]

@@ -74,25 +74,22 @@ def fsdp_on_cpu(accelerate: ModuleType, patches: Patches) -> None:
 
 @mend(
     module="{package}.model.llava_arch",
-    reason="under --fsdp the host keeps the tower in a list, outside of the model: it is neither trained nor saved",
+    reason="under --fsdp the host keeps the tower in a list, outside of the model: it is neither trained nor saved, "
+    "and what the host then does with such a list, or with a tower that is none, fails",
     defect=lambda arch: (
         _asked() and "self.vision_tower = [vision_tower]" in _source(arch.LlavaMetaModel.initialize_vision_modules)
     ),
 )
 def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
-    from ..tuning import is_packing_tower
+    from ..builder_hook import tower_class
 
     initialize = arch.LlavaMetaModel.initialize_vision_modules
 
     @functools.wraps(initialize)
     def initialize_vision_modules(self, model_args, fsdp=None):
-        if isinstance(fsdp, bool):  # transformers 5; the host asks for its length
-            fsdp = ["full_shard"] if fsdp else None
-        # One that came with the checkpoint is a module, which the host would index as if it were a list.
-        initialize(self, model_args, None if is_packing_tower(vars(self)["_modules"].get("vision_tower")) else fsdp)
-        tower = self.get_vision_tower()
-        if is_packing_tower(tower) and "vision_tower" not in self._modules:
-            self.vision_tower = tower
+        # All that the host does with `fsdp` is to make that list.
+        ours = self.get_vision_tower() is not None or tower_class(model_args.vision_tower) is not None
+        initialize(self, model_args, None if ours else fsdp)
 
     patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
 
