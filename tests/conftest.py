@@ -14,6 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 ATOL = 2e-5  # float32 noise between correct implementations is below 1e-5; the smallest structural mistake is 4.7e-5
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """For `pytest -n`: files that share a training are one group, and the long ones begin.
 
