@@ -50,6 +50,6 @@ def test_the_smoke_task_is_answered_on_the_gpu(checkpoint, tmp_path):
     assert "rank 0 of 1 on cuda:0" in log and "HEVCViTPackingVisionTower in torch.bfloat16" in log, log
     results = json.loads(next((tmp_path / "smoke").rglob("*_results.json")).read_text())
     assert results["n-samples"]["smoke"]["effective"] == 16
-    # One of sixteen words by chance.
-    assert results["results"]["smoke"]["exact_match,none"] >= 0.5, out
+    # A model that does not see the photos says the same word to all sixteen, or is right once by chance.
+    assert results["results"]["smoke"]["exact_match,none"] >= 0.25, out
     assert (tmp_path / "results.md").is_file() and (tmp_path / "results.png").is_file()
