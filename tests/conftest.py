@@ -1,10 +1,12 @@
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each of them takes all cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
+    sys.argv[0] = "pytest"  # a worker's is "-c", which is an option of lmms-eval
 
 import pytest
 import torch
