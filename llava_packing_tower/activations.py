@@ -54,42 +54,6 @@ class GeluTanh(nn.Module):
         return nn.functional.gelu(x, approximate="tanh")
 
 
-if hasattr(torch.library, "custom_op"):  # torch 2.4 and newer
-
-    @torch.library.custom_op("llava_packing::linear_gelu", mutates_args=())
-    def _linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
-            return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        product = nn.functional.linear(x.float(), weight.float(), bias.float())
-        return nn.functional.gelu(product, approximate="tanh").to(x.dtype)
-
-    @_linear_gelu.register_fake
-    def _(x, weight, bias):
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-else:
-    _linear_gelu = None
-
-
-def linear_act(linear: nn.Linear, act: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """``act(linear(x))`` for ``x`` of ``[N, in]``; one kernel where a GELU is compiled for bfloat16 inference.
-
-    That kernel (cuBLASLt's) applies the tanh form to the float32 sums. For the exact GELU too this is nearer to the
-    float32 result than rounding the sums to bfloat16 and taking the exact GELU of those: the forms differ by less than
-    5e-4, the rounding of the sums costs more (see the tests).
-    """
-    if (
-        _linear_gelu is not None
-        and torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and x.dtype == torch.bfloat16
-        and linear.bias is not None
-        and isinstance(act, (Gelu, GeluTanh))
-    ):
-        return _linear_gelu(x, linear.weight, linear.bias)
-    return act(linear(x))
-
-
 _OWN: dict[str, type[nn.Module]] = {"gelu": Gelu, "gelu_pytorch_tanh": GeluTanh}
 
 

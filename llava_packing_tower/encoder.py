@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import backend_module, resolve_backend
-from .compiling import call_compiled, compile_wanted
+from .compiling import call_compiled, compile_wanted, constant_floats
 from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
-from .module_state import state_of
+from .module_state import addresses, state_of
 from .packing import PackedSegments
 
 
@@ -65,10 +65,10 @@ class PackedEncoder(nn.Module):
             look for tensors in tuples and not in a dict by number. Blocks above the highest index are not run.
         """
         keep, device = tuple(keep), hidden_states.device
-        state = state_of(self)
-        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or state.trained())
+        weights, hooked = state_of(self).snapshot()
+        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in weights))
         # Hooks need eager: those of DeepSpeed's ZeRO-3 and FSDP gather the weights.
-        compiled = compile_wanted(self.compile_blocks, device) and not state.has_hooks()
+        compiled = compile_wanted(self.compile_blocks, device) and not hooked
         backend = resolve_backend(
             self.attention_backend,
             device.type,
@@ -78,10 +78,12 @@ class PackedEncoder(nn.Module):
             needs_grad=grad,
         )
         compiled = compiled and backend_module(backend).VARLEN
-        if compiled and graphs_wanted(device, hidden_states.shape[0], grad):
-            states = run_graphed(self, self.run, hidden_states, segments, rotary, keep, backend)
-        else:
-            states = self.run(hidden_states, segments, rotary, keep, backend, compiled)
+        graphed = compiled and graphs_wanted(device, hidden_states.shape[0], grad)
+        with constant_floats(compiled):
+            if graphed:
+                states = run_graphed(self, self.run, hidden_states, segments, rotary, keep, backend, addresses(weights))
+            else:
+                states = self.run(hidden_states, segments, rotary, keep, backend, compiled)
         return tuple(states[index] for index in keep)
 
     def run(

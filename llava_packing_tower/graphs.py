@@ -7,10 +7,11 @@ Inference only: no gradient is recorded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,6 @@ from torch import nn
 
 from .attention import backend_module
 from .layers import Rotary
-from .module_state import state_of
 from .packing import PackedSegments
 
 GRAPHS_ENV = "LLAVA_PACKING_CUDA_GRAPHS"
@@ -42,11 +42,23 @@ class _Captured:
 
 _graphs: weakref.WeakKeyDictionary[nn.Module, OrderedDict] = weakref.WeakKeyDictionary()
 _pools: dict[torch.device, tuple] = {}  # device -> pool, and the graph that keeps it alive
+_suspended = False
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """No graphs in here: a larger one is being recorded."""
+    global _suspended
+    before, _suspended = _suspended, True
+    try:
+        yield
+    finally:
+        _suspended = before
 
 
 def graphs_wanted(device: torch.device, num_tokens: int, grad: bool) -> bool:
     """Whether a batch is small enough, on CUDA, without gradients, and graphs are not switched off."""
-    if device.type != "cuda" or grad or num_tokens > MAX_TOKENS or os.environ.get(GRAPHS_ENV) == "0":
+    if device.type != "cuda" or grad or num_tokens > MAX_TOKENS or os.environ.get(GRAPHS_ENV) == "0" or _suspended:
         return False
     return not torch.cuda.is_current_stream_capturing()
 
@@ -59,8 +71,12 @@ def run_graphed(
     rotary: Rotary | None,
     keep: Sequence[int],
     backend: str,
+    weights: int,
 ) -> States:
-    """``run(hidden_states, segments, rotary, keep, backend)`` by replaying a graph, captured when first needed."""
+    """``run(hidden_states, segments, rotary, keep, backend)`` by replaying a graph, captured when first needed.
+
+    weights: a hash of where they lie: a graph must not outlive the memory that it reads.
+    """
     tokens, device = hidden_states.shape[0], hidden_states.device
     if getattr(backend_module(backend), "EQUAL_LENGTHS_ONLY", False):
         bucket, count, longest = tokens, len(segments.lengths), segments.max_seqlen
@@ -68,7 +84,6 @@ def run_graphed(
         bucket = -(-tokens // BUCKET) * BUCKET
         count = len(segments.lengths) + (bucket > tokens)
         longest = -(-max(segments.max_seqlen, bucket - tokens) // BUCKET) * BUCKET
-    weights = state_of(module).weight_addresses()  # a graph must not outlive the memory that it reads
     key = (bucket, count, longest, tuple(keep), backend, hidden_states.dtype, device, rotary is None, weights)
     cache = _graphs.setdefault(module, OrderedDict())
     if key not in cache:
@@ -90,7 +105,7 @@ def run_graphed(
     return {index: state[:tokens].clone() for index, state in captured.states.items()}
 
 
-def _pool(device: torch.device) -> tuple:
+def shared_pool(device: torch.device) -> tuple:
     """The memory that all graphs of a device share: they never run at the same time, and results are copied out."""
     if device not in _pools:
         pool, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
@@ -127,6 +142,6 @@ def _capture(
             run(tokens, static, static_rotary, keep, backend)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(device)):
+        with torch.cuda.graph(graph, pool=shared_pool(device)):
             states = run(tokens, static, static_rotary, keep, backend)
     return _Captured(graph, tokens, static_rotary, cu_seqlens, states)

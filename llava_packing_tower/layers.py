@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from .activations import activation, linear_act
+from .activations import activation
 from .attention import attend
+from .linears import add_linear, linear_act
 from .packing import PackedSegments, PatchLayout
+from .rotation import ROTATIONS, rotated
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -116,21 +118,6 @@ class FusedQKV(nn.Linear):
         return F.linear(x, self.weight, bias)
 
 
-def rotate_pairs(x: torch.Tensor) -> torch.Tensor:
-    """(x0, x1, x2, x3, ...) to (-x1, x0, -x3, x2, ...)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([-odd, even], dim=-1).flatten(-2)
-
-
-def rotate_halves(x: torch.Tensor) -> torch.Tensor:
-    """(first half, second half) to (-second half, first half)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
-
-
-ROTATIONS = {"pairs": rotate_pairs, "halves": rotate_halves}
-
-
 class PackedAttention(nn.Module):
     """Multi-head self-attention inside each segment of a packed sequence."""
 
@@ -141,14 +128,18 @@ class PackedAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
         self.rotate = ROTATIONS[config.rotary] if config.rotary else None
 
-    def forward(self, x: torch.Tensor, segments: PackedSegments, rotary: Rotary | None, backend: str) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
-        if rotary is not None:
-            cos, sin = rotary
-            q, k = ((y.float() * cos + self.rotate(y.float()) * sin).to(v.dtype) for y in (q, k))
-            if v.requires_grad:
-                v = v.contiguous()  # else the whole qkv product would be kept for the backward, beside rotated q and k
-        return self.proj(attend(q, k, v, segments, backend=backend).flatten(1))
+    def forward(
+        self,
+        x: torch.Tensor,
+        segments: PackedSegments,
+        rotary: Rotary | None,
+        backend: str,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[N, hidden]`` to ``[N, hidden]``, plus ``residual`` where one is given."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.unbind(1) if rotary is None else rotated(qkv, *rotary, self.rotate)
+        return add_linear(residual, self.proj, attend(q, k, v, segments, backend=backend).flatten(1))
 
 
 class MLP(nn.Module):
@@ -206,8 +197,11 @@ class EncoderBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if pending is not None:
             hidden_states = hidden_states + pending
-        attended = self.self_attn(self.layer_norm1(hidden_states), segments, rotary, backend)
-        hidden_states = hidden_states + self.layer_scale1(attended)
+        normed = self.layer_norm1(hidden_states)
+        if isinstance(self.layer_scale1, nn.Identity):
+            hidden_states = self.self_attn(normed, segments, rotary, backend, residual=hidden_states)
+        else:
+            hidden_states = hidden_states + self.layer_scale1(self.self_attn(normed, segments, rotary, backend))
         return hidden_states, self.layer_scale2(self.mlp(self._normed_for_mlp(hidden_states)))
 
     def _normed_for_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:

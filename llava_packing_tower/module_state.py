@@ -31,26 +31,17 @@ class ModuleState:
     def _now(self) -> list[nn.Module | None]:
         return list(chain.from_iterable(map(dict.values, self._children)))
 
-    def _refresh(self) -> None:
+    def snapshot(self) -> tuple[list[nn.Parameter], bool]:
+        """All weights, and whether any module carries hooks (DeepSpeed ZeRO-3, FSDP, a user's)."""
         if self._now() != self._known:
             self._gather()
+        weights = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
+        return weights, any(self._hooks)
 
-    def has_hooks(self) -> bool:
-        """Whether any module carries hooks (DeepSpeed ZeRO-3, FSDP, a user's)."""
-        self._refresh()
-        return any(self._hooks)
 
-    def parameters(self) -> list[nn.Parameter]:
-        self._refresh()
-        return [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
-
-    def trained(self) -> bool:
-        """Whether any weight is trained."""
-        return any(p.requires_grad for p in self.parameters())
-
-    def weight_addresses(self) -> int:
-        """A hash of where the weights lie in memory."""
-        return hash(tuple(map(torch.Tensor.data_ptr, self.parameters())))
+def addresses(parameters: list[nn.Parameter]) -> int:
+    """A hash of where these weights lie in memory."""
+    return hash(tuple(map(torch.Tensor.data_ptr, parameters)))
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, ModuleState] = weakref.WeakKeyDictionary()

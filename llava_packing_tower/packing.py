@@ -17,6 +17,8 @@ from itertools import accumulate
 import torch
 from einops import rearrange
 
+from .tape import taped
+
 Grid = tuple[int, int, int]
 
 
@@ -44,16 +46,25 @@ class PackedSegments:
 
 
 def kept(maxsize: int) -> Callable[[Callable], Callable]:
-    """``lru_cache`` for functions that make tensors: what is made during inference must serve a later training step."""
+    """``lru_cache`` for functions that make tensors: what is made during inference must serve a later training step.
+
+    ``__wrapped__`` of the result makes without keeping.
+    """
 
     def decorate(function: Callable) -> Callable:
-        @functools.lru_cache(maxsize=maxsize)
         @functools.wraps(function)
         def make(*arguments):
             with torch.inference_mode(False):
                 return function(*arguments)
 
-        return make
+        cached = functools.lru_cache(maxsize=maxsize)(make)
+
+        @functools.wraps(function)
+        def call(*arguments):
+            return taped(cached, *arguments)
+
+        call.__wrapped__, call.cache_info, call.cache_clear = make, cached.cache_info, cached.cache_clear
+        return call
 
     return decorate
 
@@ -63,6 +74,10 @@ def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     device = torch.device(device)
     if device.type != "cuda" or host.is_cuda:
         return host.to(device)
+    return taped(_copy_across, host, device)
+
+
+def _copy_across(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 

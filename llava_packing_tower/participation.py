@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .module_state import state_of
+
 
 class _ZeroGradients(torch.autograd.Function):
     """The first tensor unchanged; the others get gradients of zeros, without being read."""
@@ -37,7 +39,8 @@ def join_idle(model: nn.Module, states: Sequence[torch.Tensor], layers_run: int)
     """
     if not torch.is_grad_enabled():
         return tuple(states)
-    busy = {id(p) for layer in model.encoder.layers[:layers_run] for p in layer.parameters()}
-    idle = [p for p in model.parameters() if p.requires_grad and id(p) not in busy and _is_whole(p)]
+    busy = {id(p) for layer in model.encoder.layers[:layers_run] for p in state_of(layer).snapshot()[0]}
+    weights = state_of(model).snapshot()[0]
+    idle = [p for p in weights if id(p) not in busy and p.requires_grad and _is_whole(p)]
     first, *rest = states
     return (_ZeroGradients.apply(first, *idle) if idle else first, *rest)

@@ -19,7 +19,8 @@ from .loading import CONFIG_NAME, construction, read_json, resolve_folder, zero3
 from .native.images import NativeImageProcessor
 from .native.resolution import ResolutionRule, merge_of
 from .native.settings import NativeSettings, settings_of
-from .packing import batch_images_to_packing_input, read_grid, split_packed
+from .packing import Grid, batch_images_to_packing_input, read_grid, split_packed
+from .recording import encode_recorded
 from .strict import StrictPreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,30 @@ class HEVCViTPackingVisionTower(nn.Module):
         partitioned = self.is_loaded and hasattr(next(self.vision_tower.parameters()), "ds_id")
         return self.forward(*args, **kwargs) if partitioned else super().__call__(*args, **kwargs)
 
+    def _encode(
+        self, images: torch.Tensor | Sequence[torch.Tensor], patch_positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[Grid]]:
+        """Packed features ``[N, hidden_size]`` of all images, and the grid of each."""
+        # ============================================================================================
+        # INPUT CONVERSION: [B, C, H, W], or a ragged list of [C, H, W]
+        #                -> hidden_states [N, patch_dim] + grid_thw [B, 3]
+        # ============================================================================================
+        model = self.vision_tower
+        hidden_states, grid_thw = batch_images_to_packing_input(
+            images,
+            model.config.patch_size,
+            model.patch_layout,
+            num_channels=model.config.num_channels,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+        # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
+        given = {} if patch_positions is None else {"patch_positions": patch_positions}
+        states = model(hidden_states=hidden_states, grid_thw=grid_thw, feature_layers=self.feature_layers, **given)
+        packed = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+        return packed, read_grid(grid_thw)
+
     def forward(
         self,
         images: torch.Tensor | Sequence[torch.Tensor],
@@ -232,30 +257,16 @@ class HEVCViTPackingVisionTower(nn.Module):
         if patch_positions is not None and self.vision_tower.image_only:
             raise ValueError(f"{type(self.vision_tower).__name__} takes images only and no patch_positions")
 
-        # ============================================================================================
-        # INPUT CONVERSION: [B, C, H, W], or a ragged list of [C, H, W]
-        #                -> hidden_states [N, patch_dim] + grid_thw [B, 3]
-        # ============================================================================================
-        model = self.vision_tower
-        hidden_states, grid_thw = batch_images_to_packing_input(
-            images,
-            model.config.patch_size,
-            model.patch_layout,
-            num_channels=model.config.num_channels,
-            device=self.device,
-            dtype=self.dtype,
-        )
-
-        # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
-        given = {} if patch_positions is None else {"patch_positions": patch_positions}
-        states = model(hidden_states=hidden_states, grid_thw=grid_thw, feature_layers=self.feature_layers, **given)
-        packed = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+        # Pixels to packed features: see _encode, which is called, or replayed as a CUDA graph.
+        if patch_positions is None:
+            packed, grids = encode_recorded(self.vision_tower, images, self.feature_layers, self._encode)
+        else:
+            packed, grids = self._encode(images, patch_positions)
 
         # ============================================================================================
         # OUTPUT CONVERSION: [N, hidden_size]
         #                 -> [B, tokens, hidden_size], or a list of [tokens_i, hidden_size]
         # ============================================================================================
-        grids = read_grid(grid_thw)
         if isinstance(images, torch.Tensor):
             features = packed.unflatten(0, (len(grids), -1))
         else:

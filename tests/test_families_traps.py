@@ -7,8 +7,8 @@ from families import GOLDEN_FAMILIES
 from torch.nn import functional as F
 
 from llava_packing_tower.families import aimv2, dinov3, siglip2
-from llava_packing_tower.layers import rotate_pairs
 from llava_packing_tower.packing import PatchLayout, batch_images_to_packing_input, split_packed
+from llava_packing_tower.rotation import rotate_pairs
 
 pytestmark = pytest.mark.newest
 NAMES = list(GOLDEN_FAMILIES)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from llava_packing_tower.activations import Gelu, GeluTanh, activation, fast_gelu, linear_act, normal_cdf
+from llava_packing_tower.activations import Gelu, GeluTanh, activation, fast_gelu, normal_cdf
 from llava_packing_tower.layers import BlockConfig, EncoderBlock
+from llava_packing_tower.linears import add_linear, linear_act
 from llava_packing_tower.packing import make_segments
+from llava_packing_tower.rotation import ROTATIONS, _Rotated, rotated
 
 
 def test_normal_cdf():
@@ -98,3 +100,58 @@ def test_a_pending_sum_is_added_once():
     whole = sum(block(a + b, None, segments, None, "eager"))
     assert torch.equal(apart, whole)
     assert not torch.allclose(apart, sum(block(a, None, segments, None, "eager")))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_summed_onto_the_residual(bias):
+    """Compiled bf16 inference: as near to the exact sum as product and sum apart; inputs stay as they are."""
+    linear = torch.nn.Linear(48, 64, bias=bias).bfloat16()
+    residual, x = (torch.randn(300, n).bfloat16() * 2 for n in (64, 48))
+    before = residual.clone()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wide = [None if t is None else t.double() for t in (x, linear.weight, linear.bias)]
+        exact = residual.double() + torch.nn.functional.linear(*wide)
+        calls = []
+        compiled = torch.compile(add_linear, backend=lambda graph, _: calls.append(str(graph.graph)) or graph)
+        fused = compiled(residual, linear, x)
+    assert "add_product" in calls[0] and torch.equal(residual, before)
+    plain = add_linear(residual, linear, x)
+    assert torch.equal(plain, residual + linear(x)) and torch.equal(add_linear(None, linear, x), linear(x))
+    assert (fused - exact).square().mean() <= 1.3 * (plain - exact).square().mean()
+    compiled(residual, linear, x).sum().backward()  # training: apart
+    assert "add_product" not in calls[1] and linear.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.bfloat16, torch.bfloat16)])
+def test_other_dtypes_are_summed_apart(dtypes):
+    """float32, and a float32 residual under autocast."""
+    linear = torch.nn.Linear(8, 16).to(dtypes[2])
+    torch._dynamo.reset()
+    calls = []
+    with torch.no_grad():
+        compiled = torch.compile(add_linear, backend=lambda graph, _: calls.append(str(graph.graph)) or graph)
+        compiled(torch.randn(5, 16, dtype=dtypes[0]), linear, torch.randn(5, 8, dtype=dtypes[1]))
+    assert calls and "add_product" not in calls[0]
+
+
+@pytest.mark.parametrize("kind", list(ROTATIONS))
+def test_the_backward_of_the_rotation_in_one_kernel(kind):
+    """The compiled training form: the same rotated q, k and v, and the same gradients, as autograd's."""
+    qkv = torch.randn(7, 3, 2, 16)
+    angles = torch.randn(7, 1, 16)  # no two alike, unlike in a rotary table: a swapped partner would show
+    cos, sin = angles.cos(), 2 * angles.sin()
+    grads = [torch.randn(7, 2, 16) for _ in range(3)]
+
+    def run(form):
+        leaf = qkv.clone().requires_grad_()
+        parts = form(leaf, cos, sin, ROTATIONS[kind])
+        return [*parts, *torch.autograd.grad(parts, leaf, grads)]
+
+    torch._dynamo.reset()
+    compiled = run(torch.compile(rotated, backend="aot_eager", fullgraph=True))
+    for got, want in zip(compiled, run(rotated), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    direct = run(lambda *inputs: _Rotated.apply(*inputs[:3], kind == "pairs"))
+    for got, want in zip(direct, run(rotated), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)

@@ -31,6 +31,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return _inference(q, k, v, segments.max_seqlen, scale)
     return _attention(q, k, v, segments.max_seqlen, scale)[0]
 
 
@@ -44,6 +46,18 @@ def _packed(x: torch.Tensor) -> torch.Tensor:
 
 
 if missing_package is None:
+
+    @torch.library.custom_op("llava_packing::cudnn_inference", mutates_args=(), device_types="cuda")
+    def _inference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, scale: float) -> torch.Tensor:
+        """The output alone: what only a backward needs would cost three more kernels per layer."""
+        out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *(_batched(x, length) for x in (q, k, v)), None, False, 0.0, False, False, scale=scale
+        )[0]
+        return _packed(out).contiguous()
+
+    @_inference.register_fake
+    def _(q, k, v, length, scale):
+        return q.new_empty(q.shape)
 
     @torch.library.custom_op("llava_packing::cudnn_attention", mutates_args=(), device_types="cuda")
     def _attention(

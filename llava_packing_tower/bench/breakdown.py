@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from .measure import WARM_UPS, Clock, PeakMatmul, compiled_so_far, prepared
+from .measure import WARM_UPS, Clock, PeakMatmul, compiled_so_far, prepared, turn_of
 from .systems import Setting, System
 from .workloads import Workload, attention_flops, reordered, useful_flops
 
@@ -83,7 +83,7 @@ def measure_breakdown(setting: Setting, work: Workload, system: System, clock: C
         run = prepared(setting, work, system, system.prepare(images))
         peak, peak_ms, ms = PeakMatmul(setting.device), [], []
         for _ in range(max(rounds, 1)):
-            ms.append(clock(run))
+            ms += turn_of(clock, run)
             peak_ms.append(clock(peak.run))
         names, busy = kernels(run, setting.device)
     by_kind = {kind: 0.0 for kind, _ in KINDS}

@@ -8,6 +8,7 @@ import torch
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
 from llava_packing_tower.attention import BACKENDS, auto_order, backend_module, resolve_backend, varlen_attention
 from llava_packing_tower.packing import batch_images_to_packing_input, make_segments
+from llava_packing_tower.rotation import ROTATIONS, turned_back
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LENGTHS = (300, 17, 1, 64, 513, 128, 300)
@@ -157,10 +158,11 @@ def test_compiled_training_by_the_twice_the_error_rule(tmp_path, ragged, checkpo
         assert (got[name] - want).norm() <= 2 * (low[name] - want).norm() + 1e-6 * want.norm(), name
 
 
-def test_graphs_give_the_same_features(tmp_path):
+def test_graphs_give_the_same_features(tmp_path, monkeypatch):
     """Small batches replay CUDA graphs by token bucket: other sizes, other counts, moved weights, inference mode."""
-    from llava_packing_tower import graphs
+    from llava_packing_tower import graphs, recording
 
+    monkeypatch.setattr(recording, "RECORD_AT", -1)  # here the blocks alone
     vision = tower(tmp_path)
     encoder = vision.vision_tower.encoder
     batches = [
@@ -176,7 +178,7 @@ def test_graphs_give_the_same_features(tmp_path):
     for _ in range(2):
         for batch in batches:
             eager, replayed = features(batch, False), features(batch, True)
-            assert (eager - replayed).abs().max() <= 0.02 * eager.abs().max()
+            assert (eager - replayed).abs().max() <= 0.03 * eager.abs().max()
             assert torch.equal(replayed, features(batch, True))
     assert 4 <= len(graphs._graphs[encoder]) <= len(batches)  # two of one bucket and count share a graph
     before = features(batches[0], True)
@@ -187,11 +189,75 @@ def test_graphs_give_the_same_features(tmp_path):
     assert not torch.allclose(before, changed)
     vision.to("cpu").to("cuda")  # other memory: the graph must not be used
     torch.randn(1 << 24, device="cuda")
-    assert (features(batches[0], True) - changed).abs().max() <= 0.02 * changed.abs().max()
+    assert (features(batches[0], True) - changed).abs().max() <= 0.03 * changed.abs().max()
     vision.requires_grad_(True)
     encoder.compile_blocks = True
     torch.cat(vision(batches[3])).float().sum().backward()  # what inference kept serves training
     assert encoder.layers[0].mlp.fc1.weight.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash_attention_2", "torch_varlen"])
+@pytest.mark.parametrize("family", ["llava_vit", "siglip2", "aimv2", "dinov3"])
+def test_recordings_give_the_same_features(family, backend):
+    """From the fourth batch of the same shapes on, pixels to features are one graph: same features as without."""
+    from llava_packing_tower import recording
+    from llava_packing_tower.bench.presets import PRESETS
+    from llava_packing_tower.bench.systems import Setting, our_system, random_weights
+
+    if reason := backend != "auto" and usable(backend, torch.bfloat16, 64):
+        pytest.skip(f"{backend}: {reason}")
+    preset = PRESETS[family]
+    config = preset.config(tiny=True)
+    config.hidden_size, config.num_attention_heads = 256, 4
+    setting = Setting(family, preset, config, torch.device("cuda"), torch.bfloat16)
+    model = our_system(setting, random_weights(setting), backend, train=False).model
+    vision = model if isinstance(model, HEVCViTPackingVisionTower) else around(model)
+    patch = config.patch_size
+    equal = [torch.randn(3, 3, patch * 16, patch * 17, device="cuda").bfloat16() for _ in range(8)]
+    ragged = [
+        [torch.randn(3, h * patch, w * patch, device="cuda").bfloat16() for h, w in ((9, 21), (16, 4), (5, 5))]
+        for _ in range(8)
+    ]
+    for batches in (equal, ragged):
+        for number, images in enumerate(batches):
+            with torch.inference_mode(number % 2 == 0), torch.no_grad():
+                got = vision(images)
+                want = vision._encode(images)[0]
+            got = got.flatten(0, 1) if isinstance(got, torch.Tensor) else torch.cat(got)
+            assert (got.float() - want.float()).abs().max() <= 0.03 * want.float().abs().max(), number
+            if number == 5:  # other contents of the memory that lies free meanwhile
+                torch.randn(1 << 26, device="cuda")
+    assert len(recording._memories[vision.vision_tower].recordings) == 2
+    vision.to("cpu").to("cuda")
+    junk = torch.randn(1 << 26, device="cuda")
+    with torch.no_grad():
+        moved = torch.cat(vision(ragged[-1]))
+    assert (moved.float() - want.float()).abs().max() <= 0.03 * want.float().abs().max()
+    del junk
+
+
+@pytest.mark.parametrize("kind", list(ROTATIONS))
+@pytest.mark.parametrize("shape", [(5, 2, 16), (33, 3, 96), (1000, 16, 64)])
+def test_the_backward_of_the_rotation(kind, shape):
+    """The Triton kernel against the formula."""
+    from llava_packing_tower import rotation_kernel
+
+    grads = [torch.randn(shape, device="cuda").bfloat16() for _ in range(3)]
+    angles = torch.randn(shape[0], 1, shape[2], device="cuda")  # no two alike: a swapped partner would show
+    out = rotation_kernel.backward(*grads, angles.cos(), angles.sin(), kind == "pairs")
+    for part, grad in enumerate(grads[:2]):
+        want = turned_back(grad, angles.cos(), angles.sin(), ROTATIONS[kind]).bfloat16()
+        torch.testing.assert_close(out[:, part], want)
+    assert torch.equal(out[:, 2], grads[2])
+
+
+def around(model):
+    """A tower around a model that is there already."""
+    saved = {"weights": "checkpoint", "config": model.config.to_dict()}
+    saved["image_processor"] = model.default_image_processor(model.config).to_dict()
+    vision = HEVCViTPackingVisionTower("x", SimpleNamespace(mm_vision_select_layer=-2, mm_packing_config=saved))
+    vision.vision_tower = model
+    return vision.eval()
 
 
 def test_ragged_batches_do_not_recompile(tmp_path):
