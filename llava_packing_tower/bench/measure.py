@@ -269,7 +269,8 @@ def _turns(setting, work, running, images, clock, rounds, until, result, peak, p
         if turn >= LEAST_ROUNDS and time.monotonic() > until:
             break
         order = reordered(images, turn)
-        for system, measured in list(running):
+        first = turn % len(running) if running else 0  # so that not always the same one follows the matmul
+        for system, measured in running[first:] + running[:first]:
             try:
                 with torch.set_grad_enabled(work.train):
                     measured.ms += turn_of(clock, prepared(setting, work, system, system.prepare(order)))
