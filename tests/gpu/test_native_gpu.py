@@ -10,6 +10,8 @@ from llava_packing_tower.native.visuals import Visual
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+# GiB; docs/native_resolution.md has what was measured: 1.0, 12.4 and 2.9.
+LIMITS = {"inference": 1.2, "training": 13.5, "training with gradient checkpointing": 3.3}
 FRAMES, SIDE, TEXT = 64, 224, 3584
 DEVICE = "cuda"
 
@@ -23,7 +25,7 @@ def tower(tmp_path_factory):
     return HEVCViTPackingVisionTower(str(folder), args).to(DEVICE, torch.bfloat16)
 
 
-@pytest.mark.parametrize("mode", ["inference", "training", "training with gradient checkpointing"])
+@pytest.mark.parametrize("mode", list(LIMITS))
 def test_a_clip_of_64_frames_at_224_fits(tower, mode, record_property, capsys):
     """16,384 patches see each other; in training, gradients of tower and projector (no optimizer)."""
     training = mode != "inference"
@@ -62,4 +64,4 @@ def test_a_clip_of_64_frames_at_224_fits(tower, mode, record_property, capsys):
     record_property(mode, found)
     with capsys.disabled():
         print(f"\n64 frames at 224, {mode}: {found}")
-    assert peak < 80e9
+    assert peak < LIMITS[mode] * 2**30
