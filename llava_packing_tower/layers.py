@@ -177,6 +177,8 @@ class EncoderBlock(nn.Module):
     sum is the state, so that a compiler can fuse the addition with the norm that follows.
     """
 
+    _z3_leaf = True  # read by DeepSpeed: ZeRO-3 gathers a block's weights at once, for half the host's time per step
+
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.layer_norm1 = make_norm(config.norm, config.hidden_size, config.norm_eps)

@@ -182,6 +182,10 @@ def train(name: str, checkpoint: str) -> dict:
         engine = Plain(model, fsdp if name == "fsdp" else ddp)
     else:
         engine = Deep(model, stage, config)
+    if stage == 3:  # a block is one gather: hooks on it, none inside
+        for block in model.get_vision_tower().vision_tower.encoder.layers:
+            assert block._forward_pre_hooks
+            assert not any(inner._forward_pre_hooks for inner in block.modules() if inner is not block)
     rank, losses, missing = dist.get_rank(), [], []
     for number in range(STEPS * ACCUMULATION):
         loss = engine(**batch(rank, number)).loss
