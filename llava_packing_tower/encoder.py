@@ -65,7 +65,7 @@ class PackedEncoder(nn.Module):
             look for tensors in tuples and not in a dict by number. Blocks above the highest index are not run.
         """
         keep, device = tuple(keep), hidden_states.device
-        weights, hooked = state_of(self).snapshot()
+        weights, hooked, adapted = state_of(self).snapshot()
         grad = torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in weights))
         # Hooks need eager: those of DeepSpeed's ZeRO-3 and FSDP gather the weights.
         compiled = compile_wanted(self.compile_blocks, device) and not hooked
@@ -78,7 +78,7 @@ class PackedEncoder(nn.Module):
             needs_grad=grad,
         )
         compiled = compiled and backend_module(backend).VARLEN
-        graphed = compiled and graphs_wanted(device, hidden_states.shape[0], grad)
+        graphed = compiled and not adapted and graphs_wanted(device, hidden_states.shape[0], grad)
         with constant_floats(compiled):
             if graphed:
                 states = run_graphed(self, self.run, hidden_states, segments, rotary, keep, backend, addresses(weights))

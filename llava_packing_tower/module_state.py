@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import weakref
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ADAPTERS = ("peft",)
+
+
+class Snapshot(NamedTuple):
+    """weights: all of them; hooked: whether any module carries hooks (DeepSpeed ZeRO-3, FSDP, a user's); adapted:
+    whether there are adapters, which are switched on and off without any other trace."""
+
+    weights: list[nn.Parameter]
+    hooked: bool
+    adapted: bool
 
 
 class ModuleState:
@@ -27,16 +38,16 @@ class ModuleState:
         self._known = self._now()
         self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
         self._parameters = [m._parameters for m in modules if m._parameters]
+        self._adapted = any(type(m).__module__.split(".")[0] in ADAPTERS for m in modules)
 
     def _now(self) -> list[nn.Module | None]:
         return list(chain.from_iterable(map(dict.values, self._children)))
 
-    def snapshot(self) -> tuple[list[nn.Parameter], bool]:
-        """All weights, and whether any module carries hooks (DeepSpeed ZeRO-3, FSDP, a user's)."""
+    def snapshot(self) -> Snapshot:
         if self._now() != self._known:
             self._gather()
         weights = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
-        return weights, any(self._hooks)
+        return Snapshot(weights, any(self._hooks), self._adapted)
 
 
 def addresses(parameters: list[nn.Parameter]) -> int:

@@ -39,8 +39,8 @@ def join_idle(model: nn.Module, states: Sequence[torch.Tensor], layers_run: int)
     """
     if not torch.is_grad_enabled():
         return tuple(states)
-    busy = {id(p) for layer in model.encoder.layers[:layers_run] for p in state_of(layer).snapshot()[0]}
-    weights = state_of(model).snapshot()[0]
+    busy = {id(p) for layer in model.encoder.layers[:layers_run] for p in state_of(layer).snapshot().weights}
+    weights = state_of(model).snapshot().weights
     idle = [p for p in weights if id(p) not in busy and p.requires_grad and _is_whole(p)]
     first, *rest = states
     return (_ZeroGradients.apply(first, *idle) if idle else first, *rest)

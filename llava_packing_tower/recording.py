@@ -102,13 +102,13 @@ def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | N
     batch = [images] if isinstance(images, torch.Tensor) else images
     if model.training or not batch or not all(isinstance(x, torch.Tensor) for x in batch):
         return None
-    parameters, hooked = state_of(model).snapshot()
+    parameters, hooked, adapted = state_of(model).snapshot()
     device, dtype = parameters[0].device, parameters[0].dtype
     if device.type != DEVICE_TYPE or any(x.device != device for x in batch) or os.environ.get(GRAPHS_ENV) == "0":
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*batch, *parameters)):
         return None
-    if hooked or not compile_wanted(model.encoder.compile_blocks, device):
+    if hooked or adapted or not compile_wanted(model.encoder.compile_blocks, device):
         return None
     if compute_dtype(parameters[0]) != dtype or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None

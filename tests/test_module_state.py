@@ -15,11 +15,11 @@ def module():
 
 
 def weights(module):
-    return state_of(module).snapshot()[0]
+    return state_of(module).snapshot().weights
 
 
 def hooked(module):
-    return state_of(module).snapshot()[1]
+    return state_of(module).snapshot().hooked
 
 
 def test_nothing_at_first(module):
@@ -57,3 +57,11 @@ def test_a_moved_weight_and_a_new_parameter_are_seen(module):
     assert moved != before
     module[0].bias = nn.Parameter(torch.zeros(3))
     assert addresses(weights(module)) != moved
+
+
+def test_adapters_are_seen(module):
+    """They are switched on and off without a weight or a hook changing: nothing recorded may be replayed."""
+    adapter = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    assert not state_of(module).snapshot().adapted
+    module[0] = adapter(2, 3)
+    assert state_of(module).snapshot().adapted

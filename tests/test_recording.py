@@ -10,6 +10,8 @@ from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig
 from llava_packing_tower.packing import kept
 from llava_packing_tower.tape import Tape, taped
 
+ADAPTER = type("Adapter", (torch.nn.GELU,), {"__module__": "peft.tuners.lora.layer"})
+
 
 @pytest.fixture
 def tower(tmp_path, monkeypatch):
@@ -76,6 +78,7 @@ def test_lists_and_tensors_shapes_and_selections_are_kept_apart(tower):
         lambda tower: setattr(tower.vision_tower.encoder.layers[1].mlp.fc1.weight, "data", torch.randn(96, 64)),
         lambda tower: tower.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: None),
         lambda tower: tower.train(),
+        lambda tower: setattr(tower.vision_tower.encoder.layers[1].mlp, "act", ADAPTER()),
         lambda tower: tower.vision_tower.set_compile(False),
         lambda tower: tower.vision_tower.set_attention_backend("eager"),
     ],

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..packing import PatchLayout, patchify
 from .availability import Unavailable
@@ -66,14 +67,16 @@ def _unpad(output: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]:
     return [row[:length] for row, length in zip(output, grids.prod(1).tolist())]
 
 
+def _sizes(config: PretrainedConfig) -> dict[str, int]:
+    """The fields that our configs share with transformers'."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+    return {name: getattr(config, name) for name in names}
+
+
 def _siglip2(setting: Setting, train: bool) -> Peer:
     c = setting.config
     config = _transformers_class("Siglip2VisionConfig")(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        patch_size=c.patch_size,
+        **_sizes(c),
         num_patches=c.num_patches,
         vision_use_head=False,
     )
@@ -101,11 +104,7 @@ def _siglip2(setting: Setting, train: bool) -> Peer:
 def _aimv2(setting: Setting, train: bool) -> Peer:
     c = setting.config
     config = _transformers_class("Aimv2VisionConfig")(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        patch_size=c.patch_size,
+        **_sizes(c),
         image_size=c.image_size,
         is_native=True,
         use_head=False,
@@ -116,11 +115,7 @@ def _aimv2(setting: Setting, train: bool) -> Peer:
 def _dinov3(setting: Setting, train: bool) -> Peer:
     c = setting.config
     config = _transformers_class("DINOv3ViTConfig")(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        patch_size=c.patch_size,
+        **_sizes(c),
         image_size=c.image_size,
         num_register_tokens=c.num_register_tokens,
         pos_embed_rescale=None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import ERROR, Finding
 
 OLDEST_TRANSFORMERS = "4.40"
-NEWEST_RUN = "5.17"
+NEWEST_RUN = "5.23"
 """The newest transformers with which the host matrix (docs/hosts.md) was run."""
 
 

@@ -78,7 +78,7 @@ class LlavaPacking(lmms):
         )
 
     def _check_weights(self, pretrained: str, model_base: str | None, weights: str | None) -> None:
-        caching = any(word.split("=")[0] in ("--use_cache", "-c") for word in sys.argv)
+        caching = any(word.split("=")[0] in ("--use_cache", "-c") for word in sys.argv[1:])
         if weights is None and not caching:
             return
         here = identity(pretrained, model_base) if self.accelerator.is_local_main_process else weights
