@@ -69,6 +69,31 @@ def test_transformers_too_old_or_missing(pretend):
     assert "transformers is not installed" in texts()
 
 
+def test_a_transformers_that_nobody_tried_is_warned_of(pretend):
+    def warned() -> list[str]:
+        return [finding.text for finding in examination._packages() if finding.topic == "versions"]
+
+    pretend(transformers=f"{versions.NEWEST_RUN}.7")
+    assert warned() == []
+    major, minor = versions.NEWEST_RUN.split(".")
+    pretend(transformers=f"{major}.{int(minor) + 1}.0")
+    assert warned() == [
+        f"transformers {major}.{int(minor) + 1}.0 is newer than {versions.NEWEST_RUN}, the newest that was tried"
+    ]
+
+
+def test_the_newest_that_was_tried_is_what_the_matrix_and_the_second_environment_have():
+    results = sorted((REPOSITORY / "benchmarks" / "results").glob("host_matrix_*.json"))
+    stages: dict[str, set[tuple[str, str]]] = {}
+    for cell in json.loads(results[-1].read_text()).values():
+        if cell["result"] == "pass":
+            stages.setdefault(cell["versions"]["transformers"], set()).add((cell["host"], cell["stage"]))
+    newest = max(stages, key=lambda version: [int(part) for part in version.split(".")])
+    assert newest.rpartition(".")[0] == versions.NEWEST_RUN and len(stages[newest]) == 6
+    pinned = (REPOSITORY / "requirements" / "newest.txt").read_text().splitlines()
+    assert f"transformers=={newest}" in pinned
+
+
 def test_accelerate_on_cpu(pretend, monkeypatch):
     monkeypatch.setattr(versions, "requires", lambda distribution: [])
     pretend(accelerate="1.13.0")
