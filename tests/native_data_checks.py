@@ -34,7 +34,7 @@ def turns(text):
     return [{"from": "human", "value": text}, {"from": "gpt", "value": "cat"}]
 
 
-def module(samples, folder: Path, limit: int = 512, ratio: str = "native"):
+def module(samples, folder: Path, limit: int = 512, ratio: str = "native", together: int | None = None):
     """The host's own dataset and collator for these samples, as its train() makes them."""
     import llava.train.train as train
     from llava import conversation
@@ -58,7 +58,8 @@ def module(samples, folder: Path, limit: int = 512, ratio: str = "native"):
     (folder / "data.json").write_text(json.dumps(samples))
     processor = PackingImageProcessor(size=56)
     if ratio == "native":
-        processor = NativeImageProcessor(processor, ResolutionRule(14, (1, 1), 1, 40), NativeSettings(1, 40, "clip"))
+        settings = NativeSettings(1, 40, "clip", together)
+        processor = NativeImageProcessor(processor, ResolutionRule(14, (1, 1), 1, 40), settings)
     arguments = SimpleNamespace(
         data_path=str(folder / "data.json"),
         image_folder=str(folder),
@@ -129,6 +130,24 @@ def several_images_of_a_sample_keep_their_shapes(host: Host):
         assert shapes(short([dataset[0], dataset[1]])) == [(3, 28, 196)] * 2
         wrong = {**dataset[0], "image": dataset[0]["image"][:1]}
     refused(lambda: collate([wrong]), "1 images, but 2 <image>")
+
+
+def a_folder_of_frames_is_one_video(host: Host):
+    """LLaVA-NeXT takes ten frames of a folder with shareVideoGPTV in its path, as a list of images."""
+    if not host.is_next:
+        return
+    video = {"id": "v", "video": "shareVideoGPTV/clip", "conversations": turns("<image>\nWhat?")}
+    photo = {"id": "p", "image": "grey.png", "conversations": turns("<image>\nWhat?")}
+    with tempfile.TemporaryDirectory() as folder:
+        frames = Path(folder) / "shareVideoGPTV" / "clip"
+        frames.mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (70, 42), (20 * number, 0, 0)).save(frames / f"{number:02}.png")
+        dataset, collate = module([video, photo], Path(folder))
+        assert shapes(collate([dataset[0]])) == [(10, 3, 42, 70)]
+        bounded, collate = module([video, photo], Path(folder), together=60)
+        batch = collate([bounded[0], bounded[1]])
+        assert shapes(batch) == [(10, 3, 14, 42), (3, 56, 56)], shapes(batch)  # at most 6 patches a frame
 
 
 def positions_of_a_sample_reach_the_model(host: Host):

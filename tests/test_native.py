@@ -179,6 +179,10 @@ def test_frames_of_a_video_share_one_size_and_the_bound_of_the_video():
     one = processor.preprocess(clip[:1], return_tensors="pt")["pixel_values"]
     assert one.shape == (1, 3, 56, 98)  # a video of one frame
     assert native().preprocess(clip, return_tensors="pt")["pixel_values"].shape == (6, 3, 56, 98)
+    listed = [photo(60, 100)] * 6  # a folder of frames, where a sample with a video is read; else photos
+    with processor.reading(video=True):
+        assert processor.preprocess(listed, return_tensors="pt")["pixel_values"].shape == (6, 3, 28, 56)
+    assert processor.preprocess(listed, return_tensors="pt")["pixel_values"].shape == (6, 3, 56, 98)
 
 
 def test_a_blank_image_is_one_token_and_the_saved_processor_is_the_base():

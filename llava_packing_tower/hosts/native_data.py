@@ -98,7 +98,9 @@ def _add_details(dataset: type, name: str, reader: ClipReader | None, patches: P
         i = i % len(self.list_data_dict) if isinstance(i, int) else i
         if reader is not None:
             reader.last = None
-        sample = get(self, i)
+        video = isinstance(i, int) and "video" in self.list_data_dict[i]
+        with self.data_args.image_processor.reading(video):
+            sample = get(self, i)
         if DETAILS not in sample and "image" in sample:  # else it is another one, which has been here
             sample[DETAILS] = make_details(sample["image"], self.list_data_dict[i], i, self.data_args, reader)
         return sample

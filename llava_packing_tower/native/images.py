@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from PIL import Image
@@ -24,6 +27,16 @@ class NativeImageProcessor(PackingImageProcessor):
         self.do_center_crop = False
         self.crop_size = {"height": rule.unit[0], "width": rule.unit[1]}
         self._limit: int | None = None
+        self._lists_are_videos = False
+
+    @contextlib.contextmanager
+    def reading(self, video: bool) -> Iterator[None]:
+        """In here a list of images is one video (a folder of frames), if ``video``."""
+        before, self._lists_are_videos = self._lists_are_videos, video
+        try:
+            yield
+        finally:
+            self._lists_are_videos = before
 
     def to_dict(self) -> dict:
         """That of ``base``: the rule belongs to the model's config, where the settings are."""
@@ -36,12 +49,14 @@ class NativeImageProcessor(PackingImageProcessor):
     def preprocess(self, images, return_tensors: str | None = None, **overrides) -> BatchFeature:
         """As :meth:`PackingImageProcessor.preprocess`, at native resolution.
 
-        An array ``[T, H, W, C]`` is a video: all its frames get one size, within the bound for the whole video.
+        An array ``[T, H, W, C]`` is a video, and a list inside :meth:`reading`: all its frames get one size, within the
+        bound for the whole video.
         """
         if overrides:
             base = PackingImageProcessor.from_dict({**self.base.to_dict(), **overrides})
             return NativeImageProcessor(base, self.rule, self.settings).preprocess(images, return_tensors)
         video = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+        video = video or (self._lists_are_videos and isinstance(images, list) and len(images) > 0)
         self._limit = self.settings.frame_patches(len(images)) if video else None
         try:
             return super().preprocess(images, return_tensors)
