@@ -105,11 +105,16 @@ def run_graphed(
     return {index: state[:tokens].clone() for index, state in captured.states.items()}
 
 
+def capturing(graph: torch.cuda.CUDAGraph, pool: tuple) -> contextlib.AbstractContextManager:
+    """In here kernels are recorded; what other threads do meanwhile (a loader that pins memory) is no error."""
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+
+
 def shared_pool(device: torch.device) -> tuple:
     """The memory that all graphs of a device share: they never run at the same time, and results are copied out."""
     if device not in _pools:
         pool, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(keeper, pool=pool):
+        with capturing(keeper, pool):
             torch.zeros(1, device=device)
         _pools[device] = (pool, keeper)
     return _pools[device][0]
@@ -142,6 +147,6 @@ def _capture(
             run(tokens, static, static_rotary, keep, backend)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=shared_pool(device)):
+        with capturing(graph, shared_pool(device)):
             states = run(tokens, static, static_rotary, keep, backend)
     return _Captured(graph, tokens, static_rotary, cu_seqlens, states)

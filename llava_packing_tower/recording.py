@@ -18,7 +18,7 @@ from torch import nn
 
 from .compiling import compile_wanted
 from .encoder import compute_dtype
-from .graphs import GRAPHS_ENV, MAX_TOKENS, shared_pool, suspended
+from .graphs import GRAPHS_ENV, MAX_TOKENS, capturing, shared_pool, suspended
 from .module_state import addresses, state_of
 from .packing import Grid
 from .tape import Tape
@@ -130,6 +130,6 @@ def record(images: Images, encode: Callable[[Images], Encoded], like: torch.Tens
             encode(pixels)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=shared_pool(device)), tape.playing():
+        with capturing(graph, shared_pool(device)), tape.playing():
             packed, grids = encode(pixels)
     return Recording(graph.replay, pixels, packed, grids, tape)
