@@ -214,6 +214,7 @@ def test_names_that_transformers_changed(files):
 def test_configurations_of_the_repository(name, next_dir, monkeypatch):
     monkeypatch.setenv("LLAVA_NEXT_DIR", next_dir)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not NEXT or Path(p) != Path(NEXT)])
+    monkeypatch.delitem(sys.modules, "llava", raising=False)  # another test may have imported the other one
     found = find_host()
     assert found.host == (NEXT_HOST if next_dir else V1_HOST)
     file = REPOSITORY / "configs" / f"{name}.yaml"

@@ -58,7 +58,8 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
     else:
         options["device_map"] = {"": device}  # its default spreads one model over all GPUs
     if "torch_dtype" in accepted:
-        options["torch_dtype"] = dtype
+        # LLaVA-NeXT stops in a debugger at any other; what is loaded is decided below.
+        options["torch_dtype"] = dtype if dtype in ("float16", "bfloat16") else "bfloat16"
     if "attn_implementation" in accepted:
         options["attn_implementation"] = "sdpa"
     name = model_name(folder, content)
