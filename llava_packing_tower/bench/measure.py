@@ -7,11 +7,12 @@ counted: the matmul before it leaves the GPU at the clock of its power limit, wh
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +78,17 @@ def turn_of(clock: Clock, run: Callable[[], object]) -> list[float]:
     while clock.cuda and sum(times) < TURN_MS and len(times) < MOST_CALLS:
         times.append(clock(run))
     return times[1:] or times
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage collection in here, as timeit does: one takes as long as a training step."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class PeakMatmul:
@@ -255,30 +267,22 @@ def _rounds(setting, work, running, images, clock: Clock, rounds: int, until: fl
     peak, peak_ms = PeakMatmul(setting.device), []
     for _ in range(LEAST_ROUNDS):
         clock(peak.run)
-    gc.collect()
-    gc.disable()  # as timeit does: a collection takes as long as a step
-    try:
-        _turns(setting, work, running, images, clock, rounds, until, result, peak, peak_ms)
-    finally:
-        gc.enable()
+    with without_collections():
+        for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and time.monotonic() > until:
+                break
+            order = reordered(images, turn)
+            first = turn % len(running) if running else 0  # so that not always the same one follows the matmul
+            for system, measured in running[first:] + running[:first]:
+                try:
+                    with torch.set_grad_enabled(work.train):
+                        measured.ms += turn_of(clock, prepared(setting, work, system, system.prepare(order)))
+                except torch.cuda.OutOfMemoryError:
+                    if system.ours:
+                        raise
+                    measured.ms, measured.note = [], "out of memory"
+                    running.remove((system, measured))
+                system.model.zero_grad(set_to_none=True)
+            peak_ms.append(clock(peak.run))
+            result.rounds = turn + 1
     result.peak = peak.flops_per_second(statistics.median(peak_ms))
-
-
-def _turns(setting, work, running, images, clock, rounds, until, result, peak, peak_ms) -> None:
-    for turn in range(rounds):
-        if turn >= LEAST_ROUNDS and time.monotonic() > until:
-            break
-        order = reordered(images, turn)
-        first = turn % len(running) if running else 0  # so that not always the same one follows the matmul
-        for system, measured in running[first:] + running[:first]:
-            try:
-                with torch.set_grad_enabled(work.train):
-                    measured.ms += turn_of(clock, prepared(setting, work, system, system.prepare(order)))
-            except torch.cuda.OutOfMemoryError:
-                if system.ours:
-                    raise
-                measured.ms, measured.note = [], "out of memory"
-                running.remove((system, measured))
-            system.model.zero_grad(set_to_none=True)
-        peak_ms.append(clock(peak.run))
-        result.rounds = turn + 1
