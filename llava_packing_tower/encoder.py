@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import backend_module, resolve_backend
 from .compiling import call_compiled, compile_wanted, constant_floats
+from .fused import FUSED_KINDS, fused_block, fused_wanted
 from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
-from .module_state import addresses, state_of
+from .module_state import Snapshot, addresses, state_of
 from .packing import PackedSegments
 
 
@@ -30,8 +31,9 @@ def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
 class PackedEncoder(nn.Module):
     """``num_layers`` blocks.
 
-    ``attention_backend`` is a backend's name or ``auto``; ``compile_blocks`` is True, False, or None for the default
-    (compiled on CUDA; see :mod:`compiling`).
+    ``attention_backend`` is a backend's name or ``auto``; ``compile_blocks`` is True (torch.compile), False (eager), or
+    None for the default: on CUDA fused where that can be (see :mod:`fused`), else compiled. ``fused_blocks`` True or
+    False overrides it.
     """
 
     def __init__(self, config: BlockConfig, num_layers: int) -> None:
@@ -39,6 +41,7 @@ class PackedEncoder(nn.Module):
         self.head_dim = config.head_dim
         self.attention_backend = "auto"
         self.compile_blocks: bool | None = None
+        self.fused_blocks: bool | None = None
         self.config = config
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(num_layers))
         # The two names that transformers' gradient_checkpointing_enable() looks for and sets.
@@ -65,26 +68,38 @@ class PackedEncoder(nn.Module):
             look for tensors in tuples and not in a dict by number. Blocks above the highest index are not run.
         """
         keep, device = tuple(keep), hidden_states.device
-        weights, hooked, adapted = state_of(self).snapshot()
-        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in weights))
-        # Hooks need eager: those of DeepSpeed's ZeRO-3 and FSDP gather the weights.
-        compiled = compile_wanted(self.compile_blocks, device) and not hooked
+        state, dtype = state_of(self).snapshot(), compute_dtype(hidden_states)
+        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in state.weights))
         backend = resolve_backend(
-            self.attention_backend,
-            device.type,
-            compute_dtype(hidden_states),
-            self.head_dim,
-            lengths=segments.lengths,
-            needs_grad=grad,
+            self.attention_backend, device.type, dtype, self.head_dim, lengths=segments.lengths, needs_grad=grad
         )
-        compiled = compiled and backend_module(backend).VARLEN
-        graphed = compiled and not adapted and graphs_wanted(device, hidden_states.shape[0], grad)
-        with constant_floats(compiled):
-            if graphed:
-                states = run_graphed(self, self.run, hidden_states, segments, rotary, keep, backend, addresses(weights))
+        how = self.how(hidden_states, dtype, backend, state)
+        run = functools.partial(self.run, how=how)
+        still = how != "eager" and not state.hooked and not state.adapted
+        with torch.set_grad_enabled(grad), constant_floats(how == "compiled"):
+            if still and graphs_wanted(device, hidden_states.shape[0], grad):
+                states = run_graphed(
+                    self, run, hidden_states, segments, rotary, keep, backend, addresses(state.weights)
+                )
             else:
-                states = self.run(hidden_states, segments, rotary, keep, backend, compiled)
+                states = run(hidden_states, segments, rotary, keep, backend)
         return tuple(states[index] for index in keep)
+
+    def how(self, hidden_states: torch.Tensor, dtype: torch.dtype, backend: str, state: Snapshot) -> str:
+        """How the blocks are run: ``fused``, ``compiled`` or ``eager``.
+
+        The hooks of DeepSpeed's ZeRO-3 and FSDP gather the weights of a block when it is called, which compiled code
+        would not see; hooks inside of a block, and other layers than ours, need eager.
+        """
+        if not backend_module(backend).VARLEN:
+            return "eager"
+        choice = self.fused_blocks
+        if choice is None and (self.compile_blocks is not None or not compile_wanted(None, hidden_states.device)):
+            choice = False
+        ours = not state.hooked_inside and state.kinds <= FUSED_KINDS | {type(self)}
+        if ours and fused_wanted(choice, self.config, hidden_states, state.weights[0], dtype):
+            return "fused"
+        return "compiled" if compile_wanted(self.compile_blocks, hidden_states.device) and not state.hooked else "eager"
 
     def run(
         self,
@@ -93,16 +108,20 @@ class PackedEncoder(nn.Module):
         rotary: Rotary | None,
         keep: Sequence[int],
         backend: str,
-        compiled: bool = True,
+        how: str,
     ) -> dict[int, torch.Tensor]:
-        """The blocks, one after the other; see :meth:`forward`. The states are returned by index."""
+        """The blocks, one after the other; see :meth:`forward` and :meth:`how`. The states are returned by index."""
         states = {0: hidden_states} if 0 in keep else {}
         pending = None
-        if compiled:
+        body = functools.partial(fused_block, self.config) if how == "fused" else None
+        if how == "compiled":
             # The first block gets the same kind of arguments as the others: else it would be compiled on its own.
             pending = torch.zeros_like(hidden_states, requires_grad=hidden_states.requires_grad)
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
-            run = functools.partial(call_compiled, self.config, layer) if compiled else layer.__call__
+            if how == "compiled":
+                run = functools.partial(call_compiled, self.config, layer)
+            else:
+                run = layer if body is None else functools.partial(layer, body=body)
             if self.gradient_checkpointing and self.training:
                 run = functools.partial(self._gradient_checkpointing_func, run)
             hidden_states, pending = run(hidden_states, pending, segments, rotary, backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -110,12 +111,15 @@ class FusedQKV(nn.Linear):
                 parameter = nn.Parameter(torch.zeros(hidden_size)) if present else None
                 self.register_parameter(f"{name}_bias", parameter)
 
+    def whole_bias(self) -> torch.Tensor | None:
+        """One bias for all three, ``[3 * hidden]``, or None."""
+        if not self.partial_biases:
+            return self.bias
+        zeros = self.weight.new_zeros(self.in_features)
+        return torch.cat([zeros if b is None else b for b in (self.q_bias, self.k_bias, self.v_bias)])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
-        if self.partial_biases:
-            zeros = x.new_zeros(self.in_features)
-            bias = torch.cat([zeros if b is None else b for b in (self.q_bias, self.k_bias, self.v_bias)])
-        return F.linear(x, self.weight, bias)
+        return F.linear(x, self.weight, self.whole_bias())
 
 
 class PackedAttention(nn.Module):
@@ -196,7 +200,11 @@ class EncoderBlock(nn.Module):
         segments: PackedSegments,
         rotary: Rotary | None,
         backend: str,
+        body: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``body(self, ...)`` with the same arguments is run in place of what follows: see :mod:`fused`."""
+        if body is not None:
+            return body(self, hidden_states, pending, segments, rotary, backend)
         if pending is not None:
             hidden_states = hidden_states + pending
         normed = self.layer_norm1(hidden_states)

@@ -17,12 +17,15 @@ ADAPTERS = ("peft",)
 
 
 class Snapshot(NamedTuple):
-    """weights: all of them; hooked: whether any module carries hooks (DeepSpeed ZeRO-3, FSDP, a user's); adapted:
-    whether there are adapters, which are switched on and off without any other trace."""
+    """weights: all of them; hooked: whether any module carries hooks (DeepSpeed ZeRO-3, FSDP, a user's);
+    hooked_inside: whether one does that lies inside of a block; adapted: whether there are adapters, which are switched
+    on and off without any other trace; kinds: the classes of all modules."""
 
     weights: list[nn.Parameter]
     hooked: bool
+    hooked_inside: bool
     adapted: bool
+    kinds: frozenset[type]
 
 
 class ModuleState:
@@ -36,7 +39,11 @@ class ModuleState:
         modules = list(self._root().modules())
         self._children = [m._modules for m in modules]
         self._known = self._now()
-        self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
+        # A block is what DeepSpeed takes for a leaf (see layers.EncoderBlock).
+        inside = {below for m in modules if hasattr(m, "_z3_leaf") for below in m.modules() if below is not m}
+        self._hooks = [getattr(m, name) for m in modules if m not in inside for name in HOOKS]
+        self._inner_hooks = [getattr(m, name) for m in inside for name in HOOKS]
+        self._kinds = frozenset(map(type, modules))
         self._parameters = [m._parameters for m in modules if m._parameters]
         self._adapted = any(type(m).__module__.split(".")[0] in ADAPTERS for m in modules)
 
@@ -47,7 +54,8 @@ class ModuleState:
         if self._now() != self._known:
             self._gather()
         weights = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
-        return Snapshot(weights, any(self._hooks), self._adapted)
+        inside = any(self._inner_hooks)
+        return Snapshot(weights, inside or any(self._hooks), inside, self._adapted, self._kinds)
 
 
 def addresses(parameters: list[nn.Parameter]) -> int:

@@ -102,7 +102,7 @@ def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | N
     batch = [images] if isinstance(images, torch.Tensor) else images
     if model.training or not batch or not all(isinstance(x, torch.Tensor) for x in batch):
         return None
-    parameters, hooked, adapted = state_of(model).snapshot()
+    parameters, hooked, _, adapted, _ = state_of(model).snapshot()
     device, dtype = parameters[0].device, parameters[0].dtype
     if device.type != DEVICE_TYPE or any(x.device != device for x in batch) or os.environ.get(GRAPHS_ENV) == "0":
         return None

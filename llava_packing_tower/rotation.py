@@ -15,6 +15,12 @@ try:
 except ImportError:  # no Triton: torch's CPU builds, macOS
     rotation_kernel = None
 
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """float32 of what is less precise than that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 Rotate = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -55,7 +61,7 @@ def rotated(
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate: Rotate) -> torch.Tensor:
-    return (x.float() * cos + rotate(x.float()) * sin).to(x.dtype)
+    return (wide(x) * cos + rotate(wide(x)) * sin).to(x.dtype)
 
 
 class _Rotated(torch.autograd.Function):
@@ -77,7 +83,7 @@ class _Rotated(torch.autograd.Function):
 
 def turned_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate: Rotate) -> torch.Tensor:
     """Gradient of ``x * cos + rotate(x) * sin``: a rotation by right angles has minus itself as its transpose."""
-    grad = grad.float()
+    grad = wide(grad)
     return grad * cos - rotate(grad * sin)
 
 

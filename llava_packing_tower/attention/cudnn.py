@@ -1,7 +1,7 @@
 """cuDNN's fused attention, for batches whose segments all have one length.
 
-It goes in as an operator of its own: traced through, the reshape to ``[segments, length]`` with symbolic sizes takes
-the compiler about a minute.
+Compiled, it goes in as an operator of its own: traced through, the reshape to ``[segments, length]`` with symbolic
+sizes takes the compiler about a minute.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return _inference(q, k, v, segments.max_seqlen, scale)
-    return _attention(q, k, v, segments.max_seqlen, scale)[0]
+    length = segments.max_seqlen
+    if torch.compiler.is_compiling():
+        return _attention(q, k, v, length, scale)[0] if torch.is_grad_enabled() else _inference(q, k, v, length, scale)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *(_batched(x, length) for x in (q, k, v)), None, grad, 0.0, False, False, scale=scale
+    )
+    return _packed(out[0])
 
 
 def _batched(x: torch.Tensor, length: int) -> torch.Tensor:

@@ -1,0 +1,137 @@
+"""Encoder blocks in a dozen kernels, forward and backward written out: the fast path of half precision on a GPU.
+
+``reference`` says what each operation computes, in plain torch; ``kernels`` are the same operations in Triton;
+``functions`` are the two halves of a block around its attention; here they are put together.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..activations import HALF, activation
+from ..attention import attend
+from ..layers import MLP, NORMS, BlockConfig, EncoderBlock, FusedQKV, LayerScale, PackedAttention, Rotary
+from ..packing import PackedSegments
+from .functions import AfterAttention, BeforeAttention, Kind, kernels, operations
+from .reference import ACTIVATIONS
+
+logger = logging.getLogger(__name__)
+
+FUSED_ENV = "LLAVA_PACKING_FUSED"
+# A block of other classes (adapters, quantised layers) is not ours to take apart.
+FUSED_KINDS = frozenset(
+    (
+        *(EncoderBlock, PackedAttention, FusedQKV, MLP, LayerScale, nn.Linear, nn.Identity, nn.ModuleList),
+        *NORMS.values(),
+        *(type(activation(name)) for name in ACTIVATIONS),
+    )
+)
+
+
+@functools.cache
+def kind_of(config: BlockConfig) -> Kind:
+    """The constants of such blocks."""
+    return Kind(
+        config.num_attention_heads, config.norm_eps, config.norm == "rms_norm", config.rotary, config.hidden_act
+    )
+
+
+@functools.cache
+def kernels_work(device: torch.device) -> bool:
+    """Whether Triton is there and can build and run a kernel (it needs a C compiler); logs why not, once."""
+    if kernels is None:
+        logger.warning("blocks are not fused: Triton cannot be imported")
+        return False
+    try:
+        x = torch.ones(2, 16, device=device, dtype=torch.bfloat16)
+        kernels.add_norm(x, None, x[0], None, 1e-6, True)
+    except (RuntimeError, OSError, ValueError, AttributeError, TypeError) as error:  # Triton's versions differ
+        logger.warning("blocks are not fused: a Triton kernel failed: %s: %s", type(error).__name__, error)
+        return False
+    return True
+
+
+def fused_wanted(
+    choice: bool | None, config: BlockConfig, hidden_states: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> bool:
+    """Whether blocks of such weights run fused for such an input.
+
+    choice: True takes them anywhere (plain torch without a GPU), False nowhere, None on a GPU in half precision unless
+    ``LLAVA_PACKING_FUSED=0``. dtype: what the linears put out: autocast is left to the other paths.
+
+    Raises ``ValueError`` for another value of the variable.
+    """
+    if choice is False or torch.compiler.is_compiling() or config.hidden_act not in ACTIVATIONS:
+        return False
+    if not hidden_states.dtype == weight.dtype == dtype:
+        return False
+    if choice is True:
+        return True
+    if (text := os.environ.get(FUSED_ENV, "1")) not in ("0", "1"):
+        raise ValueError(f"{FUSED_ENV} must be 0 or 1, got {text!r}")
+    return text == "1" and hidden_states.is_cuda and dtype in HALF and kernels_work(hidden_states.device)
+
+
+def _weights(linear, scale=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a linear layer; those of a layer scale behind it are multiplied in."""
+    weight, bias = linear.weight, linear.bias
+    if scale is None or isinstance(scale, nn.Identity):
+        return weight, bias
+    return weight * scale.weight[:, None], None if bias is None else bias * scale.weight
+
+
+def fused_block(
+    config: BlockConfig,
+    layer: EncoderBlock,
+    hidden_states: torch.Tensor,
+    pending: torch.Tensor | None,
+    segments: PackedSegments,
+    rotary: Rotary | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels."""
+    kind, attention, mlp = kind_of(config), layer.self_attn, layer.mlp
+    cos, sin = rotary if kind.rotation is not None else (None, None)
+    norm1 = layer.layer_norm1.weight, getattr(layer.layer_norm1, "bias", None)
+    norm2 = layer.layer_norm2.weight, getattr(layer.layer_norm2, "bias", None)
+    qkv = attention.qkv.weight, attention.qkv.whole_bias()
+    proj, fc2 = _weights(attention.proj, layer.layer_scale1), _weights(mlp.fc2, layer.layer_scale2)
+    gate = (None, None) if mlp.gate is None else _weights(mlp.gate)
+    if not torch.is_grad_enabled():
+        before = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
+        attended = attend(*before[1:], segments, backend=backend)
+        return _infer_after(kind, before[0], attended, proj[0], norm2, gate, _weights(mlp.fc1), fc2)
+    total, q, k, v = BeforeAttention.apply(kind, hidden_states, pending, *norm1, *qkv, cos, sin)
+    attended = attend(q, k, v, segments, backend=backend)
+    return AfterAttention.apply(kind, total, attended, *proj, *norm2, *gate, *_weights(mlp.fc1), *fc2)
+
+
+def _infer_before(kind, x, pending, norm, qkv, proj_bias, rotary):
+    """The sum so far, with the bias of the projection in it already; q, k, v."""
+    run = operations(x)
+    total, normed, _ = run.add_norm(x, pending, *norm, kind.eps, kind.rms, shift=proj_bias)
+    product = F.linear(normed, *qkv).view(len(x), 3, kind.heads, -1)
+    if kind.rotation is not None:
+        run.rotate_(product, *rotary, kind.rotation)
+    return total.clone() if total is x else total, *product.unbind(1)
+
+
+def _infer_after(kind, total, attended, proj_weight, norm, gate, fc1, fc2):
+    """The projection is summed onto the total by the matmul itself; where a GELU follows the first layer of the MLP,
+    that matmul applies it, in its tanh form (see :func:`linears.linear_act`)."""
+    run = operations(total)
+    total.addmm_(attended.flatten(1), proj_weight.t())
+    _, normed, _ = run.add_norm(total, None, *norm, kind.eps, kind.rms)
+    if gate[0] is not None:
+        active = run.act(kind.activation, F.linear(normed, *gate), F.linear(normed, *fc1))
+    elif total.is_cuda and kind.activation.startswith("gelu") and fc1[1] is not None and total.dtype in HALF:
+        active = torch._addmm_activation(fc1[1], normed, fc1[0].t(), use_gelu=True)
+    else:
+        active = run.act(kind.activation, F.linear(normed, *fc1), None)
+    return total, F.linear(active, *fc2)

@@ -1,0 +1,176 @@
+"""The two halves of a fused block around its attention, each one node of the autograd graph.
+
+Forward and backward are written out, so that Python calls a dozen kernels per block in place of a compiler's wrappers
+around thirty, and what memory bounds is read once: bias gradients fall out of the kernels that write what they sum, and
+the input of both norms' products is computed again by the kernels of the norms' backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import reference
+
+try:
+    from . import kernels
+except ImportError:  # no Triton: torch's CPU builds, macOS
+    kernels = None
+
+Tensor = torch.Tensor
+
+
+def operations(x: Tensor) -> ModuleType:
+    """The module whose operations take such tensors: Triton's kernels on a GPU, else plain torch."""
+    return kernels if x.is_cuda and kernels is not None else reference
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is constant in a block. rotation: a key of ``ROTATIONS`` or None; activation: of ``ACTIVATIONS``."""
+
+    heads: int
+    eps: float
+    rms: bool
+    rotation: str | None
+    activation: str
+
+
+class BeforeAttention(torch.autograd.Function):
+    """``total = x + pending``; rotated q, k and v of its norm. Returns total ``[N, hidden]``, and q, k, v ``[N, heads,
+    head_dim]``, views of one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        kind: Kind,
+        x: Tensor,
+        pending: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        run = operations(x)
+        total, normed, stats = run.add_norm(x, pending, norm_weight, norm_bias, kind.eps, kind.rms, stats=True)
+        qkv = F.linear(normed, qkv_weight, qkv_bias).view(len(x), 3, kind.heads, -1)
+        if kind.rotation is not None:
+            run.rotate_(qkv, cos, sin, kind.rotation)
+        ctx.kind = kind
+        ctx.save_for_backward(total, stats, norm_weight, norm_bias, qkv_weight, cos, sin)
+        return total, *qkv.unbind(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor, *grads: Tensor):
+        total, stats, norm_weight, norm_bias, qkv_weight, cos, sin = ctx.saved_tensors
+        kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
+        wide, width = qkv_weight.shape
+        partials = run.partials(wide + 3 * width, total)
+        rotary = None if kind.rotation is None else (cos, sin)
+        grad_qkv = run.qkv_backward(grads, rotary, kind.rotation, partials, 0)
+        grad, normed = run.norm_backward(
+            total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms, partials, wide
+        )
+        grad_weight = grad_qkv.t() @ normed if needs[5] else None
+        qkv_bias, scale, shift, _ = run.finish(partials, total.dtype).split([wide, width, width, width])
+        return (
+            None,
+            grad if needs[1] else None,
+            grad if needs[2] else None,
+            scale if needs[3] else None,
+            shift if needs[4] else None,
+            grad_weight,
+            qkv_bias if needs[6] else None,
+            None,
+            None,
+        )
+
+
+class AfterAttention(torch.autograd.Function):
+    """``total = residual + proj(attended)`` and the MLP of its norm, the next pending sum: two of ``[N, hidden]``."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        kind: Kind,
+        residual: Tensor,
+        attended: Tensor,
+        proj_weight: Tensor,
+        proj_bias: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        gate_weight: Tensor | None,
+        gate_bias: Tensor | None,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        run = operations(residual)
+        attended = attended.flatten(1)
+        projected = F.linear(attended, proj_weight, proj_bias)
+        total, normed, stats = run.add_norm(residual, projected, norm_weight, norm_bias, kind.eps, kind.rms, stats=True)
+        inner, factor = F.linear(normed, fc1_weight, fc1_bias), None
+        if gate_weight is not None:
+            inner, factor = F.linear(normed, gate_weight, gate_bias), inner
+        active = run.act(kind.activation, inner, factor)
+        ctx.kind, ctx.heads = kind, kind.heads
+        ctx.save_for_backward(
+            attended, total, stats, inner, factor, active,
+            proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
+        )  # fmt: skip
+        return total, F.linear(active, fc2_weight, fc2_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor, grad_out: Tensor):
+        (
+            attended, total, stats, inner, factor, active,
+            proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
+        ) = ctx.saved_tensors  # fmt: skip
+        kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
+        width, wide = fc2_weight.shape
+        gated = gate_weight is not None
+        sizes = [wide * (1 + gated), width, width, width, width]
+        partials = run.partials(sum(sizes), total)
+        # The MLP.
+        grad_inner, grad_factor = run.act_backward(kind.activation, inner, factor, grad_out @ fc2_weight, partials, 0)
+        grad_fc2 = grad_out.t() @ active if needs[11] else None
+        run.column_sums(grad_out, partials, sizes[0] + 3 * width)
+        if gated:
+            grad_normed = torch.addmm(grad_factor @ fc1_weight, grad_inner, gate_weight)
+        else:
+            grad_normed = grad_inner @ fc1_weight
+        # The norm, with the gradient that passes it by.
+        grad, normed = run.norm_backward(
+            total, stats, grad_normed, grad_total, norm_weight, norm_bias, kind.rms, partials, sizes[0]
+        )
+        grad_gate = grad_inner.t() @ normed if needs[7] else None
+        grad_fc1 = (grad_factor if gated else grad_inner).t() @ normed if needs[9] else None
+        # The projection.
+        grad_attended = (grad @ proj_weight).view(len(grad), ctx.heads, -1) if needs[2] else None
+        grad_proj = grad.t() @ attended if needs[3] else None
+        inner_bias, scale, shift, proj_bias, fc2_bias = run.finish(partials, total.dtype).split(sizes)
+        gate_bias, fc1_bias = inner_bias.split(wide) if gated else (None, inner_bias)
+        return (
+            None,
+            grad if needs[1] else None,
+            grad_attended,
+            grad_proj,
+            proj_bias if needs[4] else None,
+            scale if needs[5] else None,
+            shift if needs[6] else None,
+            grad_gate,
+            gate_bias if needs[8] else None,
+            grad_fc1,
+            fc1_bias if needs[10] else None,
+            grad_fc2,
+            fc2_bias if needs[12] else None,
+        )

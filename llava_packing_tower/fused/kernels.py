@@ -1,0 +1,22 @@
+"""The operations of :mod:`reference` in Triton (https://triton-lang.org): same names, arguments and results.
+
+Memory bounds all of them: each reads and writes every large tensor once. Sums over tokens go through ``partials``: each
+of ``PARTS`` programs adds up its share of the tokens, so that the result does not depend on timing.
+"""
+
+from .activation_kernels import act, act_backward, column_sums
+from .launching import finish, partials
+from .norm_kernels import add_norm, norm_backward
+from .rotation_kernels import qkv_backward, rotate_
+
+__all__ = [
+    "act",
+    "act_backward",
+    "add_norm",
+    "column_sums",
+    "finish",
+    "norm_backward",
+    "partials",
+    "qkv_backward",
+    "rotate_",
+]
