@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import backend_module, resolve_backend
 from .compiling import call_compiled, compile_wanted, constant_floats
-from .fused import FUSED_KINDS, fused_block, fused_wanted
+from .fused import FUSED_KINDS, fused_block, fused_wanted, kind_of
 from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .module_state import Snapshot, addresses, state_of
@@ -113,7 +113,7 @@ class PackedEncoder(nn.Module):
         """The blocks, one after the other; see :meth:`forward` and :meth:`how`. The states are returned by index."""
         states = {0: hidden_states} if 0 in keep else {}
         pending = None
-        body = functools.partial(fused_block, self.config) if how == "fused" else None
+        body = functools.partial(fused_block, kind_of(self.config)) if how == "fused" else None
         if how == "compiled":
             # The first block gets the same kind of arguments as the others: else it would be compiled on its own.
             pending = torch.zeros_like(hidden_states, requires_grad=hidden_states.requires_grad)

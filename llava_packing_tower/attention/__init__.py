@@ -165,10 +165,14 @@ def attend(
     *,
     scale: float | None = None,
     backend: str = "auto",
+    resolved: bool = False,
 ) -> torch.Tensor:
-    """:func:`varlen_attention` for metadata that exists already (the encoder's own entry)."""
+    """:func:`varlen_attention` for metadata that exists already (the encoder's own entry).
+
+    resolved: ``backend`` came from :func:`resolve_backend` for such tensors, and need not be looked at again.
+    """
     head_dim = q.shape[-1]
-    if not torch.compiler.is_compiling():
+    if not resolved and not torch.compiler.is_compiling():
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         backend = resolve_backend(
             backend, q.device.type, q.dtype, head_dim, lengths=segments.lengths, needs_grad=needs_grad

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..packing import PackedSegments
 
 VARLEN = True
+
+
+def _function(name: str) -> Callable | None:
+    """One of flash-attn's two entries to its kernels, without torch's operator around it, which costs the host more
+    than the launch (0.6 ms per block and training step on a slow CPU); None where flash-attn is too old or changed."""
+    entry = getattr(flash_attn_interface, name, None)
+    plain = getattr(entry, "_init_fn", None)
+    parameters = inspect.signature(plain).parameters if plain is not None else {}
+    return plain if {"max_seqlen_q", "window_size_left", "softcap"} <= parameters.keys() else None
+
+
 INSTALL = "pip install flash-attn --no-build-isolation"
 
+_forward = _backward = None
 try:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_interface, flash_attn_varlen_func
 
     missing_package = None
+    _forward = _function("_flash_attn_varlen_forward")
+    _backward = _function("_flash_attn_varlen_backward")
 except (ImportError, OSError) as error:  # a broken build must not take the other backends down
     missing_package = (
         f"attention backend 'flash_attention_2' needs the flash-attn package ({error}). Install it: {INSTALL}"
@@ -33,4 +51,28 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale)
+    if _forward is None or _backward is None or torch.compiler.is_compiling():
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale)
+    return _Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale)
+
+
+class _Attention(torch.autograd.Function):
+    """flash-attn's kernels, without dropout, window, or anything else that we do not use."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, scale):
+        out, logsumexp, _, state = _forward(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, scale, False)
+        ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens, state)
+        ctx.max_seqlen, ctx.scale = max_seqlen, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, logsumexp, cu_seqlens, state = ctx.saved_tensors
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        _backward(
+            *(grad, q, k, v, out, logsumexp, *grads, cu_seqlens, cu_seqlens, ctx.max_seqlen, ctx.max_seqlen),
+            *(0.0, ctx.scale, False, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(), state),
+        )
+        return *grads, None, None, None

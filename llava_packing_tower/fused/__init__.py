@@ -87,7 +87,7 @@ def _weights(linear, scale=None) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def fused_block(
-    config: BlockConfig,
+    kind: Kind,
     layer: EncoderBlock,
     hidden_states: torch.Tensor,
     pending: torch.Tensor | None,
@@ -95,8 +95,8 @@ def fused_block(
     rotary: Rotary | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels."""
-    kind, attention, mlp = kind_of(config), layer.self_attn, layer.mlp
+    """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels; ``kind``: :func:`kind_of` it."""
+    attention, mlp = layer.self_attn, layer.mlp
     cos, sin = rotary if kind.rotation is not None else (None, None)
     norm1 = layer.layer_norm1.weight, getattr(layer.layer_norm1, "bias", None)
     norm2 = layer.layer_norm2.weight, getattr(layer.layer_norm2, "bias", None)
@@ -105,10 +105,10 @@ def fused_block(
     gate = (None, None) if mlp.gate is None else _weights(mlp.gate)
     if not torch.is_grad_enabled():
         before = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
-        attended = attend(*before[1:], segments, backend=backend)
+        attended = attend(*before[1:], segments, backend=backend, resolved=True)
         return _infer_after(kind, before[0], attended, proj[0], norm2, gate, _weights(mlp.fc1), fc2)
     total, q, k, v = BeforeAttention.apply(kind, hidden_states, pending, *norm1, *qkv, cos, sin)
-    attended = attend(q, k, v, segments, backend=backend)
+    attended = attend(q, k, v, segments, backend=backend, resolved=True)
     return AfterAttention.apply(kind, total, attended, *proj, *norm2, *gate, *_weights(mlp.fc1), *fc2)
 
 

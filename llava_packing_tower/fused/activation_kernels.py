@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import PARTS, on
+from .launching import PARTS, kernel, launch
 
 CODES = {"gelu": 0, "gelu_pytorch_tanh": 1, "silu": 2}
 
@@ -31,25 +31,26 @@ def _activation(x, CODE: tl.constexpr):
     return x * share, slope
 
 
-@triton.jit
-def _act(inner, factor, out, size, CODE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+@kernel
+def _act(inner, factor, out, n_rows, WIDTH: tl.constexpr, CODE: tl.constexpr, BLOCK: tl.constexpr):
+    """Over all numbers as they lie; WIDTH is constant so that the compiler sees how the end is aligned."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
+    inside = place < n_rows.to(tl.int64) * WIDTH
     value, _ = _activation(tl.load(inner + place, mask=inside, other=0.0).to(tl.float32), CODE)
-    if GATED:
+    if factor is not None:
         value *= tl.load(factor + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 def act(name: str, inner: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
     """See :func:`reference.act`."""
-    out, size = torch.empty_like(inner), inner.numel()
-    with on(inner):
-        _act[(triton.cdiv(size, 2048),)](inner, factor, out, size, CODES[name], factor is not None, 2048, num_warps=4)
+    out = torch.empty_like(inner)
+    rows, width = inner.shape
+    launch(_act, (-(-rows * width // 1024), 1, 1), (inner, factor, out), (rows,), (width, CODES[name], 1024), 4)
     return out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def _act_backward(
     inner,
     factor,
@@ -57,11 +58,11 @@ def _act_backward(
     of_inner,
     of_factor,
     partials,
-    rows,
-    width,
-    columns,
+    n_rows,
+    n_columns,
+    n_offset,
+    WIDTH: tl.constexpr,
     CODE: tl.constexpr,
-    GATED: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,17 +70,17 @@ def _act_backward(
     """ROWS tokens and BLOCK columns at a time, every PARTS-th group of tokens."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(1)
-    inside = column < width
+    inside = column < WIDTH
     kind = inner.dtype.element_ty
     sum_inner = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_factor = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(part * ROWS, rows, PARTS * ROWS):
+    for start in range(part * ROWS, n_rows, PARTS * ROWS):
         row = start + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & inside[None, :]
-        place = row[:, None].to(tl.int64) * width + column[None, :]
+        mask = (row < n_rows)[:, None] & inside[None, :]
+        place = row[:, None].to(tl.int64) * WIDTH + column[None, :]
         value, slope = _activation(tl.load(inner + place, mask=mask, other=0.0).to(tl.float32), CODE)
         upstream = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-        if GATED:
+        if factor is not None:
             times = tl.load(factor + place, mask=mask, other=0.0).to(tl.float32)
             second = (upstream * value).to(kind)
             tl.store(of_factor + place, second, mask=mask)
@@ -88,10 +89,10 @@ def _act_backward(
         first = (upstream * slope).to(kind)
         tl.store(of_inner + place, first, mask=mask)
         sum_inner += first.to(tl.float32)
-    target = partials + part * columns + column
+    target = partials + part * n_columns + n_offset + column
     tl.store(target, tl.sum(sum_inner, axis=0), mask=inside)
-    if GATED:
-        tl.store(target + width, tl.sum(sum_factor, axis=0), mask=inside)
+    if factor is not None:
+        tl.store(target + WIDTH, tl.sum(sum_factor, axis=0), mask=inside)
 
 
 def act_backward(
@@ -104,34 +105,38 @@ def act_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See :func:`reference.act_backward`."""
     rows, width = inner.shape
-    gated = factor is not None
-    of_inner, of_factor = torch.empty_like(inner), torch.empty_like(inner) if gated else None
-    with on(inner):
-        _act_backward[(triton.cdiv(width, 256), PARTS)](
-            inner, factor, grad, of_inner, of_factor, partials[:, offset:], rows, width, partials.shape[1],
-            CODES[name], gated, PARTS, 8, 256, num_warps=4,
-        )  # fmt: skip
+    of_inner, of_factor = torch.empty_like(inner), None if factor is None else torch.empty_like(inner)
+    tensors = (inner, factor, grad, of_inner, of_factor, partials)
+    numbers = (rows, partials.shape[1], offset)
+    launch(_act_backward, (-(-width // 256), PARTS, 1), tensors, numbers, (width, CODES[name], PARTS, 8, 256), 4)
     return of_inner, of_factor
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _column_sums(x, partials, rows, width, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@kernel
+def _column_sums(
+    x,
+    partials,
+    n_rows,
+    n_columns,
+    n_offset,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(1)
-    inside = column < width
+    inside = column < WIDTH
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(part * ROWS, rows, PARTS * ROWS):
+    for start in range(part * ROWS, n_rows, PARTS * ROWS):
         row = start + tl.arange(0, ROWS)
-        place = row[:, None].to(tl.int64) * width + column[None, :]
-        total += tl.load(x + place, mask=(row < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    tl.store(partials + part * columns + column, tl.sum(total, axis=0), mask=inside)
+        place = row[:, None].to(tl.int64) * WIDTH + column[None, :]
+        total += tl.load(x + place, mask=(row < n_rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    tl.store(partials + part * n_columns + n_offset + column, tl.sum(total, axis=0), mask=inside)
 
 
 def column_sums(x: torch.Tensor, partials: torch.Tensor, offset: int) -> None:
     """See :func:`reference.column_sums`."""
     rows, width = x.shape
-    x = x.contiguous()
-    with on(x):
-        _column_sums[(triton.cdiv(width, 256), PARTS)](
-            x, partials[:, offset:], rows, width, partials.shape[1], PARTS, 16, 256, num_warps=4
-        )
+    numbers = (rows, partials.shape[1], offset)
+    launch(_column_sums, (-(-width // 256), PARTS, 1), (x.contiguous(), partials), numbers, (width, PARTS, 16, 256), 4)

@@ -1,19 +1,51 @@
-"""What the kernels of this package share: the parts that sums over tokens are made of, and the current device."""
+"""How the kernels of this package are launched, and the sums over tokens that they share.
 
-import contextlib
+Triton looks at every argument of every launch to find the code compiled for such arguments, which costs the host more
+than the launch. Here the kernels take their arguments in an order that makes this cheap: tensors, numbers that nothing
+is compiled for, constants.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
 PARTS = 256
+_ALIGNED = 16
+_compiled: dict[tuple, object] = {}
+# From 3.3 on a compiled kernel takes the arguments of the kernel itself, constants included.
+_CALLABLE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+Tensors = tuple[torch.Tensor | None, ...]
 
 
-def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: makes that the one of ``x`` where it is another."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():  # (not CUDA: Triton's interpreter)
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
+def kernel(function):
+    """``triton.jit`` for kernels that :func:`launch` can launch: arguments ``n_...`` and ``f_...`` are its numbers."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in names if name.startswith(("n_", "f_"))])
+
+
+def launch(kernel, grid: tuple[int, int, int], tensors: Tensors, numbers: tuple, constants: tuple, warps: int) -> None:
+    """Run ``kernel(*tensors, *numbers, *constants)`` on the device of the first tensor."""
+    places, kinds = 0, []
+    for x in tensors:
+        if x is None:
+            kinds.append(None)
+        else:
+            places |= x.data_ptr()
+            kinds.append(x.dtype)
+    device = tensors[0].device.index
+    if device is not None and device != torch.cuda.current_device():  # (None: Triton's interpreter, on the CPU)
+        with torch.cuda.device(device):
+            return launch(kernel, grid, tensors, numbers, constants, warps)
+    key = (kernel, device, constants, warps, *kinds)
+    compiled = _compiled.get(key) if places % _ALIGNED == 0 else None
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+        return None
+    compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
+    if _CALLABLE and device is not None and places % _ALIGNED == 0:
+        _compiled[key] = compiled
+    return None
 
 
 def partials(columns: int, like: torch.Tensor) -> torch.Tensor:
@@ -21,14 +53,14 @@ def partials(columns: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(PARTS, columns, dtype=torch.float32, device=like.device)
 
 
-@triton.jit
-def _finish(partials, out, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@kernel
+def _finish(partials, out, n_columns, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    inside = column < n_columns
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, PARTS, ROWS):
         row = start + tl.arange(0, ROWS)
-        total += tl.load(partials + row[:, None] * columns + column[None, :], mask=inside[None, :], other=0.0)
+        total += tl.load(partials + row[:, None] * n_columns + column[None, :], mask=inside[None, :], other=0.0)
     tl.store(out + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=inside)
 
 
@@ -36,6 +68,5 @@ def finish(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See :func:`reference.finish`."""
     columns = partials.shape[1]
     out = torch.empty(columns, dtype=dtype, device=partials.device)
-    with on(out):
-        _finish[(triton.cdiv(columns, 32),)](partials, out, columns, PARTS, 64, 32, num_warps=4)
+    launch(_finish, (-(-columns // 32), 1, 1), (partials, out), (columns,), (PARTS, 64, 32), 4)
     return out

@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import PARTS, on
+from .launching import PARTS, kernel, launch
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def _add_norm(
     x,
     pending,
@@ -17,49 +17,45 @@ def _add_norm(
     total,
     normed,
     stats,
-    rows,
-    width,
-    eps,
-    PENDING: tl.constexpr,
-    BIAS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    STATS: tl.constexpr,
+    n_rows,
+    f_eps,
+    WIDTH: tl.constexpr,
     RMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One token per program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    place = row * width + column
+    inside = column < WIDTH
+    place = row * WIDTH + column
     kind = x.dtype.element_ty
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    if PENDING:
+    if pending is not None:
         value += tl.load(pending + place, mask=inside, other=0.0).to(tl.float32)
         value = value.to(kind).to(tl.float32)
-    if SHIFT:
+    if shift is not None:
         moved = value + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + place, moved.to(kind), mask=inside)
-    elif PENDING:
+    elif pending is not None:
         tl.store(total + place, value.to(kind), mask=inside)
     if RMS:
         mean = 0.0
         centred = value
     else:
-        mean = tl.sum(value, axis=0) / width
+        mean = tl.sum(value, axis=0) / WIDTH
         centred = tl.where(inside, value - mean, 0.0)
-    deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + f_eps)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     out = centred * deviation
     if RMS:
         out = out.to(kind).to(tl.float32)
     out = out * scale
-    if BIAS:
+    if bias is not None:
         out += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + place, out.to(kind), mask=inside)
-    if STATS:
+    if stats is not None:
         tl.store(stats + row, mean)
-        tl.store(stats + rows + row, deviation)
+        tl.store(stats + n_rows + row, deviation)
 
 
 def add_norm(
@@ -79,16 +75,12 @@ def add_norm(
     total = x if pending is None and shift is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     kept = torch.empty(2, rows, dtype=torch.float32, device=x.device) if stats else None
-    with on(x):
-        _add_norm[(rows,)](
-            x, pending, weight, bias, shift, total, normed, kept, rows, width, eps,
-            pending is not None, bias is not None, shift is not None, stats, rms,
-            triton.next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
+    tensors = (x, pending, weight, bias, shift, total, normed, kept)
+    launch(_add_norm, (rows, 1, 1), tensors, (rows, eps), (width, rms, triton.next_power_of_2(width)), 4)
     return total, normed, kept
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def _norm_backward(
     total,
     stats,
@@ -99,11 +91,10 @@ def _norm_backward(
     out,
     normed,
     partials,
-    rows,
-    width,
-    columns,
-    RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr,
+    n_rows,
+    n_columns,
+    n_offset,
+    WIDTH: tl.constexpr,
     RMS: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -112,46 +103,46 @@ def _norm_backward(
     """ROWS tokens at a time per program, every PARTS-th group of them."""
     part = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    inside = column < width
+    inside = column < WIDTH
     kind = total.dtype.element_ty
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
+    if bias is not None:
         added = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     of_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     of_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     of_total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(part * ROWS, rows, PARTS * ROWS):
+    for start in range(part * ROWS, n_rows, PARTS * ROWS):
         row = start + tl.arange(0, ROWS)
-        there = row < rows
+        there = row < n_rows
         mask = there[:, None] & inside[None, :]
-        place = row[:, None].to(tl.int64) * width + column[None, :]
+        place = row[:, None].to(tl.int64) * WIDTH + column[None, :]
         mean = tl.load(stats + row, mask=there, other=0.0)[:, None]
-        deviation = tl.load(stats + rows + row, mask=there, other=0.0)[:, None]
+        deviation = tl.load(stats + n_rows + row, mask=there, other=0.0)[:, None]
         unit = (tl.load(total + place, mask=mask, other=0.0).to(tl.float32) - mean) * deviation
         upstream = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
         unit = tl.where(mask, unit, 0.0)
         weighted = upstream * scale
-        inner = weighted - unit * (tl.sum(unit * weighted, axis=1) / width)[:, None]
+        inner = weighted - unit * (tl.sum(unit * weighted, axis=1) / WIDTH)[:, None]
         if not RMS:
-            inner -= (tl.sum(weighted, axis=1) / width)[:, None]
+            inner -= (tl.sum(weighted, axis=1) / WIDTH)[:, None]
         result = inner * deviation
-        if RESIDUAL:
+        if residual is not None:
             result += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
         result = tl.where(mask, result, 0.0).to(kind)
         tl.store(out + place, result, mask=mask)
         if RMS:
             unit = unit.to(kind).to(tl.float32)
         again = unit * scale
-        if BIAS:
+        if bias is not None:
             again += added
         tl.store(normed + place, again.to(kind), mask=mask)
         of_weight += upstream * unit
         of_bias += upstream
         of_total += result.to(tl.float32)
-    target = partials + part * columns + column
+    target = partials + part * n_columns + n_offset + column
     tl.store(target, tl.sum(of_weight, axis=0), mask=inside)
-    tl.store(target + width, tl.sum(of_bias, axis=0), mask=inside)
-    tl.store(target + 2 * width, tl.sum(of_total, axis=0), mask=inside)
+    tl.store(target + WIDTH, tl.sum(of_bias, axis=0), mask=inside)
+    tl.store(target + 2 * WIDTH, tl.sum(of_total, axis=0), mask=inside)
 
 
 def norm_backward(
@@ -169,10 +160,9 @@ def norm_backward(
     rows, width = total.shape
     residual = None if residual is None else residual.contiguous()
     out, normed = torch.empty_like(total), torch.empty_like(total)
-    with on(total):
-        _norm_backward[(PARTS,)](
-            total, stats, grad, residual, weight, bias, out, normed, partials[:, offset:], rows, width,
-            partials.shape[1], residual is not None, bias is not None, rms,
-            PARTS, 4, triton.next_power_of_2(width), num_warps=8,
-        )  # fmt: skip
+    block = triton.next_power_of_2(width)
+    tensors = (total, stats, grad, residual, weight, bias, out, normed, partials)
+    numbers = (rows, partials.shape[1], offset)
+    # 4096 numbers at a time: more would not fit the registers.
+    launch(_norm_backward, (PARTS, 1, 1), tensors, numbers, (width, rms, PARTS, max(1, 4096 // block), block), 4)
     return out, normed

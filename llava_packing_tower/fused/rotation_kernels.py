@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import PARTS, on
+from .launching import PARTS, kernel, launch
 
 if not hasattr(tl, "join"):
     raise ImportError(f"the fused kernels need Triton 3, this is {triton.__version__}")
 
 
-@triton.jit
+@kernel
 def _rotate(qkv, cos, sin, WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     """One token and one of q and k per program; a thread holds both partners of what it turns: it is done in place."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -50,13 +50,11 @@ def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kind: str) 
     """See :func:`reference.rotate_`."""
     tokens, _, heads, head_dim = qkv.shape
     width = heads * head_dim
-    with on(qkv):
-        _rotate[(tokens, 2)](
-            qkv, cos, sin, width, head_dim, kind == "pairs", triton.next_power_of_2(width), num_warps=4
-        )
+    constants = (width, head_dim, kind == "pairs", triton.next_power_of_2(width))
+    launch(_rotate, (tokens, 2, 1), (qkv, cos, sin), (), constants, 4)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@kernel
 def _qkv_backward(
     grad_q,
     grad_k,
@@ -65,14 +63,14 @@ def _qkv_backward(
     sin,
     out,
     partials,
-    tokens,
-    stride_q,
-    stride_k,
-    stride_v,
-    columns,
+    n_tokens,
+    n_columns,
+    n_offset,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    STRIDE_V: tl.constexpr,
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
-    ROTARY: tl.constexpr,
     PAIRS: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -91,18 +89,18 @@ def _qkv_backward(
     across = tl.where(leads, step, -step)
     sign = tl.where(leads, 1.0, -1.0)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(part * ROWS, tokens, PARTS * ROWS):
+    for start in range(part * ROWS, n_tokens, PARTS * ROWS):
         token = start + tl.arange(0, ROWS)
-        mask = (token < tokens)[:, None] & inside[None, :]
+        mask = (token < n_tokens)[:, None] & inside[None, :]
         row = token[:, None].to(tl.int64)
         if piece == 0:
-            source = grad_q + row * stride_q + column[None, :]
+            source = grad_q + row * STRIDE_Q + column[None, :]
         elif piece == 1:
-            source = grad_k + row * stride_k + column[None, :]
+            source = grad_k + row * STRIDE_K + column[None, :]
         else:
-            source = grad_v + row * stride_v + column[None, :]
+            source = grad_v + row * STRIDE_V + column[None, :]
         value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        if ROTARY:  # noqa: SIM102 - decided when compiled, what follows when run
+        if cos is not None:  # noqa: SIM102 - decided when compiled, what follows when run
             if piece < 2:
                 other = tl.load(source + across[None, :], mask=mask, other=0.0).to(tl.float32)
                 table = row * HEAD + lane[None, :]
@@ -111,7 +109,7 @@ def _qkv_backward(
         value = value.to(out.dtype.element_ty)
         tl.store(out + (row * 3 + piece) * WIDTH + column[None, :], value, mask=mask)
         total += value.to(tl.float32)
-    tl.store(partials + part * columns + piece * WIDTH + column, tl.sum(total, axis=0), mask=inside)
+    tl.store(partials + part * n_columns + n_offset + piece * WIDTH + column, tl.sum(total, axis=0), mask=inside)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -132,9 +130,8 @@ def qkv_backward(
     grads = tuple(map(_rows, grads))
     out = torch.empty(tokens, 3 * width, dtype=grads[0].dtype, device=grads[0].device)
     cos, sin = rotary or (None, None)
-    with on(out):
-        _qkv_backward[(PARTS, 3)](
-            *grads, cos, sin, out, partials[:, offset:], tokens, *(x.stride(0) for x in grads), partials.shape[1],
-            width, head_dim, rotary is not None, kind == "pairs", PARTS, 4, triton.next_power_of_2(width), num_warps=8,
-        )  # fmt: skip
+    strides = tuple(x.stride(0) for x in grads)  # constants, so that the compiler sees how rows are aligned
+    constants = (*strides, width, head_dim, kind == "pairs", PARTS, 2, triton.next_power_of_2(width))
+    numbers = (tokens, partials.shape[1], offset)
+    launch(_qkv_backward, (PARTS, 3, 1), (*grads, cos, sin, out, partials), numbers, constants, 4)
     return out
