@@ -9,6 +9,7 @@ two up loads, runs and gives garbage.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -186,6 +187,22 @@ def split_packed(packed: torch.Tensor, grids: Sequence[Grid]) -> list[torch.Tens
     return list(packed.split([t * h * w for t, h, w in grids]))
 
 
+def _cut(clip: torch.Tensor, grid: Grid, patch_size: int, layout: PatchLayout) -> torch.Tensor:
+    """``[C, H, W]`` or ``[C, T, H, W]`` seen as ``[t, h, w, C, patch, patch]``, or with the channels last."""
+    t, h, w = grid
+    if clip.requires_grad:  # (the gradient of as_strided takes its time)
+        split = clip.reshape(len(clip), t, h, patch_size, w, patch_size)
+        return split.permute((1, 2, 4, 0, 3, 5) if layout is PatchLayout.CHANNEL_FIRST else (1, 2, 4, 3, 5, 0))
+    channel, frame, line, pixel = clip.stride(0), clip.stride(1), clip.stride(-2), clip.stride(-1)
+    size, step = [patch_size, patch_size], [line, pixel]
+    position = 0 if layout is PatchLayout.CHANNEL_FIRST else 2
+    size.insert(position, len(clip))
+    step.insert(position, channel)
+    return clip.as_strided(
+        (t, h, w, *size), (frame, line * patch_size, pixel * patch_size, *step), clip.storage_offset()
+    )
+
+
 def batch_images_to_packing_input(
     images: torch.Tensor | Sequence[torch.Tensor],
     patch_size: int = 16,
@@ -238,17 +255,16 @@ def batch_images_to_packing_input(
         device=staging,
         pin_memory=staging.type == "cpu" and device.type == "cuda",
     )
-    # Views only, then all copies in one call: with many images Python would keep a GPU waiting.
-    order = (1, 2, 4, 0, 3, 5) if layout is PatchLayout.CHANNEL_FIRST else (1, 2, 4, 3, 5, 0)
+    # One view per image, then all copies in one call: with many images Python would keep a GPU waiting.
     if stacked is not None:  # one size: one copy for all
         clips, shapes = [stacked.transpose(0, 1)], [(len(grids), *grids[0][1:])]
     else:
-        clips, shapes = [image if image.dim() == 4 else image.unsqueeze(1) for image in images], grids
+        clips, shapes = images, grids
     cuts, targets, start = [], [], 0
-    for clip, (t, h, w) in zip(clips, shapes, strict=True):
-        cuts.append(clip.view(num_channels, t, h, patch_size, w, patch_size).permute(order))
-        targets.append(rows.narrow(0, start, t * h * w).view(cuts[-1].shape))
-        start += t * h * w
+    for clip, grid in zip(clips, shapes, strict=True):
+        cuts.append(_cut(clip, grid, patch_size, layout))
+        targets.append(rows[start : start + math.prod(grid)].view(cuts[-1].shape))
+        start += math.prod(grid)
     if any(cut.requires_grad for cut in cuts):
         rows = torch.cat([cut.reshape(-1, rows.shape[1]) for cut in cuts]).to(dtype)
     else:

@@ -39,8 +39,8 @@ def join_idle(model: nn.Module, states: Sequence[torch.Tensor], layers_run: int)
     """
     if not torch.is_grad_enabled():
         return tuple(states)
-    busy = {id(p) for layer in model.encoder.layers[:layers_run] for p in state_of(layer).snapshot().weights}
-    weights = state_of(model).snapshot().weights
-    idle = [p for p in weights if id(p) not in busy and p.requires_grad and _is_whole(p)]
+    parts = [m for m in model.children() if m is not model.encoder] + list(model.encoder.layers[layers_run:])
+    weights = list(model.parameters(recurse=False)) + [p for m in parts for p in state_of(m).snapshot().weights]
+    idle = [p for p in weights if p.requires_grad and _is_whole(p)]
     first, *rest = states
     return (_ZeroGradients.apply(first, *idle) if idle else first, *rest)

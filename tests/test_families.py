@@ -171,16 +171,21 @@ def test_one_pass_whatever_the_number_of_images(load, monkeypatch, name):
     assert len(seen) == 2 and counts[0] == counts[1] > 5 * model.num_layers
 
 
-@pytest.mark.parametrize(("name", "module"), [("aimv2_native", aimv2), ("dinov3", dinov3)])
-def test_positions_are_made_once_per_distinct_grid(load, name, module):
+def test_positions_are_made_once_per_distinct_grid(load):
     """Other grids than any other test's; the same ones again, in the next step, cost nothing."""
-    model = load(name)
-    function = {"aimv2_native": "grid_positions", "dinov3": "patch_centres"}[name]
-    positions = getattr(module, function)
-    positions.cache_clear()
+    model = load("dinov3")
+    dinov3.patch_centres.cache_clear()
     for _ in range(3):
         model(*pack(model, ragged(model, ((2, 11), (11, 2), (2, 11), (13, 1), (2, 11)))))
-        assert positions.cache_info().misses == 3
+        assert dinov3.patch_centres.cache_info().misses == 3
+
+
+def test_positions_are_made_once_per_batch(load, monkeypatch):
+    model, made = load("aimv2_native"), []
+    real = aimv2.positions_of_grids
+    monkeypatch.setattr(aimv2, "positions_of_grids", lambda *arguments: made.append(1) or real(*arguments))
+    model(*pack(model, ragged(model, ((2, 11), (11, 2), (2, 11), (13, 1)))))
+    assert len(made) == 1
 
 
 def test_one_encoder_core(golden):

@@ -321,6 +321,7 @@ class Crossings(TorchDispatchMode):
 def test_pixels_cross_to_the_device_once(no_autocast):
     tower = meta_tower()
     patch = tower.config.patch_size
+    tower([torch.randn(3, 7 * patch, 11 * patch)])  # frequencies are kept
     counts = []
     for seed, count in ((1, 3), (2, 30)):
         images = [torch.randn(3, h * patch, w * patch) for h, w in ragged(count, seed)]
@@ -329,7 +330,7 @@ def test_pixels_cross_to_the_device_once(no_autocast):
             tower(images)
         assert [n for n in crossings.elements if n >= pixels] == [pixels]
         counts.append(len(crossings.elements))
-    assert counts[0] == counts[1] <= 6, counts  # rows, segment borders, positions, frequencies
+    assert counts == [3, 3]  # rows, segment borders, what the positions are made from
 
 
 # ---------------------------------------------------------------- memory

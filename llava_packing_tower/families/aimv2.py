@@ -19,8 +19,8 @@ from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, PatchEmbed, RMSNorm, Rotary
 from ..loading import WeightPlan
 from ..modeling import PackedVisionModel
-from ..packing import Grid, PackedSegments, PatchLayout, to_device
-from ..positions import frequency_ladder, grid_positions
+from ..packing import Grid, PackedSegments, PatchLayout
+from ..positions import frequency_ladder, positions_of_grids
 from .key_maps import KeyMap, carried
 
 
@@ -88,7 +88,7 @@ def sincos_positions(grids: Sequence[Grid], hidden_size: int, device: torch.devi
     longest = max(max(h, w) for _, h, w in grids)
     angles = torch.arange(longest, dtype=torch.float32, device=device).unsqueeze(1) * ladder
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    row, column = to_device(torch.cat([grid_positions(grid)[:, 1:] for grid in grids]), device).unbind(1)
+    _, row, column = positions_of_grids(grids, device).unbind(1)
     return torch.cat([waves.index_select(0, column), waves.index_select(0, row)], dim=1)
 
 

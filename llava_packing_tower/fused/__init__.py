@@ -78,10 +78,17 @@ def fused_wanted(
     return text == "1" and hidden_states.is_cuda and dtype in HALF and kernels_work(hidden_states.device)
 
 
-def _weights(linear, scale=None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a linear layer; those of a layer scale behind it are multiplied in."""
-    weight, bias = linear.weight, linear.bias
-    if scale is None or isinstance(scale, nn.Identity):
+def _own(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias. (nn.Module's own way to a parameter costs a microsecond, and a block has a dozen; FSDP keeps
+    its views elsewhere.)"""
+    found = module._parameters
+    return (found["weight"], found.get("bias")) if "weight" in found else (module.weight, getattr(module, "bias", None))
+
+
+def _scaled(linear: nn.Module, scale: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a linear layer with those of a layer scale behind it multiplied in."""
+    weight, bias = _own(linear)
+    if isinstance(scale, nn.Identity):
         return weight, bias
     return weight * scale.weight[:, None], None if bias is None else bias * scale.weight
 
@@ -96,20 +103,22 @@ def fused_block(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels; ``kind``: :func:`kind_of` it."""
-    attention, mlp = layer.self_attn, layer.mlp
+    parts = layer._modules
+    attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
     cos, sin = rotary if kind.rotation is not None else (None, None)
-    norm1 = layer.layer_norm1.weight, getattr(layer.layer_norm1, "bias", None)
-    norm2 = layer.layer_norm2.weight, getattr(layer.layer_norm2, "bias", None)
-    qkv = attention.qkv.weight, attention.qkv.whole_bias()
-    proj, fc2 = _weights(attention.proj, layer.layer_scale1), _weights(mlp.fc2, layer.layer_scale2)
-    gate = (None, None) if mlp.gate is None else _weights(mlp.gate)
+    norm1, norm2, fc1 = _own(parts["layer_norm1"]), _own(parts["layer_norm2"]), _own(mlp["fc1"])
+    qkv, gate = _own(attention["qkv"]), _own(mlp["gate"]) if "gate" in mlp else (None, None)
+    if attention["qkv"].partial_biases:
+        qkv = qkv[0], attention["qkv"].whole_bias()
+    proj, fc2 = _scaled(attention["proj"], parts["layer_scale1"]), _scaled(mlp["fc2"], parts["layer_scale2"])
     if not torch.is_grad_enabled():
-        before = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
-        attended = attend(*before[1:], segments, backend=backend, resolved=True)
-        return _infer_after(kind, before[0], attended, proj[0], norm2, gate, _weights(mlp.fc1), fc2)
+        total, *heads = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
+        attended = attend(*heads, segments, backend=backend, resolved=True)
+        del heads
+        return _infer_after(kind, total, attended, proj[0], norm2, gate, fc1, fc2)
     total, q, k, v = BeforeAttention.apply(kind, hidden_states, pending, *norm1, *qkv, cos, sin)
     attended = attend(q, k, v, segments, backend=backend, resolved=True)
-    return AfterAttention.apply(kind, total, attended, *proj, *norm2, *gate, *_weights(mlp.fc1), *fc2)
+    return AfterAttention.apply(kind, total, attended, *proj, *norm2, *gate, *fc1, *fc2)
 
 
 def _infer_before(kind, x, pending, norm, qkv, proj_bias, rotary):
@@ -129,9 +138,10 @@ def _infer_after(kind, total, attended, proj_weight, norm, gate, fc1, fc2):
     total.addmm_(attended.flatten(1), proj_weight.t())
     _, normed, _ = run.add_norm(total, None, *norm, kind.eps, kind.rms)
     if gate[0] is not None:
-        active = run.act(kind.activation, F.linear(normed, *gate), F.linear(normed, *fc1))
+        inner, factor = F.linear(normed, gate[0]), F.linear(normed, fc1[0])
+        active = run.act(kind.activation, inner, gate[1], factor, fc1[1])
     elif total.is_cuda and kind.activation.startswith("gelu") and fc1[1] is not None and total.dtype in HALF:
         active = torch._addmm_activation(fc1[1], normed, fc1[0].t(), use_gelu=True)
     else:
-        active = run.act(kind.activation, F.linear(normed, *fc1), None)
+        active = run.act(kind.activation, F.linear(normed, fc1[0]), fc1[1])
     return total, F.linear(active, *fc2)

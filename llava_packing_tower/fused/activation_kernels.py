@@ -32,31 +32,61 @@ def _activation(x, CODE: tl.constexpr):
 
 
 @kernel
-def _act(inner, factor, out, n_rows, WIDTH: tl.constexpr, CODE: tl.constexpr, BLOCK: tl.constexpr):
-    """Over all numbers as they lie; WIDTH is constant so that the compiler sees how the end is aligned."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < n_rows.to(tl.int64) * WIDTH
-    value, _ = _activation(tl.load(inner + place, mask=inside, other=0.0).to(tl.float32), CODE)
+def _act(
+    inner,
+    inner_bias,
+    factor,
+    factor_bias,
+    out,
+    n_rows,
+    WIDTH: tl.constexpr,
+    CODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS tokens and BLOCK columns per program."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = column < WIDTH
+    mask = (row < n_rows)[:, None] & inside[None, :]
+    place = row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    source = tl.load(inner + place, mask=mask, other=0.0).to(tl.float32)
+    if inner_bias is not None:
+        source += tl.load(inner_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    value, _ = _activation(source, CODE)
     if factor is not None:
-        value *= tl.load(factor + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+        times = tl.load(factor + place, mask=mask, other=0.0).to(tl.float32)
+        if factor_bias is not None:
+            times += tl.load(factor_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        value *= times
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
 
 
-def act(name: str, inner: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+def act(
+    name: str,
+    inner: torch.Tensor,
+    inner_bias: torch.Tensor | None,
+    factor: torch.Tensor | None = None,
+    factor_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See :func:`reference.act`."""
     out = torch.empty_like(inner)
     rows, width = inner.shape
-    launch(_act, (-(-rows * width // 1024), 1, 1), (inner, factor, out), (rows,), (width, CODES[name], 1024), 4)
+    grid, constants = (-(-width // 512), -(-rows // 4), 1), (width, CODES[name], 4, 512)
+    launch(_act, grid, (inner, inner_bias, factor, factor_bias, out), (rows,), constants, 4)
     return out
 
 
 @kernel
 def _act_backward(
     inner,
+    inner_bias,
     factor,
+    factor_bias,
     grad,
     of_inner,
     of_factor,
+    active,
     partials,
     n_rows,
     n_columns,
@@ -74,18 +104,29 @@ def _act_backward(
     kind = inner.dtype.element_ty
     sum_inner = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_factor = tl.zeros((ROWS, BLOCK), tl.float32)
+    if inner_bias is not None:
+        added = tl.load(inner_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if factor_bias is not None:
+        added_to_factor = tl.load(factor_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     for start in range(part * ROWS, n_rows, PARTS * ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < n_rows)[:, None] & inside[None, :]
         place = row[:, None].to(tl.int64) * WIDTH + column[None, :]
-        value, slope = _activation(tl.load(inner + place, mask=mask, other=0.0).to(tl.float32), CODE)
+        source = tl.load(inner + place, mask=mask, other=0.0).to(tl.float32)
+        if inner_bias is not None:
+            source += added
+        value, slope = _activation(source, CODE)
         upstream = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
         if factor is not None:
             times = tl.load(factor + place, mask=mask, other=0.0).to(tl.float32)
+            if factor_bias is not None:
+                times += added_to_factor
             second = (upstream * value).to(kind)
             tl.store(of_factor + place, second, mask=mask)
-            sum_factor += second.to(tl.float32)
+            sum_factor += tl.where(mask, second, 0.0).to(tl.float32)
             upstream *= times
+            value *= times
+        tl.store(active + place, value.to(kind), mask=mask)
         first = (upstream * slope).to(kind)
         tl.store(of_inner + place, first, mask=mask)
         sum_inner += first.to(tl.float32)
@@ -98,18 +139,21 @@ def _act_backward(
 def act_backward(
     name: str,
     inner: torch.Tensor,
+    inner_bias: torch.Tensor | None,
     factor: torch.Tensor | None,
+    factor_bias: torch.Tensor | None,
     grad: torch.Tensor,
     partials: torch.Tensor,
     offset: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """See :func:`reference.act_backward`."""
     rows, width = inner.shape
     of_inner, of_factor = torch.empty_like(inner), None if factor is None else torch.empty_like(inner)
-    tensors = (inner, factor, grad, of_inner, of_factor, partials)
+    active = torch.empty_like(inner)
+    tensors = (inner, inner_bias, factor, factor_bias, grad, of_inner, of_factor, active, partials)
     numbers = (rows, partials.shape[1], offset)
     launch(_act_backward, (-(-width // 256), PARTS, 1), tensors, numbers, (width, CODES[name], PARTS, 8, 256), 4)
-    return of_inner, of_factor
+    return of_inner, of_factor, active
 
 
 @kernel

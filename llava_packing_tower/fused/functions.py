@@ -40,6 +40,17 @@ class Kind:
     activation: str
 
 
+def _remember(grad: Tensor, sums: Tensor) -> None:
+    """Let the column sums of a gradient, which its kernel made on the way, travel with it to the block below."""
+    grad.packing_column_sums = (grad._version, sums)
+
+
+def _remembered(grad: Tensor) -> Tensor | None:
+    """The column sums that came with this very tensor, unless it was changed meanwhile."""
+    version, sums = getattr(grad, "packing_column_sums", (None, None))
+    return sums if version == grad._version else None
+
+
 class BeforeAttention(torch.autograd.Function):
     """``total = x + pending``; rotated q, k and v of its norm. Returns total ``[N, hidden]``, and q, k, v ``[N, heads,
     head_dim]``, views of one tensor."""
@@ -79,7 +90,8 @@ class BeforeAttention(torch.autograd.Function):
             total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms, partials, wide
         )
         grad_weight = grad_qkv.t() @ normed if needs[5] else None
-        qkv_bias, scale, shift, _ = run.finish(partials, total.dtype).split([wide, width, width, width])
+        qkv_bias, scale, shift, sums = run.finish(partials, total.dtype).split([wide, width, width, width])
+        _remember(grad, sums)
         return (
             None,
             grad if needs[1] else None,
@@ -115,35 +127,43 @@ class AfterAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         run = operations(residual)
         attended = attended.flatten(1)
-        projected = F.linear(attended, proj_weight, proj_bias)
-        total, normed, stats = run.add_norm(residual, projected, norm_weight, norm_bias, kind.eps, kind.rms, stats=True)
-        inner, factor = F.linear(normed, fc1_weight, fc1_bias), None
+        # Biases are added by the kernels that follow: products without one are launched faster.
+        total, normed, stats = run.add_norm(
+            *(residual, F.linear(attended, proj_weight), norm_weight, norm_bias, kind.eps, kind.rms),
+            pending_bias=proj_bias,
+            stats=True,
+        )
+        inner, inner_bias, factor, factor_bias = F.linear(normed, fc1_weight), fc1_bias, None, None
         if gate_weight is not None:
-            inner, factor = F.linear(normed, gate_weight, gate_bias), inner
-        active = run.act(kind.activation, inner, factor)
-        ctx.kind, ctx.heads = kind, kind.heads
+            inner, inner_bias, factor, factor_bias = F.linear(normed, gate_weight), gate_bias, inner, fc1_bias
+        ctx.kind = kind
         ctx.save_for_backward(
-            attended, total, stats, inner, factor, active,
+            attended, total, stats, inner, inner_bias, factor, factor_bias,
             proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
         )  # fmt: skip
+        active = run.act(kind.activation, inner, inner_bias, factor, factor_bias)
         return total, F.linear(active, fc2_weight, fc2_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total: Tensor, grad_out: Tensor):
         (
-            attended, total, stats, inner, factor, active,
+            attended, total, stats, inner, inner_bias, factor, factor_bias,
             proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
         ) = ctx.saved_tensors  # fmt: skip
         kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
         width, wide = fc2_weight.shape
         gated = gate_weight is not None
-        sizes = [wide * (1 + gated), width, width, width, width]
+        fc2_bias = _remembered(grad_out)
+        sizes = [wide * (1 + gated), width, width, width, width * (fc2_bias is None)]
         partials = run.partials(sum(sizes), total)
+        if fc2_bias is None:
+            run.column_sums(grad_out, partials, sum(sizes) - width)
         # The MLP.
-        grad_inner, grad_factor = run.act_backward(kind.activation, inner, factor, grad_out @ fc2_weight, partials, 0)
+        grad_inner, grad_factor, active = run.act_backward(
+            kind.activation, inner, inner_bias, factor, factor_bias, grad_out @ fc2_weight, partials, 0
+        )
         grad_fc2 = grad_out.t() @ active if needs[11] else None
-        run.column_sums(grad_out, partials, sizes[0] + 3 * width)
         if gated:
             grad_normed = torch.addmm(grad_factor @ fc1_weight, grad_inner, gate_weight)
         else:
@@ -155,10 +175,11 @@ class AfterAttention(torch.autograd.Function):
         grad_gate = grad_inner.t() @ normed if needs[7] else None
         grad_fc1 = (grad_factor if gated else grad_inner).t() @ normed if needs[9] else None
         # The projection.
-        grad_attended = (grad @ proj_weight).view(len(grad), ctx.heads, -1) if needs[2] else None
+        grad_attended = (grad @ proj_weight).view(len(grad), kind.heads, -1) if needs[2] else None
         grad_proj = grad.t() @ attended if needs[3] else None
-        inner_bias, scale, shift, proj_bias, fc2_bias = run.finish(partials, total.dtype).split(sizes)
+        inner_bias, scale, shift, proj_bias, last = run.finish(partials, total.dtype).split(sizes)
         gate_bias, fc1_bias = inner_bias.split(wide) if gated else (None, inner_bias)
+        fc2_bias = last if fc2_bias is None else fc2_bias
         return (
             None,
             grad if needs[1] else None,

@@ -11,9 +11,9 @@ import triton.language as tl
 
 PARTS = 256
 _ALIGNED = 16
-_compiled: dict[tuple, object] = {}
-# From 3.3 on a compiled kernel takes the arguments of the kernel itself, constants included.
-_CALLABLE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+_compiled: dict[tuple, tuple] = {}
+# The versions whose compiled kernels are known to take what is passed below; others are launched by Triton itself.
+_DIRECT = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -37,14 +37,16 @@ def launch(kernel, grid: tuple[int, int, int], tensors: Tensors, numbers: tuple,
     if device is not None and device != torch.cuda.current_device():  # (None: Triton's interpreter, on the CPU)
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, constants, warps)
-    key = (kernel, device, constants, warps, *kinds)
-    compiled = _compiled.get(key) if places % _ALIGNED == 0 else None
-    if compiled is not None:
-        compiled[grid](*tensors, *numbers, *constants)
+    direct = _DIRECT and device is not None and places % _ALIGNED == 0
+    key = (id(kernel), device, constants, warps, *kinds)
+    if direct and key in _compiled:
+        run, function, metadata = _compiled[key]
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        run(*grid, stream, function, metadata, None, None, None, *tensors, *numbers, *constants)
         return None
     compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
-    if _CALLABLE and device is not None and places % _ALIGNED == 0:
-        _compiled[key] = compiled
+    if direct:
+        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
     return None
 
 

@@ -11,6 +11,7 @@ from .launching import PARTS, kernel, launch
 def _add_norm(
     x,
     pending,
+    pending_bias,
     weight,
     bias,
     shift,
@@ -32,6 +33,8 @@ def _add_norm(
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if pending is not None:
         value += tl.load(pending + place, mask=inside, other=0.0).to(tl.float32)
+        if pending_bias is not None:
+            value += tl.load(pending_bias + column, mask=inside, other=0.0).to(tl.float32)
         value = value.to(kind).to(tl.float32)
     if shift is not None:
         moved = value + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
@@ -65,6 +68,7 @@ def add_norm(
     bias: torch.Tensor | None,
     eps: float,
     rms: bool,
+    pending_bias: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     stats: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -75,7 +79,7 @@ def add_norm(
     total = x if pending is None and shift is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     kept = torch.empty(2, rows, dtype=torch.float32, device=x.device) if stats else None
-    tensors = (x, pending, weight, bias, shift, total, normed, kept)
+    tensors = (x, pending, pending_bias, weight, bias, shift, total, normed, kept)
     launch(_add_norm, (rows, 1, 1), tensors, (rows, eps), (width, rms, triton.next_power_of_2(width)), 4)
     return total, normed, kept
 

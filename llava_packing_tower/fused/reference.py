@@ -19,15 +19,17 @@ def add_norm(
     bias: torch.Tensor | None,
     eps: float,
     rms: bool,
+    pending_bias: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     stats: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``total = x + pending`` in the dtype of x, and its norm (``rms``: RMSNorm, else LayerNorm).
+    """``total = x + pending`` (+ ``pending_bias [width]``) in the dtype of x, and its norm (``rms``: RMSNorm, else
+    LayerNorm).
 
     Returns total (``x`` itself with neither pending nor shift; with ``shift [width]`` added behind the norm), normed,
     and with ``stats`` float32 ``[2, N]``: mean (0 for RMSNorm) and reciprocal deviation.
     """
-    total = x if pending is None else x + pending
+    total = x if pending is None else x + (pending if pending_bias is None else pending + pending_bias)
     centred = wide(total)
     mean = centred.new_zeros(len(x), 1) if rms else centred.mean(1, keepdim=True)
     centred = centred - mean
@@ -83,32 +85,46 @@ ACTIVATIONS = {
 }
 
 
-def act(name: str, inner: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """``activation(inner)``, times ``factor`` where the MLP is gated."""
-    out = ACTIVATIONS[name](wide(inner))
-    return (out if factor is None else out * wide(factor)).to(inner.dtype)
+def _plus(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return wide(x) if bias is None else wide(x) + wide(bias)
+
+
+def act(
+    name: str,
+    inner: torch.Tensor,
+    inner_bias: torch.Tensor | None,
+    factor: torch.Tensor | None = None,
+    factor_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``activation(inner + inner_bias)``, times ``factor + factor_bias`` where the MLP is gated."""
+    out = ACTIVATIONS[name](_plus(inner, inner_bias))
+    return (out if factor is None else out * _plus(factor, factor_bias)).to(inner.dtype)
 
 
 def act_backward(
     name: str,
     inner: torch.Tensor,
+    inner_bias: torch.Tensor | None,
     factor: torch.Tensor | None,
+    factor_bias: torch.Tensor | None,
     grad: torch.Tensor,
     partials: torch.Tensor,
     offset: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of ``inner`` and ``factor``, and their column sums (one or two times the width) in ``partials``."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Gradients of ``inner`` and ``factor``, their column sums (one or two times the width) in ``partials``, and what
+    :func:`act` returned."""
     with torch.enable_grad():
-        source = wide(inner).detach().requires_grad_()
+        source = _plus(inner, inner_bias).detach().requires_grad_()
         out = ACTIVATIONS[name](source)
-    upstream = wide(grad) if factor is None else wide(grad) * wide(factor)
+    upstream = wide(grad) if factor is None else wide(grad) * _plus(factor, factor_bias)
     grads = [torch.autograd.grad(out, source, upstream)[0].to(inner.dtype)]
     if factor is not None:
         grads.append((wide(grad) * out.detach()).to(inner.dtype))
     width = inner.shape[1]
     for index, part in enumerate(grads):
         partials[:, offset + index * width : offset + (index + 1) * width] = wide(part).sum(0)
-    return grads[0], grads[1] if factor is not None else None
+    again = act(name, inner, inner_bias, factor, factor_bias)
+    return grads[0], grads[1] if factor is not None else None, again
 
 
 def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kind: str) -> None:

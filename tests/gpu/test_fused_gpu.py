@@ -61,6 +61,9 @@ def test_norms(shape, rms, dtype):
         sides = [m.add_norm(x, more, weight, bias, 1e-6, rms, shift=moved, stats=stats) for m in (kernels, reference)]
         for got, want in zip(*sides):
             check(got, want)
+    sides = [m.add_norm(x, pending, weight, bias, 1e-6, rms, pending_bias=shift) for m in (kernels, reference)]
+    for got, want in zip(*sides):
+        check(got, want)
     total, _, stats = reference.add_norm(x, pending, weight, bias, 1e-6, rms, stats=True)
     for passing in (residual, None):
         sums = filled(x, 3 * width + 7)
@@ -80,12 +83,15 @@ def test_activations(shape, name, gated):
     width = shape[1]
     inner, grad = noise(*shape) * 2, noise(*shape)
     factor = noise(*shape) if gated else None
-    check(kernels.act(name, inner, factor), reference.act(name, inner, factor), 0.005)
-    sums = filled(inner, 2 * width + 8)
-    sides = [m.act_backward(name, inner, factor, grad, s, 4) for m, s in zip((kernels, reference), sums)]
-    for got, want in zip(*sides):
-        check(got, want, 0.005)
-    check_sums(*sums, 4, 4 + width * (1 + gated))
+    for biased in (False, True):
+        biases = [noise(width) if biased and x is not None else None for x in (inner, factor)]
+        inputs = (inner, biases[0], factor, biases[1])
+        check(kernels.act(name, *inputs), reference.act(name, *inputs), 0.005)
+        sums = filled(inner, 2 * width + 8)
+        sides = [m.act_backward(name, *inputs, grad, s, 4) for m, s in zip((kernels, reference), sums)]
+        for got, want in zip(*sides):
+            check(got, want, 0.005)
+        check_sums(*sums, 4, 4 + width * (1 + gated))
     sums = filled(inner, width + 4)
     for module, partials in zip((kernels, reference), sums):
         module.column_sums(grad, partials, 4)

@@ -1,0 +1,262 @@
+"""Fused blocks on a CPU, where their operations are plain torch: values, gradients, and when they are taken.
+
+The kernels themselves are compared with these operations in ``tests/gpu/test_fused_gpu.py``.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava_packing_tower import attention, fused
+from llava_packing_tower.bench.presets import PRESETS
+from llava_packing_tower.families import family_for
+from llava_packing_tower.fused import functions, reference
+from llava_packing_tower.packing import batch_images_to_packing_input
+
+VARIANTS = [
+    ("llava_vit", {}),
+    ("llava_vit", {"layer_norm_type": "rms_norm"}),
+    ("siglip2", {}),
+    ("aimv2", {}),
+    ("dinov3", {}),
+    ("dinov3", {"use_gated_mlp": True, "hidden_act": "silu"}),
+]
+SIZES = [(4, 3), (1, 1), (2, 5)]
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """The name of a backend that takes packed batches on a CPU: sdpa, said to be one kernel."""
+    sdpa = attention.backend_module("sdpa")
+    module = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
+    monkeypatch.setitem(attention.BACKENDS, "cpu_varlen", "cpu_varlen")
+    monkeypatch.setitem(attention._LOADED, "cpu_varlen", module)
+    return "cpu_varlen"
+
+
+def tiny(family, dtype=torch.float64, **more):
+    cls = family_for(PRESETS[family].model_type)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**{**PRESETS[family].tiny, **more})).to(dtype).train()
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        nn.init.normal_(parameter, mean=mean, std=0.2)
+    return model
+
+
+def batch(model):
+    patch = model.config.patch_size
+    images = [torch.randn(3, h * patch, w * patch, dtype=model.dtype) for h, w in SIZES]
+    return batch_images_to_packing_input(images, patch, model.patch_layout)
+
+
+@pytest.fixture
+def how(monkeypatch):
+    """How each call of the encoder ran its blocks."""
+    from llava_packing_tower.encoder import PackedEncoder
+
+    seen, run = [], PackedEncoder.run
+    monkeypatch.setattr(PackedEncoder, "run", lambda self, *a, how: (seen.append(how), run(self, *a, how=how))[1])
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family, more", VARIANTS)
+def test_values_and_gradients_are_those_of_the_blocks(varlen, how, family, more, checkpointing):
+    """float64, two hidden states at once, every parameter; RMSNorm rounds to float32 in the blocks themselves."""
+    model = tiny(family, **more)
+    model.set_attention_backend(varlen)
+    model.encoder.gradient_checkpointing = checkpointing
+    rows, grid = batch(model)
+    layers = (1, model.num_layers)
+    upstream = torch.randn(len(layers), len(rows), model.config.hidden_size, dtype=torch.float64)
+    results = []
+    for choice in (False, True):
+        model.encoder.fused_blocks = choice
+        model.zero_grad()
+        states = model(rows, grid, feature_layers=layers)
+        torch.autograd.backward(states, list(upstream))
+        with torch.no_grad():
+            inferred = model(rows, grid, feature_layers=layers)
+        results.append([*states, *inferred, *(p.grad for p in model.parameters())])
+    assert how == ["eager", "eager", "fused", "fused"]
+    rms = family == "aimv2" or more.get("layer_norm_type") == "rms_norm"
+    for got, want in zip(results[1], results[0], strict=True):
+        if want is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-4 if rms else 1e-9, atol=1e-4 if rms else 1e-9)
+
+
+@pytest.mark.parametrize("trained", ["mlp.fc1.weight", "layer_norm1.bias", "qkv.weight", "fc2.bias", "proj.weight"])
+def test_only_what_is_trained_gets_a_gradient(varlen, trained):
+    model = tiny("llava_vit")
+    model.set_attention_backend(varlen)
+    rows, grid = batch(model)
+    grads = []
+    for choice in (False, True):
+        model.encoder.fused_blocks = choice
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("encoder") and name.endswith(trained))
+            parameter.grad = None
+        model(rows, grid, feature_layers=(model.num_layers,))[0].square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == model.num_layers
+    for name, want in grads[0].items():
+        torch.testing.assert_close(grads[1][name], want)
+
+
+def test_gradients_of_several_batches_add_up(varlen):
+    """The bias gradients are parts of one tensor, and column sums travel with a gradient: neither may leak."""
+    model = tiny("llava_vit")
+    model.set_attention_backend(varlen)
+    batches = [batch(model) for _ in range(2)]
+    grads = []
+    for choice in (False, True):
+        model.encoder.fused_blocks = choice
+        model.zero_grad()
+        for rows, grid in batches:
+            model(rows, grid, feature_layers=(model.num_layers,))[0].square().sum().backward()
+        grads.append([p.grad.clone() for p in model.encoder.parameters()])
+    for got, want in zip(*reversed(grads)):
+        torch.testing.assert_close(got, want)
+
+
+def test_column_sums_travel_with_an_unchanged_gradient_only():
+    grad, sums = torch.randn(3, 2), torch.randn(2)
+    assert functions._remembered(grad) is None
+    functions._remember(grad, sums)
+    assert functions._remembered(grad) is sums
+    assert functions._remembered(grad.clone()) is None
+    grad.mul_(2)
+    assert functions._remembered(grad) is None
+
+
+def test_column_sums_are_made_once_per_kept_state(varlen, monkeypatch):
+    model, sums = tiny("llava_vit", num_hidden_layers=5), []
+    model.set_attention_backend(varlen)
+    model.encoder.fused_blocks = True
+    real = reference.column_sums
+    monkeypatch.setattr(reference, "column_sums", lambda *arguments: sums.append(1) or real(*arguments))
+    for layers, made in (((5,), 1), ((2, 5), 2)):
+        sums.clear()
+        sum(x.sum() for x in model(*batch(model), feature_layers=layers)).backward()
+        assert len(sums) == made
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket._qualified_op_name)
+        return function(*args, **(kwargs or {}))
+
+
+def stand_ins():
+    """The operations as one call each, which is what they are on a GPU."""
+    empty = torch.empty_like
+
+    def add_norm(x, pending, *_, shift=None, stats=False, **__):
+        total = x if pending is None and shift is None else empty(x)
+        return total, empty(x), x.new_empty(2, len(x)) if stats else None
+
+    return SimpleNamespace(
+        add_norm=add_norm,
+        norm_backward=lambda total, *_: (empty(total), empty(total)),
+        act=lambda name, inner, *_: empty(inner),
+        act_backward=lambda name, inner, inner_bias, factor, *_: (empty(inner), factor, empty(inner)),
+        rotate_=lambda *_: None,
+        qkv_backward=lambda grads, *_: empty(grads[0]).repeat(1, 3, 1).flatten(1),
+        column_sums=lambda *_: None,
+        partials=reference.partials,
+        finish=lambda partials, dtype: partials.new_empty(partials.shape[1], dtype=dtype),
+    )
+
+
+MATMULS = {"aten::mm", "aten::addmm", "aten::addmm_"}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_products_and_calls_per_block(varlen, monkeypatch, grad):
+    """What the host does per block, as counts: four products forward, eight more backward, and nothing that grows."""
+    monkeypatch.setattr(functions, "operations", lambda x: stand_ins())
+    monkeypatch.setattr(fused, "operations", lambda x: stand_ins())
+    attention._LOADED[varlen].attend = lambda q, k, v, segments, scale: q + k + v
+    counts = []
+    for layers in (2, 6):
+        model = tiny("llava_vit", torch.float32, num_hidden_layers=layers).requires_grad_(grad)
+        model.set_attention_backend(varlen)
+        model.encoder.fused_blocks = True
+        rows, grid = batch(model)
+        with Calls() as calls:
+            out = model(rows, grid, feature_layers=(layers,))[0]
+            if grad:
+                out.sum().backward()
+        counts.append((sum(name in MATMULS for name in calls.names), len(calls.names)))
+    (products, calls), (more_products, more_calls) = counts
+    assert more_products - products == 4 * (12 if grad else 4)
+    assert (more_calls - calls) / 4 <= (100 if grad else 30), counts
+
+
+# ---------------------------------------------------------------- when
+
+
+def test_not_without_a_gpu_nor_in_single_precision(varlen, how):
+    model = tiny("llava_vit", torch.bfloat16)
+    model.set_attention_backend(varlen)
+    model(*batch(model))
+    assert how == ["eager"]
+    model.encoder.fused_blocks = True
+    model(*batch(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.float()(*batch(model))
+    assert how == ["eager", "fused", "eager"]
+
+
+def test_hooks_on_a_block_are_run_and_hooks_inside_of_one_need_the_block_itself(varlen, how):
+    model, seen = tiny("llava_vit"), []
+    model.set_attention_backend(varlen)
+    model.encoder.fused_blocks = True
+    rows, grid = batch(model)
+    expected = model(rows, grid)
+    outer = model.encoder.layers[1].register_forward_hook(lambda *_: seen.append("block"))
+    torch.testing.assert_close(model(rows, grid), expected)
+    assert how == ["fused"] * 2 and seen == ["block"]
+    inner = model.encoder.layers[0].mlp.fc2.register_forward_hook(lambda *_: seen.append("fc2"))
+    torch.testing.assert_close(model(rows, grid), expected)
+    assert how[2:] == ["eager"] and seen[1:] == ["fc2", "block"]
+    inner.remove()
+    outer.remove()
+    model(rows, grid)
+    assert how[3:] == ["fused"]
+
+
+def test_other_layers_than_ours_are_left_alone(varlen, how):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny("llava_vit")
+    model.set_attention_backend(varlen)
+    model.encoder.fused_blocks = True
+    rows, grid = batch(model)
+    before = model(rows, grid).last_hidden_state
+    fc2 = model.encoder.layers[0].mlp.fc2
+    adapted = Adapted(fc2.in_features, fc2.out_features).double()
+    adapted.load_state_dict(fc2.state_dict())
+    model.encoder.layers[0].mlp.fc2 = adapted
+    assert not torch.allclose(model(rows, grid).last_hidden_state, before)
+    assert how == ["fused", "eager"]
+
+
+def test_a_bad_switch_is_named(monkeypatch):
+    monkeypatch.setenv("LLAVA_PACKING_FUSED", "yes")
+    x = torch.randn(2, 2)
+    config = tiny("llava_vit").encoder.config
+    with pytest.raises(ValueError, match="LLAVA_PACKING_FUSED must be 0 or 1, got 'yes'"):
+        fused.fused_wanted(None, config, x, x, x.dtype)
