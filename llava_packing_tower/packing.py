@@ -182,6 +182,16 @@ def unpatchify(
     return samples
 
 
+def longest_first(images: Sequence[torch.Tensor]) -> list[int]:
+    """The indices of images, the largest first.
+
+    A GPU takes the parts of a batch in their order: with the longest segment last, all but one of its processors wait
+    for that. And batches that differ in their order alone are the same for everything that is kept.
+    """
+    sizes = [image.numel() if isinstance(image, torch.Tensor) else 0 for image in images]
+    return sorted(range(len(images)), key=sizes.__getitem__, reverse=True)
+
+
 def split_packed(packed: torch.Tensor, grids: Sequence[Grid]) -> list[torch.Tensor]:
     """Split ``[N, ...]`` into one ``[t*h*w, ...]`` per sample (views)."""
     return list(packed.split([t * h * w for t, h, w in grids]))
@@ -211,6 +221,7 @@ def batch_images_to_packing_input(
     num_channels: int = 3,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack a batch of images, of one size or of many.
 
@@ -221,6 +232,7 @@ def batch_images_to_packing_input(
         num_channels: channels that every image must have.
         device, dtype: where and as what the rows are made (default: those of the first image). Cutting, casting and
             concatenating are one copy per image; images on the host cross to a GPU in one transfer.
+        numbers: what the images are called in errors (default: 0, 1, ...).
 
     Returns:
         ``hidden_states [N, C * patch_size ** 2]`` and ``grid_thw [B, 3]`` (int64, on the CPU: its values are needed
@@ -237,7 +249,7 @@ def batch_images_to_packing_input(
     stacked = images if isinstance(images, torch.Tensor) else None
     images = list(images)
     grids: list[Grid] = []
-    for index, image in enumerate(images):
+    for index, image in zip(numbers or range(len(images)), images):
         if not isinstance(image, torch.Tensor) or image.dim() not in (3, 4):
             found = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
             raise ValueError(f"image {index} must be a tensor [C, H, W] (or a clip [C, T, H, W]), got {found}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -19,7 +20,7 @@ from .loading import CONFIG_NAME, construction, read_json, resolve_folder, zero3
 from .native.images import NativeImageProcessor
 from .native.resolution import ResolutionRule, merge_of
 from .native.settings import NativeSettings, settings_of
-from .packing import Grid, batch_images_to_packing_input, read_grid, split_packed
+from .packing import Grid, batch_images_to_packing_input, longest_first, read_grid, split_packed
 from .recording import encode_recorded
 from .strict import StrictPreTrainedModel
 
@@ -208,9 +209,12 @@ class HEVCViTPackingVisionTower(nn.Module):
         return self.forward(*args, **kwargs) if partitioned else super().__call__(*args, **kwargs)
 
     def _encode(
-        self, images: torch.Tensor | Sequence[torch.Tensor], patch_positions: torch.Tensor | None = None
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        patch_positions: torch.Tensor | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, list[Grid]]:
-        """Packed features ``[N, hidden_size]`` of all images, and the grid of each."""
+        """Packed features ``[N, hidden_size]`` of all images, and the grid of each; ``numbers``: names for errors."""
         # ============================================================================================
         # INPUT CONVERSION: [B, C, H, W], or a ragged list of [C, H, W]
         #                -> hidden_states [N, patch_dim] + grid_thw [B, 3]
@@ -223,6 +227,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             num_channels=model.config.num_channels,
             device=self.device,
             dtype=self.dtype,
+            numbers=numbers,
         )
 
         # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
@@ -258,10 +263,15 @@ class HEVCViTPackingVisionTower(nn.Module):
             raise ValueError(f"{type(self.vision_tower).__name__} takes images only and no patch_positions")
 
         # Pixels to packed features: see _encode, which is called, or replayed as a CUDA graph.
-        if patch_positions is None:
+        order = None
+        if patch_positions is not None:
+            packed, grids = self._encode(images, patch_positions)
+        elif isinstance(images, torch.Tensor):
             packed, grids = encode_recorded(self.vision_tower, images, self.feature_layers, self._encode)
         else:
-            packed, grids = self._encode(images, patch_positions)
+            order = longest_first(images)
+            encode = functools.partial(self._encode, numbers=order)
+            packed, grids = encode_recorded(self.vision_tower, [images[i] for i in order], self.feature_layers, encode)
 
         # ============================================================================================
         # OUTPUT CONVERSION: [N, hidden_size]
@@ -271,6 +281,9 @@ class HEVCViTPackingVisionTower(nn.Module):
             features = packed.unflatten(0, (len(grids), -1))
         else:
             features = split_packed(packed, grids)
+        if order is not None:  # back to the order of the images
+            places = sorted(range(len(order)), key=order.__getitem__)
+            features, grids = [features[i] for i in places], [grids[i] for i in places]
         return (features, grids[0][1], grids[0][2]) if return_spatial_dims else features
 
     # ---------------------------------------------------------------- what LLaVA reads

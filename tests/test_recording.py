@@ -64,11 +64,13 @@ def test_lists_and_tensors_shapes_and_selections_are_kept_apart(tower):
         for a, b in zip(run(tower, images), tower._encode(images)[0].split([15, 14]), strict=True):
             assert torch.equal(a, b)
     assert vars(tower.made) == {"recordings": 1, "replays": 1}
-    run(tower, ragged[0][::-1])
+    for a, b in zip(run(tower, ragged[0][::-1]), tower._encode(ragged[0])[0].split([15, 14])[::-1], strict=True):
+        assert torch.equal(a, b)
+    assert vars(tower.made) == {"recordings": 1, "replays": 2}  # the same images in another order
     run(tower, torch.stack(batch((3, 5))))
     tower.select_layer = -1
     other = run(tower, ragged[0])
-    assert not torch.equal(other[0], tower._encode(ragged[0])[0][:15] + 1) and tower.made.replays == 1
+    assert not torch.equal(other[0], tower._encode(ragged[0])[0][:15] + 1) and tower.made.replays == 2
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ def _rotate(qkv, cos, sin, WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.co
     start = qkv + (token * 3 + part) * WIDTH
     kind = qkv.dtype.element_ty
     if PAIRS:
-        column = tl.arange(0, BLOCK)
+        column = tl.arange(0, BLOCK)[None, :]
         inside = column < WIDTH
         table = token * HEAD + column % HEAD
-        a, b = _split(tl.load(start + column, mask=inside, other=0.0).to(tl.float32), BLOCK)
-        cos_a, cos_b = _split(tl.load(cos + table, mask=inside, other=0.0), BLOCK)
-        sin_a, sin_b = _split(tl.load(sin + table, mask=inside, other=0.0), BLOCK)
+        a, b = _split(tl.load(start + column, mask=inside, other=0.0).to(tl.float32), 1, BLOCK)
+        cos_a, cos_b = _split(tl.load(cos + table, mask=inside, other=0.0), 1, BLOCK)
+        sin_a, sin_b = _split(tl.load(sin + table, mask=inside, other=0.0), 1, BLOCK)
         turned = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
-        tl.store(start + column, tl.reshape(turned, [BLOCK]).to(kind), mask=inside)
+        tl.store(start + column, tl.reshape(turned, [1, BLOCK]).to(kind), mask=inside)
     else:
         pair = tl.arange(0, BLOCK // 2)
         inside = pair < WIDTH // 2
@@ -41,9 +41,9 @@ def _rotate(qkv, cos, sin, WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.co
 
 
 @triton.jit
-def _split(x, BLOCK: tl.constexpr):
-    """(x0, x1, x2, x3, ...) to (x0, x2, ...) and (x1, x3, ...)."""
-    return tl.split(tl.reshape(x, [BLOCK // 2, 2]))
+def _split(x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of (x0, x1, x2, x3, ...) to rows of (x0, x2, ...) and of (x1, x3, ...)."""
+    return tl.split(tl.reshape(x, [ROWS, BLOCK // 2, 2]))
 
 
 def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kind: str) -> None:
@@ -81,12 +81,8 @@ def _qkv_backward(
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     lane = column % HEAD
-    if PAIRS:
-        leads, step = lane % 2 == 0, 1
-    else:
-        leads, step = lane < HEAD // 2, HEAD // 2
-    # The forward is y = x * cos + rotate(x) * sin, with minus the second in the place of the first of two partners.
-    across = tl.where(leads, step, -step)
+    leads = lane < HEAD // 2
+    across = tl.where(leads, HEAD // 2, -(HEAD // 2))
     sign = tl.where(leads, 1.0, -1.0)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(part * ROWS, n_tokens, PARTS * ROWS):
@@ -102,10 +98,18 @@ def _qkv_backward(
         value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         if cos is not None:  # noqa: SIM102 - decided when compiled, what follows when run
             if piece < 2:
-                other = tl.load(source + across[None, :], mask=mask, other=0.0).to(tl.float32)
+                # The forward is y = x * cos + rotate(x) * sin, with minus the second of two partners for the first.
                 table = row * HEAD + lane[None, :]
-                turned = other * tl.load(sin + table + across[None, :], mask=mask, other=0.0)
-                value = value * tl.load(cos + table, mask=mask, other=0.0) + sign[None, :] * turned
+                cosine = tl.load(cos + table, mask=mask, other=0.0)
+                if PAIRS:
+                    a, b = _split(value, ROWS, BLOCK)
+                    cos_a, cos_b = _split(cosine, ROWS, BLOCK)
+                    sin_a, sin_b = _split(tl.load(sin + table, mask=mask, other=0.0), ROWS, BLOCK)
+                    value = tl.reshape(tl.join(a * cos_a + b * sin_b, b * cos_b - a * sin_a), [ROWS, BLOCK])
+                else:
+                    other = tl.load(source + across[None, :], mask=mask, other=0.0).to(tl.float32)
+                    sine = tl.load(sin + table + across[None, :], mask=mask, other=0.0)
+                    value = value * cosine + sign[None, :] * other * sine
         value = value.to(out.dtype.element_ty)
         tl.store(out + (row * 3 + piece) * WIDTH + column[None, :], value, mask=mask)
         total += value.to(tl.float32)
