@@ -7,6 +7,7 @@ sizes takes the compiler about a minute.
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..packing import PackedSegments
 
@@ -34,11 +35,35 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSe
     length = segments.max_seqlen
     if torch.compiler.is_compiling():
         return _attention(q, k, v, length, scale)[0] if torch.is_grad_enabled() else _inference(q, k, v, length, scale)
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *(_batched(x, length) for x in (q, k, v)), None, grad, 0.0, False, False, scale=scale
-    )
-    return _packed(out[0])
+    return Attention.apply(q, k, v, segments, scale)
+
+
+class Attention(torch.autograd.Function):
+    """cuDNN's kernels through torch's operators."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, segments, scale):
+        length, grad = segments.max_seqlen, any(ctx.needs_input_grad)
+        out, logsumexp, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *(_batched(x, length) for x in (q, k, v)), None, grad, 0.0, False, False, scale=scale
+        )
+        out = _packed(out).contiguous()
+        if grad:
+            ctx.save_for_backward(q, k, v, out, logsumexp, seed, offset)
+            ctx.length, ctx.scale = length, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, logsumexp, seed, offset = ctx.saved_tensors
+        length = ctx.length
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *(_batched(x, length) for x in (grad, q, k, v, out)),
+            *(logsumexp, seed, offset, None, None, None, length, length, 0.0, False),
+            scale=ctx.scale,
+        )
+        return *map(_packed, grads), None, None
 
 
 def _batched(x: torch.Tensor, length: int) -> torch.Tensor:

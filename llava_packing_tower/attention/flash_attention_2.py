@@ -51,16 +51,17 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    if _forward is None or _backward is None or torch.compiler.is_compiling():
+    if Attention is None or torch.compiler.is_compiling():
         return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale)
-    return _Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale)
+    return Attention.apply(q, k, v, segments, scale)
 
 
 class _Attention(torch.autograd.Function):
     """flash-attn's kernels, without dropout, window, or anything else that we do not use."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, scale):
+    def forward(ctx, q, k, v, segments, scale):
+        cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
         out, logsumexp, _, state = _forward(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, scale, False)
         ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens, state)
         ctx.max_seqlen, ctx.scale = max_seqlen, scale
@@ -75,4 +76,7 @@ class _Attention(torch.autograd.Function):
             *(grad, q, k, v, out, logsumexp, *grads, cu_seqlens, cu_seqlens, ctx.max_seqlen, ctx.max_seqlen),
             *(0.0, ctx.scale, False, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(), state),
         )
-        return *grads, None, None, None
+        return *grads, None, None
+
+
+Attention = None if _forward is None or _backward is None else _Attention

@@ -167,8 +167,11 @@ def training_step(system: System, step: Step, dtype: torch.dtype, device: torch.
     noise = torch.randn(sum(sizes), generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
     grads = [part.view(shape) for part, shape in zip(noise.split(sizes), step.shapes, strict=True)]
 
+    weights = list(system.model.parameters())  # walking the modules is not what is measured
+
     def run() -> None:
-        system.model.zero_grad(set_to_none=True)
+        for weight in weights:
+            weight.grad = None
         torch.autograd.backward(as_list(step.run()), grads)
 
     return run

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..activations import HALF, activation
-from ..attention import attend
+from ..attention import attend, backend_module
 from ..layers import MLP, NORMS, BlockConfig, EncoderBlock, FusedQKV, LayerScale, PackedAttention, Rotary
 from ..packing import PackedSegments
-from .functions import AfterAttention, BeforeAttention, Kind, kernels, operations
+from .functions import AfterAttention, BeforeAttention, Block, Kind, kernels, operations
 from .reference import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
@@ -116,9 +116,12 @@ def fused_block(
         attended = attend(*heads, segments, backend=backend, resolved=True)
         del heads
         return _infer_after(kind, total, attended, proj[0], norm2, gate, fc1, fc2)
-    total, q, k, v = BeforeAttention.apply(kind, hidden_states, pending, *norm1, *qkv, cos, sin)
+    before, after = (hidden_states, pending, *norm1, *qkv, cos, sin), (*proj, *norm2, *gate, *fc1, *fc2)
+    if whole := getattr(backend_module(backend), "Attention", None):
+        return Block.apply(kind, whole, segments, (before[4].shape[1] // kind.heads) ** -0.5, *before, *after)
+    total, q, k, v = BeforeAttention.apply(kind, *before)
     attended = attend(q, k, v, segments, backend=backend, resolved=True)
-    return AfterAttention.apply(kind, total, attended, *proj, *norm2, *gate, *fc1, *fc2)
+    return AfterAttention.apply(kind, total, attended, *after)
 
 
 def _infer_before(kind, x, pending, norm, qkv, proj_bias, rotary):

@@ -148,7 +148,7 @@ def act_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """See :func:`reference.act_backward`."""
     rows, width = inner.shape
-    of_inner, of_factor = torch.empty_like(inner), None if factor is None else torch.empty_like(inner)
+    of_inner, of_factor = grad, None if factor is None else torch.empty_like(inner)  # each program writes what it read
     active = torch.empty_like(inner)
     tensors = (inner, inner_bias, factor, factor_bias, grad, of_inner, of_factor, active, partials)
     numbers = (rows, partials.shape[1], offset)

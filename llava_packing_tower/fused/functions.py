@@ -8,12 +8,14 @@ the input of both norms' products is computed again by the kernels of the norms'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from types import ModuleType
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..packing import PackedSegments
 from . import reference
 
 try:
@@ -195,3 +197,52 @@ class AfterAttention(torch.autograd.Function):
             grad_fc2,
             fc2_bias if needs[12] else None,
         )
+
+
+class _Part:
+    """Stands in for the context of one of the functions that :class:`Block` is made of."""
+
+    saved_tensors: tuple = ()
+    needs_input_grad: tuple = (True, True, True)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+class Block(torch.autograd.Function):
+    """:class:`BeforeAttention`, ``attention`` and :class:`AfterAttention` as one node: each node of the graph costs the
+    host as much as two kernels."""
+
+    @staticmethod
+    def forward(
+        ctx, kind: Kind, attention: type, segments: PackedSegments, scale: float, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        before, inner, after = parts = _Part(), _Part(), _Part()
+        total, *heads = BeforeAttention.forward(before, kind, *tensors[:INPUTS_BEFORE])
+        attended = attention.forward(inner, *heads, segments, scale)
+        out = AfterAttention.forward(after, kind, total, attended, *tensors[INPUTS_BEFORE:])
+        ctx.attention, ctx.parts = attention, parts
+        ctx.counts = [len(part.saved_tensors) for part in parts]
+        ctx.save_for_backward(*before.saved_tensors, *inner.saved_tensors, *after.saved_tensors)
+        for part in parts:
+            part.saved_tensors = ()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor, grad_out: Tensor):
+        saved, (before, inner, after) = iter(ctx.saved_tensors), ctx.parts
+        for part, count in zip(ctx.parts, ctx.counts):
+            part.saved_tensors = tuple(islice(saved, count))
+        needs = ctx.needs_input_grad[4:]
+        before.needs_input_grad = (False, *needs[:INPUTS_BEFORE])
+        after.needs_input_grad = (False, True, True, *needs[INPUTS_BEFORE:])
+        _, grad_total, grad_attended, *grads_after = AfterAttention.backward(after, grad_total, grad_out)
+        heads = ctx.attention.backward(inner, grad_attended)[:3]
+        _, *grads_before = BeforeAttention.backward(before, grad_total, *heads)
+        for part in ctx.parts:
+            part.saved_tensors = ()
+        return None, None, None, None, *grads_before, *grads_after
+
+
+INPUTS_BEFORE = 8  # of BeforeAttention, without the kind

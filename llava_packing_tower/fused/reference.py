@@ -57,7 +57,8 @@ def norm_backward(
     partials: torch.Tensor,
     offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of ``total`` from that of its norm, plus the ``residual`` gradient; and the norm once more.
+    """Gradient of ``total`` from that of its norm (whose memory may be taken), plus the ``residual`` gradient; and the
+    norm once more.
 
     Three times ``width`` columns of ``partials``, from ``offset`` on: gradients of weight and bias, and the column sums
     of the gradient returned.
@@ -111,8 +112,8 @@ def act_backward(
     partials: torch.Tensor,
     offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Gradients of ``inner`` and ``factor``, their column sums (one or two times the width) in ``partials``, and what
-    :func:`act` returned."""
+    """Gradients of ``inner`` (in the memory of ``grad``, it may be) and ``factor``, their column sums (one or two times
+    the width) in ``partials``, and what :func:`act` returned."""
     with torch.enable_grad():
         source = _plus(inner, inner_bias).detach().requires_grad_()
         out = ACTIVATIONS[name](source)

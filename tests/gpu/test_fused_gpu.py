@@ -68,7 +68,7 @@ def test_norms(shape, rms, dtype):
     for passing in (residual, None):
         sums = filled(x, 3 * width + 7)
         sides = [
-            m.norm_backward(total, stats, grad, passing, weight, bias, rms, s, 4)
+            m.norm_backward(total, stats, grad.clone(), passing, weight, bias, rms, s, 4)
             for m, s in zip((kernels, reference), sums)
         ]
         for got, want in zip(*sides):
@@ -88,7 +88,7 @@ def test_activations(shape, name, gated):
         inputs = (inner, biases[0], factor, biases[1])
         check(kernels.act(name, *inputs), reference.act(name, *inputs), 0.005)
         sums = filled(inner, 2 * width + 8)
-        sides = [m.act_backward(name, *inputs, grad, s, 4) for m, s in zip((kernels, reference), sums)]
+        sides = [m.act_backward(name, *inputs, grad.clone(), s, 4) for m, s in zip((kernels, reference), sums)]
         for got, want in zip(*sides):
             check(got, want, 0.005)
         check_sums(*sums, 4, 4 + width * (1 + gated))
