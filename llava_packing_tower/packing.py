@@ -292,21 +292,3 @@ def image_to_packing_input(
     Options and errors are those of :func:`batch_images_to_packing_input`.
     """
     return batch_images_to_packing_input([image], patch_size, layout, **options)
-
-
-@kept(8)
-def prefix_indices(lengths: tuple[int, ...], prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Host index tensors that put ``prefix`` shared tokens in front of every segment, and take them out again.
-
-    With ``x = cat([prefix_tokens, patches])``: ``x[insert]`` is the packed sequence with prefixes, and
-    ``packed[patches]`` its patch tokens alone. Both are int64, ``[N + segments * prefix]`` and ``[N]``.
-    """
-    sizes = torch.tensor(lengths)
-    tokens = torch.arange(int(sizes.sum()))
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
-    patches = tokens + prefix * (segment + 1)
-    starts = sizes.cumsum(0) - sizes + prefix * torch.arange(len(lengths))
-    insert = torch.empty(len(tokens) + prefix * len(lengths), dtype=torch.int64)
-    insert[patches] = tokens + prefix
-    insert[starts[:, None] + torch.arange(prefix)] = torch.arange(prefix)
-    return insert, patches

@@ -7,6 +7,7 @@ buffer, so neither ``model.to(torch.bfloat16)`` nor a loader can damage them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -86,20 +87,51 @@ def compute_patch_positions_with_interpolated_temporal(
     return positions if device is None else positions.to(device)
 
 
-def positions_of_grids(grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
-    """int64 ``[N, 3]`` (frame, row, column) of a packed batch, made on the device from four numbers per sample.
+def per_token(values: torch.Tensor, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """``[N, k]`` on the device: the numbers ``values [B, k]`` (host) of each sample, once per token of it.
 
-    (Put together on the host and copied, those of 64 large images would keep a GPU waiting for 4 ms.)
+    (Put together on the host and copied, the positions of 64 large images would keep a GPU waiting for 4 ms.)
     """
-    sizes = torch.tensor(grids)
-    lengths = sizes.prod(1)
-    per_sample = torch.cat([sizes[:, 1:], lengths[:, None], (lengths.cumsum(0) - lengths)[:, None]], dim=1)
-    per_sample = to_device(per_sample, device)
-    tokens = sum(t * h * w for t, h, w in grids)
-    rows, columns, _, start = per_sample.repeat_interleave(per_sample[:, 2], dim=0, output_size=tokens).unbind(1)
-    place = torch.arange(tokens, device=device) - start
+    counts, tokens = torch.tensor(lengths), sum(lengths)
+    if values.is_floating_point():
+        return to_device(values, device).repeat_interleave(to_device(counts, device), dim=0, output_size=tokens)
+    both = to_device(torch.cat([values, counts[:, None]], dim=1), device)  # one copy
+    return both[:, :-1].repeat_interleave(both[:, -1], dim=0, output_size=tokens)
+
+
+def positions_and_sizes(grids: Sequence[Grid], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each token of a packed batch is, and in what: int64 ``[N, 3]`` (frame, row, column), and the grid (frames,
+    rows, columns) of its sample."""
+    lengths = [t * h * w for t, h, w in grids]
+    values = torch.tensor([(*grid, start) for grid, start in zip(grids, accumulate([0, *lengths]))])
+    spread = per_token(values, lengths, device)
+    _, rows, columns, start = spread.unbind(1)
+    place = torch.arange(len(spread), device=device) - start
     line = place // columns
-    return torch.stack([line // rows, line % rows, place % columns], dim=1)
+    return torch.stack([line // rows, line % rows, place % columns], dim=1), spread[:, :3]
+
+
+def positions_of_grids(grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
+    """int64 ``[N, 3]`` (frame, row, column) of a packed batch, made on the device."""
+    return positions_and_sizes(grids, device)[0]
+
+
+@kept(8)
+def prefix_indices(lengths: tuple[int, ...], prefix: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index tensors that put ``prefix`` shared tokens in front of every segment, and take them out again.
+
+    With ``x = cat([prefix_tokens, patches])``: ``x[insert]`` is the packed sequence with prefixes, and
+    ``packed[patches]`` its patch tokens alone. Both are int64 on the device, ``[N + segments * prefix]`` and ``[N]``.
+    """
+    ends = prefix * torch.arange(1, len(lengths) + 1)
+    tokens = torch.arange(sum(lengths), device=device)
+    patches = tokens + per_token(ends[:, None], lengths, device)[:, 0]
+    # What is not a patch is a prefix token; which of them, its distance from the start of the segment says.
+    sizes = torch.tensor(lengths)
+    starts = (sizes.cumsum(0) - sizes + ends - prefix)[:, None]
+    whole = [length + prefix for length in lengths]
+    insert = torch.arange(sum(whole), device=device) - per_token(starts, whole, device)[:, 0]
+    return insert.index_copy(0, patches, tokens + prefix), patches
 
 
 def batch_positions(grids: Sequence[Grid], patch_positions: torch.Tensor | None, device: torch.device) -> torch.Tensor:

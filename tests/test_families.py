@@ -117,15 +117,30 @@ def test_no_buffers_and_exact_positions_in_bfloat16(load, name):
         assert (a.float() - b).norm() < 0.02 * b.norm()
 
 
-def test_positions_are_resized_once_per_distinct_grid(load, monkeypatch):
+def test_positions_are_resized_once_per_length_of_a_side(load, monkeypatch):
     calls = []
     interpolate = F.interpolate
-    monkeypatch.setattr(
-        siglip2.F, "interpolate", lambda *a, **k: (calls.append(tuple(k["size"])), interpolate(*a, **k))[1]
-    )
+    monkeypatch.setattr(siglip2.F, "interpolate", lambda *a, **k: (calls.append(k["size"][0]), interpolate(*a, **k))[1])
     model = load("siglip2")
-    model(*pack(model, ragged(model)))
-    assert calls == [(3, 5), (1, 7), (5, 3), (4, 4)]
+    siglip2.axis_weights.cache_clear()
+    for _ in range(2):
+        model(*pack(model, ragged(model)))  # 3 x 5, 1 x 7, 5 x 3, 4 x 4
+        assert calls == [3, 5, 1, 7, 4]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 16), (16, 16), (5, 3), (40, 23)])
+def test_resized_positions_are_those_of_interpolate(grid):
+    """Value and gradient, in float64 as far as interpolate has it: larger and smaller than the table, both at once."""
+    positions = siglip2.ResizedPositions(256, 6)
+    torch.nn.init.normal_(positions.weight)
+    h, w = grid
+    upstream = torch.randn(h * w, 6)
+    got = positions(torch.zeros(h * w, 6), [(1, h, w)])
+    table = positions.weight.unflatten(0, (16, 16)).permute(2, 0, 1).unsqueeze(0)
+    want = F.interpolate(table, size=grid, mode="bilinear", align_corners=False, antialias=True)[0].flatten(1).t()
+    assert_close(got, want, atol=1e-5)
+    grads = [torch.autograd.grad(x, positions.weight, upstream)[0] for x in (got, want)]
+    assert_close(*grads, atol=1e-4)
 
 
 class Operations(TorchDispatchMode):
@@ -171,19 +186,12 @@ def test_one_pass_whatever_the_number_of_images(load, monkeypatch, name):
     assert len(seen) == 2 and counts[0] == counts[1] > 5 * model.num_layers
 
 
-def test_positions_are_made_once_per_distinct_grid(load):
-    """Other grids than any other test's; the same ones again, in the next step, cost nothing."""
-    model = load("dinov3")
-    dinov3.patch_centres.cache_clear()
-    for _ in range(3):
-        model(*pack(model, ragged(model, ((2, 11), (11, 2), (2, 11), (13, 1), (2, 11)))))
-        assert dinov3.patch_centres.cache_info().misses == 3
-
-
-def test_positions_are_made_once_per_batch(load, monkeypatch):
-    model, made = load("aimv2_native"), []
-    real = aimv2.positions_of_grids
-    monkeypatch.setattr(aimv2, "positions_of_grids", lambda *arguments: made.append(1) or real(*arguments))
+@pytest.mark.parametrize(("name", "module"), [("aimv2_native", aimv2), ("dinov3", dinov3), ("siglip2", siglip2)])
+def test_positions_are_made_once_per_batch(load, monkeypatch, name, module):
+    model, made = load(name), []
+    function = "positions_and_sizes" if name == "dinov3" else "positions_of_grids"
+    real = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *arguments: made.append(1) or real(*arguments))
     model(*pack(model, ragged(model, ((2, 11), (11, 2), (2, 11), (13, 1)))))
     assert len(made) == 1
 
@@ -199,7 +207,7 @@ def test_one_encoder_core(golden):
         assert ours <= {f"llava_packing_tower.{name}" for name in ("encoder", "layers", "activations")}
 
 
-def test_rope_augmentation_only_if_asked_for(golden):
+def test_rope_augmentation_only_if_asked_for(golden, monkeypatch):
     config = DINOv3ViTPacking.config_class.from_dict(
         {
             **DINOv3ViTPacking.from_pretrained(golden / "dinov3").config.to_dict(),
@@ -221,11 +229,14 @@ def test_rope_augmentation_only_if_asked_for(golden):
     first = augmented(0)
     assert torch.equal(first, augmented(0)) and (first - augmented(1)).abs().max() > 1e-3
     torch.manual_seed(0)
-    table = model.centres([(1, 3, 5), (1, 3, 5)], prefix=5)
+    tables, rotary = [], dinov3.rotary_2d
+    monkeypatch.setattr(dinov3, "rotary_2d", lambda table, *a: (tables.append(table), rotary(table, *a))[1])
+    model(*pack(model, ragged(model, ((3, 5), (3, 5)))))
+    table = tables[0]
     assert (table[:5] == 0).all() and (table[20:25] == 0).all()  # CLS and registers stay where they are
     assert not torch.allclose(table[5:20], table[25:])  # each image has its own draw
     # One factor and one offset per axis explain all of it.
-    before = dinov3.patch_centres(3, 5)
+    before = dinov3.patch_centres([(1, 3, 5)], torch.device("cpu"))
     for axis in range(2):
         design = torch.stack([before[:, axis], torch.ones(15)], dim=1)
         fit = torch.linalg.lstsq(design, table[5:20, axis : axis + 1]).solution

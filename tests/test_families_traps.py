@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from llava_packing_tower.families import aimv2, dinov3, siglip2
 from llava_packing_tower.packing import PatchLayout, batch_images_to_packing_input, split_packed
+from llava_packing_tower.positions import prefix_indices
 from llava_packing_tower.rotation import rotate_pairs
 
 pytestmark = pytest.mark.newest
@@ -44,7 +45,9 @@ def test_trap_channel_first_rows(load, golden_case, name):
 def test_trap_resizing(load, golden_case, monkeypatch, option):
     interpolate = F.interpolate
     monkeypatch.setattr(siglip2.F, "interpolate", lambda *a, **k: interpolate(*a, **{**k, **option}))
+    siglip2.axis_weights.cache_clear()
     visible(load("siglip2"), golden_case("siglip2", "images"))
+    siglip2.axis_weights.cache_clear()
 
 
 def test_trap_row_first_sincos(load, golden_case, monkeypatch):
@@ -79,21 +82,22 @@ def test_trap_neighbour_rotation(load, golden_case):
 
 
 def test_trap_rotated_prefix(load, golden_case, monkeypatch):
-    model = load("dinov3")
-    centres = model.centres
+    model, rotary = load("dinov3"), dinov3.rotary_2d
+    case = golden_case("dinov3", "images")
+    lengths = tuple(case["grid_thw"].prod(1).tolist())
 
-    def with_prefix(grids, prefix):
-        patches = centres(grids, 0).split([h * w for _, h, w in grids])
-        return torch.cat([torch.cat([torch.ones(prefix, 2), part]) for part in patches])
+    def with_prefix(centres, *rest):
+        _, patches = prefix_indices(lengths, len(model.prefix.weight), centres.device)
+        return rotary(torch.ones_like(centres).index_copy(0, patches, centres[patches]), *rest)
 
-    monkeypatch.setattr(model, "centres", with_prefix)
-    visible(model, golden_case("dinov3", "images"))
+    monkeypatch.setattr(dinov3, "rotary_2d", with_prefix)
+    visible(model, case)
 
 
 def test_trap_one_scale_for_both_axes(load, golden_case, monkeypatch):
-    def by_longer_side(h, w):
-        indices = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
-        return 2 * (indices + 0.5) / max(h, w) - 1
+    def by_longer_side(grids, device):
+        indices = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).float() for _, h, w in grids]
+        return torch.cat([2 * (part + 0.5) / max(h, w) - 1 for part, (_, h, w) in zip(indices, grids)])
 
     monkeypatch.setattr(dinov3, "patch_centres", by_longer_side)
     visible(load("dinov3"), golden_case("dinov3", "images"))

@@ -27,11 +27,30 @@ VARIANTS = [
 SIZES = [(4, 3), (1, 1), (2, 5)]
 
 
-@pytest.fixture
-def varlen(monkeypatch):
+class WithOwnBackward(torch.autograd.Function):
+    """Attention as flash-attn's backend offers it: an autograd function that a block can take in."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, segments, scale):
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = segments, scale
+        return attention.backend_module("sdpa").attend(q, k, v, segments, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = attention.backend_module("sdpa").attend(*inputs, *ctx.rest)
+        return *torch.autograd.grad(out, inputs, grad), None, None
+
+
+@pytest.fixture(params=["three nodes", "one node"])
+def varlen(monkeypatch, request):
     """The name of a backend that takes packed batches on a CPU: sdpa, said to be one kernel."""
     sdpa = attention.backend_module("sdpa")
     module = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
+    if request.param == "one node":
+        module.Attention = WithOwnBackward
     monkeypatch.setitem(attention.BACKENDS, "cpu_varlen", "cpu_varlen")
     monkeypatch.setitem(attention._LOADED, "cpu_varlen", module)
     return "cpu_varlen"
@@ -186,7 +205,8 @@ def test_products_and_calls_per_block(varlen, monkeypatch, grad):
     """What the host does per block, as counts: four products forward, eight more backward, and nothing that grows."""
     monkeypatch.setattr(functions, "operations", lambda x: stand_ins())
     monkeypatch.setattr(fused, "operations", lambda x: stand_ins())
-    attention._LOADED[varlen].attend = lambda q, k, v, segments, scale: q + k + v
+    plain = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=lambda q, k, v, segments, scale: q + k + v)
+    monkeypatch.setitem(attention._LOADED, varlen, plain)
     counts = []
     for layers in (2, 6):
         model = tiny("llava_vit", torch.float32, num_hidden_layers=layers).requires_grad_(grad)

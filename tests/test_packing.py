@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_packing_tower import PatchLayout, batch_images_to_packing_input, image_to_packing_input, patchify, unpatchify
-from llava_packing_tower.packing import make_segments, prefix_indices, read_grid, split_packed
+from llava_packing_tower.packing import longest_first, make_segments, read_grid, split_packed
+from llava_packing_tower.positions import prefix_indices
 
 LAYOUTS = list(PatchLayout)
 
@@ -115,8 +116,14 @@ def test_split():
 
 
 def test_prefix_indices():
-    insert, patches = prefix_indices((2, 3), 2)
+    insert, patches = prefix_indices((2, 3), 2, torch.device("cpu"))
     tokens = ["cls", "reg", "a0", "a1", "b0", "b1", "b2"]
     packed = [tokens[i] for i in insert]
     assert packed == ["cls", "reg", "a0", "a1", "cls", "reg", "b0", "b1", "b2"]
     assert [packed[i] for i in patches] == tokens[2:]
+
+
+def test_longest_first_keeps_the_order_of_equals():
+    sizes = [(3, 2, 2), (3, 4, 4), (3, 2, 2), (3, 2, 8), (3, 5, 5)]
+    assert longest_first([torch.zeros(size) for size in sizes]) == [4, 1, 3, 0, 2]
+    assert longest_first([]) == []

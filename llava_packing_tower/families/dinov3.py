@@ -19,8 +19,8 @@ from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, PatchEmbed, Rotary
 from ..loading import Recipe, WeightPlan
 from ..modeling import PackedVisionModel
-from ..packing import Grid, PackedSegments, PatchLayout, kept, prefix_indices, to_device
-from ..positions import frequency_ladder, grid_positions
+from ..packing import Grid, PackedSegments, PatchLayout
+from ..positions import frequency_ladder, per_token, positions_and_sizes, prefix_indices
 from .key_maps import KeyMap, carried
 
 
@@ -100,12 +100,11 @@ class DINOv3PackingConfig(PretrainedConfig):
         return self.query_bias, self.key_bias, self.value_bias
 
 
-@kept(maxsize=1024)
-def patch_centres(h: int, w: int) -> torch.Tensor:
-    """Centres of the patches of one image, float32 ``[h*w, 2]`` (row, column), each axis from -1 to 1 by its own
-    length. On the host; do not modify: cached."""
-    indices = grid_positions((1, h, w))[:, 1:].float()
-    return 2 * (indices + 0.5) / torch.tensor([h, w], dtype=torch.float32) - 1
+def patch_centres(grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
+    """Centres of the patches of a packed batch, float32 ``[N, 2]`` (row, column): in each image from -1 to 1, each axis
+    by its own length."""
+    positions, sizes = positions_and_sizes(grids, device)
+    return 2 * (positions[:, 1:].float() + 0.5) / sizes[:, 1:].float() - 1
 
 
 def augmentation(config: DINOv3PackingConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,28 +197,24 @@ class DINOv3ViTPacking(PackedVisionModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def centres(self, grids: Sequence[Grid], prefix: int) -> torch.Tensor:
-        """Row and column of every token of the packed sequence, on the host; 0 (no rotation) for prefix tokens."""
-        random = self.training and self.config.rope_augmentation
-        parts = []
-        for _, h, w in grids:
-            patches = patch_centres(h, w)
-            if random:
-                factor, offset = augmentation(self.config)
-                patches = patches * factor + offset
-            parts += [patches.new_zeros(prefix, 2), patches]
-        return torch.cat(parts)
+    def centres(self, grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
+        """Row and column of every patch, float32 ``[N, 2]``; moved at random in training, if the config says so."""
+        centres = patch_centres(grids, device)
+        if self.training and self.config.rope_augmentation:
+            random = torch.stack([torch.cat(augmentation(self.config)) for _ in grids])
+            factor, offset = per_token(random, [h * w for _, h, w in grids], device).split(2, dim=1)
+            centres = centres * factor + offset
+        return centres
 
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
         prefix, device = 1 + self.config.num_register_tokens, tokens.device
-        insert, patches = prefix_indices(tuple(h * w for _, h, w in grids), prefix)
-        tokens = self.prefix(tokens, to_device(insert, device))
-        rotary = rotary_2d(
-            to_device(self.centres(grids, prefix), device), self.encoder.head_dim, self.config.rope_theta
-        )
-        return tokens, self.segments_of(grids, device, prefix), rotary, to_device(patches, device)
+        insert, patches = prefix_indices(tuple(h * w for _, h, w in grids), prefix, device)
+        centres = torch.zeros(len(insert), 2, device=device)  # prefix tokens stand at 0: they are not rotated
+        centres = centres.index_copy(0, patches, self.centres(grids, device))
+        rotary = rotary_2d(centres, self.encoder.head_dim, self.config.rope_theta)
+        return self.prefix(tokens, insert), self.segments_of(grids, device, prefix), rotary, patches
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm(hidden_states)

@@ -7,6 +7,7 @@ part of the packed encoder.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from ..layers import BlockConfig, Rotary
 from ..loading import WeightPlan
 from ..modeling import PackedVisionModel
 from ..packing import Grid, PackedSegments, PatchLayout, kept, to_device
+from ..positions import per_token, positions_of_grids
 from .key_maps import KeyMap, carried
 
 
@@ -72,22 +74,21 @@ class Siglip2PackingConfig(PretrainedConfig):
         self.image_size = patch_size * side if image_size is None else image_size
 
 
-@kept(maxsize=32)
-def gather_index(sizes: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """Where each patch of a batch finds its row in the tables of the distinct sizes, one after the other (host)."""
-    starts: dict[tuple[int, int], int] = {}
-    total = 0
-    for h, w in sizes:
-        if (h, w) not in starts:
-            starts[h, w] = total
-            total += h * w
-    return torch.cat([starts[size] + torch.arange(math.prod(size)) for size in sizes])
+@kept(maxsize=256)
+def axis_weights(length: int, side: int) -> torch.Tensor:
+    """How much each of ``side`` learned lines counts in each of ``length``: float32 ``[length, side]`` on the host.
+
+    Bilinear with antialiasing, corners not aligned, as ``torch.nn.functional.interpolate`` has it.
+    """
+    lines = torch.eye(side)[None, None]
+    return F.interpolate(lines, size=(length, side), mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
 class ResizedPositions(nn.Module):
-    """A square table of learned positions, resized once per distinct grid of the batch.
+    """A square table of learned positions, resized to the grid of each image (see :func:`axis_weights`).
 
-    Bilinear with antialiasing in float32, corners not aligned (as ``torch.nn.functional.interpolate`` has it).
+    Rows and columns are resized one after the other, so the position of a patch is a sum over the table, weighted with
+    the products of its two weights: one product of matrices, in float32, for all images.
     """
 
     def __init__(self, num_patches: int, hidden_size: int) -> None:
@@ -97,16 +98,19 @@ class ResizedPositions(nn.Module):
 
     def forward(self, tokens: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Tokens ``[N, hidden]`` plus the position of each."""
-        sizes = tuple((h, w) for _, h, w in grids)
-        table = self.weight.float().unflatten(0, (self.side, self.side)).permute(2, 0, 1).unsqueeze(0)
-        resized = [
-            F.interpolate(table, size=size, mode="bilinear", align_corners=False, antialias=True)[0].flatten(1)
-            for size in dict.fromkeys(sizes)
-        ]
-        positions = torch.cat(resized, dim=1).t().to(self.weight.dtype)
-        if len(resized) < len(sizes):
-            positions = positions.index_select(0, to_device(gather_index(sizes), tokens.device))
-        return tokens + positions
+        starts, lines = {}, []
+        for length in dict.fromkeys(n for _, h, w in grids for n in (h, w)):
+            starts[length] = sum(map(len, lines))
+            lines.append(axis_weights(length, self.side))
+        device = tokens.device
+        lines = to_device(torch.cat(lines), device)
+        first = torch.tensor([(starts[h], starts[w]) for _, h, w in grids])
+        places = per_token(first, [h * w for _, h, w in grids], device) + positions_of_grids(grids, device)[:, 1:]
+        rows, columns = lines.index_select(0, places[:, 0]), lines.index_select(0, places[:, 1])
+        shares = (rows[:, :, None] * columns[:, None, :]).flatten(1)
+        float32 = torch.autocast(device.type, enabled=False) if device.type != "meta" else contextlib.nullcontext()
+        with float32:
+            return tokens + (shares @ self.weight.float()).to(self.weight.dtype)
 
 
 class Siglip2NaflexPacking(PackedVisionModel):
