@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,11 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import backend_module, resolve_backend
 from .compiling import call_compiled, compile_wanted, constant_floats
-from .fused import FUSED_KINDS, fused_block, fused_wanted, kind_of
+from .fused import can_be_fused, fused_block, fused_wanted, kind_of
 from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .module_state import Snapshot, addresses, state_of
 from .packing import PackedSegments
+
+logger = logging.getLogger(__name__)
 
 
 def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
@@ -26,6 +29,11 @@ def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     if kind == "cuda" and torch.is_autocast_enabled():
         return torch.get_autocast_gpu_dtype()
     return hidden_states.dtype
+
+
+@functools.cache
+def _log_how(how: str) -> None:
+    logger.info("encoder blocks: %s", how)
 
 
 class PackedEncoder(nn.Module):
@@ -42,6 +50,7 @@ class PackedEncoder(nn.Module):
         self.attention_backend = "auto"
         self.compile_blocks: bool | None = None
         self.fused_blocks: bool | None = None
+        self.ran_as: str | None = None  # how the last call ran the blocks
         self.config = config
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(num_layers))
         # The two names that transformers' gradient_checkpointing_enable() looks for and sets.
@@ -73,7 +82,8 @@ class PackedEncoder(nn.Module):
         backend = resolve_backend(
             self.attention_backend, device.type, dtype, self.head_dim, lengths=segments.lengths, needs_grad=grad
         )
-        how = self.how(hidden_states, dtype, backend, state)
+        how = self.ran_as = self.how(hidden_states, dtype, backend, state)
+        _log_how(how)
         run = functools.partial(self.run, how=how)
         still = how != "eager" and not state.hooked and not state.adapted
         with torch.set_grad_enabled(grad), constant_floats(how == "compiled"):
@@ -96,7 +106,7 @@ class PackedEncoder(nn.Module):
         choice = self.fused_blocks
         if choice is None and (self.compile_blocks is not None or not compile_wanted(None, hidden_states.device)):
             choice = False
-        ours = not state.hooked_inside and state.kinds <= FUSED_KINDS | {type(self)}
+        ours = not state.hooked_inside and all(map(can_be_fused, state.kinds - {type(self)}))
         if ours and fused_wanted(choice, self.config, hidden_states, state.weights[0], dtype):
             return "fused"
         return "compiled" if compile_wanted(self.compile_blocks, hidden_states.device) and not state.hooked else "eager"

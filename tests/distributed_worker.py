@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import builder_patch  # noqa: F401
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from torch import nn
 
-from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
+from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor, attention
 from llava_packing_tower.digest import tensor_digest
 from llava_packing_tower.record import gathered
 
@@ -164,7 +165,23 @@ def fsdp(model: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu)
 
 
+def fuse(encoder: nn.Module) -> None:
+    """Fused blocks, as on a GPU, around an attention that runs on a CPU."""
+    sdpa = attention.backend_module("sdpa")
+    attention.BACKENDS["cpu_varlen"] = "cpu_varlen"
+    attention._LOADED["cpu_varlen"] = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
+    encoder.attention_backend, encoder.fused_blocks = "cpu_varlen", True
+    run = encoder.run
+
+    def checked(*arguments, how):
+        assert how == "fused", how
+        return run(*arguments, how=how)
+
+    encoder.run = checked
+
+
 def train(name: str, checkpoint: str) -> dict:
+    name, _, blocks = name.partition("+")
     stage = int(name[-1]) if name.startswith("zero") else None
     config = {**DEEPSPEED, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     keep = None
@@ -175,6 +192,8 @@ def train(name: str, checkpoint: str) -> dict:
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32)
     model.requires_grad_(True).train()
     model.gradient_checkpointing_enable()
+    if blocks == "fused":
+        fuse(model.get_vision_tower().vision_tower.encoder)
     start = everything(model)
     partitioned = sum(hasattr(p, "ds_id") for p in model.get_vision_tower().parameters())
     if stage is None:
@@ -202,7 +221,7 @@ def train(name: str, checkpoint: str) -> dict:
     digests: list = [None, None]
     dist.all_gather_object(digests, {key: tensor_digest(value) for key, value in end.items()})
     result = {
-        "engine": name,
+        "engine": f"{name}+{blocks}" if blocks else name,
         "start": {key: tensor_digest(value) for key, value in start.items()},
         "partitioned": partitioned,
         "losses": losses,
@@ -213,7 +232,7 @@ def train(name: str, checkpoint: str) -> dict:
     del engine, model, keep
     gc.collect()
     if rank == 0:
-        torch.save(end, os.path.join(os.path.dirname(checkpoint), f"{name}.pt"))
+        torch.save(end, os.path.join(os.path.dirname(checkpoint), f"{result['engine']}.pt"))
     return result
 
 

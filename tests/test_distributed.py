@@ -21,9 +21,9 @@ pytestmark = [
     pytest.mark.newest,
     pytest.mark.skipif(bool(host_runs.NEXT), reason="the worker builds the models of LLaVA 1.x"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs here are for machines without a GPU"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(400),
 ]
-ENGINES = ("ddp", "zero2", "zero3", "fsdp")
+ENGINES = ("ddp", "zero2", "zero3", "fsdp", "zero2+fused", "zero3+fused", "fsdp+fused")
 IDLE = (".encoder.layers.2.", ".layernorm_post.", ".head.")  # above the selected layer
 
 
@@ -39,7 +39,7 @@ def results(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(host_runs.free_port()), str(script), str(folder), *ENGINES]
     extra = {"LOCAL_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(host_runs.REPOSITORY)}
-    done = host_runs.execute(command, {**host_runs.environment(""), **extra}, timeout=240)
+    done = host_runs.execute(command, {**host_runs.environment(""), **extra}, timeout=340)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return {entry["engine"]: entry for entry in lines}
@@ -50,9 +50,9 @@ def test_a_rank_without_images_takes_part(results, folder, engine):
     result = results[engine]
     on_disk = {k: tensor_digest(v) for k, v in load_file(folder / "llava_tiny" / "model.safetensors").items()}
     assert result["start"] == on_disk  # under ZeRO-3 loaded by parts
-    assert result["partitioned"] == (sum("vision_tower" in name for name in on_disk) if engine == "zero3" else 0)
+    assert result["partitioned"] == (sum("vision_tower" in name for name in on_disk) if "zero3" in engine else 0)
     assert len(result["losses"]) == 40 and result["ranks differ in"] == []
-    if engine != "fsdp":  # there a rank holds gradients for its own share only
+    if "fsdp" not in engine:  # there a rank holds gradients for its own share only
         assert result["without gradient"] == []
     # Everything was trained but the weights above the selected layer: image_newline and the tower's first layers too.
     assert set(result["unchanged"]) == {name for name in on_disk if any(word in name for word in IDLE)}

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..packing import PackedSegments
+from .plain import plain_function
 
 VARLEN = True
-
-
-def _function(name: str) -> Callable | None:
-    """One of flash-attn's two entries to its kernels, without torch's operator around it, which costs the host more
-    than the launch (0.6 ms per block and training step on a slow CPU); None where flash-attn is too old or changed."""
-    entry = getattr(flash_attn_interface, name, None)
-    plain = getattr(entry, "_init_fn", None)
-    parameters = inspect.signature(plain).parameters if plain is not None else {}
-    return plain if {"max_seqlen_q", "window_size_left", "softcap"} <= parameters.keys() else None
-
-
 INSTALL = "pip install flash-attn --no-build-isolation"
 
 _forward = _backward = None
@@ -29,8 +16,9 @@ try:
     from flash_attn import flash_attn_interface, flash_attn_varlen_func
 
     missing_package = None
-    _forward = _function("_flash_attn_varlen_forward")
-    _backward = _function("_flash_attn_varlen_backward")
+    _expected = {"cu_seqlens_q", "max_seqlen_q", "window_size_left", "softcap"}
+    _forward = plain_function(flash_attn_interface, "_flash_attn_varlen_forward", _expected)
+    _backward = plain_function(flash_attn_interface, "_flash_attn_varlen_backward", _expected)
 except (ImportError, OSError) as error:  # a broken build must not take the other backends down
     missing_package = (
         f"attention backend 'flash_attention_2' needs the flash-attn package ({error}). Install it: {INSTALL}"

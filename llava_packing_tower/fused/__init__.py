@@ -24,7 +24,6 @@ from .reference import ACTIVATIONS
 logger = logging.getLogger(__name__)
 
 FUSED_ENV = "LLAVA_PACKING_FUSED"
-# A block of other classes (adapters, quantised layers) is not ours to take apart.
 FUSED_KINDS = frozenset(
     (
         *(EncoderBlock, PackedAttention, FusedQKV, MLP, LayerScale, nn.Linear, nn.Identity, nn.ModuleList),
@@ -32,6 +31,13 @@ FUSED_KINDS = frozenset(
         *(type(activation(name)) for name in ACTIVATIONS),
     )
 )
+
+
+@functools.cache
+def can_be_fused(kind: type) -> bool:
+    """Whether an encoder with modules of that class may be fused: a block of other classes than ours (adapters,
+    quantised layers) is not ours to take apart; FSDP wraps whole blocks."""
+    return kind in FUSED_KINDS or kind.__module__.startswith("torch.distributed.fsdp")
 
 
 @functools.cache
