@@ -121,6 +121,9 @@ def test_the_rule_of_auto():
     assert auto_order((4000, 300, 900))[0] == "flash_attention_3"
     assert auto_order((256,) * 256)[:2] == ("cudnn", "flash_attention_2")
     assert auto_order((100, 200, 300))[0] == auto_order(())[0] == "flash_attention_2"
+    assert auto_order((4000, 300, 900), needs_grad=True)[0] == "flash_attention_2"
+    assert auto_order((9000, 8000), needs_grad=True)[0] == "flash_attention_3"
+    assert auto_order((100,) * 200, needs_grad=True)[0] == "flash_attention_2"
     assert resolve_backend("auto", "cpu", torch.bfloat16, 64, lengths=(1024, 1024)) == "sdpa"
 
 

@@ -45,18 +45,21 @@ _LOADED: dict[str, ModuleType] = {}
 
 CUDNN_FROM = 256
 FA3_FROM = 512
+FA3_TRAINING_FROM = 16384
 
 
-def auto_order(lengths: Sequence[int]) -> tuple[str, ...]:
+def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, ...]:
     """The backends that ``auto`` tries for segments of these lengths, fastest first; the first that can run is taken.
 
     Measured on an H100, bf16, head width 64, TFLOP/s of the forward (docs/performance.md has all figures): 32 segments
     of 1024: cuDNN 393, FA3 292, FA2 244; 64 ragged images (mean 1787): FA3 487, FA2 295; 256 of 256: cuDNN 290, FA2
     180, FA3 123. So cuDNN takes equal lengths (it builds a plan per shape, which ragged batches would do at every
-    step), FA3 takes batches of long segments, FA2 (or the same kernel inside torch) the rest.
+    step), FA3 takes batches of long segments, FA2 (or the same kernel inside torch) the rest. In training FA3 (whose
+    forward-only package is completed by FA2's backward) takes the large batches only: for 7785 tokens its forward, 0.115
+    in place of 0.178 ms per layer, does not make up for the time that calling it costs the host.
     """
     order = ["flash_attention_2", "torch_varlen", "sdpa"]
-    if lengths and sum(lengths) >= FA3_FROM * len(lengths):
+    if lengths and sum(lengths) >= max(FA3_FROM * len(lengths), FA3_TRAINING_FROM * needs_grad):
         order.insert(0, "flash_attention_3")
     if lengths and min(lengths) == max(lengths) >= CUDNN_FROM:
         order.insert(0, "cudnn")
@@ -86,7 +89,7 @@ def resolve_backend(
     Raises ``ImportError`` (with the install command) for a backend whose package is missing and ``ValueError`` for one
     that cannot take the device, dtype, head width, lengths, or that has no backward where one is needed.
     """
-    candidates = auto_order(lengths) if name == "auto" else (name,)
+    candidates = auto_order(lengths, needs_grad) if name == "auto" else (name,)
     chosen = _choose(candidates, name, device_type, dtype, head_dim, needs_grad)
     if name != "auto" and getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False) and len(set(lengths)) > 1:
         raise ValueError(

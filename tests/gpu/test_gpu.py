@@ -67,7 +67,7 @@ def photos(device="cuda", dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("backend", ["flash_attention_2", "torch_varlen", "auto"])
-@pytest.mark.parametrize("compile_blocks", [False, True])
+@pytest.mark.parametrize("compile_blocks", [None, False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks, grad):
     if backend != "auto" and (reason := usable(backend, torch.bfloat16, 64)):
@@ -90,7 +90,7 @@ def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks
     assert all(f.dtype == torch.bfloat16 and f.isfinite().all() for f in features)
 
 
-@pytest.mark.parametrize("compile_blocks", [False, True])
+@pytest.mark.parametrize("compile_blocks", [None, False, True])
 @pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "torch_varlen", "sdpa", "auto"])
 def test_tower_error_at_most_twice_the_references(tmp_path, backend, compile_blocks):
     if backend != "auto" and (reason := usable(backend, torch.bfloat16, 64)):
@@ -158,7 +158,8 @@ def test_compiled_training_by_the_twice_the_error_rule(tmp_path, ragged, checkpo
         assert (got[name] - want).norm() <= 2 * (low[name] - want).norm() + 1e-6 * want.norm(), name
 
 
-def test_graphs_give_the_same_features(tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", [None, True])
+def test_graphs_give_the_same_features(tmp_path, monkeypatch, blocks):
     """Small batches replay CUDA graphs by token bucket: other sizes, other counts, moved weights, inference mode."""
     from llava_packing_tower import graphs, recording
 
@@ -171,7 +172,7 @@ def test_graphs_give_the_same_features(tmp_path, monkeypatch):
     ]
 
     def features(batch, graphed):
-        encoder.compile_blocks = graphed
+        encoder.compile_blocks = blocks if graphed else False
         with torch.inference_mode():
             return torch.cat(vision(batch)).float()
 
@@ -191,7 +192,7 @@ def test_graphs_give_the_same_features(tmp_path, monkeypatch):
     torch.randn(1 << 24, device="cuda")
     assert (features(batches[0], True) - changed).abs().max() <= 0.03 * changed.abs().max()
     vision.requires_grad_(True)
-    encoder.compile_blocks = True
+    encoder.compile_blocks = blocks
     torch.cat(vision(batches[3])).float().sum().backward()  # what inference kept serves training
     assert encoder.layers[0].mlp.fc1.weight.grad is not None
 
@@ -269,6 +270,7 @@ def test_ragged_batches_do_not_recompile(tmp_path):
     torch._dynamo.reset()
     counters.clear()
     vision = tower(tmp_path, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1)
+    vision.vision_tower.set_compile(True)
     draw = random.Random(0)
 
     def batch():
@@ -283,4 +285,4 @@ def test_ragged_batches_do_not_recompile(tmp_path):
             with torch.set_grad_enabled(train):
                 vision(batch())
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] <= 2 * len(kinds), counters["stats"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2 * len(kinds), counters["stats"]
