@@ -55,8 +55,8 @@ def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, .
     of 1024: cuDNN 393, FA3 292, FA2 244; 64 ragged images (mean 1787): FA3 487, FA2 295; 256 of 256: cuDNN 290, FA2
     180, FA3 123. So cuDNN takes equal lengths (it builds a plan per shape, which ragged batches would do at every
     step), FA3 takes batches of long segments, FA2 (or the same kernel inside torch) the rest. In training FA3 (whose
-    forward-only package is completed by FA2's backward) takes the large batches only: for 7785 tokens its forward, 0.115
-    in place of 0.178 ms per layer, does not make up for the time that calling it costs the host.
+    forward-only package is completed by FA2's backward) takes the large batches only: for 7785 tokens its forward,
+    0.115 in place of 0.178 ms per layer, does not make up for the time that calling it costs the host.
     """
     order = ["flash_attention_2", "torch_varlen", "sdpa"]
     if lengths and sum(lengths) >= max(FA3_FROM * len(lengths), FA3_TRAINING_FROM * needs_grad):
