@@ -60,7 +60,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         vision_tower: checkpoint folder or hub id, with or without a ``packing:`` prefix.
         args: LLaVA's model arguments or config. Read: ``mm_vision_select_layer`` (required),
             ``mm_vision_select_feature`` ("patch"), ``mm_projector_type``, ``mm_packing_attention`` ("auto"),
-            ``mm_packing_compile`` (True: compiled blocks on CUDA),
+            ``mm_packing_compile`` (False: plain eager blocks),
             ``mm_packing_config`` (written into a LLaVA checkpoint; lets a tower whose weights are in that checkpoint
             be rebuilt without its folder), ``unfreeze_mm_vision_tower``, ``mm_tunable_parts``, and for native
             resolution ``image_aspect_ratio`` with the ``mm_packing_*`` keys of :mod:`.native.settings`.

@@ -3,6 +3,7 @@
 The kernels themselves are compared with these operations in ``tests/gpu/test_fused_gpu.py``.
 """
 
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -280,3 +281,18 @@ def test_a_bad_switch_is_named(monkeypatch):
     config = tiny("llava_vit").encoder.config
     with pytest.raises(ValueError, match="LLAVA_PACKING_FUSED must be 0 or 1, got 'yes'"):
         fused.fused_wanted(None, config, x, x, x.dtype)
+
+
+def test_a_kernel_that_cannot_be_built_is_a_warning_and_other_blocks(monkeypatch, caplog):
+    def no_compiler(*_):
+        raise subprocess.CalledProcessError(1, "gcc")
+
+    broken = SimpleNamespace(add_norm=no_compiler, ERRORS=(subprocess.SubprocessError,))
+    for kernels, reason in ((broken, "CalledProcessError"), (None, "Triton cannot be imported")):
+        monkeypatch.setattr(fused, "kernels", kernels)
+        fused.kernels_work.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            assert not fused.kernels_work(torch.device("cpu"))
+        assert [reason in record.message for record in caplog.records] == [True]
+    fused.kernels_work.cache_clear()

@@ -57,7 +57,7 @@ def kernels_work(device: torch.device) -> bool:
     try:
         x = torch.ones(2, 16, device=device, dtype=torch.bfloat16)
         kernels.add_norm(x, None, x[0], None, 1e-6, True)
-    except (RuntimeError, OSError, ValueError, AttributeError, TypeError) as error:  # Triton's versions differ
+    except kernels.ERRORS as error:
         logger.warning("blocks are not fused: a Triton kernel failed: %s: %s", type(error).__name__, error)
         return False
     return True

@@ -5,11 +5,12 @@ of ``PARTS`` programs adds up its share of the tokens, so that the result does n
 """
 
 from .activation_kernels import act, act_backward, column_sums
-from .launching import finish, partials
+from .launching import ERRORS, finish, partials
 from .norm_kernels import add_norm, norm_backward
 from .rotation_kernels import qkv_backward, rotate_
 
 __all__ = [
+    "ERRORS",
     "act",
     "act_backward",
     "add_norm",

@@ -5,15 +5,21 @@ than the launch. Here the kernels take their arguments in an order that makes th
 is compiled for, constants.
 """
 
+import subprocess
+
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 
 PARTS = 256
 _ALIGNED = 16
 _compiled: dict[tuple, tuple] = {}
 # The versions whose compiled kernels are known to take what is passed below; others are launched by Triton itself.
 _DIRECT = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
+
+# What is raised where a kernel cannot be built or run: no C compiler, another version of Triton, another chip.
+ERRORS = (TritonError, RuntimeError, OSError, ValueError, AttributeError, TypeError, subprocess.SubprocessError)
 
 Tensors = tuple[torch.Tensor | None, ...]
 

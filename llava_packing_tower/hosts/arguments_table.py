@@ -37,7 +37,7 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "ModelArguments",
         "bool",
         True,
-        "compile the encoder blocks of a packing tower (on CUDA unless false)",
+        "fast encoder blocks of a packing tower, fused or compiled (on CUDA unless false)",
     ),
     PluginArgument(
         "mm_packing_min_patches",
