@@ -88,9 +88,8 @@ class PackedEncoder(nn.Module):
         still = how != "eager" and not state.hooked and not state.adapted
         with torch.set_grad_enabled(grad), constant_floats(how == "compiled"):
             if still and graphs_wanted(device, hidden_states.shape[0], grad):
-                states = run_graphed(
-                    self, run, hidden_states, segments, rotary, keep, backend, addresses(state.weights)
-                )
+                place = hash((addresses(state.weights), how))
+                states = run_graphed(self, run, hidden_states, segments, rotary, keep, backend, place)
             else:
                 states = run(hidden_states, segments, rotary, keep, backend)
         return tuple(states[index] for index in keep)

@@ -75,7 +75,7 @@ def run_graphed(
 ) -> States:
     """``run(hidden_states, segments, rotary, keep, backend)`` by replaying a graph, captured when first needed.
 
-    weights: a hash of where they lie: a graph must not outlive the memory that it reads.
+    weights: a hash of where they lie, and of how ``run`` runs: a graph must not outlive the memory that it reads.
     """
     tokens, device = hidden_states.shape[0], hidden_states.device
     if getattr(backend_module(backend), "EQUAL_LENGTHS_ONLY", False):

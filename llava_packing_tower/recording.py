@@ -113,7 +113,9 @@ def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | N
     if compute_dtype(parameters[0]) != dtype or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
     shapes = (isinstance(images, torch.Tensor), *(x.shape for x in batch))
-    return addresses(parameters), device, dtype, model.encoder.attention_backend, layers, shapes
+    encoder = model.encoder
+    place = hash((addresses(parameters), encoder.compile_blocks, encoder.fused_blocks))
+    return place, device, dtype, encoder.attention_backend, layers, shapes
 
 
 def record(images: Images, encode: Callable[[Images], Encoded], like: torch.Tensor) -> Recording:

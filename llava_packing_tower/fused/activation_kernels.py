@@ -40,13 +40,14 @@ def _act(
     out,
     n_rows,
     WIDTH: tl.constexpr,
+    ACROSS: tl.constexpr,
     CODE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS tokens and BLOCK columns per program."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """ROWS tokens and BLOCK columns per program; all on the first axis of the grid, the only one without a limit."""
+    column = tl.program_id(0) % ACROSS * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) // ACROSS * ROWS + tl.arange(0, ROWS)
     inside = column < WIDTH
     mask = (row < n_rows)[:, None] & inside[None, :]
     place = row[:, None].to(tl.int64) * WIDTH + column[None, :]
@@ -72,7 +73,8 @@ def act(
     """See :func:`reference.act`."""
     out = torch.empty_like(inner)
     rows, width = inner.shape
-    grid, constants = (-(-width // 512), -(-rows // 4), 1), (width, CODES[name], 4, 512)
+    across = -(-width // 512)
+    grid, constants = (across * -(-rows // 4), 1, 1), (width, across, CODES[name], 4, 512)
     launch(_act, grid, (inner, inner_bias, factor, factor_bias, out), (rows,), constants, 4)
     return out
 

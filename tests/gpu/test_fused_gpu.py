@@ -98,6 +98,12 @@ def test_activations(shape, name, gated):
     check_sums(*sums, 4, 4 + width)
 
 
+def test_more_tokens_than_a_grid_is_high():
+    """65 535 is the limit of a grid's second axis; four tokens go into one program."""
+    inner, factor = noise(300_000, 64), noise(300_000, 64)
+    check(kernels.act("silu", inner, None, factor), reference.act("silu", inner, None, factor), 0.005)
+
+
 @pytest.mark.parametrize("kind", ["pairs", "halves", None])
 @pytest.mark.parametrize("shape", [(1, 2, 16), (1033, 3, 96), (5000, 16, 64), (700, 16, 72)])
 def test_rotation(shape, kind):
