@@ -12,6 +12,16 @@ GOLDEN_FAMILIES = {
     "dinov3": DINOv3ViTPacking,
 }
 
+# What a block may be made of: bench preset, and fields of its config.
+BLOCK_VARIANTS = [
+    ("llava_vit", {}),
+    ("llava_vit", {"layer_norm_type": "rms_norm"}),
+    ("siglip2", {}),
+    ("aimv2", {}),
+    ("dinov3", {}),
+    ("dinov3", {"use_gated_mlp": True, "hidden_act": "silu"}),
+]
+
 
 def ragged(model, grids=((3, 5), (1, 7), (5, 3), (4, 4), (3, 5)), seed=0):
     """Images of different shapes (all of the one that it takes, for learned positions), some sizes twice."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import BLOCK_VARIANTS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,14 +18,6 @@ from llava_packing_tower.families import family_for
 from llava_packing_tower.fused import functions, reference
 from llava_packing_tower.packing import batch_images_to_packing_input
 
-VARIANTS = [
-    ("llava_vit", {}),
-    ("llava_vit", {"layer_norm_type": "rms_norm"}),
-    ("siglip2", {}),
-    ("aimv2", {}),
-    ("dinov3", {}),
-    ("dinov3", {"use_gated_mlp": True, "hidden_act": "silu"}),
-]
 SIZES = [(4, 3), (1, 1), (2, 5)]
 
 
@@ -84,7 +77,7 @@ def how(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family, more", VARIANTS)
+@pytest.mark.parametrize("family, more", BLOCK_VARIANTS)
 def test_values_and_gradients_are_those_of_the_blocks(varlen, how, family, more, checkpointing):
     """float64, two hidden states at once, every parameter; RMSNorm rounds to float32 in the blocks themselves."""
     model = tiny(family, **more)

@@ -44,10 +44,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments, scale):
         length, grad = segments.max_seqlen, any(ctx.needs_input_grad)
-        out, logsumexp, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *(_batched(x, length) for x in (q, k, v)), None, grad, 0.0, False, False, scale=scale
-        )
-        out = _packed(out).contiguous()
+        out, logsumexp, seed, offset = _forward(q, k, v, length, scale, grad)
         if grad:
             ctx.save_for_backward(q, k, v, out, logsumexp, seed, offset)
             ctx.length, ctx.scale = length, scale
@@ -56,14 +53,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, out, logsumexp, seed, offset = ctx.saved_tensors
-        length = ctx.length
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *(_batched(x, length) for x in (grad, q, k, v, out)),
-            *(logsumexp, seed, offset, None, None, None, length, length, 0.0, False),
-            scale=ctx.scale,
-        )
-        return *map(_packed, grads), None, None
+        return *map(_packed, _backward(grad, *ctx.saved_tensors, ctx.length, ctx.scale)), None, None
 
 
 def _batched(x: torch.Tensor, length: int) -> torch.Tensor:
@@ -75,15 +65,29 @@ def _packed(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
+def _forward(q, k, v, length: int, scale: float, grad: bool) -> tuple[torch.Tensor, ...]:
+    """Packed output; log-sum-exp and random state for the backward, where ``grad`` says that there is one."""
+    out, logsumexp, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *(_batched(x, length) for x in (q, k, v)), None, grad, 0.0, False, False, scale=scale
+    )
+    return _packed(out).contiguous(), logsumexp, seed, offset
+
+
+def _backward(grad, q, k, v, out, logsumexp, seed, offset, length: int, scale: float) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k and v, ``[segments, heads, length, head_dim]``."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *(_batched(x, length) for x in (grad, q, k, v, out)),
+        *(logsumexp, seed, offset, None, None, None, length, length, 0.0, False),
+        scale=scale,
+    )
+
+
 if missing_package is None:
 
     @torch.library.custom_op("llava_packing::cudnn_inference", mutates_args=(), device_types="cuda")
     def _inference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, scale: float) -> torch.Tensor:
         """The output alone: what only a backward needs would cost three more kernels per layer."""
-        out = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *(_batched(x, length) for x in (q, k, v)), None, False, 0.0, False, False, scale=scale
-        )[0]
-        return _packed(out).contiguous()
+        return _forward(q, k, v, length, scale, False)[0]
 
     @_inference.register_fake
     def _(q, k, v, length, scale):
@@ -97,10 +101,8 @@ if missing_package is None:
 
         The log-sum-exp is flat: a symbolic ``tokens // length`` among its sizes would be compiled several times over.
         """
-        out, logsumexp, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *(_batched(x, length) for x in (q, k, v)), None, True, 0.0, False, False, scale=scale
-        )
-        return _packed(out).contiguous(), logsumexp.flatten().clone(), seed.clone(), offset.clone()
+        out, logsumexp, seed, offset = _forward(q, k, v, length, scale, True)
+        return out, logsumexp.flatten().clone(), seed.clone(), offset.clone()
 
     @_attention.register_fake
     def _(q, k, v, length, scale):
@@ -122,11 +124,8 @@ if missing_package is None:
         length: int,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *(_batched(x, length) for x in (grad, q, k, v, out)),
-            *(logsumexp.view(-1, q.shape[1], length, 1), seed, offset, None, None, None, length, length, 0.0, False),
-            scale=scale,
-        )
+        logsumexp = logsumexp.view(-1, q.shape[1], length, 1)
+        grads = _backward(grad, q, k, v, out, logsumexp, seed, offset, length, scale)
         return tuple(_packed(x).contiguous() for x in grads)
 
     @_attention_backward.register_fake
@@ -137,8 +136,8 @@ if missing_package is None:
         q, k, v, ctx.length, ctx.scale = inputs
         ctx.save_for_backward(q, k, v, *output)
 
-    def _backward(ctx, grad, *_unused):
+    def _differentiate(ctx, grad, *_unused):
         grads = _attention_backward(grad, *ctx.saved_tensors, ctx.length, ctx.scale)
         return (*grads, None, None)
 
-    _attention.register_autograd(_backward, setup_context=_setup)
+    _attention.register_autograd(_differentiate, setup_context=_setup)

@@ -3,6 +3,7 @@ against float32."""
 
 import pytest
 import torch
+from families import BLOCK_VARIANTS
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -134,20 +135,10 @@ def tiny(family, **more):
     return model
 
 
-VARIANTS = [
-    ("llava_vit", {}),
-    ("llava_vit", {"layer_norm_type": "rms_norm"}),
-    ("siglip2", {}),
-    ("aimv2", {}),
-    ("dinov3", {}),
-    ("dinov3", {"use_gated_mlp": True, "hidden_act": "silu"}),
-]
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "flash_attention_2", "torch_varlen"])
 @pytest.mark.parametrize("equal", [False, True])
-@pytest.mark.parametrize("family, more", VARIANTS)
+@pytest.mark.parametrize("family, more", BLOCK_VARIANTS)
 def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal, backend, checkpointing):
     if backend != "auto" and (reason := backend_module(backend).why_not(torch.device("cuda"), torch.bfloat16, 64)):
         pytest.skip(f"{backend}: {reason}")
