@@ -1,8 +1,8 @@
-"""The two halves of a fused block around its attention, each one node of the autograd graph.
+"""A fused block: the two halves around its attention, each a node of the autograd graph, or all of it as one node.
 
-Forward and backward are written out, so that Python calls a dozen kernels per block in place of a compiler's wrappers
-around thirty, and what memory bounds is read once: bias gradients fall out of the kernels that write what they sum, and
-the input of both norms' products is computed again by the kernels of the norms' backward.
+Forward and backward are written out, so that Python calls nine kernels per block forward and seventeen backward without
+a compiler's wrappers around them, and what memory bounds is read once: bias gradients fall out of the kernels that
+write what they sum, and the input of both norms' products is computed again by the kernels of the norms' backward.
 """
 
 from __future__ import annotations
