@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import backend_module, resolve_backend
 from .compiling import call_compiled, compile_wanted, constant_floats
-from .fused import can_be_fused, fused_block, fused_wanted, kind_of
+from .fused import can_be_fused, fused_block, fused_wanted, kind_of, settled
 from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .module_state import Snapshot, addresses, state_of
@@ -122,7 +122,11 @@ class PackedEncoder(nn.Module):
         """The blocks, one after the other; see :meth:`forward` and :meth:`how`. The states are returned by index."""
         states = {0: hidden_states} if 0 in keep else {}
         pending = None
-        body = functools.partial(fused_block, kind_of(self.config)) if how == "fused" else None
+        body, settle, grad = None, torch.add, torch.is_grad_enabled()
+        if how == "fused":
+            body, settle = functools.partial(fused_block, kind_of(self.config), grad), functools.partial(settled, grad)
+            if not grad:
+                hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)  # blocks write into it
         if how == "compiled":
             # The first block gets the same kind of arguments as the others: else it would be compiled on its own.
             pending = torch.zeros_like(hidden_states, requires_grad=hidden_states.requires_grad)
@@ -135,5 +139,5 @@ class PackedEncoder(nn.Module):
                 run = functools.partial(self._gradient_checkpointing_func, run)
             hidden_states, pending = run(hidden_states, pending, segments, rotary, backend)
             if index in keep:
-                states[index] = hidden_states + pending
+                states[index] = settle(hidden_states, pending)
         return states

@@ -104,6 +104,38 @@ def test_values_and_gradients_are_those_of_the_blocks(varlen, how, family, more,
             torch.testing.assert_close(got, want, rtol=1e-4 if rms else 1e-9, atol=1e-4 if rms else 1e-9)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_both_kinds_of_checkpoints(varlen, reentrant):
+    """A reentrant checkpoint runs the blocks first without gradients, when they must not write into their input."""
+    model = tiny("llava_vit", num_hidden_layers=3)
+    model.set_attention_backend(varlen)
+    rows, grid = batch(model)
+    results = []
+    for choice in (False, True):
+        model.encoder.fused_blocks = choice
+        if choice:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        states = model(rows, grid, feature_layers=(1, 3))
+        sum(x.square().sum() for x in states).backward()
+        results.append([*states, *(p.grad for p in model.encoder.parameters())])
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("family", ["llava_vit", "aimv2"])  # with biases and without
+def test_inference_leaves_its_input_and_the_kept_states_alone(varlen, family):
+    """Blocks sum onto one tensor: what goes in and what was kept must not be that tensor."""
+    model = tiny(family, num_hidden_layers=3).eval()
+    model.set_attention_backend(varlen)
+    rows, grid = batch(model)
+    with torch.no_grad():
+        expected = model(rows, grid, feature_layers=(0, 1, 2, 3))
+        model.encoder.fused_blocks = True
+        for got, want in zip(model(rows, grid, feature_layers=(0, 1, 2, 3)), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("trained", ["mlp.fc1.weight", "layer_norm1.bias", "qkv.weight", "fc2.bias", "proj.weight"])
 def test_only_what_is_trained_gets_a_gradient(varlen, trained):
     model = tiny("llava_vit")
@@ -174,12 +206,9 @@ def stand_ins():
     """The operations as one call each, which is what they are on a GPU."""
     empty = torch.empty_like
 
-    def add_norm(x, pending, *_, shift=None, stats=False, **__):
-        total = x if pending is None and shift is None else empty(x)
-        return total, empty(x), x.new_empty(2, len(x)) if stats else None
-
     return SimpleNamespace(
-        add_norm=add_norm,
+        add_norm=lambda x, pending, *_, **__: (x if pending is None else empty(x), empty(x), x.new_empty(2, len(x))),
+        row_norm=lambda x, *_: (empty(x), x.new_empty(x.shape[1])),
         norm_backward=lambda total, *_: (empty(total), empty(total)),
         act=lambda name, inner, *_: empty(inner),
         act_backward=lambda name, inner, inner_bias, factor, *_: (empty(inner), factor, empty(inner)),

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, str] = {
     "flash_attention_2": "flash_attention_2",
     "flash_attention_3": "flash_attention_3",
+    "flash_attention_4": "flash_attention_4",
     "torch_varlen": "torch_varlen",
     "cudnn": "cudnn",
     "sdpa": "sdpa",
@@ -44,11 +45,11 @@ BACKENDS: dict[str, str] = {
 _LOADED: dict[str, ModuleType] = {}
 
 CUDNN_FROM = 256
-FA3_FROM = 512
+LONG_FROM = 512
 FA3_TRAINING_FROM = 16384
 
 
-def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, ...]:
+def auto_order(lengths: Sequence[int], needs_grad: bool = False, head_dim: int = 64) -> tuple[str, ...]:
     """The backends that ``auto`` tries for segments of these lengths, fastest first; the first that can run is taken.
 
     Measured on an H100, bf16, head width 64, TFLOP/s of the forward (docs/performance.md has all figures): 32 segments
@@ -59,11 +60,15 @@ def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, .
     0.115 in place of 0.178 ms per layer, does not make up for the time that calling it costs the host.
     """
     order = ["flash_attention_2", "torch_varlen", "sdpa"]
-    if lengths and sum(lengths) >= max(FA3_FROM * len(lengths), FA3_TRAINING_FROM * needs_grad):
+    equal = bool(lengths) and min(lengths) == max(lengths) >= CUDNN_FROM
+    if not lengths or sum(lengths) < LONG_FROM * len(lengths):
+        return ("cudnn", *order) if equal else tuple(order)
+    if not needs_grad or sum(lengths) >= FA3_TRAINING_FROM:
         order.insert(0, "flash_attention_3")
-    if lengths and min(lengths) == max(lengths) >= CUDNN_FROM:
-        order.insert(0, "cudnn")
-    return tuple(order)
+    if needs_grad:
+        return ("flash_attention_4", *["cudnn"] * equal, *order)
+    order.insert(0 if head_dim % 64 else 1, "flash_attention_4")
+    return ("cudnn", *order) if equal else tuple(order)
 
 
 def backend_module(name: str) -> ModuleType:
@@ -89,7 +94,7 @@ def resolve_backend(
     Raises ``ImportError`` (with the install command) for a backend whose package is missing and ``ValueError`` for one
     that cannot take the device, dtype, head width, lengths, or that has no backward where one is needed.
     """
-    candidates = auto_order(lengths, needs_grad) if name == "auto" else (name,)
+    candidates = auto_order(lengths, needs_grad, head_dim) if name == "auto" else (name,)
     chosen = _choose(candidates, name, device_type, dtype, head_dim, needs_grad)
     if name != "auto" and getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False) and len(set(lengths)) > 1:
         raise ValueError(

@@ -101,6 +101,7 @@ def _scaled(linear: nn.Module, scale: nn.Module) -> tuple[torch.Tensor, torch.Te
 
 def fused_block(
     kind: Kind,
+    grad: bool,
     layer: EncoderBlock,
     hidden_states: torch.Tensor,
     pending: torch.Tensor | None,
@@ -108,7 +109,12 @@ def fused_block(
     rotary: Rotary | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels; ``kind``: :func:`kind_of` it."""
+    """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels; ``kind``: :func:`kind_of` it.
+
+    Without ``grad`` (which is not what ``torch.is_grad_enabled()`` says inside of a reentrant checkpoint)
+    ``hidden_states`` is written to, and what is returned as pending is one row for all tokens, the sum of the biases so
+    far, or None: see :func:`settled`.
+    """
     parts = layer._modules
     attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
     cos, sin = rotary if kind.rotation is not None else (None, None)
@@ -117,11 +123,11 @@ def fused_block(
     if attention["qkv"].partial_biases:
         qkv = qkv[0], attention["qkv"].whole_bias()
     proj, fc2 = _scaled(attention["proj"], parts["layer_scale1"]), _scaled(mlp["fc2"], parts["layer_scale2"])
-    if not torch.is_grad_enabled():
-        total, *heads = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
+    if not grad:
+        *heads, row = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
         attended = attend(*heads, segments, backend=backend, resolved=True)
         del heads
-        return _infer_after(kind, total, attended, proj[0], norm2, gate, fc1, fc2)
+        return hidden_states, _infer_after(kind, hidden_states, row, attended, proj[0], norm2, gate, fc1, fc2)
     before, after = (hidden_states, pending, *norm1, *qkv, cos, sin), (*proj, *norm2, *gate, *fc1, *fc2)
     if whole := getattr(backend_module(backend), "Attention", None):
         return Block.apply(kind, whole, segments, (before[4].shape[1] // kind.heads) ** -0.5, *before, *after)
@@ -130,22 +136,22 @@ def fused_block(
     return AfterAttention.apply(kind, total, attended, *after)
 
 
-def _infer_before(kind, x, pending, norm, qkv, proj_bias, rotary):
-    """The sum so far, with the bias of the projection in it already; q, k, v."""
-    run = operations(x)
-    total, normed, _ = run.add_norm(x, pending, *norm, kind.eps, kind.rms, shift=proj_bias)
-    product = F.linear(normed, *qkv).view(len(x), 3, kind.heads, -1)
+def _infer_before(kind, total, row, norm, qkv, proj_bias, rotary):
+    """q, k, v; and the row of biases that belongs to the total, with that of the projection."""
+    run = operations(total)
+    normed, row = run.row_norm(total, row, *norm, kind.eps, kind.rms, proj_bias)
+    product = F.linear(normed, *qkv).view(len(total), 3, kind.heads, -1)
     if kind.rotation is not None:
         run.rotate_(product, *rotary, kind.rotation)
-    return total.clone() if total is x else total, *product.unbind(1)
+    return *product.unbind(1), row
 
 
-def _infer_after(kind, total, attended, proj_weight, norm, gate, fc1, fc2):
-    """The projection is summed onto the total by the matmul itself; where a GELU follows the first layer of the MLP,
-    that matmul applies it, in its tanh form (see :func:`linears.linear_act`)."""
+def _infer_after(kind, total, row, attended, proj_weight, norm, gate, fc1, fc2):
+    """Projection and MLP are summed onto the total by their last matmuls; returns the row of biases. Where a GELU
+    follows the first layer of the MLP, that matmul applies it, in its tanh form (see :func:`linears.linear_act`)."""
     run = operations(total)
     total.addmm_(attended.flatten(1), proj_weight.t())
-    _, normed, _ = run.add_norm(total, None, *norm, kind.eps, kind.rms)
+    normed, row = run.row_norm(total, row, *norm, kind.eps, kind.rms, fc2[1])
     if gate[0] is not None:
         inner, factor = F.linear(normed, gate[0]), F.linear(normed, fc1[0])
         active = run.act(kind.activation, inner, gate[1], factor, fc1[1])
@@ -153,4 +159,13 @@ def _infer_after(kind, total, attended, proj_weight, norm, gate, fc1, fc2):
         active = torch._addmm_activation(fc1[1], normed, fc1[0].t(), use_gelu=True)
     else:
         active = run.act(kind.activation, F.linear(normed, fc1[0]), fc1[1])
-    return total, F.linear(active, *fc2)
+    total.addmm_(active, fc2[0].t())
+    return row
+
+
+def settled(grad: bool, hidden_states: torch.Tensor, pending: torch.Tensor | None) -> torch.Tensor:
+    """The state of which :func:`fused_block` left the two parts, in memory that the next block does not write to."""
+    if grad:
+        return hidden_states + pending
+    out = torch.empty_like(hidden_states)
+    return out.copy_(hidden_states) if pending is None else torch.add(hidden_states, pending, out=out)

@@ -53,6 +53,33 @@ def _remembered(grad: Tensor) -> Tensor | None:
     return sums if version == grad._version else None
 
 
+class _Part:
+    """What stands for the context of one of the functions: saved tensors are asked for once only, which is all that a
+    checkpoint allows."""
+
+    saved_tensors: tuple = ()
+    needs_input_grad: tuple = (True, True, True)
+    kind: Kind
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+def _half_backward(function: type, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward of one of the two functions as a node of its own."""
+    part = _Part()
+    part.kind, part.saved_tensors, part.needs_input_grad = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
+    columns = function.columns(part, *grads)
+    partials = operations(grads[0]).partials(sum(columns), grads[0])
+    products = function.products(part, partials, 0, *grads)
+    return None, *function.gradients(part, products, _added(partials, columns, grads[0]))
+
+
+def _added(partials: Tensor, columns: list[int], like: Tensor) -> tuple[Tensor, ...]:
+    """All sums over tokens, added up at once."""
+    return operations(like).finish(partials, like.dtype).split(columns)
+
+
 class BeforeAttention(torch.autograd.Function):
     """``total = x + pending``; rotated q, k and v of its norm. Returns total ``[N, hidden]``, and q, k, v ``[N, heads,
     head_dim]``, views of one tensor."""
@@ -71,7 +98,7 @@ class BeforeAttention(torch.autograd.Function):
         sin: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         run = operations(x)
-        total, normed, stats = run.add_norm(x, pending, norm_weight, norm_bias, kind.eps, kind.rms, stats=True)
+        total, normed, stats = run.add_norm(x, pending, norm_weight, norm_bias, kind.eps, kind.rms)
         qkv = F.linear(normed, qkv_weight, qkv_bias).view(len(x), 3, kind.heads, -1)
         if kind.rotation is not None:
             run.rotate_(qkv, cos, sin, kind.rotation)
@@ -82,20 +109,35 @@ class BeforeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total: Tensor, *grads: Tensor):
+        return _half_backward(BeforeAttention, ctx, grad_total, *grads)
+
+    @staticmethod
+    def columns(ctx, *_: Tensor) -> list[int]:
+        """How wide the gradients are that are sums over tokens: of the qkv bias, and of the norm's weight and bias; and
+        the column sums of the total's gradient."""
+        wide, width = ctx.saved_tensors[4].shape
+        return [wide, width, width, width]
+
+    @staticmethod
+    def products(ctx, partials: Tensor, offset: int, grad_total: Tensor, *grads: Tensor):
+        """The other gradients: of total and qkv weight. The sums go into ``partials`` from ``offset`` on."""
         total, stats, norm_weight, norm_bias, qkv_weight, cos, sin = ctx.saved_tensors
-        kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
-        wide, width = qkv_weight.shape
-        partials = run.partials(wide + 3 * width, total)
+        kind, run = ctx.kind, operations(total)
         rotary = None if kind.rotation is None else (cos, sin)
-        grad_qkv = run.qkv_backward(grads, rotary, kind.rotation, partials, 0)
+        grad_qkv = run.qkv_backward(grads, rotary, kind.rotation, partials, offset)
         grad, normed = run.norm_backward(
-            total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms, partials, wide
+            *(total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms),
+            *(partials, offset + len(qkv_weight)),
         )
-        grad_weight = grad_qkv.t() @ normed if needs[5] else None
-        qkv_bias, scale, shift, sums = run.finish(partials, total.dtype).split([wide, width, width, width])
-        _remember(grad, sums)
+        return grad, grad_qkv.t() @ normed if ctx.needs_input_grad[5] else None
+
+    @staticmethod
+    def gradients(ctx, products: tuple, sums: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of all inputs but the first."""
+        (grad, grad_weight), (qkv_bias, scale, shift, of_grad) = products, sums
+        needs = ctx.needs_input_grad
+        _remember(grad, of_grad)
         return (
-            None,
             grad if needs[1] else None,
             grad if needs[2] else None,
             scale if needs[3] else None,
@@ -133,7 +175,6 @@ class AfterAttention(torch.autograd.Function):
         total, normed, stats = run.add_norm(
             *(residual, F.linear(attended, proj_weight), norm_weight, norm_bias, kind.eps, kind.rms),
             pending_bias=proj_bias,
-            stats=True,
         )
         inner, inner_bias, factor, factor_bias = F.linear(normed, fc1_weight), fc1_bias, None, None
         if gate_weight is not None:
@@ -149,41 +190,56 @@ class AfterAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total: Tensor, grad_out: Tensor):
+        return _half_backward(AfterAttention, ctx, grad_total, grad_out)
+
+    @staticmethod
+    def columns(ctx, grad_total: Tensor, grad_out: Tensor) -> list[int]:
+        """As in :class:`BeforeAttention`: of the biases inside of the MLP, of the norm, of the projection's bias; and
+        the column sums of ``grad_out``, if they did not come with it."""
+        width, wide = ctx.saved_tensors[-1].shape
+        gated = ctx.saved_tensors[-3] is not None
+        return [wide * (1 + gated), width, width, width, width * (_remembered(grad_out) is None)]
+
+    @staticmethod
+    def products(ctx, partials: Tensor, offset: int, grad_total: Tensor, grad_out: Tensor):
+        """As in :class:`BeforeAttention`: of the residual, what was attended, and the weights."""
         (
             attended, total, stats, inner, inner_bias, factor, factor_bias,
             proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
         ) = ctx.saved_tensors  # fmt: skip
         kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
-        width, wide = fc2_weight.shape
-        gated = gate_weight is not None
-        fc2_bias = _remembered(grad_out)
-        sizes = [wide * (1 + gated), width, width, width, width * (fc2_bias is None)]
-        partials = run.partials(sum(sizes), total)
-        if fc2_bias is None:
-            run.column_sums(grad_out, partials, sum(sizes) - width)
+        *sizes, last = AfterAttention.columns(ctx, grad_total, grad_out)
+        if last:
+            run.column_sums(grad_out, partials, offset + sum(sizes))
         # The MLP.
         grad_inner, grad_factor, active = run.act_backward(
-            kind.activation, inner, inner_bias, factor, factor_bias, grad_out @ fc2_weight, partials, 0
+            kind.activation, inner, inner_bias, factor, factor_bias, grad_out @ fc2_weight, partials, offset
         )
         grad_fc2 = grad_out.t() @ active if needs[11] else None
-        if gated:
+        if gate_weight is not None:
             grad_normed = torch.addmm(grad_factor @ fc1_weight, grad_inner, gate_weight)
         else:
             grad_normed = grad_inner @ fc1_weight
         # The norm, with the gradient that passes it by.
         grad, normed = run.norm_backward(
-            total, stats, grad_normed, grad_total, norm_weight, norm_bias, kind.rms, partials, sizes[0]
+            total, stats, grad_normed, grad_total, norm_weight, norm_bias, kind.rms, partials, offset + sizes[0]
         )
         grad_gate = grad_inner.t() @ normed if needs[7] else None
-        grad_fc1 = (grad_factor if gated else grad_inner).t() @ normed if needs[9] else None
+        grad_fc1 = (grad_inner if gate_weight is None else grad_factor).t() @ normed if needs[9] else None
         # The projection.
         grad_attended = (grad @ proj_weight).view(len(grad), kind.heads, -1) if needs[2] else None
         grad_proj = grad.t() @ attended if needs[3] else None
-        inner_bias, scale, shift, proj_bias, last = run.finish(partials, total.dtype).split(sizes)
-        gate_bias, fc1_bias = inner_bias.split(wide) if gated else (None, inner_bias)
+        return grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2, _remembered(grad_out)
+
+    @staticmethod
+    def gradients(ctx, products: tuple, sums: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of all inputs but the first."""
+        grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2, fc2_bias = products
+        inner_bias, scale, shift, proj_bias, last = sums
+        needs, wide = ctx.needs_input_grad, ctx.saved_tensors[-1].shape[1]
+        gate_bias, fc1_bias = inner_bias.split(wide) if len(inner_bias) > wide else (None, inner_bias)
         fc2_bias = last if fc2_bias is None else fc2_bias
         return (
-            None,
             grad if needs[1] else None,
             grad_attended,
             grad_proj,
@@ -197,16 +253,6 @@ class AfterAttention(torch.autograd.Function):
             grad_fc2,
             fc2_bias if needs[12] else None,
         )
-
-
-class _Part:
-    """Stands in for the context of one of the functions that :class:`Block` is made of."""
-
-    saved_tensors: tuple = ()
-    needs_input_grad: tuple = (True, True, True)
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
 
 
 class Block(torch.autograd.Function):
@@ -237,9 +283,14 @@ class Block(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         before.needs_input_grad = (False, *needs[:INPUTS_BEFORE])
         after.needs_input_grad = (False, True, True, *needs[INPUTS_BEFORE:])
-        _, grad_total, grad_attended, *grads_after = AfterAttention.backward(after, grad_total, grad_out)
-        heads = ctx.attention.backward(inner, grad_attended)[:3]
-        _, *grads_before = BeforeAttention.backward(before, grad_total, *heads)
+        columns, more = AfterAttention.columns(after, grad_total, grad_out), BeforeAttention.columns(before)
+        partials = operations(grad_out).partials(sum(columns) + sum(more), grad_out)
+        after_products = AfterAttention.products(after, partials, 0, grad_total, grad_out)
+        heads = ctx.attention.backward(inner, after_products[1])[:3]
+        products = BeforeAttention.products(before, partials, sum(columns), after_products[0], *heads)
+        sums = _added(partials, columns + more, grad_out)
+        grads_after = AfterAttention.gradients(after, after_products, sums[: len(columns)])[2:]
+        grads_before = BeforeAttention.gradients(before, products, sums[len(columns) :])
         for part in ctx.parts:
             part.saved_tensors = ()
         return None, None, None, None, *grads_before, *grads_after

@@ -6,7 +6,7 @@ of ``PARTS`` programs adds up its share of the tokens, so that the result does n
 
 from .activation_kernels import act, act_backward, column_sums
 from .launching import ERRORS, finish, partials
-from .norm_kernels import add_norm, norm_backward
+from .norm_kernels import add_norm, norm_backward, row_norm
 from .rotation_kernels import qkv_backward, rotate_
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "partials",
     "qkv_backward",
     "rotate_",
+    "row_norm",
 ]

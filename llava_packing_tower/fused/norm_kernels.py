@@ -1,10 +1,29 @@
-"""Norms in Triton: see :func:`reference.add_norm` and :func:`reference.norm_backward`."""
+"""Norms in Triton: see :func:`reference.add_norm`, :func:`reference.row_norm`, :func:`reference.norm_backward`."""
 
 import torch
 import triton
 import triton.language as tl
 
 from .launching import PARTS, kernel, launch
+
+
+@triton.jit
+def _normed(value, weight, bias, column, inside, f_eps, WIDTH: tl.constexpr, RMS: tl.constexpr, KIND: tl.constexpr):
+    """The norm of one token, float32, with its mean and the reciprocal of its deviation."""
+    if RMS:
+        mean = 0.0
+        centred = value
+    else:
+        mean = tl.sum(value, axis=0) / WIDTH
+        centred = tl.where(inside, value - mean, 0.0)
+    deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + f_eps)
+    out = centred * deviation
+    if RMS:
+        out = out.to(KIND).to(tl.float32)
+    out = out * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        out += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return out, mean, deviation
 
 
 @kernel
@@ -14,7 +33,6 @@ def _add_norm(
     pending_bias,
     weight,
     bias,
-    shift,
     total,
     normed,
     stats,
@@ -36,29 +54,11 @@ def _add_norm(
         if pending_bias is not None:
             value += tl.load(pending_bias + column, mask=inside, other=0.0).to(tl.float32)
         value = value.to(kind).to(tl.float32)
-    if shift is not None:
-        moved = value + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(total + place, moved.to(kind), mask=inside)
-    elif pending is not None:
         tl.store(total + place, value.to(kind), mask=inside)
-    if RMS:
-        mean = 0.0
-        centred = value
-    else:
-        mean = tl.sum(value, axis=0) / WIDTH
-        centred = tl.where(inside, value - mean, 0.0)
-    deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + f_eps)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    out = centred * deviation
-    if RMS:
-        out = out.to(kind).to(tl.float32)
-    out = out * scale
-    if bias is not None:
-        out += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    out, mean, deviation = _normed(value, weight, bias, column, inside, f_eps, WIDTH, RMS, kind)
     tl.store(normed + place, out.to(kind), mask=inside)
-    if stats is not None:
-        tl.store(stats + row, mean)
-        tl.store(stats + n_rows + row, deviation)
+    tl.store(stats + row, mean)
+    tl.store(stats + n_rows + row, deviation)
 
 
 def add_norm(
@@ -69,19 +69,67 @@ def add_norm(
     eps: float,
     rms: bool,
     pending_bias: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    stats: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`reference.add_norm`."""
     rows, width = x.shape
     x = x.contiguous()
     pending = None if pending is None else pending.contiguous()
-    total = x if pending is None and shift is None else torch.empty_like(x)
+    total = x if pending is None else torch.empty_like(x)
     normed = torch.empty_like(x)
-    kept = torch.empty(2, rows, dtype=torch.float32, device=x.device) if stats else None
-    tensors = (x, pending, pending_bias, weight, bias, shift, total, normed, kept)
+    stats = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    tensors = (x, pending, pending_bias, weight, bias, total, normed, stats)
     launch(_add_norm, (rows, 1, 1), tensors, (rows, eps), (width, rms, triton.next_power_of_2(width)), 4)
-    return total, normed, kept
+    return total, normed, stats
+
+
+@kernel
+def _row_norm(
+    x,
+    row,
+    row_bias,
+    weight,
+    bias,
+    normed,
+    row_out,
+    f_eps,
+    WIDTH: tl.constexpr,
+    RMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token per program; the first also makes the next row."""
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    place = tl.program_id(0).to(tl.int64) * WIDTH + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if row is not None:
+        added = tl.load(row + column, mask=inside, other=0.0)
+        value += added
+    if row_out is not None:  # noqa: SIM102 - decided when compiled, what follows when run
+        if tl.program_id(0) == 0:
+            more = tl.load(row_bias + column, mask=inside, other=0.0).to(tl.float32)
+            if row is not None:
+                more += added
+            tl.store(row_out + column, more, mask=inside)
+    out, _, _ = _normed(value, weight, bias, column, inside, f_eps, WIDTH, RMS, x.dtype.element_ty)
+    tl.store(normed + place, out.to(x.dtype.element_ty), mask=inside)
+
+
+def row_norm(
+    x: torch.Tensor,
+    row: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    rms: bool,
+    row_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See :func:`reference.row_norm`."""
+    rows, width = x.shape
+    normed = torch.empty_like(x)
+    following = None if row_bias is None else torch.empty(width, dtype=torch.float32, device=x.device)
+    tensors = (x, row, row_bias, weight, bias, normed, following)
+    launch(_row_norm, (rows, 1, 1), tensors, (eps,), (width, rms, triton.next_power_of_2(width)), 4)
+    return normed, row if following is None else following
 
 
 @kernel

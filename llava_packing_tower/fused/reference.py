@@ -20,23 +20,42 @@ def add_norm(
     eps: float,
     rms: bool,
     pending_bias: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    stats: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``total = x + pending`` (+ ``pending_bias [width]``) in the dtype of x, and its norm (``rms``: RMSNorm, else
     LayerNorm).
 
-    Returns total (``x`` itself with neither pending nor shift; with ``shift [width]`` added behind the norm), normed,
-    and with ``stats`` float32 ``[2, N]``: mean (0 for RMSNorm) and reciprocal deviation.
+    Returns total (``x`` itself with nothing pending), normed, and ``stats``, float32 ``[2, N]``: mean (0 for RMSNorm)
+    and reciprocal deviation.
     """
     total = x if pending is None else x + (pending if pending_bias is None else pending + pending_bias)
-    centred = wide(total)
-    mean = centred.new_zeros(len(x), 1) if rms else centred.mean(1, keepdim=True)
+    normed, mean, deviation = _normed(wide(total), weight, bias, eps, rms, x.dtype)
+    return total, normed, torch.cat([mean, deviation], 1).t().contiguous()
+
+
+def row_norm(
+    x: torch.Tensor,
+    row: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    rms: bool,
+    row_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The norm of ``x + row``, where ``row [width]``, float32, is the same for all tokens (None: zeros), and
+    ``row + row_bias`` for what comes next. So the biases of a block need not be written into the sum of all blocks."""
+    value = wide(x) if row is None else wide(x) + wide(row)
+    normed, _, _ = _normed(value, weight, bias, eps, rms, x.dtype)
+    if row_bias is None:
+        return normed, row
+    return normed, wide(row_bias).clone() if row is None else row + wide(row_bias)
+
+
+def _normed(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool, dtype):
+    """The norm of values in ``dtype``, their mean and reciprocal deviation, both ``[N, 1]``."""
+    mean = centred.new_zeros(len(centred), 1) if rms else centred.mean(1, keepdim=True)
     centred = centred - mean
     deviation = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
-    normed = _scaled(centred * deviation, weight, bias, rms, x.dtype)
-    kept = torch.cat([mean, deviation], 1).t().contiguous() if stats else None
-    return total if shift is None else total + shift, normed, kept
+    return _scaled(centred * deviation, weight, bias, rms, dtype), mean, deviation
 
 
 def _scaled(unit: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rms: bool, dtype: torch.dtype):

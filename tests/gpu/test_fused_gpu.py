@@ -53,19 +53,16 @@ def test_norms(shape, rms, dtype):
     x, pending, grad, residual = (noise(*shape, dtype=dtype) for _ in range(4))
     weight, shift = noise(width, dtype=dtype), noise(width, dtype=dtype)
     bias = None if rms else noise(width, dtype=dtype)
-    for more, moved, stats in (
-        (pending, None, True),
-        (None, shift, False),
-        (pending, shift, False),
-        (None, None, True),
-    ):
-        sides = [m.add_norm(x, more, weight, bias, 1e-6, rms, shift=moved, stats=stats) for m in (kernels, reference)]
+    for more, also in ((pending, None), (pending, shift), (None, None)):
+        sides = [m.add_norm(x, more, weight, bias, 1e-6, rms, pending_bias=also) for m in (kernels, reference)]
         for got, want in zip(*sides):
             check(got, want)
-    sides = [m.add_norm(x, pending, weight, bias, 1e-6, rms, pending_bias=shift) for m in (kernels, reference)]
-    for got, want in zip(*sides):
-        check(got, want)
-    total, _, stats = reference.add_norm(x, pending, weight, bias, 1e-6, rms, stats=True)
+    row = noise(width, dtype=torch.float32)
+    for added, following in ((row, shift), (None, shift), (row, None), (None, None)):
+        sides = [m.row_norm(x, added, weight, bias, 1e-6, rms, following) for m in (kernels, reference)]
+        for got, want in zip(*sides):
+            check(got, want)
+    total, _, stats = reference.add_norm(x, pending, weight, bias, 1e-6, rms)
     for passing in (residual, None):
         sums = filled(x, 3 * width + 7)
         sides = [
@@ -136,7 +133,7 @@ def tiny(family, **more):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("backend", ["auto", "flash_attention_2", "torch_varlen"])
+@pytest.mark.parametrize("backend", ["auto", "flash_attention_4", "flash_attention_2", "torch_varlen"])
 @pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("family, more", BLOCK_VARIANTS)
 def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal, backend, checkpointing):
