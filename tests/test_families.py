@@ -143,6 +143,19 @@ def test_resized_positions_are_those_of_interpolate(grid):
     assert_close(*grads, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_in_half_precision_are_rounded_once(dtype):
+    """Tokens plus position as in float32, then rounded: shares of one half-precision number each would not do that."""
+    positions = siglip2.ResizedPositions(256, 64)
+    torch.nn.init.normal_(positions.weight, mean=2.0)
+    positions.to(dtype)
+    grids, tokens = [(1, 23, 9), (1, 4, 40)], torch.randn(23 * 9 + 160, 64).to(dtype)
+    got = positions(tokens, grids)
+    exact = positions.float()(tokens.float(), grids)
+    rounding = torch.finfo(dtype).eps / 2
+    assert ((got.float() - exact).abs() <= 1.1 * rounding * exact.abs() + 1e-5).all()
+
+
 class Operations(TorchDispatchMode):
     """Counts the tensor operations that are carried out."""
 

@@ -44,31 +44,32 @@ BACKENDS: dict[str, str] = {
 }
 _LOADED: dict[str, ModuleType] = {}
 
-CUDNN_FROM = 256
-LONG_FROM = 512
-FA3_TRAINING_FROM = 16384
+LONG_FROM = 256  # tokens per segment, on average
+CUDNN_FROM, CUDNN_TRAINING_BELOW = 256, 512
+FA3_TRAINING_FROM = 16384  # tokens
 
 
-def auto_order(lengths: Sequence[int], needs_grad: bool = False, head_dim: int = 64) -> tuple[str, ...]:
+def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, ...]:
     """The backends that ``auto`` tries for segments of these lengths, fastest first; the first that can run is taken.
 
-    Measured on an H100, bf16, head width 64, TFLOP/s of the forward (docs/performance.md has all figures): 32 segments
-    of 1024: cuDNN 393, FA3 292, FA2 244; 64 ragged images (mean 1787): FA3 487, FA2 295; 256 of 256: cuDNN 290, FA2
-    180, FA3 123. So cuDNN takes equal lengths (it builds a plan per shape, which ragged batches would do at every
-    step), FA3 takes batches of long segments, FA2 (or the same kernel inside torch) the rest. In training FA3 (whose
-    forward-only package is completed by FA2's backward) takes the large batches only: for 7785 tokens its forward,
-    0.115 in place of 0.178 ms per layer, does not make up for the time that calling it costs the host.
+    Measured on an H100 in bf16 (docs/performance.md has the table; heads of 64, 72 and 128 agree). Forward: cuDNN is
+    fastest for equal lengths from 256 tokens on (it builds a plan per shape, which ragged batches would do at every
+    step); of the others FA3, then FA4, from a mean length of 217 on, FA2 (or the same kernel inside torch) below.
+    Training: FA4, whose backward takes half of FA2's time, but cuDNN for equal lengths below 512, and FA2 for short
+    segments. Without FA4, FA3 (whose forward-only package is completed by FA2's backward) takes large batches: for 7785
+    tokens its forward, 0.117 in place of 0.178 ms per layer, does not make up for what calling it costs the host.
     """
     order = ["flash_attention_2", "torch_varlen", "sdpa"]
-    equal = bool(lengths) and min(lengths) == max(lengths) >= CUDNN_FROM
-    if not lengths or sum(lengths) < LONG_FROM * len(lengths):
-        return ("cudnn", *order) if equal else tuple(order)
-    if not needs_grad or sum(lengths) >= FA3_TRAINING_FROM:
-        order.insert(0, "flash_attention_3")
-    if needs_grad:
-        return ("flash_attention_4", *["cudnn"] * equal, *order)
-    order.insert(0 if head_dim % 64 else 1, "flash_attention_4")
-    return ("cudnn", *order) if equal else tuple(order)
+    if lengths and sum(lengths) >= LONG_FROM * len(lengths):
+        if not needs_grad:
+            order[:0] = ["flash_attention_3", "flash_attention_4"]
+        elif sum(lengths) >= FA3_TRAINING_FROM:
+            order[:0] = ["flash_attention_4", "flash_attention_3"]
+        else:
+            order[:0] = ["flash_attention_4"]
+    if lengths and min(lengths) == max(lengths) >= CUDNN_FROM:
+        order.insert(int(needs_grad and lengths[0] >= CUDNN_TRAINING_BELOW), "cudnn")
+    return tuple(order)
 
 
 def backend_module(name: str) -> ModuleType:
@@ -94,7 +95,7 @@ def resolve_backend(
     Raises ``ImportError`` (with the install command) for a backend whose package is missing and ``ValueError`` for one
     that cannot take the device, dtype, head width, lengths, or that has no backward where one is needed.
     """
-    candidates = auto_order(lengths, needs_grad, head_dim) if name == "auto" else (name,)
+    candidates = auto_order(lengths, needs_grad) if name == "auto" else (name,)
     chosen = _choose(candidates, name, device_type, dtype, head_dim, needs_grad)
     if name != "auto" and getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False) and len(set(lengths)) > 1:
         raise ValueError(

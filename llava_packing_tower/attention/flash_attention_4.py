@@ -1,5 +1,5 @@
-"""FlashAttention-4 (Dao et al. 2026; the package ``flash-attn-4``): forward and backward for Hopper and Blackwell, built
-by CuTe's compiler when first called, so that there is nothing to build when it is installed.
+"""FlashAttention-4 (https://github.com/Dao-AILab/flash-attention, package ``flash-attn-4``): forward and backward for
+Hopper and Blackwell, built by CuTe's compiler when first called: there is nothing to build when it is installed.
 
 Compiled, it goes in as an operator of its own: torch.compile cannot look into it.
 """
@@ -7,11 +7,17 @@ Compiled, it goes in as an operator of its own: torch.compile cannot look into i
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..packing import PackedSegments
+from .recorded_launches import Launches, close, watched
+
+logger = logging.getLogger(__name__)
 
 VARLEN = True
 INSTALL = 'pip install --pre "flash-attn-4[cu13]" (without [cu13] for CUDA 12)'
@@ -19,9 +25,10 @@ _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "soft
 
 missing_package = None
 try:
+    from flash_attn.cute import interface
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    if not _NEEDED <= inspect.signature(_flash_attn_bwd).parameters.keys():
+    if not set(inspect.signature(_flash_attn_bwd).parameters) >= _NEEDED:
         missing_package = (  # flash-attn 2 comes with an early copy of it
             "attention backend 'flash_attention_4' needs a flash-attn-4 whose backward takes segments, this one does "
             f"not. Install it: {INSTALL}"
@@ -52,15 +59,13 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[N, heads, head_dim]``, and the logarithms of the sums, float32 ``[heads, N]``."""
-    out, logsumexp, *_ = _flash_attn_fwd(
-        *(q, k, v),
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=scale,
-        return_lse=True,
-    )
+    launches = _launches("forward", (q, k, v), cu_seqlens, scale)
+    if launches is None:
+        return _package_forward(q, k, v, cu_seqlens, max_seqlen, scale)
+    tokens, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
+    launches((*_detached(q, k, v), out, logsumexp, cu_seqlens), cu_seqlens.shape[0] - 1)
     return out, logsumexp
 
 
@@ -76,7 +81,35 @@ def _backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each ``[N, heads, head_dim]`` in memory of its own."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    launches = _launches("backward", (q, k, v, grad), cu_seqlens, scale)
+    if launches is None:
+        _package_backward(grad, q, k, v, out, logsumexp, grads, cu_seqlens, max_seqlen, scale)
+    else:
+        q, k, v, out = _detached(q, k, v, out)
+        launches((q, k, v, out, grad, logsumexp, *grads, cu_seqlens), cu_seqlens.shape[0] - 1)
+    return tuple(grads)
+
+
+def _detached(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """CuTe takes no tensors that require a gradient."""
+    return tuple(x.detach() if x.requires_grad else x for x in tensors)
+
+
+def _package_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    out, logsumexp, *_ = _flash_attn_fwd(
+        *(q, k, v),
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        return_lse=True,
+    )
+    return out, logsumexp
+
+
+def _package_backward(grad, q, k, v, out, logsumexp, grads, cu_seqlens, max_seqlen, scale) -> None:
     _flash_attn_bwd(
         *(q, k, v, out, grad, logsumexp),
         softmax_scale=scale,
@@ -85,11 +118,82 @@ def _backward(
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        dq=dq,
-        dk=dk,
-        dv=dv,
+        **dict(zip(("dq", "dk", "dv"), grads)),
     )
-    return dq, dk, dv
+
+
+# ---------------------------------------------------------------- the same kernels without the package's Python
+
+_known: dict[tuple, Launches | None] = {}
+_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError)
+MOST_SEGMENTS = 256  # for more the package adds a kernel that helps to find them
+
+
+def _launches(what: str, tensors: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor, scale: float) -> Launches | None:
+    """How to launch the kernels of a ``forward`` or ``backward`` for such tensors; None to go through the package.
+
+    Learnt once per kind from calls on random segments, and taken only if it gives the package's results on others.
+    """
+    q = tensors[0]
+    key = (what, q.device, q.dtype, q.shape[1:], scale)
+    if key not in _known:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _known[key] = _learn(what, q, scale)
+    launches = _known[key]
+    if launches is None or torch.are_deterministic_algorithms_enabled() or cu_seqlens.shape[0] > MOST_SEGMENTS:
+        return None
+    return launches if all(map(_aligned, tensors)) else None
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    row, head, lane = x.stride()
+    return lane == 1 and row % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def _learn(what: str, like: torch.Tensor, scale: float) -> Launches | None:
+    if torch.cuda.get_device_capability(like.device)[0] != 9:  # there the kernels are told how long segments are
+        return None
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            first, second = _Trial((300, 517, 270), like, scale), _Trial((290, 411), like, scale)
+            with watched(interface) as seen:
+                given, _ = first.through_the_package(what)
+            launches = Launches(seen, given, 3)
+            given, results = second.through_the_package(what)
+            wanted = [x.clone() for x in results]
+            for x in results:
+                x.fill_(torch.nan)
+            launches(given, 2)
+            if all(map(close, results, wanted)):
+                return launches
+            error = "its results are others"
+    except _ERRORS as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    logger.warning("flash-attn-4's %s cannot be launched directly, the package is called each time: %s", what, error)
+    return None
+
+
+class _Trial:
+    """Random segments of these lengths, and what the package makes of them."""
+
+    def __init__(self, lengths: tuple[int, ...], like: torch.Tensor, scale: float) -> None:
+        generator = torch.Generator(like.device).manual_seed(0)  # (the user's random numbers are not ours to draw)
+        shape = (sum(lengths), 4, *like.shape[1:])
+        noise = torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
+        *self.heads, self.grad = (x.contiguous() for x in noise.unbind(1))
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=like.device)
+        self.rest = cu_seqlens, max(lengths), scale
+        self.out = _package_forward(*self.heads, *self.rest)
+
+    def through_the_package(self, what: str) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
+        """The tensors of the call as :class:`Launches` is given them, and the results among them."""
+        if what == "forward":
+            results = _package_forward(*self.heads, *self.rest)
+            return (*self.heads, *results, self.rest[0]), results
+        results = [torch.empty_like(x) for x in self.heads]
+        _package_backward(self.grad, *self.heads, *self.out, results, *self.rest)
+        return (*self.heads, self.out[0], self.grad, self.out[1], *results, self.rest[0]), results
 
 
 class Attention(torch.autograd.Function):

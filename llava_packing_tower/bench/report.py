@@ -27,6 +27,7 @@ PACKAGES = (
     "triton",
     "flash-attn",
     "fa3-fwd",
+    "flash-attn-4",
     "timm",
     "einops",
     "numpy",

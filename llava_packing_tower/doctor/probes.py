@@ -13,6 +13,7 @@ from pathlib import Path
 from . import ERROR, WARNING, Finding
 
 TIMEOUT = 300
+VARLEN_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen")
 # Largest difference from the float32 reference that is allowed, outputs and gradients being of order one.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
@@ -46,7 +47,7 @@ def attention_backends() -> tuple[list[Backend], list[Finding]]:
             result.reason = result.reason[1:]
             text = f"attention backend {name} does not work here: {result.reason}"
             findings.append(Finding(ERROR, "attention", text, "export LLAVA_PACKING_ATTENTION=sdpa"))
-    kernels = [r for r in results if r.runs and r.name in ("flash_attention_2", "flash_attention_3", "torch_varlen")]
+    kernels = [r for r in results if r.runs and r.name in VARLEN_KERNELS]
     if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and not kernels:
         text = "no variable-length attention kernel runs on this GPU: batches of many sizes go one size at a time"
         findings.append(Finding(WARNING, "attention", text, "pip install flash-attn --no-build-isolation"))

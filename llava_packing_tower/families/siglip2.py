@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from ..activations import HALF
 from ..encoder import PackedEncoder
 from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, Rotary
@@ -88,7 +89,7 @@ class ResizedPositions(nn.Module):
     """A square table of learned positions, resized to the grid of each image (see :func:`axis_weights`).
 
     Rows and columns are resized one after the other, so the position of a patch is a sum over the table, weighted with
-    the products of its two weights: one product of matrices, in float32, for all images.
+    the products of its two weights: one product of matrices, as exact as in float32, for all images.
     """
 
     def __init__(self, num_patches: int, hidden_size: int) -> None:
@@ -108,6 +109,11 @@ class ResizedPositions(nn.Module):
         places = per_token(first, [h * w for _, h, w in grids], device) + positions_of_grids(grids, device)[:, 1:]
         rows, columns = lines.index_select(0, places[:, 0]), lines.index_select(0, places[:, 1])
         shares = (rows[:, :, None] * columns[:, None, :]).flatten(1)
+        if tokens.dtype == self.weight.dtype and tokens.dtype in HALF:
+            # In half precision the shares are two numbers each, so that their product is as good as one of float32.
+            high = shares.to(tokens.dtype)
+            both = torch.cat([high, (shares - high).to(tokens.dtype)], 1)
+            return torch.addmm(tokens, both, torch.cat([self.weight, self.weight]))
         float32 = torch.autocast(device.type, enabled=False) if device.type != "meta" else contextlib.nullcontext()
         with float32:
             return tokens + (shares @ self.weight.float()).to(self.weight.dtype)

@@ -1,6 +1,6 @@
 """A fused block: the two halves around its attention, each a node of the autograd graph, or all of it as one node.
 
-Forward and backward are written out, so that Python calls nine kernels per block forward and seventeen backward without
+Forward and backward are written out, so that Python calls nine kernels per block forward and sixteen backward without
 a compiler's wrappers around them, and what memory bounds is read once: bias gradients fall out of the kernels that
 write what they sum, and the input of both norms' products is computed again by the kernels of the norms' backward.
 """
@@ -99,7 +99,7 @@ class BeforeAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         run = operations(x)
         total, normed, stats = run.add_norm(x, pending, norm_weight, norm_bias, kind.eps, kind.rms)
-        qkv = F.linear(normed, qkv_weight, qkv_bias).view(len(x), 3, kind.heads, -1)
+        qkv = F.linear(normed, qkv_weight, qkv_bias).view(x.shape[0], 3, kind.heads, -1)
         if kind.rotation is not None:
             run.rotate_(qkv, cos, sin, kind.rotation)
         ctx.kind = kind
@@ -127,7 +127,7 @@ class BeforeAttention(torch.autograd.Function):
         grad_qkv = run.qkv_backward(grads, rotary, kind.rotation, partials, offset)
         grad, normed = run.norm_backward(
             *(total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms),
-            *(partials, offset + len(qkv_weight)),
+            *(partials, offset + qkv_weight.shape[0]),
         )
         return grad, grad_qkv.t() @ normed if ctx.needs_input_grad[5] else None
 
@@ -227,7 +227,7 @@ class AfterAttention(torch.autograd.Function):
         grad_gate = grad_inner.t() @ normed if needs[7] else None
         grad_fc1 = (grad_inner if gate_weight is None else grad_factor).t() @ normed if needs[9] else None
         # The projection.
-        grad_attended = (grad @ proj_weight).view(len(grad), kind.heads, -1) if needs[2] else None
+        grad_attended = (grad @ proj_weight).view(grad.shape[0], kind.heads, -1) if needs[2] else None
         grad_proj = grad.t() @ attended if needs[3] else None
         return grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2, _remembered(grad_out)
 
@@ -237,7 +237,7 @@ class AfterAttention(torch.autograd.Function):
         grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2, fc2_bias = products
         inner_bias, scale, shift, proj_bias, last = sums
         needs, wide = ctx.needs_input_grad, ctx.saved_tensors[-1].shape[1]
-        gate_bias, fc1_bias = inner_bias.split(wide) if len(inner_bias) > wide else (None, inner_bias)
+        gate_bias, fc1_bias = inner_bias.split(wide) if inner_bias.shape[0] > wide else (None, inner_bias)
         fc2_bias = last if fc2_bias is None else fc2_bias
         return (
             grad if needs[1] else None,

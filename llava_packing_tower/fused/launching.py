@@ -5,6 +5,7 @@ than the launch. Here the kernels take their arguments in an order that makes th
 is compiled for, constants.
 """
 
+import functools
 import subprocess
 
 import torch
@@ -24,6 +25,12 @@ ERRORS = (TritonError, RuntimeError, OSError, ValueError, AttributeError, TypeEr
 Tensors = tuple[torch.Tensor | None, ...]
 
 
+@functools.cache  # (Triton's own takes some microseconds)
+def block_for(width: int) -> int:
+    """The power of two that holds so many columns."""
+    return triton.next_power_of_2(width)
+
+
 def kernel(function):
     """``triton.jit`` for kernels that :func:`launch` can launch: arguments ``n_...`` and ``f_...`` are its numbers."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -32,23 +39,26 @@ def kernel(function):
 
 def launch(kernel, grid: tuple[int, int, int], tensors: Tensors, numbers: tuple, constants: tuple, warps: int) -> None:
     """Run ``kernel(*tensors, *numbers, *constants)`` on the device of the first tensor."""
-    places, kinds = 0, []
+    aligned, places, kinds = 0, [], []
     for x in tensors:
         if x is None:
+            places.append(None)
             kinds.append(None)
         else:
-            places |= x.data_ptr()
+            places.append(place := x.data_ptr())
+            aligned |= place
             kinds.append(x.dtype)
     device = tensors[0].device.index
     if device is not None and device != torch.cuda.current_device():  # (None: Triton's interpreter, on the CPU)
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, constants, warps)
-    direct = _DIRECT and device is not None and places % _ALIGNED == 0
+    direct = _DIRECT and device is not None and aligned % _ALIGNED == 0
     key = (id(kernel), device, constants, warps, *kinds)
     if direct and key in _compiled:
         run, function, metadata = _compiled[key]
         stream = triton.runtime.driver.active.get_current_stream(device)
-        run(*grid, stream, function, metadata, None, None, None, *tensors, *numbers, *constants)
+        # (Numbers in place of tensors: Triton would ask the driver about each.)
+        run(*grid, stream, function, metadata, None, None, None, *places, *numbers, *constants)
         return None
     compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
     if direct:

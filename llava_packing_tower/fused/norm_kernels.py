@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import PARTS, kernel, launch
+from .launching import PARTS, block_for, kernel, launch
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def add_norm(
     normed = torch.empty_like(x)
     stats = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     tensors = (x, pending, pending_bias, weight, bias, total, normed, stats)
-    launch(_add_norm, (rows, 1, 1), tensors, (rows, eps), (width, rms, triton.next_power_of_2(width)), 4)
+    launch(_add_norm, (rows, 1, 1), tensors, (rows, eps), (width, rms, block_for(width)), 4)
     return total, normed, stats
 
 
@@ -128,7 +128,7 @@ def row_norm(
     normed = torch.empty_like(x)
     following = None if row_bias is None else torch.empty(width, dtype=torch.float32, device=x.device)
     tensors = (x, row, row_bias, weight, bias, normed, following)
-    launch(_row_norm, (rows, 1, 1), tensors, (eps,), (width, rms, triton.next_power_of_2(width)), 4)
+    launch(_row_norm, (rows, 1, 1), tensors, (eps,), (width, rms, block_for(width)), 4)
     return normed, row if following is None else following
 
 
@@ -212,7 +212,7 @@ def norm_backward(
     rows, width = total.shape
     residual = None if residual is None else residual.contiguous()
     out, normed = grad, torch.empty_like(total)  # each program writes what it has read
-    block = triton.next_power_of_2(width)
+    block = block_for(width)
     tensors = (total, stats, grad, residual, weight, bias, out, normed, partials)
     numbers = (rows, partials.shape[1], offset)
     # 4096 numbers at a time: more would not fit the registers.

@@ -1,0 +1,173 @@
+"""flash-attn-4's kernels launched without the package: with a stand-in for the package, whose kernels run on a CPU."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava_packing_tower.attention import flash_attention_4 as backend
+from llava_packing_tower.attention import sdpa
+from llava_packing_tower.attention.recorded_launches import Launches, padded_tokens, watched
+from llava_packing_tower.packing import make_segments
+
+LENGTHS = (5, 9, 3)
+
+
+class Package:
+    """A forward of one kernel, a backward of three that share scratch tensors, as flash-attn-4 has; calls are counted.
+
+    factor: of the length of the second scratch tensor; wrong: a kernel is told a number that depends on the call.
+    """
+
+    def __init__(self, factor=2, wrong=False):
+        self.calls, self.factor, self.wrong = [], factor, wrong
+        self.forward.__func__.compile_cache, self.backward.__func__.compile_cache = {}, {}
+        self.module = SimpleNamespace(forward=self.forward.__func__, backward=self.backward.__func__, other=3)
+
+    def segments(self, cu_seqlens):
+        return make_segments(tuple(cu_seqlens.diff().tolist()))
+
+    def run_forward(self, q, k, v, out, logsumexp, scale, cu_seqlens, longest):
+        if longest is not None:
+            scale = scale * longest / self.segments(cu_seqlens).max_seqlen
+        out.copy_(sdpa.attend(q, k, v, self.segments(cu_seqlens), scale))
+        for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+            logsumexp[:, a:b] = (torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) * scale).logsumexp(-1)
+
+    def run_first(self, out, grad, sums, cu_seqlens):
+        sums[:, : len(out)] = (out * grad).sum(-1).t()
+
+    def run_second(self, q, k, v, grad, sums, dq_wide, dk, dv, scale, cu_seqlens):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            out = sdpa.attend(*inputs, self.segments(cu_seqlens), scale)
+        torch.testing.assert_close((out * grad).sum(-1).t(), sums[:, : len(q)])
+        for target, got in zip((None, dk, dv), torch.autograd.grad(out, inputs, grad)):
+            if target is None:
+                dq_wide[:, : got.numel() // len(sums)] = got.transpose(0, 1).flatten(1)
+            else:
+                target.copy_(got)
+
+    def run_third(self, dq_wide, dq):
+        heads, width = dq.shape[1:]
+        dq.copy_(dq_wide[:, : len(dq) * width].view(heads, -1, width).transpose(0, 1))
+
+    def forward(self, q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, **_):
+        self.calls.append("forward")
+        table = Package.forward.compile_cache
+        out, logsumexp = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+        if "f" not in table:
+            table["f"] = self.run_forward
+        table["f"](q, k, v, out, logsumexp, softmax_scale, cu_seqlens_q, max_seqlen_q if self.wrong else None)
+        return out, logsumexp, None
+
+    def backward(self, q, k, v, out, grad, logsumexp, cu_seqlens_q, softmax_scale, dq, dk, dv, **_):
+        self.calls.append("backward")
+        table = Package.backward.compile_cache
+        padded = padded_tokens(len(q), len(cu_seqlens_q) - 1, 64)
+        sums, dq_wide = torch.empty(q.shape[1], padded), torch.empty(q.shape[1], int(padded * self.factor * q.shape[2]))
+        for name in ("first", "second", "third"):
+            if name not in table:
+                table[name] = getattr(self, f"run_{name}")
+        table["first"](out, grad, sums, cu_seqlens_q)
+        table["second"](q, k, v, grad, sums, dq_wide, dk, dv, softmax_scale, cu_seqlens_q)
+        table["third"](dq_wide, dq)
+
+
+@pytest.fixture
+def package(monkeypatch):
+    def install(**options):
+        made = Package(**options)
+        monkeypatch.setattr(backend, "_known", {})
+        monkeypatch.setattr(backend, "interface", made.module, raising=False)
+        monkeypatch.setattr(backend, "_flash_attn_fwd", made.forward, raising=False)
+        monkeypatch.setattr(backend, "_flash_attn_bwd", made.backward, raising=False)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        return made
+
+    return install
+
+
+def run(lengths=LENGTHS, width=8):
+    torch.manual_seed(sum(lengths))
+    qkv = torch.randn(sum(lengths), 3, 2, width, requires_grad=True)
+    out = backend.attend(*qkv.unbind(1), make_segments(lengths), 0.3)
+    weight = torch.randn(out.shape)
+    (grad,) = torch.autograd.grad((out * weight).sum(), qkv)
+    want = sdpa.attend(*qkv.unbind(1), make_segments(lengths), 0.3)
+    (want_grad,) = torch.autograd.grad((want * weight).sum(), qkv)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(grad, want_grad)
+
+
+def test_the_package_is_called_while_learning_only(package):
+    made = package()
+    run()
+    assert set(made.calls) == {"forward", "backward"}
+    made.calls.clear()
+    run()
+    run((40, 1))
+    assert not made.calls
+    run(width=16)  # another kind of heads
+    assert made.calls
+
+
+@pytest.mark.parametrize(
+    "options, reason, again",
+    [({"wrong": True}, "forward cannot.*its results are others", ["forward"]),
+     ({"factor": 0.9}, "backward cannot.*fit no block", ["backward"])],
+)  # fmt: skip
+def test_what_cannot_be_learnt_goes_through_the_package_and_is_said(package, caplog, options, reason, again):
+    made = package(**options)
+    run()
+    assert [bool(re.search(reason, record.message)) for record in caplog.records] == [True]
+    made.calls.clear()
+    run()
+    assert made.calls == again and len(caplog.records) == 1
+
+
+def test_unaligned_tensors_many_segments_and_graphs_go_through_the_package(package, monkeypatch):
+    made = package()
+    run()
+    made.calls.clear()
+    run((1,) * 300)
+    assert made.calls == ["forward", "backward"]
+    made.calls.clear()
+    q, k, v = torch.randn(17, 3, 2, 9)[..., 1:].unbind(1)
+    backend.attend(q, k, v, make_segments(LENGTHS), 0.3)
+    assert made.calls == ["forward"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(backend, "_known", {})
+    made.calls.clear()
+    backend.attend(*torch.randn(17, 3, 2, 8).unbind(1), make_segments(LENGTHS), 0.3)
+    assert made.calls == ["forward"] and not backend._known
+
+
+def test_the_random_numbers_of_the_user_are_left_alone(package):
+    package()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    q = torch.ones(17, 2, 8)
+    backend.attend(q, q, q, make_segments(LENGTHS), 0.3)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_tables_are_put_back(package):
+    made = package()
+    before = made.module.forward.compile_cache
+    with pytest.raises(ZeroDivisionError), watched(made.module):
+        assert made.module.forward.compile_cache is not before
+        raise ZeroDivisionError
+    assert made.module.forward.compile_cache is before
+
+
+def test_constants_are_kept_and_tensors_replaced():
+    seen = []
+    a, b = torch.ones(4, 2), torch.zeros(4, 2)
+    launches = Launches([(lambda *x: seen.append(x), (a, 0.5, None, b))], (a, b), 1)
+    c, d = torch.ones(7, 2), torch.ones(7, 2)
+    launches((c, d), 1)
+    assert seen[0][0] is c and seen[0][1:3] == (0.5, None) and seen[0][3] is d
