@@ -128,6 +128,18 @@ def test_what_cannot_be_learnt_goes_through_the_package_and_is_said(package, cap
     assert made.calls == again and len(caplog.records) == 1
 
 
+def test_a_package_that_is_wrong_is_an_error(package, monkeypatch):
+    made, right = package(), Package.run_third
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "this GPU")
+    monkeypatch.setattr(made, "run_third", lambda dq_wide, dq: (right(made, dq_wide, dq), dq.mul_(1.1)))
+    qkv = torch.randn(17, 3, 2, 8, requires_grad=True)
+    out = backend.attend(*qkv.unbind(1), make_segments(LENGTHS), 0.3)
+    with pytest.raises(
+        RuntimeError, match=r"backward is wrong for heads of 8 in torch\.float32 on this GPU: take another"
+    ):
+        out.sum().backward()
+
+
 def test_unaligned_tensors_many_segments_and_graphs_go_through_the_package(package, monkeypatch):
     made = package()
     run()

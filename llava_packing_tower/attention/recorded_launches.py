@@ -8,7 +8,6 @@ one call is watched; from then on the same compiled kernels are launched with th
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -118,5 +117,5 @@ def _scratch(tensors: list[torch.Tensor], tokens: int, segments: int) -> tuple[i
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether two results of the same kernels agree but for the order of sums; NaN never does."""
-    return math.isfinite(want.abs().max()) and bool((got - want).abs().max() <= 0.01 * want.abs().max())
+    """Whether two results agree but for rounding in half precision and the order of sums; NaN never does."""
+    return bool((got.float() - want.float()).abs().max() <= 0.02 * want.float().abs().max())
