@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from llava_packing_tower.attention import flash_attention_4 as backend
 from llava_packing_tower.attention import sdpa
@@ -138,6 +139,21 @@ def test_a_package_that_is_wrong_is_an_error(package, monkeypatch):
         RuntimeError, match=r"backward is wrong for heads of 8 in torch\.float32 on this GPU: take another"
     ):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_learning_inside_of_a_checkpoint(package, reentrant):
+    """A checkpoint counts what is kept for the backward, and learning happens in the first of its two forwards only."""
+    package()
+    heads = [torch.randn(17, 2, 8, requires_grad=True) for _ in range(3)]
+    segments = make_segments(LENGTHS)
+
+    def attend(*inputs):
+        return backend.attend(*inputs, segments, 0.3).square()
+
+    checkpoint(attend, *heads, use_reentrant=reentrant).sum().backward()
+    want = torch.autograd.grad(sdpa.attend(*heads, segments, 0.3).square().sum(), heads)
+    torch.testing.assert_close(tuple(x.grad for x in heads), want)
 
 
 def test_unaligned_tensors_many_segments_and_graphs_go_through_the_package(package, monkeypatch):

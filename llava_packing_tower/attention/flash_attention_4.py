@@ -207,12 +207,16 @@ class _Trial:
         _package_backward(self.grad, *self.heads, *self.out, results, *self.rest)
         return (*self.heads, self.out[0], self.grad, self.out[1], *results, self.rest[0]), results
 
-    @torch.enable_grad()
     def exact(self, what: str) -> Sequence[torch.Tensor]:
         """The first results in float32, by other means."""
-        heads = [x.float().requires_grad_() for x in self.heads]
-        out = eager.attend(*heads, self.segments, self.rest[2])
-        return (out.detach(),) if what == "forward" else torch.autograd.grad(out, heads, self.grad.float())
+        heads = [x.float() for x in self.heads]
+        if what == "forward":
+            return (eager.attend(*heads, self.segments, self.rest[2]),)
+        # A checkpoint around us counts what is kept, and must not count this.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            heads = [x.detach().requires_grad_() for x in heads]
+            out = eager.attend(*heads, self.segments, self.rest[2])
+            return torch.autograd.grad(out, heads, self.grad.float())
 
 
 class Attention(torch.autograd.Function):

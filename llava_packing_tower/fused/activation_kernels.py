@@ -154,7 +154,7 @@ def act_backward(
     active = torch.empty_like(inner)
     tensors = (inner, inner_bias, factor, factor_bias, grad, of_inner, of_factor, active, partials)
     numbers = (rows, partials.shape[1], offset)
-    launch(_act_backward, (-(-width // 256), PARTS, 1), tensors, numbers, (width, CODES[name], PARTS, 8, 256), 4)
+    launch(_act_backward, (-(-width // 1024), PARTS, 1), tensors, numbers, (width, CODES[name], PARTS, 1, 1024), 4)
     return of_inner, of_factor, active
 
 
