@@ -210,13 +210,14 @@ class _Trial:
     def exact(self, what: str) -> Sequence[torch.Tensor]:
         """The first results in float32, by other means."""
         heads = [x.float() for x in self.heads]
-        if what == "forward":
-            return (eager.attend(*heads, self.segments, self.rest[2]),)
-        # A checkpoint around us counts what is kept, and must not count this.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            heads = [x.detach().requires_grad_() for x in heads]
-            out = eager.attend(*heads, self.segments, self.rest[2])
-            return torch.autograd.grad(out, heads, self.grad.float())
+        with torch.autocast(self.grad.device.type, enabled=False):
+            if what == "forward":
+                return (eager.attend(*heads, self.segments, self.rest[2]),)
+            # A checkpoint around us counts what is kept, and must not count this.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+                heads = [x.detach().requires_grad_() for x in heads]
+                out = eager.attend(*heads, self.segments, self.rest[2])
+                return torch.autograd.grad(out, heads, self.grad.float())
 
 
 class Attention(torch.autograd.Function):
