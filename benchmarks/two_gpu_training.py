@@ -37,7 +37,7 @@ STARTED = time.time()
 
 
 def decoder_attention(device: str) -> str:
-    return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+    return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn_2_cuda") else "sdpa"
 
 
 # ---------------------------------------------------------------- one training process

@@ -135,7 +135,9 @@ def test_flash_attention_of_the_decoder(monkeypatch):
     here = set()
     monkeypatch.setattr(versions, "find_spec", lambda name: name if name in here else None)
     assert "flash_attention_2 needs the flash-attn package" in texts(Run(attention="flash_attention_2"))
-    here.add("flash_attn")
+    here.add("flash_attn")  # flash-attn-4 makes such a package too
+    assert impossible(Run(attention="flash_attention_2"))
+    here.add("flash_attn_2_cuda")
     assert impossible(Run(attention="flash_attention_2")) == []
     assert impossible(Run(attention="sdpa")) == []
 

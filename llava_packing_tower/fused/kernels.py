@@ -1,7 +1,8 @@
 """The operations of :mod:`reference` in Triton (https://triton-lang.org): same names, arguments and results.
 
 Memory bounds all of them: each reads and writes every large tensor once. Sums over tokens go through ``partials``: each
-of ``PARTS`` programs adds up its share of the tokens, so that the result does not depend on timing.
+of ``PARTS`` programs adds up its share of the tokens, so that the result does not depend on timing. Tokens per program
+and numbers of warps are those that were fastest on an H100.
 """
 
 from .activation_kernels import act, act_backward, column_sums

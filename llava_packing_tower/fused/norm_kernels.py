@@ -128,9 +128,8 @@ def row_norm(
     normed = torch.empty_like(x)
     following = None if row_bias is None else torch.empty(width, dtype=torch.float32, device=x.device)
     tensors = (x, row, row_bias, weight, bias, normed, following)
-    launch(
-        _row_norm, (rows, 1, 1), tensors, (eps,), (width, rms, block_for(width)), 2 if block_for(width) == width else 1
-    )
+    block = block_for(width)
+    launch(_row_norm, (rows, 1, 1), tensors, (eps,), (width, rms, block), 2 if block == width else 1)
     return normed, row if following is None else following
 
 
