@@ -1,5 +1,6 @@
 """flash-attn-4's kernels launched without the package: with a stand-in for the package, whose kernels run on a CPU."""
 
+import contextlib
 import re
 from types import SimpleNamespace
 
@@ -171,6 +172,17 @@ def test_unaligned_tensors_many_segments_and_graphs_go_through_the_package(packa
     made.calls.clear()
     backend.attend(*torch.randn(17, 3, 2, 8).unbind(1), make_segments(LENGTHS), 0.3)
     assert made.calls == ["forward"] and not backend._known
+
+
+def test_the_device_of_the_tensors_is_the_current_one(monkeypatch):
+    inside = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: inside.append(index) or contextlib.nullcontext())
+    call = backend._on_its_device(lambda x, more: (x, more))
+    for index in (None, 0, 1):
+        first = SimpleNamespace(device=SimpleNamespace(index=index))
+        assert call(first, 3) == (first, 3)
+    assert inside == [1]
 
 
 def test_the_random_numbers_of_the_user_are_left_alone(package):

@@ -6,9 +6,10 @@ Compiled, it goes in as an operator of its own: torch.compile cannot look into i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -59,6 +60,21 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSe
     return Attention.apply(q, k, v, segments, scale)
 
 
+def _on_its_device(function: Callable) -> Callable:
+    """CuTe launches on the current device, which need not be that of the tensors (``device_map="auto"``)."""
+
+    @functools.wraps(function)
+    def run(first: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
+        index = first.device.index
+        if index is None or index == torch.cuda.current_device():
+            return function(first, *rest)
+        with torch.cuda.device(index):
+            return function(first, *rest)
+
+    return run
+
+
+@_on_its_device
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +89,7 @@ def _forward(
     return out, logsumexp
 
 
+@_on_its_device
 def _backward(
     grad: torch.Tensor,
     q: torch.Tensor,
