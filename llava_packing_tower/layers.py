@@ -178,7 +178,8 @@ class EncoderBlock(nn.Module):
     """Pre-norm transformer block over a packed sequence ``[N, hidden]``.
 
     The last residual sum of a block is left to the next one: it takes and returns ``(hidden_states, pending)`` whose
-    sum is the state, so that a compiler can fuse the addition with the norm that follows.
+    sum is the state, so that a compiler can fuse the addition with the norm that follows. (Fused and without gradients
+    pending is one row for all tokens, or None.)
     """
 
     _z3_leaf = True  # read by DeepSpeed: ZeRO-3 gathers a block's weights at once, for half the host's time per step

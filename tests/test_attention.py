@@ -119,6 +119,7 @@ def test_the_rule_of_auto():
     """The measured crossovers: cuDNN for equal lengths, FA3 for long segments, FA4 in training, FA2 for short ones."""
     assert auto_order((1024,) * 32)[:3] == ("cudnn", "flash_attention_3", "flash_attention_4")
     assert auto_order((4000, 300, 900))[:3] == ("flash_attention_3", "flash_attention_4", "flash_attention_2")
+    assert auto_order((300, 299))[:2] == ("flash_attention_3", "flash_attention_2")
     assert auto_order((256,) * 256)[0] == auto_order((256,) * 256, needs_grad=True)[0] == "cudnn"
     assert auto_order((255,) * 256)[0] == auto_order((255,) * 256, needs_grad=True)[0] == "flash_attention_2"
     assert auto_order((100, 200, 300))[0] == auto_order(())[0] == "flash_attention_2"

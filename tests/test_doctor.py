@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,12 +133,12 @@ def test_automatic_bucket_size(tmp_path, monkeypatch, formula, rounds, hidden, a
 
 
 def test_flash_attention_of_the_decoder(monkeypatch):
-    here = set()
-    monkeypatch.setattr(versions, "find_spec", lambda name: name if name in here else None)
+    here = {}
+    monkeypatch.setattr(versions, "find_spec", here.get)
     assert "flash_attention_2 needs the flash-attn package" in texts(Run(attention="flash_attention_2"))
-    here.add("flash_attn")  # flash-attn-4 makes such a package too
+    here["flash_attn"] = SimpleNamespace(origin=None)  # flash-attn-4 alone
     assert impossible(Run(attention="flash_attention_2"))
-    here.add("flash_attn_2_cuda")
+    here["flash_attn"] = SimpleNamespace(origin="flash_attn/__init__.py")
     assert impossible(Run(attention="flash_attention_2")) == []
     assert impossible(Run(attention="sdpa")) == []
 

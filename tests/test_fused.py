@@ -123,6 +123,21 @@ def test_both_kinds_of_checkpoints(varlen, reentrant):
         torch.testing.assert_close(got, want)
 
 
+def test_a_hook_may_keep_what_a_block_returned(varlen):
+    model = tiny("llava_vit", num_hidden_layers=3).eval()
+    model.set_attention_backend(varlen)
+    kept = []
+    for layer in model.encoder.layers:
+        layer.register_forward_hook(lambda module, inputs, out: kept.append(out))
+    rows, grid = batch(model)
+    with torch.no_grad():
+        for choice in (False, True):
+            model.encoder.fused_blocks = choice
+            model(rows, grid)
+    for (total, pending), (got, row) in zip(kept[:3], kept[3:], strict=True):
+        torch.testing.assert_close(got + row, total + pending)
+
+
 @pytest.mark.parametrize("family", ["llava_vit", "aimv2"])  # with biases and without
 def test_inference_leaves_its_input_and_the_kept_states_alone(varlen, family):
     """Blocks sum onto one tensor: what goes in and what was kept must not be that tensor."""

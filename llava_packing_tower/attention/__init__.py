@@ -44,7 +44,7 @@ BACKENDS: dict[str, str] = {
 }
 _LOADED: dict[str, ModuleType] = {}
 
-LONG_FROM = 256  # tokens per segment, on average
+LONG_FROM, FA4_FORWARD_FROM = 256, 360  # tokens per segment, on average
 CUDNN_FROM, CUDNN_TRAINING_BELOW = 256, 512
 FA3_TRAINING_FROM = 16384  # tokens
 
@@ -52,17 +52,20 @@ FA3_TRAINING_FROM = 16384  # tokens
 def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, ...]:
     """The backends that ``auto`` tries for segments of these lengths, fastest first; the first that can run is taken.
 
-    Measured on an H100 in bf16 (docs/performance.md has the table; heads of 64, 72 and 128 agree). Forward: cuDNN is
-    fastest for equal lengths from 256 tokens on (it builds a plan per shape, which ragged batches would do at every
-    step); of the others FA3, then FA4, from a mean length of 217 on, FA2 (or the same kernel inside torch) below.
-    Training: FA4, whose backward takes half of FA2's time, but cuDNN for equal lengths below 512, and FA2 for short
-    segments. Without FA4, FA3 (whose forward-only package is completed by FA2's backward) takes large batches: for 7785
-    tokens its forward, 0.117 in place of 0.178 ms per layer, does not make up for what calling it costs the host.
+    Measured on an H100 in bf16 (docs/performance.md has the table). Forward: cuDNN for equal lengths from 256 tokens on
+    (within a sixth of the fastest everywhere; it builds a plan per shape, which ragged batches would do at every step);
+    else FA3 from a mean length of 256 on, or FA4 from 360 on; FA2 (or the same kernel inside torch) for the rest.
+    Training: FA4 from a mean length of 256 on (forward and backward in 0.54 to 0.7 of FA2's time from 360 on, no slower
+    at 256), but cuDNN for equal lengths below 512. Without FA4, FA3 (whose forward-only package is completed by FA2's
+    backward) takes large batches: for 7785 tokens its forward, 0.117 in place of 0.178 ms per layer, does not make up
+    for what calling it costs the host.
     """
     order = ["flash_attention_2", "torch_varlen", "sdpa"]
     if lengths and sum(lengths) >= LONG_FROM * len(lengths):
         if not needs_grad:
-            order[:0] = ["flash_attention_3", "flash_attention_4"]
+            order[:0] = ["flash_attention_3"]
+            if sum(lengths) >= FA4_FORWARD_FROM * len(lengths):
+                order.insert(1, "flash_attention_4")
         elif sum(lengths) >= FA3_TRAINING_FROM:
             order[:0] = ["flash_attention_4", "flash_attention_3"]
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 VARLEN = True
 INSTALL = 'pip install --pre "flash-attn-4[cu13]" (without [cu13] for CUDA 12)'
-RIGHT_BACKWARD = (64, 96, 128)  # 4.0.0b36 on Hopper: the gradient of q is wrong for heads of 72 (tests/gpu)
+RIGHT_BACKWARD = (64, 96, 128)  # 4.0.0b36 on Hopper: the gradient of q is wrong for heads of 72
 _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale"}
 
 missing_package = None
@@ -36,8 +37,9 @@ try:
             "attention backend 'flash_attention_4' needs a flash-attn-4 whose backward takes segments, this one does "
             f"not. Install it: {INSTALL}"
         )
-except (ImportError, OSError) as error:  # a broken build must not take the other backends down
-    missing_package = f"attention backend 'flash_attention_4' needs the flash-attn-4 package ({error}): {INSTALL}"
+except Exception as error:  # whatever a wrong mix of versions raises: it must not take the other backends down
+    reason = f"{type(error).__name__}: {error}"
+    missing_package = f"attention backend 'flash_attention_4' needs the flash-attn-4 package ({reason}): {INSTALL}"
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
@@ -61,7 +63,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSe
 
 
 def _on_its_device(function: Callable) -> Callable:
-    """CuTe launches on the current device, which need not be that of the tensors (``device_map="auto"``)."""
+    """The tensors need not lie on the current device (``device_map="auto"``)."""
 
     @functools.wraps(function)
     def run(first: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
@@ -146,6 +148,7 @@ def _package_backward(grad, q, k, v, out, logsumexp, grads, cu_seqlens, max_seql
 # ---------------------------------------------------------------- the same kernels without the package's Python
 
 _known: dict[tuple, Launches | None] = {}
+_learning = threading.Lock()
 _ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError)
 MOST_SEGMENTS = 256  # for more the package adds a kernel that helps to find them
 
@@ -157,19 +160,22 @@ def _launches(what: str, tensors: tuple[torch.Tensor, ...], cu_seqlens: torch.Te
     """
     q = tensors[0]
     key = (what, q.device, q.dtype, q.shape[1:], scale)
+    if torch.are_deterministic_algorithms_enabled() or cu_seqlens.shape[0] > MOST_SEGMENTS:
+        return None
     if key not in _known:
         if torch.cuda.is_current_stream_capturing():
             return None
-        _known[key] = _learn(what, q, scale)
-    launches = _known[key]
-    if launches is None or torch.are_deterministic_algorithms_enabled() or cu_seqlens.shape[0] > MOST_SEGMENTS:
+        with _learning:
+            if key not in _known:
+                _known[key] = _learn(what, q, scale)
+    if (launches := _known[key]) is None:
         return None
     return launches if all(map(_aligned, tensors)) else None
 
 
 def _aligned(x: torch.Tensor) -> bool:
     row, head, lane = x.stride()
-    return lane == 1 and row % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0
+    return lane == 1 and row and head and row % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0
 
 
 @torch.inference_mode(False)

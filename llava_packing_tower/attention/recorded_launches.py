@@ -8,6 +8,7 @@ one call is watched; from then on the same compiled kernels are launched with th
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,10 @@ BLOCKS = (64, 80, 96, 112, 128, 160, 192, 256)
 
 
 class _Table:
-    """In place of a table of compiled kernels: what is launched from it is noted down."""
+    """In place of a table of compiled kernels: what this thread launches from it is noted down."""
 
     def __init__(self, table: object, seen: list[tuple[Callable, tuple]]) -> None:
-        self.table, self.seen = table, seen
+        self.table, self.seen, self.thread = table, seen, threading.get_ident()
 
     def __contains__(self, key: object) -> bool:
         return key in self.table
@@ -30,6 +31,8 @@ class _Table:
 
     def __getitem__(self, key: object) -> Callable:
         kernel = self.table[key]
+        if threading.get_ident() != self.thread:
+            return kernel
 
         def launch(*arguments: object) -> object:
             self.seen.append((kernel, arguments))
@@ -40,7 +43,8 @@ class _Table:
 
 @contextlib.contextmanager
 def watched(module: object) -> Iterator[list[tuple[Callable, tuple]]]:
-    """The launches (kernel, arguments) that functions of ``module`` make in here from their ``compile_cache``."""
+    """The launches (kernel, arguments) that functions of ``module`` make in here from their ``compile_cache``; by one
+    thread at a time."""
     functions = [f for f in vars(module).values() if hasattr(f, "compile_cache")]
     tables, seen = [f.compile_cache for f in functions], []
     try:

@@ -112,8 +112,9 @@ def _automatic_bucket_sizes(run: Run) -> list[Finding]:
 
 
 def _decoder_attention(run: Run) -> list[Finding]:
-    # (flash-attn-4 alone makes a package flash_attn too.)
-    if run.attention != "flash_attention_2" or find_spec("flash_attn_2_cuda") or find_spec("kernels"):
+    spec = find_spec("flash_attn")
+    there = spec is not None and spec.origin is not None  # (flash-attn-4 alone makes a namespace of that name)
+    if run.attention != "flash_attention_2" or there or find_spec("kernels"):
         return []
     text = (
         "attn_implementation flash_attention_2 needs the flash-attn package, which is not installed (LLaVA-NeXT asks "

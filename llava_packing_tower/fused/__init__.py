@@ -124,6 +124,8 @@ def fused_block(
         qkv = qkv[0], attention["qkv"].whole_bias()
     proj, fc2 = _scaled(attention["proj"], parts["layer_scale1"]), _scaled(mlp["fc2"], parts["layer_scale2"])
     if not grad:
+        if layer._forward_hooks:  # which may keep what they are given
+            hidden_states = hidden_states.clone()
         *heads, row = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
         attended = attend(*heads, segments, backend=backend, resolved=True)
         del heads

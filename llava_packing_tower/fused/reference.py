@@ -41,13 +41,16 @@ def row_norm(
     rms: bool,
     row_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The norm of ``x + row``, where ``row [width]``, float32, is the same for all tokens (None: zeros), and
-    ``row + row_bias`` for what comes next. So the biases of a block need not be written into the sum of all blocks."""
+    """The norm of ``x + row``, where ``row [width]`` is the same for all tokens (None: zeros), and ``row + row_bias``,
+    in float32, for what comes next. So the biases of a block need not be written into the sum of all blocks.
+
+    (FSDP's mixed precision casts the row between blocks, which rounds it.)
+    """
     value = wide(x) if row is None else wide(x) + wide(row)
     normed, _, _ = _normed(value, weight, bias, eps, rms, x.dtype)
     if row_bias is None:
         return normed, row
-    return normed, wide(row_bias).clone() if row is None else row + wide(row_bias)
+    return normed, wide(row_bias).clone() if row is None else wide(row) + wide(row_bias)
 
 
 def _normed(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool, dtype):
