@@ -16,8 +16,6 @@ within 3 times that noise (largest difference over the steps), or within 0.02 if
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
@@ -37,7 +35,9 @@ STARTED = time.time()
 
 
 def decoder_attention(device: str) -> str:
-    return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn_2_cuda") else "sdpa"
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
 
 
 # ---------------------------------------------------------------- one training process
@@ -254,6 +254,8 @@ def summary(found: dict, seconds: dict, device: str) -> dict:
     import torch
     import transformers
 
+    from llava_packing_tower.doctor.versions import installed
+
     for run in ("one", "backwards", "two"):
         found[run].pop("digests")
         found[run].pop("features")
@@ -270,9 +272,7 @@ def summary(found: dict, seconds: dict, device: str) -> dict:
         "features reload to the last bit": found["reload"]["features equal"],
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    for package in ("deepspeed", "flash_attn"):
-        if importlib.util.find_spec(package):
-            versions[package] = importlib.metadata.version(package)
+    versions |= {name: number for name in ("deepspeed", "flash_attn") if (number := installed(name))}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

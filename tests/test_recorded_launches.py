@@ -290,7 +290,7 @@ def test_a_package_that_cannot_be_imported_is_only_missing(monkeypatch, error):
     source = Path(backend.__file__)
     spec = importlib.util.spec_from_file_location("llava_packing_tower.attention.copy", source)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(torch.library, "custom_op", lambda *_, **__: lambda f: SimpleNamespace(
+    monkeypatch.setattr(torch.library, "custom_op", lambda *_, **__: SimpleNamespace(
         register_fake=lambda g: g, register_autograd=lambda *_, **__: None))  # fmt: skip
     spec.loader.exec_module(module)
     assert f"{error.__name__}: of the wrong version" in module.missing_package

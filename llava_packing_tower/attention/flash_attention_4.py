@@ -104,6 +104,7 @@ def _backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each ``[N, heads, head_dim]`` in memory of its own."""
+    grad = grad.contiguous()
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     launches = _launches("backward", (q, k, v, grad), cu_seqlens, scale)
     if launches is None:
@@ -256,35 +257,18 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *_backward(grad.contiguous(), *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None
+        return *_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None
 
 
 if hasattr(torch.library, "custom_op"):
-
-    @torch.library.custom_op("llava_packing::flash_attention_4", mutates_args=(), device_types="cuda")
-    def _operator(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _forward(q, k, v, cu_seqlens, max_seqlen, scale)
+    _options = {"mutates_args": (), "device_types": "cuda"}
+    _operator = torch.library.custom_op("llava_packing::flash_attention_4", _forward, **_options)
+    _operator_backward = torch.library.custom_op("llava_packing::flash_attention_4_backward", _backward, **_options)
 
     @_operator.register_fake
     def _(q, k, v, cu_seqlens, max_seqlen, scale):
         tokens, heads, _ = q.shape
         return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32)
-
-    @torch.library.custom_op("llava_packing::flash_attention_4_backward", mutates_args=(), device_types="cuda")
-    def _operator_backward(
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        logsumexp: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _backward(grad.contiguous(), q, k, v, out, logsumexp, cu_seqlens, max_seqlen, scale)
 
     @_operator_backward.register_fake
     def _(grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, scale):
