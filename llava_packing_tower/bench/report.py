@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .measure import Measured, Result
-from .targets import ratio, verdicts
+from .targets import Verdict, ratio, verdicts
 
 PACKAGES = (
     "llava-packing-tower",
@@ -101,9 +101,27 @@ def show(result: Result, out: Console, judge: bool) -> None:
         if system.note:
             out.print(f"  {system.name}: {system.note}", markup=False)
     out.print(f"  peak matmul {result.peak / 1e12:.3g} TFLOP/s, {result.rounds} rounds in turns")
-    for verdict in verdicts(result) if judge else ():
+    if judge:
+        show_verdicts(verdicts(result), out)
+
+
+def show_verdicts(found: Sequence[Verdict], out: Console) -> None:
+    """A coloured line for each."""
+    for verdict in found:
         style = {True: "green", False: "red", None: "yellow"}[verdict.met]
         out.print(f"  [{style}]{verdict}[/{style}]")
+
+
+def verdict_record(verdict: Verdict) -> dict:
+    """One target as JSON types."""
+    found = {
+        "system": verdict.system,
+        "target": str(verdict),
+        "asked": verdict.target.value,
+        "measured": verdict.measured,
+        "met": verdict.met,
+    }
+    return {**found, "draws": list(verdict.draws)} if verdict.draws else found
 
 
 def _system_record(result: Result, system: Measured) -> dict:
@@ -142,10 +160,7 @@ def record(result: Result, judge: bool) -> dict:
             s.name: {other.name: ratio(result, s, other.name) for other in result.systems if not other.ours}
             for s in ours
         },
-        "targets": [
-            {"system": v.system, "target": str(v), "asked": v.target.value, "measured": v.measured, "met": v.met}
-            for v in (verdicts(result) if judge else ())
-        ],
+        "targets": [verdict_record(v) for v in (verdicts(result) if judge else ())],
     }
 
 

@@ -18,6 +18,7 @@ from .peers import PEERS
 from .presets import PRESETS
 from .scaling import measure_scaling, show_scaling
 from .systems import Setting, System, Weights, our_system, random_weights
+from .targets import Verdict, over_draws
 from .workloads import TINY, Workload, parse_workload, useful_flops
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Session:
     results: list[Result] = field(default_factory=list)
     series: list[dict] = field(default_factory=list)
     parts: list[dict] = field(default_factory=list)
+    draws: list[Verdict] = field(default_factory=list)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, device: torch.device, argv: list[str]) -> Session:
@@ -143,6 +145,10 @@ class Session:
                 report.show(result, self.out, self.judged)
             del systems
             release(self.device)
+        if self.judged and (found := over_draws(self.results)):
+            self.draws = found
+            self.out.print("\n[bold]over draws of the sizes[/bold]")
+            report.show_verdicts(found, self.out)
 
     def scale(self) -> None:
         """Cost over batch size and image size, for the first backend of ours."""
@@ -176,6 +182,7 @@ class Session:
                 **self.environment,
                 "tiny": self.tiny,
                 "results": [report.record(result, self.judged) for result in self.results],
+                "over_draws": [report.verdict_record(verdict) for verdict in self.draws],
                 "scaling": self.series,
                 "breakdown": self.parts,
             }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .measure import Measured, Result
@@ -47,11 +49,15 @@ TARGETS: tuple[Target, ...] = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured; ``measured`` is None where the other system could not run."""
+    """A target beside what was measured; ``measured`` is None where the other system could not run.
+
+    draws: the values of which that is the median, if the sizes of the images were drawn more than once.
+    """
 
     target: Target
     system: str
     measured: float | None
+    draws: tuple[float, ...] = ()
 
     @property
     def met(self) -> bool | None:
@@ -71,6 +77,8 @@ class Verdict:
         }[kind]
         outcome = {True: "met", False: "NOT MET", None: "not measured"}[self.met]
         got = "" if self.measured is None else f"{self.measured:.2f}, "
+        if self.draws:
+            got += f"median of {len(self.draws)} draws, {min(self.draws):.2f} to {max(self.draws):.2f}, "
         return f"{self.target.label}, {self.system}: {asked}: {got}{outcome}"
 
 
@@ -91,18 +99,42 @@ def ratio(result: Result, ours: Measured, other: str, memory: bool = False) -> f
     return peer.median / ours.median if peer.median else None
 
 
+def _value(target: Target, result: Result, ours: Measured) -> float | None:
+    if target.kind == "mfu":
+        return result.mfu(ours)
+    if target.kind == "ms":
+        return ours.median
+    return ratio(result, ours, target.than, memory=target.kind == "memory")
+
+
 def verdicts(result: Result) -> list[Verdict]:
     """All targets for this workload, for each of our systems."""
+    return [
+        Verdict(target, ours.name, _value(target, result, ours))
+        for target in TARGETS
+        if (target.family, target.label) == (result.family, result.work.label)
+        for ours in result.systems
+        if ours.ours and _applies(target, ours)
+    ]
+
+
+def over_draws(results: Sequence[Result]) -> list[Verdict]:
+    """Ratios to other systems of a workload whose sizes were drawn more than once (``ragged32,ragged32#2,...``).
+
+    How much padding costs depends on the draw; the median of the ratios is held to the target.
+    """
     found = []
-    for target in TARGETS:
-        if (target.family, target.label) != (result.family, result.work.label):
-            continue
-        for ours in (s for s in result.systems if s.ours and _applies(target, s)):
-            if target.kind == "mfu":
-                value = result.mfu(ours)
-            elif target.kind == "ms":
-                value = ours.median
-            else:
-                value = ratio(result, ours, target.than, memory=target.kind == "memory")
-            found.append(Verdict(target, ours.name, value))
+    for target in (t for t in TARGETS if t.kind == "faster"):
+        drawn: dict[str, list[float]] = {}
+        for result in results:
+            if (target.family, target.label) != (result.family, result.work.label.partition("#")[0]):
+                continue
+            for ours in (s for s in result.systems if s.ours and _applies(target, s)):
+                if (value := _value(target, result, ours)) is not None:
+                    drawn.setdefault(ours.name, []).append(value)
+        found += [
+            Verdict(target, name, statistics.median(values), tuple(values))
+            for name, values in drawn.items()
+            if len(values) > 1
+        ]
     return found

@@ -81,18 +81,20 @@ def ragged_grids(count: int, patch_size: int, scale: float = 1.0, seed: int = 1)
 
 
 def parse_workload(text: str, patch_size: int, scale: float = 1.0, seed: int = 1, train: bool = False) -> Workload:
-    """``uniN`` (N images of 448 x 448), ``uniN@S`` (of S x S pixels) or ``raggedN``; ``train:`` in front for training.
+    """``uniN`` (N images of 448 x 448), ``uniN@S`` (of S x S pixels), ``raggedN`` (sizes drawn with ``seed``) or
+    ``raggedN#K`` (with seed K); ``train:`` in front for training.
 
     Sides are rounded to whole patches. Raises ``ValueError`` for anything else.
     """
-    match = re.fullmatch(r"(train:)?(?:uni(\d+)(?:@(\d+))?|ragged(\d+))", text.strip())
+    match = re.fullmatch(r"(train:)?(?:uni(\d+)(?:@(\d+))?|ragged(\d+)(?:#(\d+))?)", text.strip())
     count = int((match and (match[2] or match[4])) or 0)
     if not count:
         raise ValueError(
-            f"workload {text!r}: give uniN, uniN@SIDE or raggedN with N >= 1, e.g. uni32,ragged64,train:uni16"
+            f"workload {text!r}: give uniN, uniN@SIDE, raggedN or raggedN#SEED with N >= 1,"
+            " e.g. uni32,ragged64,train:uni16"
         )
     if match[4]:
-        grids = ragged_grids(count, patch_size, scale, seed)
+        grids = ragged_grids(count, patch_size, scale, int(match[5] or seed))
     else:
         side = int(match[3]) if match[3] else UNIFORM_SIDE * scale
         grids = ((max(1, round(side / patch_size)),) * 2,) * count

@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family", default="llava_vit", help="llava_vit, siglip2, aimv2, dinov3, several with commas (llava_vit)"
     )
-    parser.add_argument("--work", help="uniN, uniN@SIDE, raggedN with commas; train: in front for forward + backward")
+    parser.add_argument(
+        "--work",
+        help="uniN, uniN@SIDE, raggedN, raggedN#SEED with commas; train: in front for forward + backward",
+    )
     parser.add_argument("--train", action="store_true", help="forward + backward for every workload")
     parser.add_argument("--peers", default="", help="transformers, timm, original=PATH, with commas")
     parser.add_argument("--backend", default="auto", help="attention backends of ours, with commas (auto)")
