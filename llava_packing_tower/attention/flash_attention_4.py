@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -27,6 +28,7 @@ INSTALL = 'pip install --pre "flash-attn-4[cu13]" (without [cu13] for CUDA 12)'
 RIGHT_BACKWARD = (64, 96, 128)  # 4.0.0b36 on Hopper: the gradient of q is wrong for heads of 72
 _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale"}
 
+warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted", UserWarning)  # of its own compiler
 missing_package = None
 try:
     from flash_attn.cute import interface
