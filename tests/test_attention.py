@@ -130,6 +130,16 @@ def test_the_rule_of_auto():
     assert resolve_backend("auto", "cpu", torch.bfloat16, 64, lengths=(1024, 1024)) == "sdpa"
 
 
+def test_auto_asks_cudnn_for_no_plan_per_image():
+    """Images that come one by one are of ever new sizes, and cuDNN would plan for each."""
+    for length in (200, 256, 577, 1024, 1025, 16384):
+        for needs_grad in (False, True):
+            assert "cudnn" not in auto_order((length,), needs_grad)
+    assert auto_order((1024,))[0] == "flash_attention_2" and auto_order((1025,))[0] == "flash_attention_3"
+    assert auto_order((1024,), needs_grad=True)[0] == "flash_attention_4"
+    assert auto_order((1024, 1024))[0] == "cudnn"
+
+
 def test_auto_logs_its_choice_once(caplog):
     for cached in (attention._choose, attention._log_choice):
         cached.cache_clear()

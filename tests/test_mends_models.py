@@ -122,6 +122,38 @@ def test_tower_half(tmp_path, monkeypatch, golden):
 
 # ---------------------------------------------------------------- DeepSpeed
 
+# ---------------------------------------------------------------- torch and DeepSpeed
+
+
+@pytest.mark.parametrize(
+    "cuda, cudnn, enabled, sick",
+    [
+        ("13.0", 91900, True, True),
+        ("13.0", 91900, False, False),
+        ("12.8", 91002, True, False),
+        (None, None, True, False),
+    ],
+)
+def test_cudnn_plans(monkeypatch, cuda, cudnn, enabled, sick):
+    """torch 2.11 and newer ask cuDNN first; it is asked no more, and again when the hook is taken out."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    try:
+        patches = mended("cudnn_plans", torch.backends.cuda)
+        assert (patches is not None) is sick
+        assert torch.backends.cuda.cudnn_sdp_enabled() is (enabled and not sick)
+        if patches:
+            patches.undo()
+            assert torch.backends.cuda.cudnn_sdp_enabled()
+        monkeypatch.delattr(torch.backends.cuda, "cudnn_sdp_enabled")
+        assert mended("cudnn_plans", torch.backends.cuda) is None  # an older torch
+    finally:
+        monkeypatch.undo()
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 ENGINE = """
 import torch
 class DeepSpeedEngine:

@@ -46,27 +46,30 @@ _LOADED: dict[str, ModuleType] = {}
 
 LONG_FROM, FA4_FORWARD_FROM = 256, 360  # tokens per segment, on average
 CUDNN_FROM, CUDNN_TRAINING_BELOW = 256, 512
-FA3_TRAINING_FROM = 16384  # tokens
+FA3_TRAINING_FROM, ALONE_SHORT = 16384, 1024  # tokens
 
 
 def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, ...]:
     """The backends that ``auto`` tries for segments of these lengths, fastest first; the first that can run is taken.
 
     Measured on an H100 in bf16 (docs/performance.md has the table). Forward: cuDNN for equal lengths from 256 tokens on
-    (within a sixth of the fastest everywhere; it builds a plan per shape, which ragged batches would do at every step);
-    else FA3 from a mean length of 256 on, or FA4 from 360 on; FA2 (or the same kernel inside torch) for the rest.
-    Training: FA4 from a mean length of 256 on (for heads of 64 in 0.54 to 0.7 of FA2's time from 360 on, about as fast
-    at 256), but cuDNN for equal lengths below 512. Without FA4, FA3 (whose forward-only package is completed by FA2's
-    backward) takes large batches: for 7785 tokens its forward, 0.117 in place of 0.178 ms per layer, does not make up
-    for what calling it costs the host.
+    (within a sixth of the fastest everywhere); else FA3 from a mean length of 256 on, or FA4 from 360 on; FA2 (or the
+    same kernel inside torch) for the rest. Training: FA4 from a mean length of 256 on (for heads of 64 in 0.54 to 0.7
+    of FA2's time from 360 on, about as fast at 256), but cuDNN for equal lengths below 512. Without FA4, FA3 (whose
+    forward-only package is completed by FA2's backward) takes large batches: for 7785 tokens its forward, 0.117 in
+    place of 0.178 ms per layer, does not make up for what calling it costs the host.
+
+    cuDNN builds a plan per shape, in tens of milliseconds, and its graphs are captured per shape. Images one by one are
+    seldom of one shape, so a segment alone is never given to it; a short one gets FA2, whose latency was measured.
     """
     order = ["flash_attention_2", "torch_varlen", "sdpa"]
     tokens, count = sum(lengths), len(lengths)
-    if lengths and tokens >= LONG_FROM * count:
+    alone = count == 1
+    if lengths and tokens >= LONG_FROM * count and (needs_grad or not alone or tokens > ALONE_SHORT):
         fa3 = ["flash_attention_3"] * (not needs_grad or tokens >= FA3_TRAINING_FROM)
         fa4 = ["flash_attention_4"] * (needs_grad or tokens >= FA4_FORWARD_FROM * count)
         order = [*fa4, *fa3, *order] if needs_grad else [*fa3, *fa4, *order]
-    if lengths and min(lengths) == max(lengths) >= CUDNN_FROM:
+    if lengths and not alone and min(lengths) == max(lengths) >= CUDNN_FROM:
         order.insert(int(needs_grad and lengths[0] >= CUDNN_TRAINING_BELOW), "cudnn")
     return tuple(order)
 

@@ -280,7 +280,7 @@ def test_ragged_batches_do_not_recompile(tmp_path):
         return [torch.randn(3, h * 14, w * 14, device="cuda").bfloat16() for h, w in sizes]
 
     # What auto may choose between: each has code of its own, compiled when it is first needed.
-    kinds = {n for n in auto_order((1024,)) if n != "sdpa" and not usable(n, torch.bfloat16, 64)}
+    kinds = {n for n in auto_order((1024, 1024)) if n != "sdpa" and not usable(n, torch.bfloat16, 64)}
     for train in (False, True):
         vision.requires_grad_(train)
         for _ in range(200):

@@ -1,4 +1,5 @@
-"""Defects of LLaVA, and of the libraries under it, that stop training, saving or reloading; and their mends.
+"""Defects of LLaVA, and of the libraries under it, that stop training, saving or reloading, or slow them down many
+times; and their mends.
 
 A mend is one function in one of MEND_MODULES. It says when it is due (before or after a module is imported), how its
 defect is detected, and why. It is applied only where the defect is detected, logged once, and switched off by name:
@@ -22,7 +23,7 @@ from ..patches import Patches
 logger = logging.getLogger(__name__)
 
 DISABLE_ENV = "LLAVA_PACKING_DISABLE_MENDS"
-MEND_MODULES = ("names", "llava", "trainer", "models", "deepspeed", "resuming", "fsdp")
+MEND_MODULES = ("names", "llava", "trainer", "models", "deepspeed", "resuming", "fsdp", "attention")
 
 
 @dataclass(frozen=True)
