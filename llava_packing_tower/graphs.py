@@ -1,8 +1,9 @@
 """CUDA graphs for small batches, where launching kernels takes longer than running them.
 
-A graph is captured per bucket of the token count: the batch is padded up to the bucket with a segment of its own, so no
-image sees the padding. (Batches for a backend of equal lengths are captured as they are.)
-Inference only: no gradient is recorded.
+There is one per bucket of the token count: the batch is padded up to the bucket with a segment of its own, so no image
+sees the padding. (Batches for a backend of equal lengths stay as they are.) The first batch of a kind is run without a
+graph, in the same shapes and so to the same bits: on an H100 a capture takes four times as long as a run, and photos of
+many sizes make many kinds. Inference only: no gradient is recorded.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import contextlib
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .attention import backend_module
 from .layers import Rotary
@@ -24,7 +26,8 @@ from .packing import PackedSegments
 GRAPHS_ENV = "LLAVA_PACKING_CUDA_GRAPHS"
 MAX_TOKENS = 4096
 BUCKET = 256
-MAX_GRAPHS = 16
+CAPTURE_AT = 2
+MAX_GRAPHS, MAX_COUNTED = 16, 256
 
 States = dict[int, torch.Tensor]
 Run = Callable[[torch.Tensor, PackedSegments, "Rotary | None", Sequence[int], str], States]
@@ -40,7 +43,39 @@ class _Captured:
     sources: tuple = (None, None)  # the rotary table and the segments that were copied in last
 
 
-_graphs: weakref.WeakKeyDictionary[nn.Module, OrderedDict] = weakref.WeakKeyDictionary()
+@dataclass
+class Memory:
+    """How often each kind of batch came, and what was captured for it, of one model.
+
+    A key is a tuple that begins with a hash of where the weights lie: what was captured for other weights is dropped.
+    """
+
+    most: int
+    counts: OrderedDict = field(default_factory=OrderedDict)
+    captured: OrderedDict = field(default_factory=OrderedDict)
+
+    def count(self, key: tuple[Hashable, ...]) -> int:
+        self.counts[key] = self.counts.pop(key, 0) + 1
+        if len(self.counts) > MAX_COUNTED:
+            self.counts.popitem(last=False)
+        return self.counts[key]
+
+    def find(self, key: tuple[Hashable, ...]) -> object | None:
+        found = self.captured.get(key)
+        if found is not None:
+            self.captured.move_to_end(key)
+        return found
+
+    def keep(self, key: tuple[Hashable, ...], captured: object) -> None:
+        for stale in [k for k in self.captured if k[0] != key[0]]:
+            del self.captured[stale]
+        self.captured[key] = captured
+        if len(self.captured) > self.most:
+            dropped, _ = self.captured.popitem(last=False)
+            self.counts.pop(dropped, None)  # else it would be captured again as soon as it comes
+
+
+_memories: weakref.WeakKeyDictionary[nn.Module, Memory] = weakref.WeakKeyDictionary()
 _pools: dict[torch.device, tuple] = {}  # device -> pool, and the graph that keeps it alive
 _suspended = False
 
@@ -73,7 +108,7 @@ def run_graphed(
     backend: str,
     weights: int,
 ) -> States:
-    """``run(hidden_states, segments, rotary, keep, backend)`` by replaying a graph, captured when first needed.
+    """``run(hidden_states, segments, rotary, keep, backend)``, by replaying a graph from the second batch of a kind on.
 
     weights: a hash of where they lie, and of how ``run`` runs: a graph must not outlive the memory that it reads.
     """
@@ -84,16 +119,14 @@ def run_graphed(
         bucket = -(-tokens // BUCKET) * BUCKET
         count = len(segments.lengths) + (bucket > tokens)
         longest = -(-max(segments.max_seqlen, bucket - tokens) // BUCKET) * BUCKET
-    key = (bucket, count, longest, tuple(keep), backend, hidden_states.dtype, device, rotary is None, weights)
-    cache = _graphs.setdefault(module, OrderedDict())
-    if key not in cache:
-        for stale in [k for k in cache if k[-1] != weights]:
-            del cache[stale]
-        cache[key] = _capture(run, hidden_states, rotary, bucket, count, longest, keep, backend)
-        if len(cache) > MAX_GRAPHS:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    captured = cache[key]
+    key = (weights, bucket, count, longest, tuple(keep), backend, hidden_states.dtype, device, rotary is None)
+    memory = _memories.setdefault(module, Memory(MAX_GRAPHS))
+    captured = memory.find(key)
+    if captured is None:
+        if memory.count(key) < CAPTURE_AT:
+            return _run_once(run, hidden_states, segments, rotary, bucket, longest, keep, backend)
+        captured = _capture(run, hidden_states, rotary, bucket, count, longest, keep, backend)
+        memory.keep(key, captured)
     captured.tokens[:tokens].copy_(hidden_states)
     if rotary is not None and captured.sources[0] is not rotary:
         for static, source in zip(captured.rotary, rotary, strict=True):
@@ -103,6 +136,28 @@ def run_graphed(
     captured.sources = (rotary, segments)
     captured.graph.replay()
     return {index: state[:tokens].clone() for index, state in captured.states.items()}
+
+
+def _run_once(
+    run: Run,
+    hidden_states: torch.Tensor,
+    segments: PackedSegments,
+    rotary: Rotary | None,
+    bucket: int,
+    longest: int,
+    keep: Sequence[int],
+    backend: str,
+) -> States:
+    """What a graph would compute, without one."""
+    tokens, cu_seqlens = hidden_states.shape[0], segments.cu_seqlens
+    if padding := bucket - tokens:
+        fill = (0, 0, 0, padding)
+        hidden_states = F.pad(hidden_states, fill)
+        rotary = None if rotary is None else tuple(F.pad(table, (0, 0, *fill)) for table in rotary)
+        cu_seqlens = F.pad(cu_seqlens, (0, 1), value=bucket)
+    # No lengths, as in a graph: a kernel that reads them would be another one.
+    states = run(hidden_states, PackedSegments(cu_seqlens, longest, ()), rotary, keep, backend)
+    return {index: state[:tokens] for index, state in states.items()}
 
 
 def capturing(graph: torch.cuda.CUDAGraph, pool: tuple) -> contextlib.AbstractContextManager:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .compiling import compile_wanted
 from .encoder import compute_dtype
-from .graphs import GRAPHS_ENV, MAX_TOKENS, capturing, shared_pool, suspended
+from .graphs import GRAPHS_ENV, MAX_TOKENS, Memory, capturing, shared_pool, suspended
 from .module_state import addresses, state_of
 from .packing import Grid
 from .tape import Tape
@@ -28,7 +27,6 @@ Encoded = tuple[torch.Tensor, list[Grid]]
 
 RECORD_AT = 3
 MAX_RECORDINGS = 16
-MAX_COUNTED = 256
 DEVICE_TYPE = "cuda"
 
 
@@ -43,28 +41,7 @@ class Recording:
     tape: Tape
 
 
-@dataclass
-class _Memory:
-    """How often each kind of batch came, and the recordings, of one model."""
-
-    counts: OrderedDict = field(default_factory=OrderedDict)
-    recordings: OrderedDict = field(default_factory=OrderedDict)
-
-    def count(self, key: tuple) -> int:
-        self.counts[key] = self.counts.pop(key, 0) + 1
-        if len(self.counts) > MAX_COUNTED:
-            self.counts.popitem(last=False)
-        return self.counts[key]
-
-    def keep(self, key: tuple, recording: Recording) -> None:
-        for stale in [k for k in self.recordings if k[0] != key[0]]:
-            del self.recordings[stale]
-        self.recordings[key] = recording
-        if len(self.recordings) > MAX_RECORDINGS:
-            self.recordings.popitem(last=False)
-
-
-_memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
+_memories: weakref.WeakKeyDictionary[nn.Module, Memory] = weakref.WeakKeyDictionary()
 
 
 def encode_recorded(
@@ -81,14 +58,13 @@ def encode_recorded(
     key = _key(model, images, layers)
     if key is None:
         return encode(images)
-    memory = _memories.setdefault(model, _Memory())
-    recording = memory.recordings.get(key)
+    memory = _memories.setdefault(model, Memory(MAX_RECORDINGS))
+    recording = memory.find(key)
     if recording is None:
         encoded = encode(images)
         if encoded[0].shape[0] <= MAX_TOKENS and memory.count(key) == RECORD_AT:
             memory.keep(key, record(images, encode, encoded[0]))
         return encoded
-    memory.recordings.move_to_end(key)
     if isinstance(images, torch.Tensor):
         recording.pixels.copy_(images)
     else:

@@ -1,13 +1,20 @@
 """Recordings of the whole tower: when one is made, when it is used, when it must not be. (Without a GPU: a stand-in for
 the graph runs the tower on the recorded pixels.)"""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel, recording
-from llava_packing_tower.packing import kept
+from llava_packing_tower import (
+    HEVCViTPackingVisionTower,
+    LlavaViTPackingConfig,
+    LlavaViTPackingModel,
+    graphs,
+    recording,
+)
+from llava_packing_tower.packing import PackedSegments, kept, make_segments
 from llava_packing_tower.tape import Tape, taped
 
 ADAPTER = type("Adapter", (torch.nn.GELU,), {"__module__": "peft.tuners.lora.layer"})
@@ -123,12 +130,15 @@ def test_large_batches_and_the_switch(tower, monkeypatch):
 
 def test_what_is_kept_is_bounded(tower, monkeypatch):
     monkeypatch.setattr(recording, "MAX_RECORDINGS", 2)
-    monkeypatch.setattr(recording, "MAX_COUNTED", 5)
+    monkeypatch.setattr(graphs, "MAX_COUNTED", 5)
     for width in range(1, 9):
         for _ in range(3):
             run(tower, batch((1, width)))
     memory = recording._memories[tower.vision_tower]
-    assert len(memory.recordings) == 2 and len(memory.counts) == 5
+    assert len(memory.captured) == len(memory.counts) == 2  # what was dropped is counted anew
+    for width in range(9, 17):
+        run(tower, batch((1, width)))
+    assert len(memory.captured) == 2 and len(memory.counts) == 5
     with pytest.raises(ValueError, match="height 12 is not a positive multiple"):
         run(tower, [torch.randn(3, 12, 8)])
 
@@ -161,3 +171,75 @@ def test_a_tape_gives_the_same_values_in_the_same_order():
     with pytest.raises(ValueError, match="asked for 4 values, the second for 1"), tape.playing():
         outer(1)
     assert outer(5).item() == 6 and calls[-1] == 5
+
+
+# ---------------------------------------------------------------- graphs of the blocks alone
+
+
+def blocks(hidden_states, segments, rotary, keep, backend):
+    """Stand-in for the blocks: sums over each segment, with the tables; what the padding holds must not show."""
+    borders = segments.cu_seqlens.tolist()
+    parts = [hidden_states[a:b] * rotary[0][a:b, 0] for a, b in itertools.pairwise(borders)]
+    out = torch.cat([part + part.sum(0) for part in parts])
+    blocks.calls.append((len(hidden_states), len(borders) - 1, segments.max_seqlen, segments.lengths))
+    return {index: out + index for index in keep}
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Captured graphs, made without a GPU."""
+    made, blocks.calls = [], []
+
+    def capture(run, hidden_states, rotary, bucket, count, longest, keep, backend):
+        tokens, table = torch.full((bucket, 4), 7.0), torch.full((bucket, 1, 4), 7.0)
+        cu_seqlens = torch.tensor([0] * count + [bucket])
+
+        def replay():
+            captured.states.update(run(tokens, PackedSegments(cu_seqlens, longest, ()), (table,), keep, backend))
+
+        captured = graphs._Captured(SimpleNamespace(replay=replay), tokens, (table,), cu_seqlens, {})
+        made.append((bucket, count, longest))
+        return captured
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    return made
+
+
+def graphed(lengths, module, seed=0, weights=1):
+    draw = torch.Generator().manual_seed(seed)
+    tokens, table = torch.randn(sum(lengths), 4, generator=draw), torch.randn(sum(lengths), 1, 4, generator=draw)
+    segments = make_segments(lengths)
+    got = graphs.run_graphed(module, blocks, tokens, segments, (table,), (1, 2), "torch_varlen", weights)
+    want = blocks(tokens, segments, (table,), (1, 2), "torch_varlen")
+    blocks.calls.pop()
+    assert list(got) == [1, 2] and all(torch.equal(got[i], want[i]) for i in got)
+
+
+def test_the_second_batch_of_a_kind_is_captured_and_the_first_runs_in_the_same_shapes(captures):
+    module = torch.nn.Identity()
+    for number, lengths in enumerate([(3, 250, 7), (11, 200), (5, 5, 251), (2, 4, 251)]):
+        graphed(lengths, module, seed=number)
+    assert captures == [(512, 4, 256)]  # (5, 5, 251) is the second of its kind
+    kind = (512, 4, 256, ())
+    assert blocks.calls == [kind, (256, 3, 256, ()), kind, kind]
+    graphed((2, 4, 251), module, weights=2)  # other weights: all over again
+    assert len(captures) == 1 and len(graphs._memories[module].captured) == 1
+    graphed((2, 4, 251), module, weights=2)
+    assert len(captures) == 2 and len(graphs._memories[module].captured) == 1
+
+
+def test_a_full_bucket_gets_no_padding(captures):
+    module = torch.nn.Identity()
+    for _ in range(3):
+        graphed((100, 156), module)
+    assert captures == [(256, 2, 256)] and set(blocks.calls) == {(256, 2, 256, ())}
+
+
+def test_kinds_that_take_turns_are_not_captured_over_and_over(captures, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    module = torch.nn.Identity()
+    for _ in range(6):
+        for count in range(1, 6):
+            graphed((256,) * count, module)
+    assert len(graphs._memories[module].captured) == 2
+    assert len(captures) <= 15  # at most every second time

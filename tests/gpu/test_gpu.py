@@ -183,7 +183,7 @@ def test_graphs_give_the_same_features(tmp_path, monkeypatch, blocks):
             eager, replayed = features(batch, False), features(batch, True)
             assert (eager - replayed).abs().max() <= 0.03 * eager.abs().max()
             assert torch.equal(replayed, features(batch, True))
-    assert 4 <= len(graphs._graphs[encoder]) <= len(batches)  # two of one bucket and count share a graph
+    assert 4 <= len(graphs._memories[encoder].captured) <= len(batches)  # two of one bucket and count share a graph
     before = features(batches[0], True)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -230,7 +230,7 @@ def test_recordings_give_the_same_features(family, backend):
             assert (got.float() - want.float()).abs().max() <= 0.03 * want.float().abs().max(), number
             if number == 5:  # other contents of the memory that lies free meanwhile
                 torch.randn(1 << 26, device="cuda")
-    assert len(recording._memories[vision.vision_tower].recordings) == 2
+    assert len(recording._memories[vision.vision_tower].captured) == 2
     vision.to("cpu").to("cuda")
     junk = torch.randn(1 << 26, device="cuda")
     with torch.no_grad():
