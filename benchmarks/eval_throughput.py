@@ -7,10 +7,12 @@
 Without CHECKPOINT one is made first: a tower of ViT-L/14 size with random weights, native resolution, and a small LLaMA
 decoder which learns to name sixteen photographs (benchmarks/eval_checkpoint.py). Both models get the same checkpoint,
 prompts, photographs (each cropped to a shape of its own) and settings: greedy, at most 32 new tokens; every second
-request asks for a word, the others for a sentence. Each model is a process of its own, is loaded and warmed up before
-the clock starts, and answers up to three rounds of photographs, each cropped anew: shapes that a process has seen take
-it less time, and in an evaluation there are few of them. (The median round counts.) Photographs are in memory; making
-pixels of them is timed. ("Right" says something about checkpoints that have learned these photographs.)
+request asks for a word, the others for a sentence. Each model and batch size is a process of its own, is loaded and
+warmed up before the clock starts, and answers up to three rounds of photographs, each cropped anew: shapes that a
+process has seen take it less time, and in an evaluation there are few of them. (The median round counts.) Both need our
+hook to load the tower; lmms-eval's model runs without its mend cudnn_plans, which also makes that model faster.
+Photographs are in memory; making pixels of them is timed. ("Right" says something about checkpoints that have learned
+these photographs.)
 
 lmms-eval's model always loads float16; ours takes the checkpoint's dtype. It also imports two video readers: where
 `av` or `decord` is not installed an empty module stands in, as there are no videos here.
@@ -73,11 +75,13 @@ def load(model_name: str, checkpoint: Path) -> tuple[object, list[str]]:
     return get_model(STOCK)(**arguments), missing
 
 
-def measure(model_name: str, checkpoint: Path, count: int, batch_sizes: Sequence[int]) -> list[dict]:
-    """A row for each batch size, in this process."""
+def measure(model_name: str, checkpoint: Path, count: int, size: int) -> dict:
+    """The row of one model and batch size."""
     import torch
     from eval_checkpoint import asked, photographs
     from lmms_eval.api.instance import Instance
+
+    from llava_packing_tower.hosts import mends
 
     model, missing = load(model_name, checkpoint)
     questions = []
@@ -96,41 +100,36 @@ def measure(model_name: str, checkpoint: Path, count: int, batch_sizes: Sequence
             torch.cuda.synchronize()
         return answers, time.perf_counter() - mark
 
-    rows = []
-    for place, size in enumerate(batch_sizes):
-        if model_name == OURS:
-            model.batch_size = size
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        answers_to(photographs(2 * max(16, size), seed=2))
-        seeds = [1] + [3 + place * ROUNDS + number for number in range(1, ROUNDS)]  # the first round is everybody's
-        answers, seconds = answers_to(photographs(count, seeds[0]))
-        right = sum(answer == wanted for answer, (_, wanted) in zip(answers, questions, strict=True))
-        rounds = [seconds]
-        while len(rounds) < ROUNDS and sum(rounds) < ENOUGH:
-            rounds.append(answers_to(photographs(count, seeds[len(rounds)]))[1])
-        rows.append(
-            {
-                "model": model_name,
-                "batch_size": size,
-                "requests": count,
-                "seconds": [round(seconds, 3) for seconds in rounds],
-                "requests_per_second": count / statistics.median(rounds),
-                "dtype": str(model.model.dtype),
-                "right": right,
-                "stand_ins": missing,
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
-                "answers": answers,
-            }
-        )
-    return rows
+    if model_name == OURS:
+        model.batch_size = size
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    answers_to(photographs(2 * max(16, size), seed=0))
+    answers, seconds = answers_to(photographs(count, seed=1))
+    right = sum(answer == wanted for answer, (_, wanted) in zip(answers, questions, strict=True))
+    rounds = [seconds]
+    while len(rounds) < ROUNDS and sum(rounds) < ENOUGH:
+        rounds.append(answers_to(photographs(count, seed=len(rounds) + 1))[1])
+    return {
+        "model": model_name,
+        "batch_size": size,
+        "requests": count,
+        "seconds": [round(seconds, 3) for seconds in rounds],
+        "requests_per_second": count / statistics.median(rounds),
+        "dtype": str(model.model.dtype),
+        "right": right,
+        "stand_ins": missing,
+        "mends": mends.applied(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "answers": answers,
+    }
 
 
-def child(words: Sequence[str], limit: float) -> float:
+def child(words: Sequence[str], limit: float, more: dict[str, str]) -> float:
     """This file again, in a process of its own; seconds. Raises ``SystemExit`` where it fails or takes too long."""
     mark = time.monotonic()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **more}
     try:
         subprocess.run([sys.executable, __file__, *words], check=True, timeout=limit, env=environment)
     except subprocess.TimeoutExpired:
@@ -169,13 +168,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="make a small checkpoint, for a CPU")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take (300)")
     parser.add_argument("--json", type=Path, help="where the report goes")
-    parser.add_argument("--only", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=3, metavar=("MODEL", "BATCH_SIZE", "OUTPUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = [int(size) for size in args.batch_sizes.split(",")]
     if args.only:
-        rows = measure(args.only[0], args.checkpoint, args.images, [1] if args.only[0] == STOCK else sizes)
-        Path(args.only[1]).write_text(json.dumps(rows))
+        row = measure(args.only[0], args.checkpoint, args.images, int(args.only[1]))
+        Path(args.only[2]).write_text(json.dumps(row))
         return
+    runs = [(STOCK, 1), *((OURS, int(size)) for size in args.batch_sizes.split(","))]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, made, seconds = args.checkpoint, None, {}
         if checkpoint is None:
@@ -186,13 +185,13 @@ def main() -> None:
             seconds["make"] = time.monotonic() - mark
             made = json.loads((checkpoint / "made.json").read_text())
         rows = []
-        for model in (STOCK, OURS):
-            output = str(Path(folder, f"{model}.json"))
-            words = [str(checkpoint), "--images", str(args.images), "--batch_sizes", args.batch_sizes]
-            seconds[model] = child([*words, "--only", model, output], args.limit)
-            for row in json.loads(Path(output).read_text()):
-                rows.append(row)
-                print(line(row, rows[0]), flush=True)
+        for model, size in runs:
+            output = str(Path(folder, f"{model}_{size}.json"))
+            words = [str(checkpoint), "--images", str(args.images), "--only", model, str(size), output]
+            without = {"LLAVA_PACKING_DISABLE_MENDS": "cudnn_plans"} if model == STOCK else {}
+            seconds[f"{model} {size}"] = child(words, args.limit, without)
+            rows.append(json.loads(Path(output).read_text()))
+            print(line(rows[-1], rows[0]), flush=True)
     seconds = {name: round(value, 1) for name, value in seconds.items()}
     print(f"seconds of each process, loading and warm-up included: {seconds}")
     if args.json:

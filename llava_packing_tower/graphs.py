@@ -69,6 +69,7 @@ class Memory:
     def keep(self, key: tuple[Hashable, ...], captured: object) -> None:
         for stale in [k for k in self.captured if k[0] != key[0]]:
             del self.captured[stale]
+            self.counts.pop(stale, None)
         self.captured[key] = captured
         if len(self.captured) > self.most:
             dropped, _ = self.captured.popitem(last=False)
@@ -149,14 +150,15 @@ def _run_once(
     backend: str,
 ) -> States:
     """What a graph would compute, without one."""
-    tokens, cu_seqlens = hidden_states.shape[0], segments.cu_seqlens
-    if padding := bucket - tokens:
+    tokens = hidden_states.shape[0]
+    padding = bucket - tokens
+    with torch.inference_mode(False), torch.no_grad():  # as _capture: else blocks would be compiled twice
         fill = (0, 0, 0, padding)
-        hidden_states = F.pad(hidden_states, fill)
-        rotary = None if rotary is None else tuple(F.pad(table, (0, 0, *fill)) for table in rotary)
-        cu_seqlens = F.pad(cu_seqlens, (0, 1), value=bucket)
-    # No lengths, as in a graph: a kernel that reads them would be another one.
-    states = run(hidden_states, PackedSegments(cu_seqlens, longest, ()), rotary, keep, backend)
+        padded = F.pad(hidden_states, fill)
+        tables = None if rotary is None else tuple(F.pad(table, (0, 0, *fill)) for table in rotary)
+        cu_seqlens = F.pad(segments.cu_seqlens, (0, int(padding > 0)), value=bucket)
+        # No lengths, as in a graph: a kernel that reads them would be another one.
+        states = run(padded, PackedSegments(cu_seqlens, longest, ()), tables, keep, backend)
     return {index: state[:tokens] for index, state in states.items()}
 
 

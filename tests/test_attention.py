@@ -131,10 +131,16 @@ def test_the_rule_of_auto():
 
 
 def test_auto_asks_cudnn_for_no_plan_per_image():
-    """Images that come one by one are of ever new sizes, and cuDNN would plan for each."""
+    """Images that come one by one are of ever new sizes, and cuDNN would plan for each. Before sdpa it is tried still,
+    as is every kernel for segments: sdpa takes them one by one, in blocks that are not fused."""
+    kernels = {"flash_attention_2", "torch_varlen", "flash_attention_3", "flash_attention_4"}
     for length in (200, 256, 577, 1024, 1025, 16384):
         for needs_grad in (False, True):
-            assert "cudnn" not in auto_order((length,), needs_grad)
+            order = auto_order((length,), needs_grad)
+            assert set(order[:4]) == kernels and order[4:] == ("cudnn", "sdpa")[length < 256 :]
+    for lengths in ((), (30, 40), (3000, 900), (700, 700)):
+        order = auto_order(lengths)
+        assert kernels <= set(order) and order[-1] == "sdpa" and len(set(order)) == len(order)
     assert auto_order((1024,))[0] == "flash_attention_2" and auto_order((1025,))[0] == "flash_attention_3"
     assert auto_order((1024,), needs_grad=True)[0] == "flash_attention_4"
     assert auto_order((1024, 1024))[0] == "cudnn"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -150,6 +151,13 @@ def test_a_failure_of_the_hook_is_seen_although_the_host_swallows_it(host):
     builder_hook.install(host.name, host.hooks, host.patches)
     with pytest.raises(AttributeError, match="not laid out as expected"):
         importlib.import_module(host.name)
+
+
+def test_to_import_the_hook_is_cheap():
+    """It is imported by launchers, too: no torch, no transformers, and CUDA is not started when a host comes."""
+    code = "import builder_patch, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"
 
 
 def test_the_table_of_towers_resolves():

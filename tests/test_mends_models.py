@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from test_mends import mended, module_from
+from torch.torch_version import TorchVersion
 from transformers import PretrainedConfig
 
 from llava_packing_tower.tower import HEVCViTPackingVisionTower
@@ -120,37 +121,45 @@ def test_tower_half(tmp_path, monkeypatch, golden):
     assert mended("tower_half", sound) is None
 
 
-# ---------------------------------------------------------------- DeepSpeed
-
 # ---------------------------------------------------------------- torch and DeepSpeed
 
 
 @pytest.mark.parametrize(
-    "cuda, cudnn, enabled, sick",
+    "torch_version, cuda, cudnn, enabled, switch, sick",
     [
-        ("13.0", 91900, True, True),
-        ("13.0", 91900, False, False),
-        ("12.8", 91002, True, False),
-        (None, None, True, False),
+        ("2.11.0+cu130", "13.0", (9, 19, 0), True, None, True),
+        ("2.11.0+cu130", "13.0", (9, 19, 0), False, None, False),
+        ("2.12.0+cu130", "13.0", (9, 19, 0), True, "1", False),
+        ("2.11.0+cu128", "12.8", (9, 10, 2), True, None, False),
+        ("2.9.1+cu130", "13.0", (9, 19, 0), True, None, False),
+        ("2.11.0+rocm7", None, (3, 5, 0), True, None, False),
+        ("2.13.0+cpu", None, None, True, None, False),
     ],
 )
-def test_cudnn_plans(monkeypatch, cuda, cudnn, enabled, sick):
+def test_cudnn_plans(monkeypatch, torch_version, cuda, cudnn, enabled, switch, sick):
     """torch 2.11 and newer ask cuDNN first; it is asked no more, and again when the hook is taken out."""
+
+    def start():
+        raise AssertionError("CUDA was started")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", start)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(torch_version))
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    fake = cudnn and SimpleNamespace(getRuntimeVersion=lambda: cudnn)
+    monkeypatch.setattr(torch._C, "_cudnn", fake, raising=False)
+    if switch:
+        monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", switch)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(enabled)
     try:
-        patches = mended("cudnn_plans", torch.backends.cuda)
+        patches = mended("cudnn_plans", ModuleType("llava_arch"))
         assert (patches is not None) is sick
         assert torch.backends.cuda.cudnn_sdp_enabled() is (enabled and not sick)
         if patches:
+            assert mended("cudnn_plans", ModuleType("another_host")) is None
             patches.undo()
             assert torch.backends.cuda.cudnn_sdp_enabled()
-        monkeypatch.delattr(torch.backends.cuda, "cudnn_sdp_enabled")
-        assert mended("cudnn_plans", torch.backends.cuda) is None  # an older torch
     finally:
-        monkeypatch.undo()
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 

@@ -104,6 +104,16 @@ def test_what_changes_the_run_is_not_replayed(tower, change):
         assert torch.equal(got.flatten(0, 1), tower._encode(images)[0])
 
 
+def test_weights_that_come_back_are_recorded_again(tower):
+    images, first = torch.stack(batch((3, 5))), tower.vision_tower.encoder.layers[0].mlp.fc1.weight.data
+    second = first.clone()
+    for weights, recordings in ((first, 1), (second, 2), (first, 3)):
+        tower.vision_tower.encoder.layers[0].mlp.fc1.weight.data = weights
+        for _ in range(4):
+            run(tower, images)
+        assert tower.made.recordings == recordings
+
+
 def test_gradients_are_not_replayed(tower):
     images = torch.stack(batch((3, 5)))
     for _ in range(4):

@@ -60,18 +60,20 @@ def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, .
     place of 0.178 ms per layer, does not make up for what calling it costs the host.
 
     cuDNN builds a plan per shape, in tens of milliseconds, and its graphs are captured per shape. Images one by one are
-    seldom of one shape, so a segment alone is never given to it; a short one gets FA2, whose latency was measured.
+    seldom of one shape, so a segment alone is given to it only where nothing else is installed; in inference a short
+    one gets FA2, whose latency was measured. All kernels for segments are tried before ``sdpa``, which has a loop.
     """
-    order = ["flash_attention_2", "torch_varlen", "sdpa"]
     tokens, count = sum(lengths), len(lengths)
-    alone = count == 1
-    if lengths and tokens >= LONG_FROM * count and (needs_grad or not alone or tokens > ALONE_SHORT):
+    equal = count > 0 and min(lengths) == max(lengths) >= CUDNN_FROM
+    order: list[str] = []
+    if count and tokens >= LONG_FROM * count and (needs_grad or count > 1 or tokens > ALONE_SHORT):
         fa3 = ["flash_attention_3"] * (not needs_grad or tokens >= FA3_TRAINING_FROM)
         fa4 = ["flash_attention_4"] * (needs_grad or tokens >= FA4_FORWARD_FROM * count)
-        order = [*fa4, *fa3, *order] if needs_grad else [*fa3, *fa4, *order]
-    if lengths and not alone and min(lengths) == max(lengths) >= CUDNN_FROM:
+        order = [*fa4, *fa3] if needs_grad else [*fa3, *fa4]
+    if equal and count > 1:
         order.insert(int(needs_grad and lengths[0] >= CUDNN_TRAINING_BELOW), "cudnn")
-    return tuple(order)
+    order += ["flash_attention_2", "torch_varlen", "flash_attention_3", "flash_attention_4", *["cudnn"] * equal, "sdpa"]
+    return tuple(dict.fromkeys(order))
 
 
 def backend_module(name: str) -> ModuleType:

@@ -121,7 +121,7 @@ def verdict_record(verdict: Verdict) -> dict:
         "measured": verdict.measured,
         "met": verdict.met,
     }
-    return {**found, "draws": list(verdict.draws)} if verdict.draws else found
+    return {**found, "draws": list(verdict.draws), "drawn": verdict.drawn} if verdict.draws else found
 
 
 def _system_record(result: Result, system: Measured) -> dict:

@@ -51,13 +51,15 @@ TARGETS: tuple[Target, ...] = (
 class Verdict:
     """A target beside what was measured; ``measured`` is None where the other system could not run.
 
-    draws: the values of which that is the median, if the sizes of the images were drawn more than once.
+    draws: the values of which that is the median, if the sizes of the images were drawn more than once; of ``drawn``
+    draws in all, those in which both systems ran.
     """
 
     target: Target
     system: str
     measured: float | None
     draws: tuple[float, ...] = ()
+    drawn: int = 0
 
     @property
     def met(self) -> bool | None:
@@ -78,7 +80,8 @@ class Verdict:
         outcome = {True: "met", False: "NOT MET", None: "not measured"}[self.met]
         got = "" if self.measured is None else f"{self.measured:.2f}, "
         if self.draws:
-            got += f"median of {len(self.draws)} draws, {min(self.draws):.2f} to {max(self.draws):.2f}, "
+            several = f"{len(self.draws)} draws" + f" (of {self.drawn})" * (len(self.draws) < self.drawn)
+            got += f"median of {several}, {min(self.draws):.2f} to {max(self.draws):.2f}, "
         return f"{self.target.label}, {self.system}: {asked}: {got}{outcome}"
 
 
@@ -126,14 +129,17 @@ def over_draws(results: Sequence[Result]) -> list[Verdict]:
     found = []
     for target in (t for t in TARGETS if t.kind == "faster"):
         drawn: dict[str, list[float]] = {}
-        for result in results:
-            if (target.family, target.label) != (result.family, result.work.label.partition("#")[0]):
-                continue
+        draws = {
+            result.work.grids: result  # a draw that was asked for twice counts once
+            for result in results
+            if (target.family, target.label) == (result.family, result.work.label.partition("#")[0])
+        }
+        for result in draws.values():
             for ours in (s for s in result.systems if s.ours and _applies(target, s)):
                 if (value := _value(target, result, ours)) is not None:
                     drawn.setdefault(ours.name, []).append(value)
         found += [
-            Verdict(target, name, statistics.median(values), tuple(values))
+            Verdict(target, name, statistics.median(values), tuple(values), len(draws))
             for name, values in drawn.items()
             if len(values) > 1
         ]
