@@ -1,6 +1,6 @@
 """Attention alone: milliseconds of forward and backward per call, for each backend that can run here.
 
-  python benchmarks/attention_kernels.py --json kernels.json      # on a GPU, about two minutes
+  python benchmarks/attention_kernels.py --json kernels.json      # on a GPU
   python benchmarks/attention_kernels.py                          # on a CPU, tiny, which only shows that it runs
 
 This is what the rule of `auto` (llava_packing_tower/attention) is made from. Segments are written COUNTxLENGTH, or
@@ -31,7 +31,8 @@ FULL = (
     "128x128,64x256,ragged64*0.35,ragged64*0.45,ragged64*0.55,ragged32*0.7,ragged8,ragged16,32x576,1x576,1x1024,16x1024,"
     "ragged64,1x4096,8x4096"
 )
-TINY = "2x20,ragged3*0.1"
+FULL_HEADS = "16x64,16x72,8x128"
+TINY, TINY_HEADS = "2x20,ragged3*0.1", "2x8"
 CALLS, ROUNDS, PATCH = 10, 5, 14
 
 
@@ -90,15 +91,14 @@ def measure(lengths: tuple[int, ...], heads: int, head_dim: int, device: torch.d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", help=f"with commas ({FULL})")
-    parser.add_argument("--heads", help="COUNTxWIDTH with commas (16x64,16x72,8x128)")
+    parser.add_argument("--heads", help=f"COUNTxWIDTH with commas ({FULL_HEADS})")
     parser.add_argument("--json", type=Path, help="where the report goes")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    texts = (args.segments or (FULL if cuda else TINY)).split(",")
-    shapes = [
-        tuple(map(int, text.split("x"))) for text in (args.heads or ("16x64,16x72,8x128" if cuda else "2x8")).split(",")
-    ]
+    segments, heads = (FULL, FULL_HEADS) if cuda else (TINY, TINY_HEADS)
+    texts = (args.segments or segments).split(",")
+    shapes = [tuple(map(int, text.split("x"))) for text in (args.heads or heads).split(",")]
     rows = []
     for (heads, head_dim), text in itertools.product(shapes, texts):
         lengths = lengths_of(text)

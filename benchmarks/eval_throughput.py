@@ -84,11 +84,11 @@ def measure(model_name: str, checkpoint: Path, count: int, size: int) -> dict:
     from llava_packing_tower.hosts import mends
 
     model, missing = load(model_name, checkpoint)
-    questions = []
 
-    def answers_to(pictures: list) -> tuple[list[str], float]:
+    def answers_to(pictures: list) -> tuple[list[str], int, float]:
+        """The answers, how many are right, and the seconds that they took."""
         model.task_dict = {"throughput": {"test": [picture for picture, _ in pictures]}}
-        questions[:] = [asked(photo, index) for index, (_, photo) in enumerate(pictures)]
+        questions = [asked(photo, index) for index, (_, photo) in enumerate(pictures)]
         requests = []
         for index in range(len(pictures)):
             given = (questions[index][0], dict(SETTINGS), lambda picture: [picture], index, "throughput", "test")
@@ -98,18 +98,19 @@ def measure(model_name: str, checkpoint: Path, count: int, size: int) -> dict:
         answers = model.generate_until(requests)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return answers, time.perf_counter() - mark
+        seconds = time.perf_counter() - mark
+        right = sum(answer == wanted for answer, (_, wanted) in zip(answers, questions, strict=True))
+        return answers, right, seconds
 
     if model_name == OURS:
         model.batch_size = size
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     answers_to(photographs(2 * max(16, size), seed=0))
-    answers, seconds = answers_to(photographs(count, seed=1))
-    right = sum(answer == wanted for answer, (_, wanted) in zip(answers, questions, strict=True))
+    answers, right, seconds = answers_to(photographs(count, seed=1))
     rounds = [seconds]
     while len(rounds) < ROUNDS and sum(rounds) < ENOUGH:
-        rounds.append(answers_to(photographs(count, seed=len(rounds) + 1))[1])
+        rounds.append(answers_to(photographs(count, seed=len(rounds) + 1))[2])
     return {
         "model": model_name,
         "batch_size": size,

@@ -28,12 +28,12 @@ INSTALL = 'pip install --pre "flash-attn-4[cu13]" (without [cu13] for CUDA 12)'
 RIGHT_BACKWARD = (64, 96, 128)  # 4.0.0b36 on Hopper: the gradient of q is wrong for heads of 72
 _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale"}
 
-warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted", UserWarning)  # of its own compiler
 missing_package = None
 try:
     from flash_attn.cute import interface
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
+    warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted", UserWarning)  # of its own compiler
     if not set(inspect.signature(_flash_attn_bwd).parameters) >= _NEEDED:
         missing_package = (  # flash-attn 2 comes with an early copy of it
             "attention backend 'flash_attention_4' needs a flash-attn-4 whose backward takes segments, this one does "
