@@ -107,6 +107,77 @@ def test_flash_attention_by_name_needs_the_package():
         pytest.skip("flash-attn is installed here: the missing package cannot be shown")
 
 
+class Built:
+    """A package whose build may be wrong, in place of the first two that auto asks."""
+
+    VARLEN = CHECKED = True
+    missing_package = None
+
+    def __init__(self, wrong=None):
+        self.wrong, self.calls = wrong, 0
+
+    def why_not(self, *_):
+        return None
+
+    def attend(self, q, k, v, segments, scale):
+        self.calls += 1
+        if self.wrong == "results" or (self.wrong == "float16" and q.dtype == torch.float16):
+            q = q.flip(0)  # the last segment's queries: right in shape and size
+        if self.wrong == "gradients" and k.requires_grad:
+            k = 2 * k - k.detach()
+        return backend_module("sdpa").attend(q, k, v, segments, scale)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    def install(**modules):
+        attention._choose.cache_clear(), attention._why_not.cache_clear()
+        for name, module in modules.items():
+            monkeypatch.setitem(attention._LOADED, name, module)
+
+    yield install
+    attention._choose.cache_clear(), attention._why_not.cache_clear()
+
+
+def test_a_build_that_raises_is_not_used(built, caplog):
+    class Raising(Built):
+        def attend(self, *_):
+            raise RuntimeError("this build has no such kernel\nat line 3")
+
+    built(flash_attention_2=Raising(), torch_varlen=Built())
+    assert resolve_backend("auto", "cpu", torch.bfloat16, 16) == "torch_varlen"
+    assert "head width 16: it fails: this build has no such kernel" in caplog.text
+    with pytest.raises(ValueError, match=r"it fails: this build has no such kernel$"):
+        resolve_backend("flash_attention_2", "cpu", torch.bfloat16, 16)
+
+
+@pytest.mark.parametrize("wrong, grad", [("results", False), ("results", True), ("gradients", True), (None, True)])
+def test_a_build_that_answers_wrongly_is_not_used(built, caplog, wrong, grad):
+    """auto passes on to the next backend, says so once, and asks each build once; asked for by name it is an error."""
+    first, second = Built(wrong), Built()
+    built(flash_attention_2=first, torch_varlen=second)
+    state = torch.get_rng_state()
+    for lengths in ((100, 200, 300), (10, 20), (1,)):
+        chosen = resolve_backend("auto", "cpu", torch.bfloat16, 16, lengths=lengths, needs_grad=grad)
+        assert chosen == ("flash_attention_2" if wrong is None else "torch_varlen")
+    assert first.calls == 1 + (grad and wrong != "results") and torch.equal(state, torch.get_rng_state())
+    said = [r.getMessage() for r in caplog.records if "are wrong" in r.getMessage()]
+    assert len(said) == (wrong is not None)
+    if wrong is not None:
+        assert f"flash_attention_2, torch.bfloat16, head width 16: its {wrong} are wrong" in said[0]
+        with pytest.raises(ValueError, match=f"'flash_attention_2' cannot run .* heads of 16 on cpu: its {wrong} are"):
+            resolve_backend("flash_attention_2", "cpu", torch.bfloat16, 16, needs_grad=grad)
+
+
+def test_a_build_without_a_dtype_is_used_for_the_others(built):
+    """flash-attn compiled for bfloat16 alone takes float16 for it. Gradients are looked at where they are needed."""
+    built(flash_attention_2=Built("float16"), torch_varlen=Built("gradients"), sdpa=backend_module("sdpa"))
+    with torch.inference_mode():
+        chosen = {dtype: resolve_backend("auto", "cpu", dtype, 8) for dtype in (torch.float16, torch.bfloat16)}
+    assert chosen == {torch.float16: "torch_varlen", torch.bfloat16: "flash_attention_2"}
+    assert resolve_backend("auto", "cpu", torch.float16, 8, needs_grad=True) == "sdpa"
+
+
 def test_every_backend_of_the_table_loads():
     for name in BACKENDS:
         module = backend_module(name)

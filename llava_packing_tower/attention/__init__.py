@@ -6,6 +6,8 @@ A backend is a module of this package with
     whether one kernel takes the packed batch (then ``torch.compile`` can see through it), or it goes by lengths;
 ``EQUAL_LENGTHS_ONLY``
     True if all segments must have one length (optional);
+``CHECKED``
+    True if its first results are to be compared with plain attention (kernels that others build; optional);
 ``missing_package``
     None, or what to install (optional);
 ``why_not(device, dtype, head_dim, needs_grad) -> str | None``
@@ -30,6 +32,7 @@ from types import ModuleType
 import torch
 
 from ..packing import PackedSegments
+from .checking import why_wrong
 
 logger = logging.getLogger(__name__)
 
@@ -112,19 +115,27 @@ def resolve_backend(
 def _choose(
     candidates: tuple[str, ...], asked: str, device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool
 ) -> str:
-    device = torch.device(device_type)
-    reasons = {}
+    reason = None
     for name in candidates:
-        module = backend_module(name)
-        if asked != "auto" and (missing := getattr(module, "missing_package", None)):
+        if asked != "auto" and (missing := getattr(backend_module(name), "missing_package", None)):
             raise ImportError(missing)
-        reasons[name] = module.why_not(device, dtype, head_dim, needs_grad)
-        if reasons[name] is None:
+        reason = _why_not(name, device_type, dtype, head_dim, needs_grad)
+        if reason is None:
             _log_choice(name, asked, device_type, dtype, head_dim)
             return name
-    raise ValueError(
-        f"attention backend {asked!r} cannot run {dtype} heads of {head_dim} on {device}: {list(reasons.values())[-1]}"
-    )
+    raise ValueError(f"attention backend {asked!r} cannot run {dtype} heads of {head_dim} on {device_type}: {reason}")
+
+
+@functools.cache
+def _why_not(name: str, device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+    """None if a backend can run such tensors here, and does so rightly."""
+    module, device = backend_module(name), torch.device(device_type)
+    reason = module.why_not(device, dtype, head_dim, needs_grad)
+    if reason is None and getattr(module, "CHECKED", False) and not torch.compiler.is_compiling():
+        reason = why_wrong(module, device, dtype, head_dim, needs_grad)
+        if reason is not None:
+            logger.warning("attention backend %s, %s, head width %d: %s", name, dtype, head_dim, reason)
+    return reason
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from ..packing import PackedSegments
 from .plain import plain_function
 
-VARLEN = True
+VARLEN = CHECKED = True
 INSTALL = "pip install flash-attn --no-build-isolation"
 
 _forward = _backward = None

@@ -8,7 +8,7 @@ from ..packing import PackedSegments
 from . import flash_attention_2
 from .plain import plain_function
 
-VARLEN = True
+VARLEN = CHECKED = True
 INSTALL = "pip install fa3-fwd (forward only), or build flash-attention's hopper/ folder"
 Attention = None
 

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from ..packing import PackedSegments
 from . import eager
-from .recorded_launches import Launches, close, watched
+from .checking import close, results
+from .recorded_launches import Launches, watched
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +188,8 @@ def _learn(what: str, like: torch.Tensor, scale: float) -> Launches | None:
     """Also looks whether the package itself is right, which it is not for all heads: raises ``RuntimeError`` if not."""
     first, second = _Trial((300, 517, 270), like, scale), _Trial((290, 411), like, scale)
     with watched(interface) as seen:
-        given, results = first.through_the_package(what)
-    if not all(map(close, results, first.exact(what))):
+        given, got = first.through_the_package(what)
+    if not all(map(close, got, first.exact(what))):
         raise RuntimeError(
             f"flash-attn-4's {what} is wrong for heads of {like.shape[2]} in {like.dtype} on "
             f"{torch.cuda.get_device_name(like.device)}: take another version or another backend (mm_packing_attention)"
@@ -197,12 +198,12 @@ def _learn(what: str, like: torch.Tensor, scale: float) -> Launches | None:
         return None
     try:
         launches = Launches(seen, given, 3)
-        given, results = second.through_the_package(what)
-        wanted = [x.clone() for x in results]
-        for x in results:
+        given, got = second.through_the_package(what)
+        wanted = [x.clone() for x in got]
+        for x in got:
             x.fill_(torch.nan)
         launches(given, 2)
-        if all(map(close, results, wanted)):
+        if all(map(close, got, wanted)):
             return launches
         error = "its results are others"
     except _ERRORS as raised:
@@ -227,23 +228,16 @@ class _Trial:
     def through_the_package(self, what: str) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
         """The tensors of the call as :class:`Launches` is given them, and the results among them."""
         if what == "forward":
-            results = _package_forward(*self.heads, *self.rest)
-            return (*self.heads, *results, self.rest[0]), results
-        results = [torch.empty_like(x) for x in self.heads]
-        _package_backward(self.grad, *self.heads, *self.out, results, *self.rest)
-        return (*self.heads, self.out[0], self.grad, self.out[1], *results, self.rest[0]), results
+            got = _package_forward(*self.heads, *self.rest)
+            return (*self.heads, *got, self.rest[0]), got
+        got = [torch.empty_like(x) for x in self.heads]
+        _package_backward(self.grad, *self.heads, *self.out, got, *self.rest)
+        return (*self.heads, self.out[0], self.grad, self.out[1], *got, self.rest[0]), got
 
     def exact(self, what: str) -> Sequence[torch.Tensor]:
         """The first results in float32, by other means."""
-        heads = [x.float() for x in self.heads]
-        with torch.autocast(self.grad.device.type, enabled=False):
-            if what == "forward":
-                return (eager.attend(*heads, self.segments, self.rest[2]),)
-            # A checkpoint around us counts what is kept, and must not count this.
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-                heads = [x.detach().requires_grad_() for x in heads]
-                out = eager.attend(*heads, self.segments, self.rest[2])
-                return torch.autograd.grad(out, heads, self.grad.float())
+        heads, grad = [x.float() for x in self.heads], None if what == "forward" else self.grad.float()
+        return results(eager.attend, heads, self.segments, self.rest[2], grad)
 
 
 class Attention(torch.autograd.Function):

@@ -118,9 +118,3 @@ def _scratch(tensors: list[torch.Tensor], tokens: int, segments: int) -> tuple[i
             return block, [_Scratch(x.shape[0], x.shape[1] // padded, x.dtype) for x in tensors]
     shapes = [tuple(x.shape) for x in tensors]
     raise ValueError(f"scratch tensors {shapes} for {tokens} tokens fit no block of {BLOCKS}")
-
-
-def close(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether two results agree but for rounding in half precision (plain bf16 attention is 2 % off at most, what is
-    wrong is so by much more); NaN never does."""
-    return bool((got.float() - want.float()).abs().max() <= 0.05 * want.float().abs().max())

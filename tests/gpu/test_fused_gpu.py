@@ -8,7 +8,7 @@ from families import BLOCK_VARIANTS
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from llava_packing_tower.attention import backend_module
+from llava_packing_tower.attention import backend_module, resolve_backend
 from llava_packing_tower.bench.presets import PRESETS
 from llava_packing_tower.families import family_for
 from llava_packing_tower.fused import kernels, reference
@@ -133,12 +133,19 @@ def tiny(family, **more):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("backend", ["auto", "flash_attention_4", "flash_attention_2", "torch_varlen"])
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [(name, torch.bfloat16) for name in ("auto", "flash_attention_4", "flash_attention_2", "torch_varlen")]
+    + [(name, torch.float16) for name in ("auto", "flash_attention_2")],
+    ids=str,
+)
 @pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("family, more", BLOCK_VARIANTS)
-def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal, backend, checkpointing):
-    if backend != "auto" and (reason := backend_module(backend).why_not(torch.device("cuda"), torch.bfloat16, 64)):
-        pytest.skip(f"{backend}: {reason}")
+def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal, backend, dtype, checkpointing):
+    try:
+        resolve_backend(backend, "cuda", dtype, 64)
+    except (ImportError, ValueError) as error:
+        pytest.skip(str(error))
     model = tiny(family, **more).train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     patch = model.config.patch_size
@@ -161,8 +168,8 @@ def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal,
         grads = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
         return {"training": out.detach().float(), "inference": inferred.float(), **grads}
 
-    exact, low = run(torch.float32, False, "eager"), run(torch.bfloat16, False, "eager")
-    got = run(torch.bfloat16, True, backend)
+    exact, low = run(torch.float32, False, "eager"), run(dtype, False, "eager")
+    got = run(dtype, True, backend)
     assert got.keys() == exact.keys()
     for name, want in exact.items():
         error, allowed = (got[name] - want).norm(), 2 * (low[name] - want).norm()

@@ -8,6 +8,7 @@ import torch
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
 from llava_packing_tower.attention import BACKENDS, auto_order, backend_module, resolve_backend, varlen_attention
 from llava_packing_tower.packing import batch_images_to_packing_input, make_segments
+from llava_packing_tower.recording import RECORD_AT
 from llava_packing_tower.rotation import ROTATIONS, turned_back
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -15,7 +16,20 @@ LENGTHS = (300, 17, 1, 64, 513, 128, 300)
 
 
 def usable(name, dtype, dim):
-    return backend_module(name).why_not(torch.device("cuda"), dtype, dim)
+    """None, or why a backend cannot be used: a build may lack a dtype."""
+    try:
+        resolve_backend(name, "cuda", dtype, dim)
+    except (ImportError, ValueError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("dim", [64, 72, 96, 128])
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_no_build_is_called_wrong_in_bfloat16(name, dim):
+    module, arguments = backend_module(name), (torch.device("cuda"), torch.bfloat16, dim)
+    for needs_grad in (False, True):
+        if module.why_not(*arguments, needs_grad) is None:
+            assert resolve_backend(name, "cuda", *arguments[1:], needs_grad=needs_grad) == name
 
 
 @pytest.mark.parametrize("dim", [64, 72, 96, 128])
@@ -77,25 +91,32 @@ def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks
     vision.vision_tower.encoder.compile_blocks = compile_blocks
     vision.requires_grad_(grad)
     images = photos()
-    features = vision(images)  # kernels, caches, compilation
-    if grad:
-        sum(f.float().sum() for f in features).backward()
+    turned = [image.transpose(1, 2).contiguous() for image in images]  # other shapes, the same kind of batch
+
+    def step(batch):
+        features = vision(batch)
+        if grad:
+            sum(f.float().sum() for f in features).backward()
+        return features
+
+    for _ in range(RECORD_AT):  # kernels, caches, compilation; then a graph of the blocks, and a recording
+        step(images)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        features = vision(images)
-        if grad:
-            sum(f.float().sum() for f in features).backward()
+        step(turned)
+        features = step(images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [f.shape[0] for f in features] == [1024, 16 * 44, 1, 50 * 23]
     assert all(f.dtype == torch.bfloat16 and f.isfinite().all() for f in features)
 
 
+@pytest.mark.parametrize("low_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("compile_blocks", [None, False, True])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("cudnn", "eager")] + ["auto"])
-def test_tower_error_at_most_twice_the_references(tmp_path, backend, compile_blocks):
-    if backend != "auto" and (reason := usable(backend, torch.bfloat16, 64)):
+def test_tower_error_at_most_twice_the_references(tmp_path, backend, compile_blocks, low_dtype):
+    if backend != "auto" and (reason := usable(backend, low_dtype, 64)):
         pytest.skip(f"{backend}: {reason}")
     vision = tower(tmp_path)
     model = vision.vision_tower
@@ -108,9 +129,9 @@ def test_tower_error_at_most_twice_the_references(tmp_path, backend, compile_blo
 
     state = {k: v.clone() for k, v in model.state_dict().items()}
     exact = run("eager", torch.float32)
-    low = run("eager", torch.bfloat16)
+    low = run("eager", low_dtype)
     model.load_state_dict(state)
-    got = run(backend, torch.bfloat16, compile_blocks)
+    got = run(backend, low_dtype, compile_blocks)
     assert (got - exact).abs().max() <= 2 * (low - exact).abs().max()
 
 
