@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from llava_packing_tower.attention import BACKENDS, attend, auto_order, resolve_backend
+from llava_packing_tower.attention import BACKENDS, attend, resolve_backend
 from llava_packing_tower.bench.measure import Clock
 from llava_packing_tower.bench.report import environment, write_json
 from llava_packing_tower.bench.workloads import ragged_grids
@@ -73,7 +73,7 @@ def measure(lengths: tuple[int, ...], heads: int, head_dim: int, device: torch.d
         times = {}
         for grad in (False, True):
             try:
-                resolve_backend(name, device.type, dtype, head_dim, lengths=lengths, needs_grad=grad)
+                resolve_backend(name, device, dtype, head_dim, lengths=lengths, needs_grad=grad)
             except (ImportError, ValueError):
                 continue
             q, k, v = (x.detach().requires_grad_(grad) for x in packed[:, :3].unbind(1))
@@ -107,7 +107,9 @@ def main() -> None:
         lengths = lengths_of(text)
         row = {"segments": text, "heads": heads, "head_dim": head_dim, "tokens": sum(lengths), "count": len(lengths)}
         row |= {"mean": sum(lengths) // len(lengths), "ms": measure(lengths, heads, head_dim, device, dtype)}
-        row |= {"auto": [auto_order(lengths, grad)[0] for grad in (False, True)]}
+        row["auto"] = [
+            resolve_backend("auto", device, dtype, head_dim, lengths=lengths, needs_grad=grad) for grad in (False, True)
+        ]
         rows.append(row)
         times = ", ".join(f"{n} {' + '.join(f'{ms:.3f}' for ms in t.values())}" for n, t in row["ms"].items())
         print(

@@ -80,7 +80,7 @@ class PackedEncoder(nn.Module):
         state, dtype = state_of(self).snapshot(), compute_dtype(hidden_states)
         grad = torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in state.weights))
         backend = resolve_backend(
-            self.attention_backend, device.type, dtype, self.head_dim, lengths=segments.lengths, needs_grad=grad
+            self.attention_backend, device, dtype, self.head_dim, lengths=segments.lengths, needs_grad=grad
         )
         how = self.ran_as = self.how(hidden_states, dtype, backend, state)
         _log_how(how)

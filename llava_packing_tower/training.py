@@ -73,8 +73,7 @@ def describe_tower(tower: nn.Module, args: object) -> list[str]:
     if asked := getattr(model.encoder, "attention_backend", None):
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
         trained = any(p.requires_grad for p in model.parameters())
-        device = torch.device(args.device).type
-        backend = resolve_backend(asked, device, dtype, model.encoder.head_dim, needs_grad=trained)
+        backend = resolve_backend(asked, args.device, dtype, model.encoder.head_dim, needs_grad=trained)
         lines.append(f"tower attention: {backend} (asked: {asked})")
     rule = getattr(tower.image_processor, "rule", None)
     if rule is not None:

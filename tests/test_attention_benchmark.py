@@ -18,6 +18,7 @@ def test_each_backend_that_can_run_is_measured(tmp_path):
     equal, ragged = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert (equal["tokens"], equal["count"], equal["mean"]) == (15, 3, 5) and ragged["count"] == 2
     for row in (equal, ragged):
+        assert row["auto"] == ["sdpa", "sdpa"]
         assert {"sdpa", "eager"} <= row["ms"].keys()
         for times in row["ms"].values():
             assert times.keys() == {"forward_ms", "backward_ms"} and min(times.values()) > 0

@@ -14,7 +14,7 @@ from test_launch import files, need_a_host  # noqa: F401  (files is a fixture)
 
 from llava_packing_tower import attention, launch
 from llava_packing_tower.cli import UsageError, main
-from llava_packing_tower.doctor import ERROR, examination, probes, versions
+from llava_packing_tower.doctor import ERROR, WARNING, examination, probes, versions
 from llava_packing_tower.doctor.versions import Run, impossible
 
 REPOSITORY = Path(__file__).parent.parent
@@ -206,6 +206,17 @@ def test_a_backward_that_is_wrong_is_seen(monkeypatch):
     monkeypatch.setattr(attention.backend_module("sdpa"), "attend", no_gradient_for_k)
     _, findings = probes.attention_backends()
     assert findings and "differ from eager" in findings[0].text
+
+
+def test_a_build_without_float16_is_a_warning(monkeypatch):
+    real = attention.backend_module("sdpa").attend
+    turned = lambda q, *rest: real(q.flip(0) if q.dtype == torch.float16 else q, *rest)  # noqa: E731
+    monkeypatch.setattr(attention.backend_module("sdpa"), "attend", turned)
+    monkeypatch.setattr(probes, "_device", lambda: (torch.device("cpu"), torch.bfloat16))
+    results, findings = probes.attention_backends()
+    assert next(r for r in results if r.name == "sdpa").runs
+    (finding,) = findings
+    assert finding.level == WARNING and "sdpa does not work here in float16: its results differ" in finding.text
 
 
 def test_a_compile_that_fails_is_a_warning(monkeypatch):

@@ -56,11 +56,11 @@ def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, .
     """The backends that ``auto`` tries for segments of these lengths, fastest first; the first that can run is taken.
 
     Measured on an H100 in bf16 (docs/performance.md has the table). Forward: cuDNN for equal lengths from 256 tokens on
-    (within a sixth of the fastest everywhere); else FA3 from a mean length of 256 on, or FA4 from 360 on; FA2 (or the
-    same kernel inside torch) for the rest. Training: FA4 from a mean length of 256 on (for heads of 64 in 0.54 to 0.7
-    of FA2's time from 360 on, about as fast at 256), but cuDNN for equal lengths below 512. Without FA4, FA3 (whose
-    forward-only package is completed by FA2's backward) takes large batches: for 7785 tokens its forward, 0.117 in
-    place of 0.178 ms per layer, does not make up for what calling it costs the host.
+    (within a sixth of the fastest for heads of 64, a quarter for 72); else FA3 from a mean length of 256 on, or FA4
+    from 360 on; FA2 (or the same kernel inside torch) for the rest. Training: FA4 from a mean length of 256 on (for
+    heads of 64 in 0.54 to 0.7 of FA2's time from 360 on, about as fast at 256), but cuDNN for equal lengths below 512.
+    Without FA4, FA3 (whose forward-only package is completed by FA2's backward) takes large batches: for 7785 tokens
+    its forward, 0.117 in place of 0.178 ms per layer, does not make up for what calling it costs the host.
 
     cuDNN builds a plan per shape, in tens of milliseconds, and its graphs are captured per shape. Images one by one are
     seldom of one shape, so a segment alone is given to it only where nothing else is installed; in inference a short
@@ -88,9 +88,10 @@ def backend_module(name: str) -> ModuleType:
     return _LOADED[name]
 
 
+@torch.compiler.disable
 def resolve_backend(
     name: str,
-    device_type: str,
+    device: torch.device | str,
     dtype: torch.dtype,
     head_dim: int,
     *,
@@ -99,11 +100,13 @@ def resolve_backend(
 ) -> str:
     """Turn ``auto`` into the best backend for such tensors here; check any other name. Logs each new choice once.
 
+    Kernels that others built are run on random segments first, once per kind of tensors (:mod:`checking`).
+
     Raises ``ImportError`` (with the install command) for a backend whose package is missing and ``ValueError`` for one
-    that cannot take the device, dtype, head width, lengths, or that has no backward where one is needed.
+    that cannot take the device, dtype, head width, lengths, that has no backward where one is needed, or is wrong.
     """
-    candidates = auto_order(lengths, needs_grad) if name == "auto" else (name,)
-    chosen = _choose(candidates, name, device_type, dtype, head_dim, needs_grad)
+    candidates, device = auto_order(lengths, needs_grad) if name == "auto" else (name,), torch.device(device)
+    chosen = _choose(candidates, name, device, dtype, head_dim, needs_grad, _can_be_run(device))
     if name != "auto" and getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False) and len(set(lengths)) > 1:
         raise ValueError(
             f"attention backend {name!r} needs segments of one length, got {min(lengths)} to {max(lengths)}"
@@ -111,27 +114,42 @@ def resolve_backend(
     return chosen
 
 
+def _can_be_run(device: torch.device) -> bool:
+    """Whether results can be looked at now: not while torch.export traces or a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _choose(
-    candidates: tuple[str, ...], asked: str, device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool
+    candidates: tuple[str, ...],
+    asked: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_grad: bool,
+    check: bool,
 ) -> str:
     reason = None
     for name in candidates:
         if asked != "auto" and (missing := getattr(backend_module(name), "missing_package", None)):
             raise ImportError(missing)
-        reason = _why_not(name, device_type, dtype, head_dim, needs_grad)
+        reason = _why_not(name, device, dtype, head_dim, needs_grad, check)
         if reason is None:
-            _log_choice(name, asked, device_type, dtype, head_dim)
+            _log_choice(name, asked, device.type, dtype, head_dim)
             return name
-    raise ValueError(f"attention backend {asked!r} cannot run {dtype} heads of {head_dim} on {device_type}: {reason}")
+    raise ValueError(f"attention backend {asked!r} cannot run {dtype} heads of {head_dim} on {device}: {reason}")
 
 
 @functools.cache
-def _why_not(name: str, device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
-    """None if a backend can run such tensors here, and does so rightly."""
-    module, device = backend_module(name), torch.device(device_type)
+def _why_not(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, check: bool
+) -> str | None:
+    """None if a backend can run such tensors here and, if that is to be checked, does so rightly."""
+    module = backend_module(name)
     reason = module.why_not(device, dtype, head_dim, needs_grad)
-    if reason is None and getattr(module, "CHECKED", False) and not torch.compiler.is_compiling():
+    if reason is None and check and getattr(module, "CHECKED", False):
         reason = why_wrong(module, device, dtype, head_dim, needs_grad)
         if reason is not None:
             logger.warning("attention backend %s, %s, head width %d: %s", name, dtype, head_dim, reason)
@@ -200,7 +218,5 @@ def attend(
     head_dim = q.shape[-1]
     if not resolved and not torch.compiler.is_compiling():
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        backend = resolve_backend(
-            backend, q.device.type, q.dtype, head_dim, lengths=segments.lengths, needs_grad=needs_grad
-        )
+        backend = resolve_backend(backend, q.device, q.dtype, head_dim, lengths=segments.lengths, needs_grad=needs_grad)
     return _LOADED[backend].attend(q, k, v, segments, 1.0 / math.sqrt(head_dim) if scale is None else scale)

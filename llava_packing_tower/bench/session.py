@@ -121,7 +121,7 @@ class Session:
         from ..attention import resolve_backend
 
         head_dim = setting.config.hidden_size // setting.config.num_attention_heads
-        resolve_backend(backend, setting.device.type, setting.dtype, head_dim, lengths=(64,), needs_grad=train)
+        resolve_backend(backend, setting.device, setting.dtype, head_dim, lengths=(64,), needs_grad=train)
 
     # ---------------------------------------------------------------- the three views
 

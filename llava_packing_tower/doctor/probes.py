@@ -9,13 +9,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 from . import ERROR, WARNING, Finding
 
 TIMEOUT = 300
 VARLEN_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen")
 # Largest difference from the float32 reference that is allowed, outputs and gradients being of order one.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
 
 @dataclass
@@ -47,6 +48,11 @@ def attention_backends() -> tuple[list[Backend], list[Finding]]:
             result.reason = result.reason[1:]
             text = f"attention backend {name} does not work here: {result.reason}"
             findings.append(Finding(ERROR, "attention", text, "export LLAVA_PACKING_ATTENTION=sdpa"))
+        # A build can lack it, and LLaVA loads checkpoints in it unless it is told otherwise.
+        half = _try_backend(name, device, torch.float16) if result.runs and dtype == torch.bfloat16 else result
+        if half is not result and half.reason:
+            text = f"attention backend {name} does not work here in float16: {half.reason.removeprefix('!')}"
+            findings.append(Finding(WARNING, "attention", text, "leave mm_packing_attention at auto, or use bf16"))
     kernels = [r for r in results if r.runs and r.name in VARLEN_KERNELS]
     if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and not kernels:
         text = "no variable-length attention kernel runs on this GPU: batches of many sizes go one size at a time"
@@ -66,7 +72,8 @@ def _device():
 def _try_backend(name, device, dtype) -> Backend:
     import torch
 
-    from ..attention import backend_module, varlen_attention
+    from ..attention import backend_module, eager
+    from ..packing import make_segments
 
     heads, width = 2, 64
     module = backend_module(name)
@@ -77,25 +84,24 @@ def _try_backend(name, device, dtype) -> Backend:
     backward = module.why_not(device, dtype, width, True) is None
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(sum(lengths), heads, width, generator=generator).to(dtype) for _ in range(4)]
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
-    def outputs(backend: str, where: torch.device, precision: torch.dtype) -> list[torch.Tensor]:
+    def outputs(backend: ModuleType, where: torch.device, precision: torch.dtype) -> list[torch.Tensor]:
         q, k, v, weight = (x.to(where, precision) for x in inputs)
         q, k, v = (x.requires_grad_(backward) for x in (q, k, v))
         with torch.set_grad_enabled(backward):
-            out = varlen_attention(q, k, v, bounds.to(where), max(lengths), lengths=lengths, backend=backend)
+            out = backend.attend(q, k, v, make_segments(lengths, where), width**-0.5)
         tensors = [out]
         if backward:
             tensors += torch.autograd.grad(out, (q, k, v), weight)
         return [tensor.detach().float().cpu() for tensor in tensors]
 
     try:
-        actual = outputs(name, device, dtype)
+        actual = outputs(module, device, dtype)
     except Exception as error:  # a kernel that was built for something else fails in its own way; that is the result
         return Backend(
             name, False, reason=f"!{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
-    expected = outputs("eager", torch.device("cpu"), torch.float32)
+    expected = outputs(eager, torch.device("cpu"), torch.float32)
     worst = max((a - e).abs().max().item() for a, e in zip(actual, expected, strict=True))
     if not worst <= TOLERANCE[str(dtype).removeprefix("torch.")]:
         return Backend(name, False, worst, backward, f"!its results differ from eager by {worst:.1e}")
