@@ -106,7 +106,8 @@ def resolve_backend(
     that cannot take the device, dtype, head width, lengths, that has no backward where one is needed, or is wrong.
     """
     candidates, device = auto_order(lengths, needs_grad) if name == "auto" else (name,), torch.device(device)
-    chosen = _choose(candidates, name, device, dtype, head_dim, needs_grad, _can_be_run(device))
+    choose = _choose if _can_look(device) else _choose.__wrapped__  # what could not be looked at is not kept
+    chosen = choose(candidates, name, device, dtype, head_dim, needs_grad)
     if name != "auto" and getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False) and len(set(lengths)) > 1:
         raise ValueError(
             f"attention backend {name!r} needs segments of one length, got {min(lengths)} to {max(lengths)}"
@@ -114,46 +115,44 @@ def resolve_backend(
     return chosen
 
 
-def _can_be_run(device: torch.device) -> bool:
-    """Whether results can be looked at now: not while torch.export traces or a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
-        return False
-    return device.type != "cuda" or not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing()
-
-
 @functools.cache
 def _choose(
-    candidates: tuple[str, ...],
-    asked: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    needs_grad: bool,
-    check: bool,
+    candidates: tuple[str, ...], asked: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
 ) -> str:
     reason = None
     for name in candidates:
-        if asked != "auto" and (missing := getattr(backend_module(name), "missing_package", None)):
+        module = backend_module(name)
+        if asked != "auto" and (missing := getattr(module, "missing_package", None)):
             raise ImportError(missing)
-        reason = _why_not(name, device, dtype, head_dim, needs_grad, check)
+        reason = module.why_not(device, dtype, head_dim, needs_grad)
+        if reason is None and getattr(module, "CHECKED", False):
+            reason = _looked_at(name, device, dtype, head_dim, needs_grad)
         if reason is None:
             _log_choice(name, asked, device.type, dtype, head_dim)
             return name
     raise ValueError(f"attention backend {asked!r} cannot run {dtype} heads of {head_dim} on {device}: {reason}")
 
 
-@functools.cache
-def _why_not(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, check: bool
-) -> str | None:
-    """None if a backend can run such tensors here and, if that is to be checked, does so rightly."""
-    module = backend_module(name)
-    reason = module.why_not(device, dtype, head_dim, needs_grad)
-    if reason is None and check and getattr(module, "CHECKED", False):
-        reason = why_wrong(module, device, dtype, head_dim, needs_grad)
-        if reason is not None:
-            logger.warning("attention backend %s, %s, head width %d: %s", name, dtype, head_dim, reason)
-    return reason
+_verdicts: dict[tuple, str | None] = {}
+
+
+def _looked_at(name: str, *kind: object) -> str | None:
+    """What :func:`why_wrong` says of a backend for this kind of tensors: it is asked once."""
+    key = (name, *kind)
+    if key not in _verdicts:
+        if not _can_look(kind[0]):
+            return None
+        _verdicts[key] = why_wrong(backend_module(name), *kind)
+        if _verdicts[key] is not None:
+            logger.warning("attention backend %s, %s, head width %d: %s", name, *kind[1:3], _verdicts[key])
+    return _verdicts[key]
+
+
+def _can_look(device: torch.device) -> bool:
+    """Whether kernels can be tried out now: not while torch.export traces or a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
