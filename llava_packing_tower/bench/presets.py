@@ -60,7 +60,12 @@ PRESETS: dict[str, Preset] = {
         train=("uni16", "ragged8"),
     ),
     "siglip2": Preset(
-        "siglip2_packing", "SigLIP2 so400m/16", _sizes(1152, 4304, 27, 16, 16), _sizes(72, 144, 3, 2, 16)
+        "siglip2_packing",
+        "SigLIP2 so400m/16",
+        _sizes(1152, 4304, 27, 16, 16),
+        _sizes(72, 144, 3, 2, 16),
+        # What its peers lose by padding depends on the draw of the sizes.
+        forward=("ragged32", *(f"ragged32#{seed}" for seed in range(2, 6))),
     ),
     "aimv2": Preset(
         "aimv2_packing",
