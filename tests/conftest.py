@@ -10,8 +10,12 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each of them 
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+FIVE = int(transformers.__version__.split(".")[0]) >= 5
+only_four = pytest.mark.skipif(FIVE, reason="transformers 4")
+only_five = pytest.mark.skipif(not FIVE, reason="needs transformers 5")
 GOLDEN = Path(__file__).parent / "golden"
 ATOL = 2e-5  # float32 noise between correct implementations is below 1e-5; the smallest structural mistake is 4.7e-5
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers
 import yaml
+from conftest import FIVE
 from PIL import Image
 
 from llava_packing_tower.demo.models import make_decoder, make_tokenizer, make_tower
@@ -135,7 +135,7 @@ def reload(jobs: list[dict], workspace: Path, next_dir: str) -> list[dict]:
 # ---------------------------------------------------------------- trained once, for several tests
 
 # Two stages for LoRA, one in each of the two environments that `make test` runs.
-LORA_STAGE = 2 if int(transformers.__version__.split(".")[0]) >= 5 else 3
+LORA_STAGE = 2 if FIVE else 3
 
 
 def words_for(kind: str, folder: Path) -> list[str]:

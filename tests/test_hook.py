@@ -11,6 +11,7 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
+from conftest import FIVE
 from host_runs import HOSTS, execute
 
 from llava_packing_tower.hosts import builder_hook, find_host
@@ -220,6 +221,8 @@ print("passed")
 @pytest.mark.parametrize("next_dir", HOSTS)
 @pytest.mark.parametrize("late", [False, True])
 def test_real_host(next_dir, late, golden):
+    if late and FIVE:
+        pytest.skip("without the hook, LLaVA is not imported by transformers 5")
     script = textwrap.dedent(SCRIPT).format(late=late, tower=str(golden / "hevc_packing_tower"))
     environment = {**os.environ, "LLAVA_NEXT_DIR": next_dir}
     if late and next_dir:

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from conftest import only_four
 from torch import nn
 
 from llava_packing_tower import training
@@ -150,6 +151,7 @@ class Model(LlamaForCausalLM):
 """
 
 
+@only_four
 def test_fwd_kw(tmp_path, monkeypatch):
     model = module_from(tmp_path, monkeypatch, "fake.model", MODEL.format(more=""))
     signature = inspect.signature(model.Model.forward)

@@ -7,15 +7,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import transformers
+from conftest import FIVE, only_five, only_four
 from test_mends import mended, module_from
 from torch.torch_version import TorchVersion
 from transformers import PretrainedConfig
 
 from llava_packing_tower.tower import HEVCViTPackingVisionTower
 
-FIVE = int(transformers.__version__.split(".")[0]) >= 5
 pytestmark = pytest.mark.newest
-only_five = pytest.mark.skipif(not FIVE, reason="needs transformers 5")
 
 
 # ---------------------------------------------------------------- models, tokenisation, loader
@@ -42,7 +41,7 @@ def test_rope_scaling_none(tmp_path, monkeypatch):
     assert config.rope_parameters is None
 
 
-@pytest.mark.skipif(FIVE, reason="transformers 4")
+@only_four
 def test_rope_scaling_none_is_no_defect_of_transformers_4(tmp_path, monkeypatch):
     (tmp_path / "fake" / "model" / "language_model").mkdir(parents=True)
     (tmp_path / "fake" / "model" / "language_model" / "llava_x.py").write_text("config.rope_scaling = None")
