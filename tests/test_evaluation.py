@@ -186,6 +186,7 @@ json.dump({"results": values, "n-samples": {"smoke": {"effective": 2}}}, open(sy
 
 
 def test_only_a_fresh_result_counts_whatever_the_exit_status(tmp_path):
+    pytest.importorskip("lmms_eval")
     console, arguments = Console(quiet=True), {"pretrained": "x", "weights": "w1"}
     good = runner.run_task(Pretended(arguments, tmp_path, rest=(WRITES,)), "smoke", console)
     assert good.error is None and good.headline() == "exact_match 0.5, 2 samples"

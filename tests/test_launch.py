@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import only_four
 from host_runs import HOSTS, NEXT
 
 from llava_packing_tower import launch, resume
@@ -75,6 +76,7 @@ def words_of(plan):
 # ---------------------------------------------------------------- what is read
 
 
+@only_four  # with 5 the host is not imported without the hook, which adds fields of its own
 def test_arguments_read_from_source_are_those_of_the_real_dataclasses():
     """Names of every field, and which class of the three it belongs to, against the imported host."""
     script = """
