@@ -102,7 +102,7 @@ def main() -> None:
     segments, heads = (FULL, FULL_HEADS) if cuda else (TINY, TINY_HEADS)
     texts = (args.segments or segments).split(",")
     shapes = [tuple(map(int, text.split("x"))) for text in (args.heads or heads).split(",")]
-    rows = []
+    about, rows = environment(device, sys.argv), []
     for (heads, head_dim), text in itertools.product(shapes, texts):
         lengths = lengths_of(text)
         row = {"segments": text, "heads": heads, "head_dim": head_dim, "tokens": sum(lengths), "count": len(lengths)}
@@ -116,7 +116,7 @@ def main() -> None:
             f"{text:14} {heads:3} x {head_dim:<3} {row['tokens']:7} tokens, mean {row['mean']:5}: {times}", flush=True
         )
         if args.json:  # after each row: a run that is cut short keeps what it has
-            write_json({**environment(device, sys.argv), "rows": rows}, args.json)
+            write_json({**about, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,16 @@ GOLDEN = Path(__file__).parent / "golden"
 ATOL = 2e-5  # float32 noise between correct implementations is below 1e-5; the smallest structural mistake is 4.7e-5
 
 
+def unusable(backend: str, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
+    """Why an attention backend cannot be used on this GPU (a build may lack a dtype), or None."""
+    from llava_packing_tower.attention import resolve_backend
+
+    try:
+        resolve_backend(backend, "cuda", dtype, head_dim, needs_grad=needs_grad)
+    except (ImportError, ValueError) as error:
+        return str(error)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """For `pytest -n`: files that share a training are one group, and the long ones begin.

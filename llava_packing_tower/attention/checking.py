@@ -45,6 +45,19 @@ def apart(device: torch.device, grad: bool) -> Iterator[None]:
         yield
 
 
+def random_segments(
+    lengths: tuple[int, ...], heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor, PackedSegments]:
+    """q, k, v and a gradient of the output, each ``[N, heads, head_dim]``, and their metadata.
+
+    Always the same ones; the user's random numbers are not drawn.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(sum(lengths), 4, heads, head_dim, generator=generator, device=device).to(dtype)
+    *given, grad = (x.contiguous() for x in noise.unbind(1))
+    return given, grad, make_segments(lengths, device)
+
+
 def results(
     attend: Callable,
     heads: Sequence[torch.Tensor],
@@ -65,13 +78,11 @@ def why_wrong(
 ) -> str | None:
     """None if a backend gives on random segments what plain attention gives, else what it does not give.
 
-    Its gradients are looked at too where they are needed. Synchronises; the user's random numbers are not drawn.
+    Its gradients are looked at too where they are needed. Synchronises.
     """
     with apart(device, needs_grad):
-        generator = torch.Generator(device).manual_seed(0)
-        noise = torch.randn(sum(LENGTHS), 4, HEADS, head_dim, generator=generator, device=device).to(dtype)
-        *heads, grad = (x.contiguous() for x in noise.unbind(1))
-        rest = make_segments(LENGTHS, device), head_dim**-0.5
+        heads, grad, segments = random_segments(LENGTHS, HEADS, head_dim, device, dtype)
+        rest = segments, head_dim**-0.5
         try:
             got = results(module.attend, heads, *rest, grad if needs_grad else None)
         except torch.cuda.OutOfMemoryError:  # says nothing about the build

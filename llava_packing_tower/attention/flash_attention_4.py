@@ -12,14 +12,13 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..packing import PackedSegments
 from . import eager
-from .checking import apart, close, results
+from .checking import apart, close, random_segments, results
 from .recorded_launches import Launches, watched
 
 logger = logging.getLogger(__name__)
@@ -216,13 +215,9 @@ class _Trial:
     """Random segments of these lengths, and what the package makes of them."""
 
     def __init__(self, lengths: tuple[int, ...], like: torch.Tensor, scale: float) -> None:
-        generator = torch.Generator(like.device).manual_seed(0)  # (the user's random numbers are not ours to draw)
-        shape = (sum(lengths), 4, *like.shape[1:])
-        noise = torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
-        *self.heads, self.grad = (x.contiguous() for x in noise.unbind(1))
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=like.device)
-        self.segments = PackedSegments(cu_seqlens, max(lengths), lengths)
-        self.rest = cu_seqlens, max(lengths), scale
+        made = random_segments(lengths, *like.shape[1:], like.device, like.dtype)
+        self.heads, self.grad, self.segments = made
+        self.rest = self.segments.cu_seqlens, self.segments.max_seqlen, scale
         self.out = _package_forward(*self.heads, *self.rest)
 
     def through_the_package(self, what: str) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:

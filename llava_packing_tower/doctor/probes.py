@@ -49,10 +49,11 @@ def attention_backends() -> tuple[list[Backend], list[Finding]]:
             text = f"attention backend {name} does not work here: {result.reason}"
             findings.append(Finding(ERROR, "attention", text, "export LLAVA_PACKING_ATTENTION=sdpa"))
         # A build can lack it, and LLaVA loads checkpoints in it unless it is told otherwise.
-        half = _try_backend(name, device, torch.float16) if result.runs and dtype == torch.bfloat16 else result
-        if half is not result and half.reason:
-            text = f"attention backend {name} does not work here in float16: {half.reason.removeprefix('!')}"
-            findings.append(Finding(WARNING, "attention", text, "leave mm_packing_attention at auto, or use bf16"))
+        if result.runs and dtype == torch.bfloat16:
+            half = _try_backend(name, device, torch.float16)
+            if half.reason:
+                text = f"attention backend {name} does not work here in float16: {half.reason.removeprefix('!')}"
+                findings.append(Finding(WARNING, "attention", text, "leave mm_packing_attention at auto, or use bf16"))
     kernels = [r for r in results if r.runs and r.name in VARLEN_KERNELS]
     if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and not kernels:
         text = "no variable-length attention kernel runs on this GPU: batches of many sizes go one size at a time"
@@ -73,6 +74,7 @@ def _try_backend(name, device, dtype) -> Backend:
     import torch
 
     from ..attention import backend_module, eager
+    from ..attention.checking import apart, results
     from ..packing import make_segments
 
     heads, width = 2, 64
@@ -86,14 +88,10 @@ def _try_backend(name, device, dtype) -> Backend:
     inputs = [torch.randn(sum(lengths), heads, width, generator=generator).to(dtype) for _ in range(4)]
 
     def outputs(backend: ModuleType, where: torch.device, precision: torch.dtype) -> list[torch.Tensor]:
-        q, k, v, weight = (x.to(where, precision) for x in inputs)
-        q, k, v = (x.requires_grad_(backward) for x in (q, k, v))
-        with torch.set_grad_enabled(backward):
-            out = backend.attend(q, k, v, make_segments(lengths, where), width**-0.5)
-        tensors = [out]
-        if backward:
-            tensors += torch.autograd.grad(out, (q, k, v), weight)
-        return [tensor.detach().float().cpu() for tensor in tensors]
+        *qkv, weight = (x.to(where, precision) for x in inputs)
+        with apart(where, backward):
+            given = make_segments(lengths, where), width**-0.5, weight if backward else None
+            return [tensor.float().cpu() for tensor in results(backend.attend, qkv, *given)]
 
     try:
         actual = outputs(module, device, dtype)

@@ -3,12 +3,13 @@ against float32."""
 
 import pytest
 import torch
+from conftest import unusable
 from families import BLOCK_VARIANTS
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from llava_packing_tower.attention import backend_module, resolve_backend
+from llava_packing_tower.attention import backend_module
 from llava_packing_tower.bench.presets import PRESETS
 from llava_packing_tower.families import family_for
 from llava_packing_tower.fused import kernels, reference
@@ -142,10 +143,8 @@ def tiny(family, **more):
 @pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("family, more", BLOCK_VARIANTS)
 def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal, backend, dtype, checkpointing):
-    try:
-        resolve_backend(backend, "cuda", dtype, 64, needs_grad=True)
-    except (ImportError, ValueError) as error:
-        pytest.skip(str(error))
+    if reason := unusable(backend, dtype, 64, needs_grad=True):
+        pytest.skip(reason)
     model = tiny(family, **more).train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     patch = model.config.patch_size

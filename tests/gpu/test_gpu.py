@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import unusable
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
 from llava_packing_tower.attention import BACKENDS, auto_order, backend_module, resolve_backend, varlen_attention
@@ -13,14 +14,6 @@ from llava_packing_tower.rotation import ROTATIONS, turned_back
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LENGTHS = (300, 17, 1, 64, 513, 128, 300)
-
-
-def usable(name, dtype, dim):
-    """None, or why a backend cannot be used: a build may lack a dtype."""
-    try:
-        resolve_backend(name, "cuda", dtype, dim)
-    except (ImportError, ValueError) as error:
-        return str(error)
 
 
 @pytest.mark.parametrize("dim", [64, 72, 96, 128])
@@ -36,7 +29,7 @@ def test_no_build_is_called_wrong_in_bfloat16(name, dim):
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
 def test_backends_by_the_twice_the_error_rule(backend, dim):
     """Forward and gradients in bf16 against float32, error at most twice the bf16 reference's own."""
-    if reason := usable(backend, torch.bfloat16, dim):
+    if reason := unusable(backend, torch.bfloat16, dim):
         pytest.skip(f"{backend}: {reason}")
     lengths = (256,) * 5 if backend == "cudnn" else LENGTHS
     needs_grad = backend_module(backend).why_not(torch.device("cuda"), torch.bfloat16, dim, True) is None
@@ -84,7 +77,7 @@ def photos(device="cuda", dtype=torch.bfloat16):
 @pytest.mark.parametrize("compile_blocks", [None, False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks, grad):
-    if backend != "auto" and (reason := usable(backend, torch.bfloat16, 64)):
+    if backend != "auto" and (reason := unusable(backend, torch.bfloat16, 64)):
         pytest.skip(f"{backend}: {reason}")
     vision = tower(tmp_path)
     vision.vision_tower.set_attention_backend(backend)
@@ -116,7 +109,7 @@ def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks
 @pytest.mark.parametrize("compile_blocks", [None, False, True])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("cudnn", "eager")] + ["auto"])
 def test_tower_error_at_most_twice_the_references(tmp_path, backend, compile_blocks, low_dtype):
-    if backend != "auto" and (reason := usable(backend, low_dtype, 64)):
+    if backend != "auto" and (reason := unusable(backend, low_dtype, 64)):
         pytest.skip(f"{backend}: {reason}")
     vision = tower(tmp_path)
     model = vision.vision_tower
@@ -147,9 +140,9 @@ def test_host_images_cross_in_one_copy(tmp_path):
 
 def test_auto_takes_a_kernel():
     chosen = resolve_backend("auto", "cuda", torch.bfloat16, 64)
-    assert chosen != "sdpa" or usable("torch_varlen", torch.bfloat16, 64)
+    assert chosen != "sdpa" or unusable("torch_varlen", torch.bfloat16, 64)
     assert resolve_backend("auto", "cuda", torch.float32, 64) == "sdpa"
-    if not usable("cudnn", torch.bfloat16, 64):
+    if not unusable("cudnn", torch.bfloat16, 64):
         assert resolve_backend("auto", "cuda", torch.bfloat16, 64, lengths=(1024, 1024)) == "cudnn"
         with pytest.raises(ValueError, match="needs segments of one length, got 5 to 9"):
             resolve_backend("cudnn", "cuda", torch.bfloat16, 64, lengths=(5, 9))
@@ -228,7 +221,7 @@ def test_recordings_give_the_same_features(family, backend):
     from llava_packing_tower.bench.presets import PRESETS
     from llava_packing_tower.bench.systems import Setting, our_system, random_weights
 
-    if reason := backend != "auto" and usable(backend, torch.bfloat16, 64):
+    if reason := backend != "auto" and unusable(backend, torch.bfloat16, 64):
         pytest.skip(f"{backend}: {reason}")
     preset = PRESETS[family]
     config = preset.config(tiny=True)
@@ -301,7 +294,7 @@ def test_ragged_batches_do_not_recompile(tmp_path):
         return [torch.randn(3, h * 14, w * 14, device="cuda").bfloat16() for h, w in sizes]
 
     # What auto may choose between: each has code of its own, compiled when it is first needed.
-    kinds = {n for n in auto_order((1024, 1024)) if n != "sdpa" and not usable(n, torch.bfloat16, 64)}
+    kinds = {n for n in auto_order((1024, 1024)) if n != "sdpa" and not unusable(n, torch.bfloat16, 64)}
     for train in (False, True):
         vision.requires_grad_(train)
         for _ in range(200):
