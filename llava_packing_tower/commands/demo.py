@@ -13,11 +13,12 @@ from pathlib import Path
 from ..demo import OUTPUT
 
 TAKES_REST = True
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path(OUTPUT), help=f"folder for everything ({OUTPUT})")
-    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="(configs/demo.yaml)")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="(the packaged configs/demo.yaml)")
     parser.epilog = "Other --key value pairs replace keys of the config, e.g. --max_steps 100 --seed 1."
 
 
