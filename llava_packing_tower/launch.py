@@ -26,6 +26,7 @@ from .native.settings import KEYS, NATIVE, PREFIX, check_settings
 from .nodes import Nodes, free_port
 from .reading import read_overrides, read_yaml
 from .resume import last_complete
+from .tower_names import PACKING, STANDARD, random_clip, strip_prefix, tower_kind
 
 ENTRY = "llava_packing_tower.train_entry"
 ALIASES = {"mm_vision_tower": "vision_tower"}
@@ -36,6 +37,7 @@ RENAMED = {
     "no_cuda": "use_cpu",
     "use_cpu": "no_cuda",
 }
+TOWER_WORDS = {PACKING: "packing tower", STANDARD: "standard LlavaViT", None: "LLaVA's own"}
 REQUIRED = ("model_name_or_path", "vision_tower", "data_path", "output_dir")
 TRUE, FALSE = ("true", "yes", "1", "y", "t"), ("false", "no", "0", "n", "f")
 
@@ -72,7 +74,7 @@ class Plan:
             "host": str(self.host),
             "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "deepspeed")),
             "decoder": self.values["model_name_or_path"],
-            "tower": self.values["vision_tower"],
+            "tower": f"{self.values['vision_tower']} ({TOWER_WORDS[tower_kind(self.values['vision_tower'])]})",
             "trained": self.values.get("mm_tunable_parts") or "as the host's own arguments say",
             "engine": f"{engine}, {where}" + (f" on the hosts of {self.hostfile}" if self.hostfile else ""),
             "output": self.values["output_dir"],
@@ -160,11 +162,16 @@ def check_files(values: dict[str, object], beside: Path) -> int | None:
         path = values.get(name)
         if isinstance(path, str) and path and "{" not in path and not Path(path).expanduser().exists():
             raise UsageError(f"{name}: {path} does not exist")
-    tower = str(values["vision_tower"])
-    tower = tower[len("packing:") :] if tower.lower().startswith("packing:") else tower
-    for name, path in (("vision_tower", tower), ("model_name_or_path", str(values["model_name_or_path"]))):
+    tower, decoder = str(values["vision_tower"]), str(values["model_name_or_path"])
+    for name, path in (("vision_tower", strip_prefix(tower)), ("model_name_or_path", decoder)):
         if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
             raise UsageError(f"{name}: folder {path} does not exist")
+    try:
+        reason = random_clip(tower)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if reason is not None:
+        raise UsageError(reason)
     if values.get("lora_enable") and find_spec("peft") is None:
         raise UsageError("lora_enable needs peft: pip install peft")
     return check_deepspeed(values, beside)

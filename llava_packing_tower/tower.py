@@ -23,16 +23,11 @@ from .native.settings import NativeSettings, settings_of
 from .packing import Grid, batch_images_to_packing_input, longest_first, read_grid, split_packed
 from .recording import encode_recorded
 from .strict import StrictPreTrainedModel
+from .tower_names import strip_prefix
 
 logger = logging.getLogger(__name__)
 
-NAME_PREFIX = "packing:"
 ATTENTION_ENV = "LLAVA_PACKING_ATTENTION"
-
-
-def strip_prefix(name: str) -> str:
-    """A folder or hub id without the optional ``packing:`` in front."""
-    return name[len(NAME_PREFIX) :] if name.lower().startswith(NAME_PREFIX) else name
 
 
 def folder_fingerprint(folder: str | os.PathLike) -> str:

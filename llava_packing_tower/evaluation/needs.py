@@ -10,6 +10,7 @@ from pathlib import Path
 from ..doctor.versions import Run, impossible, installed, unmet
 from ..hosts import find_host
 from ..loading import CONFIG_NAME, read_json
+from ..tower_names import PACKING, tower_kind
 from . import MODEL
 from . import __name__ as package
 
@@ -70,7 +71,7 @@ def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
         raise ValueError(f"{checkpoint} is no checkpoint: it has no {CONFIG_NAME}")
     config = read_json(checkpoint / CONFIG_NAME)
     tower = str(config.get("mm_vision_tower") or "")
-    if "packing" not in tower.lower():
+    if tower_kind(tower, config.get("mm_packing_config")) != PACKING:
         raise ValueError(
             f"{checkpoint} has no packing tower: its mm_vision_tower is {tower!r}. lmms-eval's own models take it "
             f"(llava, llava_onevision)"

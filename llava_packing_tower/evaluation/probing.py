@@ -25,7 +25,8 @@ from .. import __version__
 from ..demo.files import write_aside
 from ..loading import resolve_folder
 from ..native.settings import NativeSettings
-from ..tower import HEVCViTPackingVisionTower, folder_fingerprint, strip_prefix
+from ..tower import HEVCViTPackingVisionTower, folder_fingerprint
+from ..tower_names import strip_prefix
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val")

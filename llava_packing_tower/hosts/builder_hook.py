@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+from ..tower_names import random_clip, tower_kind
 from .imports import ImportHooks
 from .patches import Patches
 
-# The first word that occurs in the name (case-insensitive) decides: module and class of the tower.
+# What tower_names.tower_kind calls them, module and class of the tower.
 TOWERS: tuple[tuple[str, str, str], ...] = (
     ("packing", "llava_packing_tower.tower", "HEVCViTPackingVisionTower"),
     ("hevc_vit", "llava_packing_tower.standard_tower", "HEVCViTVisionTower"),
@@ -21,19 +22,20 @@ FUNCTION = "build_vision_tower"
 _MARK = "_llava_packing_original"
 
 
-def tower_class(name: object) -> type | None:
-    """The tower class for a vision tower name, or None where LLaVA is to decide.
+def tower_class(name: object, note: Mapping | None = None) -> type | None:
+    """The tower class for a vision tower name, or None where LLaVA is to decide: see :mod:`..tower_names`.
+
+    note: ``mm_packing_config`` of the LLaVA checkpoint that names it, if there is one.
 
     Raises ``ValueError`` for a name whose tower this version of the package does not have.
     """
-    if not isinstance(name, str):
-        return None
+    kind = tower_kind(name, note)
     for word, module, cls in TOWERS:
-        if word in name.lower():
+        if word == kind:
             if find_spec(module) is None:
                 raise ValueError(
-                    f"vision tower {name!r}: its name contains {word!r}, which selects {cls}, and this version has no "
-                    f"such tower. Use a packing checkpoint, with 'packing' in its name or as 'packing:{name}'."
+                    f"vision tower {name!r}: its name selects {cls} ({word!r}), and this version has no such tower. "
+                    f"Use a packing checkpoint, with 'packing' in its name or as 'packing:{name}'."
                 )
             return getattr(import_module(module), cls)
     return None
@@ -46,10 +48,12 @@ def hooked(original: Callable) -> Callable:
     def build_vision_tower(vision_tower_cfg: object, **kwargs: object) -> object:
         # The same two attributes, in the same order, as the function it stands in for.
         name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
-        cls = tower_class(name)
-        if cls is None:
-            return original(vision_tower_cfg, **kwargs)
         saved = getattr(vision_tower_cfg, "mm_packing_config", None)
+        cls = tower_class(name, saved)
+        if cls is None:
+            if reason := random_clip(name):
+                raise ValueError(reason)
+            return original(vision_tower_cfg, **kwargs)
         if saved and saved.get("weights") == "checkpoint":
             # LLaVA 1.x always asks to delay; these weights can only arrive while its checkpoint loads.
             kwargs["delay_load"] = False

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..loading import CONFIG_NAME, WeightFiles, read_json, resolve_folder, write_json
-from ..tower import strip_prefix
+from ..tower_names import strip_prefix
 from .tuning import has_weights
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,100 @@
+"""Which tower a name means: the prefix, what a checkpoint noted, what the folder says, the words in the name."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from test_launch import files  # noqa: F401
+
+from llava_packing_tower import launch, tower_names
+from llava_packing_tower.cli import UsageError
+from llava_packing_tower.hosts.builder_hook import hooked, tower_class
+from llava_packing_tower.tower_names import tower_kind
+
+CLONE = "llava-packing-tower/checkpoints"  # a clone of this project: "packing" is in the name of a parent
+
+
+def make_folder(root, name, model_type):
+    folder = root / name
+    folder.mkdir(parents=True)
+    content = {} if model_type is None else {"model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "kind"),
+    [
+        ("my_tower", "siglip2_packing", "packing"),  # ours, whatever it is called
+        ("clip-vit", "llava_vit_packing", "packing"),
+        ("aimv2-large-packing", "aimv2", "packing"),  # published: by the folder's own name
+        ("llava_vit_packing", "llava_vit", "packing"),
+        ("hevc_vit_large", "llava_vit", "hevc_vit"),
+        ("hevc_vit_large", "llava_vit_packing", "hevc_vit"),
+        ("aimv2-large", "aimv2", None),
+        (f"{CLONE}/aimv2-large", "aimv2", None),
+        (f"{CLONE}/clip-vit-large-patch14-336", "clip_vision_model", None),
+        ("clip_packing", "clip", None),
+        ("hevc_vit/clip-vit", "clip", None),
+        ("hevc_vit_clip", "clip_vision_model", None),
+        ("x_packing", None, "packing"),  # a config.json that does not say: the name
+    ],
+)
+def test_a_folder_is_what_its_config_says(tmp_path, name, model_type, kind):
+    root = tmp_path / "any"  # pytest's own folders must not decide
+    assert "packing" not in str(root).lower() and "hevc" not in str(root).lower()
+    folder = make_folder(root, name, model_type)
+    assert tower_kind(folder) == kind
+    assert tower_kind(folder + "/") == kind
+    assert tower_kind(f"packing:{folder}") == "packing"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("/nowhere/packing/llava_vit_large", "packing"),
+        ("org/Model-PACKING", "packing"),
+        ("/nowhere/hevc_vit/large", "hevc_vit"),
+        ("openai/clip-vit-large-patch14-336", None),
+        (None, None),
+    ],
+)
+def test_with_nothing_to_look_at_the_name_decides(name, kind):
+    assert tower_kind(name) == kind
+
+
+def test_a_checkpoint_knows_its_tower_when_the_folder_is_gone():
+    note = {"weights": "checkpoint", "config": {"model_type": "dinov3_packing"}}
+    assert tower_kind("/gone/my_tower") is None and tower_kind("/gone/my_tower", note) == "packing"
+    assert tower_kind("/gone/my_tower", {"config": {"model_type": "onevision_encoder"}}) == "hevc_vit"
+
+
+def test_one_line_says_why_a_name_with_packing_is_not_ours(tmp_path, caplog):
+    folder = make_folder(tmp_path, f"{CLONE}/clip", "clip_vision_model")
+    with caplog.at_level(logging.INFO, tower_names.logger.name):
+        assert [tower_class(folder) for _ in range(3)] == [None] * 3
+    assert len(caplog.records) == 1 and "clip_vision_model" in caplog.text
+
+
+def test_llava_never_makes_a_random_clip_of_an_encoder_of_ours(tmp_path):
+    built = hooked(lambda cfg, **kwargs: "LLaVA's own")
+    folder = make_folder(tmp_path, "siglip2-so400m", "siglip2")
+    with pytest.raises(ValueError, match=f"random weights. Write packing:{folder}"):
+        built(type("Config", (), {"mm_vision_tower": folder}))
+    clip = make_folder(tmp_path, "clip", "clip_vision_model")
+    assert built(type("Config", (), {"mm_vision_tower": clip})) == "LLaVA's own"
+
+
+def test_the_launcher_reads_the_folder(tmp_path, files):  # noqa: F811
+    ours = make_folder(tmp_path, "my_tower", "siglip2_packing")
+    plan = launch.make_plan(files(mm_vision_tower=ours), num_processes=1)
+    assert f"{ours} (packing tower)" in plan.describe()
+    clip = make_folder(tmp_path, "clip", "clip_vision_model")
+    assert f"{clip} (LLaVA's own)" in launch.make_plan(files(mm_vision_tower=clip), num_processes=1).describe()
+    with pytest.raises(UsageError, match="Write packing:"):
+        launch.make_plan(files(mm_vision_tower=make_folder(tmp_path, "dino", "dinov3_vit")), num_processes=1)
+    (tmp_path / "clip" / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="not valid JSON"):
+        launch.make_plan(files(mm_vision_tower=clip), num_processes=1)
