@@ -8,9 +8,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from PIL import Image
 
 from llava_packing_tower import hosts
 from llava_packing_tower.demo.models import make_tower
@@ -157,3 +160,23 @@ def test_a_frozen_tower_comes_from_its_folder_though_no_file_has_it(model_class,
     (saved / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(changed)}))
     with pytest.raises(ValueError, match="has changed since"):
         load(str(saved), None, saved.name, attn_implementation="eager")
+
+
+# ---------------------------------------------------------------- LLaVA's own CLIP
+
+
+@pytest.mark.parametrize("pinpoints", ["(1x1),...,(2x2)", [[224, 448], [448, 224]]])
+def test_anyres_with_the_processor_of_clip(model_class, pinpoints):
+    """Tiles and whole image as the processor of the installed transformers makes them, whatever its size is."""
+    utils = sys.modules["llavaction.mm_utils"]
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
+    pixels = torch.randint(0, 255, (300, 180, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    image = Image.fromarray(pixels.numpy())
+    tiles = utils.process_anyres_image(image, processor, pinpoints)
+    whole = image.resize((224, 224))
+    best = utils.resize_and_pad_image(image, (224, 448))
+    parts = [whole, best.crop((0, 0, 224, 224)), best.crop((0, 224, 224, 448))]
+    expected = [processor.preprocess(part, return_tensors="pt")["pixel_values"][0] for part in parts]
+    assert torch.equal(tiles, torch.stack(expected))
+    config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=pinpoints)
+    assert torch.equal(utils.process_images([image], processor, config)[0], tiles)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import pickle
 import sys
 import textwrap
 from pathlib import Path
@@ -104,8 +105,8 @@ class LLaVATrainer(Trainer):
 def trainer_with(tmp_path, monkeypatch):
     numbers = itertools.count()
 
-    def make(body: str) -> ModuleType:
-        text = TRAINER.format(body=textwrap.indent(textwrap.dedent(body), "    "))
+    def make(body: str, more: str = "") -> ModuleType:
+        text = TRAINER.format(body=textwrap.indent(textwrap.dedent(body), "    ")) + more
         return module_from(tmp_path, monkeypatch, f"fake.train.llava_trainer{next(numbers)}", text)
 
     return make
@@ -177,6 +178,76 @@ def test_sampler_dataset(trainer_with, monkeypatch):
     assert trainer._get_train_sampler([1]) == "mine" == trainer._get_train_sampler()
     # LLaVA-NeXT calls its sampler from a loader of its own, without the dataset.
     assert mended("sampler_dataset", trainer_with(own + "\ndef get_train_dataloader(self): pass")) is None
+
+
+def test_sampler_dataset_of_every_trainer_of_the_module(trainer_with, monkeypatch):
+    monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, train_dataset=None: None)
+    other = "\nclass LLaVADPOTrainer(Trainer):\n    def _get_train_sampler(self):\n        return 'other'\n"
+    host = trainer_with("def get_train_dataloader(self): pass\ndef _get_train_sampler(self): return 'own'", other)
+    assert mended("sampler_dataset", host) is not None
+    assert host.LLaVADPOTrainer._get_train_sampler(None, [1]) == "other"
+    with pytest.raises(TypeError):
+        host.LLaVATrainer._get_train_sampler(None, [1])  # its own loader does not pass one
+
+
+SEEDS = "\nfrom transformers.trainer_utils import seed_worker\n"
+
+
+def test_worker_seeds(trainer_with, monkeypatch):
+    """Two ranks of two workers: four seeds, the same again in the next run, and by every way to start a worker."""
+    import transformers.trainer_utils
+
+    def with_numbers(worker_id: int, num_workers: int, rank: int) -> None:
+        transformers.set_seed(num_workers * rank + torch.initial_seed() % 2**32)
+
+    monkeypatch.setattr(transformers.trainer_utils, "seed_worker", lambda _: None)
+    assert mended("worker_seeds", trainer_with("pass", SEEDS)) is None
+    monkeypatch.setattr(transformers.trainer_utils, "seed_worker", with_numbers)
+    host = trainer_with("pass", SEEDS)
+    with pytest.raises(TypeError):
+        host.seed_worker(0)
+    patches = mended("worker_seeds", host)
+    assert pickle.loads(pickle.dumps(host.seed_worker)) is host.seed_worker  # a worker that is spawned
+
+    def seeds(rank: int) -> list[int]:
+        monkeypatch.setenv("RANK", str(rank))
+        draw = torch.Generator().manual_seed(5)
+        return [
+            int(seed)
+            for seed in torch.utils.data.DataLoader(
+                Seeds(), num_workers=2, worker_init_fn=host.seed_worker, generator=draw, multiprocessing_context="fork"
+            )
+        ]
+
+    first, second = seeds(0), seeds(1)
+    assert len({*first, *second}) == 4 and seeds(0) == first and second == [seed + 2 for seed in first]
+    patches.undo()
+    assert host.seed_worker is with_numbers
+
+
+class Seeds(torch.utils.data.Dataset):
+    """Two samples, one for each worker: what the worker was seeded with."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return torch.initial_seed()
+
+
+def test_optimizer_model(trainer_with, monkeypatch):
+    host = trainer_with("def create_optimizer(self):\n    return self.model")
+    trainer = host.LLaVATrainer.__new__(host.LLaVATrainer)
+    trainer.model = "plain"
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda self: None)
+    assert mended("optimizer_model", host) is None
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda self, model=None: None)
+    patches = mended("optimizer_model", host)
+    assert trainer.create_optimizer("wrapped") == "wrapped"
+    assert trainer.create_optimizer() == trainer.model == "plain"
+    patches.undo()
+    with pytest.raises(TypeError):
+        trainer.create_optimizer("wrapped")
 
 
 def test_tokenizer_argument(trainer_with, monkeypatch):

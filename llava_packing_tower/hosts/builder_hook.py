@@ -87,10 +87,10 @@ def hook_function(
             raise AttributeError(f"{module.__name__} has no {name}: this LLaVA is not laid out as expected")
         original = getattr(function, _MARK, function)
         wrapper = function if original is not function else wrap(original)
-        for other in _holders(package, name, original):
+        for other in holders(package, name, original):
             patches.set(other, name, wrapper)
         # A module that is imported later copies the wrapper itself; undo has to know of it.
-        patches.on_undo(lambda: _restore_copies(package, name, wrapper, original))
+        patches.on_undo(lambda: restore_copies(package, name, wrapper, original))
 
     hooks.after(f"{package}.{defined_in}", patch)
     hooks.after(f"{package}.model.llava_arch", patch)
@@ -102,12 +102,13 @@ def mark_wrapper(wrapper: Callable, original: Callable) -> Callable:
     return wrapper
 
 
-def _restore_copies(package: str, name: str, wrapper: Callable, original: Callable) -> None:
-    for module in _holders(package, name, wrapper):
+def restore_copies(package: str, name: str, wrapper: Callable, original: Callable) -> None:
+    """Put ``original`` back in every imported module of ``package`` in which ``name`` stands for ``wrapper``."""
+    for module in holders(package, name, wrapper):
         setattr(module, name, original)
 
 
-def _holders(package: str, name: str, function: Callable) -> list[ModuleType]:
+def holders(package: str, name: str, function: Callable) -> list[ModuleType]:
     """The imported modules of ``package`` in which ``name`` stands for ``function``."""
     # vars(), not getattr(): asking a lazy module for an attribute it lacks can import half of transformers.
     return [

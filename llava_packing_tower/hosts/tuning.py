@@ -110,8 +110,8 @@ def tune_parts(train: ModuleType, patches: Patches) -> None:
         create = trainer.create_optimizer
 
         @functools.wraps(create)
-        def create_optimizer(self):
-            optimizer = create(self)
+        def create_optimizer(self, *model):
+            optimizer = create(self, *model)
             rate = getattr(self.args, "mm_vision_tower_lr", None)
             if rate is not None:
                 split_groups(optimizer, {id(p) for n, p in self.model.named_parameters() if _part(n) == PARTS[0]}, rate)

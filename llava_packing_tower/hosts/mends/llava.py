@@ -149,8 +149,8 @@ def empty_groups(trainer: ModuleType, patches: Patches) -> None:
     create = trainer.LLaVATrainer.create_optimizer
 
     @functools.wraps(create)
-    def create_optimizer(self):
-        optimizer = create(self)
+    def create_optimizer(self, *model):
+        optimizer = create(self, *model)
         # In place: the optimizer has no state yet, and whoever holds it sees the same list.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from ..builder_hook import holders, restore_copies
 from ..patches import Patches
 from . import mend
 from .trainer import _source
@@ -91,6 +92,49 @@ def chat_template_ids(train: ModuleType, patches: Patches) -> None:
             return _preprocess(sources, tokenizer, *args, **kwargs)
 
         patches.set(train, name, wrapped)
+
+
+# ---------------------------------------------------------------- images
+
+
+class _SizesAsDicts:
+    """An image processor whose sizes are dicts, as in transformers 4, and which is the given one in all else."""
+
+    def __init__(self, processor: object) -> None:
+        self._processor = processor
+
+    def __getattr__(self, name: str) -> object:
+        from transformers.image_utils import SizeDict
+
+        value = getattr(self._processor, name)
+        return dict(value) if isinstance(value, SizeDict) else value
+
+
+def _size_is_no_dict(mm_utils: ModuleType) -> bool:
+    import transformers.image_utils as image_utils
+
+    asks = "isinstance(processor.size, dict)" in _source(vars(mm_utils).get("process_anyres_image"))
+    return asks and hasattr(image_utils, "SizeDict") and not issubclass(image_utils.SizeDict, dict)
+
+
+@mend(
+    module="{package}.mm_utils",
+    reason="the host asks whether an image processor's size is a dict, and takes a SizeDict, which the processors of "
+    "transformers 5 have (CLIP's, for anyres), for a pair of numbers",
+    defect=_size_is_no_dict,
+)
+def size_dicts(mm_utils: ModuleType, patches: Patches) -> None:
+    package, name = mm_utils.__name__.partition(".")[0], "process_anyres_image"
+    original = vars(mm_utils)[name]
+
+    @functools.wraps(original)
+    def process_anyres_image(image, processor, grid_pinpoints):
+        return original(image, _SizesAsDicts(processor), grid_pinpoints)
+
+    # Modules that are imported already hold copies, and those that come later make them.
+    for holder in holders(package, name, original):
+        patches.set(holder, name, process_anyres_image)
+    patches.on_undo(lambda: restore_copies(package, name, process_anyres_image, original))
 
 
 # ---------------------------------------------------------------- the loader

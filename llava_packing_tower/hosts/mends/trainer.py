@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from types import ModuleType
 
 from ..patches import Patches
@@ -70,27 +71,93 @@ def save_metrics(trainer: ModuleType, patches: Patches) -> None:
     patches.set(_base(trainer), "_save_checkpoint", _save_checkpoint)
 
 
-def _sampler_gets_the_dataset(trainer: ModuleType) -> bool:
-    own = vars(trainer.LLaVATrainer)
-    sampler = own.get("_get_train_sampler")
-    if sampler is None or "get_train_dataloader" in own:  # with a loader of its own, the host calls it as it is
-        return False
-    return _takes(_base(trainer)._get_train_sampler, "train_dataset") and not _takes(sampler, "train_dataset")
+def _samplers_without_dataset(trainer: ModuleType) -> list[type]:
+    """The module's trainers whose own sampler transformers would call with a dataset that it does not take."""
+    base = _base(trainer)
+    if not _takes(base._get_train_sampler, "train_dataset"):
+        return []
+    return [
+        cls
+        for cls in vars(trainer).values()
+        if isinstance(cls, type) and issubclass(cls, base) and cls.__module__ == trainer.__name__
+        # With a data loader of its own, the host calls its sampler as it is.
+        if "_get_train_sampler" in vars(cls) and "get_train_dataloader" not in vars(cls)
+        if not _takes(cls._get_train_sampler, "train_dataset")
+    ]
 
 
 @mend(
     module="{package}.train.llava_trainer",
     reason="transformers calls _get_train_sampler with the dataset, which the host's own does not take",
-    defect=_sampler_gets_the_dataset,
+    defect=lambda trainer: bool(_samplers_without_dataset(trainer)),
 )
 def sampler_dataset(trainer: ModuleType, patches: Patches) -> None:
-    sampler = trainer.LLaVATrainer._get_train_sampler
+    for cls in _samplers_without_dataset(trainer):
+        sampler = cls._get_train_sampler
 
-    @functools.wraps(sampler)
-    def _get_train_sampler(self, train_dataset=None):
-        return sampler(self)  # it reads self.train_dataset, the same one
+        @functools.wraps(sampler)
+        def _get_train_sampler(self, train_dataset=None, _sampler=sampler):
+            return _sampler(self)  # it reads self.train_dataset, the same one
 
-    patches.set(trainer.LLaVATrainer, "_get_train_sampler", _get_train_sampler)
+        patches.set(cls, "_get_train_sampler", _get_train_sampler)
+
+
+def _seeds_workers_by_number_alone(trainer: ModuleType) -> bool:
+    seed = vars(trainer).get("seed_worker")
+    if seed is None:
+        return False
+    try:
+        inspect.signature(seed).bind(0)
+    except TypeError:
+        return True
+    return False
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the host hands seed_worker to its own DataLoader, which calls it with a worker's number alone; from "
+    "transformers 4.52 on it also takes the number of workers and the rank",
+    defect=_seeds_workers_by_number_alone,
+)
+def worker_seeds(trainer: ModuleType, patches: Patches) -> None:
+    patches.set(trainer, "seed_worker", seed_worker)
+
+
+def seed_worker(worker_id: int) -> None:
+    """Seed a worker as transformers' own DataLoader does. Runs in the worker, which knows how many there are.
+
+    A function of a module, without a closure: a worker that is spawned gets it by name. The rank is the launcher's.
+    """
+    from torch.utils.data import get_worker_info
+    from transformers.trainer_utils import seed_worker as seed
+
+    seed(worker_id, num_workers=get_worker_info().num_workers, rank=int(os.environ.get("RANK", "0")))
+
+
+def _optimizer_gets_the_model(trainer: ModuleType) -> bool:
+    own = vars(trainer.LLaVATrainer).get("create_optimizer")
+    return own is not None and _takes(_base(trainer).create_optimizer, "model") and not _takes(own, "model")
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="under FSDP 1 transformers 5 calls create_optimizer with the wrapped model, which the host's own does not "
+    "take",
+    defect=_optimizer_gets_the_model,
+)
+def optimizer_model(trainer: ModuleType, patches: Patches) -> None:
+    create = trainer.LLaVATrainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(self, model=None):
+        own = self.model
+        self.model = own if model is None else model  # the host reads self.model
+        try:
+            return create(self)
+        finally:
+            self.model = own
+
+    patches.set(trainer.LLaVATrainer, "create_optimizer", create_optimizer)
 
 
 @mend(
