@@ -17,6 +17,7 @@ from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .module_state import Snapshot, addresses, state_of
 from .packing import PackedSegments
+from .participation import checkpoint_input
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,9 @@ class PackedEncoder(nn.Module):
             else:
                 run = layer if body is None else functools.partial(layer, body=body)
             if self.gradient_checkpointing and self.training:
-                run = functools.partial(self._gradient_checkpointing_func, run)
+                hidden_states = checkpoint_input(layer, hidden_states)
+                if hidden_states.requires_grad:  # else there is nothing to compute again
+                    run = functools.partial(self._gradient_checkpointing_func, run)
             hidden_states, pending = run(hidden_states, pending, segments, rotary, backend)
             if index in keep:
                 states[index] = settle(hidden_states, pending)

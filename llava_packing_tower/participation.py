@@ -44,3 +44,16 @@ def join_idle(model: nn.Module, states: Sequence[torch.Tensor], layers_run: int)
     idle = [p for p in weights if p.requires_grad and _is_whole(p)]
     first, *rest = states
     return (_ZeroGradients.apply(first, *idle) if idle else first, *rest)
+
+
+def checkpoint_input(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The input of a block that is checkpointed: it asks for a gradient where the block is trained above frozen ones.
+
+    The weights of a block are no inputs of its checkpoint. A reentrant one (the default of transformers before 5) gives
+    them gradients only if an input asks for one.
+    """
+    if hidden_states.requires_grad or not torch.is_grad_enabled():
+        return hidden_states
+    if any(p.requires_grad for p in state_of(block).snapshot().weights):
+        return hidden_states.detach().requires_grad_()
+    return hidden_states

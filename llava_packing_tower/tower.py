@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,6 +40,26 @@ def folder_fingerprint(folder: str | os.PathLike) -> str:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def frozen_folder(name: str, note: Mapping) -> Path | None:
+    """The folder of a frozen tower: what its name is from here, else where it was in training; None for neither.
+
+    note: ``mm_packing_config``. A relative name may be another tower's from here: where training noted the folder, that
+    one comes first, and a fingerprint that differs counts as absent.
+    """
+    typed, noted = strip_prefix(name), note.get("folder")
+    relative = not Path(typed).expanduser().is_absolute()
+    places = [Path(place).expanduser() for place in ((noted, typed) if relative else (typed, noted)) if place]
+    there = [place for place in places if place.is_dir()]
+    if not there and relative and note.get("folder") is None:
+        try:
+            return resolve_folder(typed)  # a hub id
+        except ValueError:
+            return None
+    if not relative or (expected := note.get("fingerprint")) is None:
+        return next(iter(there), None)
+    return next((place for place in there if folder_fingerprint(place) == expected), None)
 
 
 def wants_loading(args: object) -> bool:
@@ -97,7 +117,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         if self._in_checkpoint:
             raw = self._saved["config"]
             return self._model_class(raw.get("model_type")).config_class.from_dict(raw)
-        raw = read_json(resolve_folder(strip_prefix(self.vision_tower_name)) / CONFIG_NAME)
+        raw = read_json(self._folder() / CONFIG_NAME)
         family = self._model_class(raw.get("model_type"))
         own = raw.get("model_type") == family.config_class.model_type
         return family.config_class.from_dict(raw) if own else family.config_from_source(raw)
@@ -137,10 +157,20 @@ class HEVCViTPackingVisionTower(nn.Module):
             rule = ResolutionRule(self.config.patch_size, merge, settings.min_patches, settings.max_patches)
             self.image_processor = NativeImageProcessor(base, rule, settings)
 
-    def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
-        folder = resolve_folder(strip_prefix(self.vision_tower_name))
+    def _folder(self) -> Path:
+        """The tower's own folder. Raises ``ValueError`` where it is not found."""
+        found = frozen_folder(self.vision_tower_name, self._saved) if self._saved else None
+        return found or resolve_folder(strip_prefix(self.vision_tower_name))
+
+    def read_folder(self, device: torch.device | str = "cpu") -> StrictPreTrainedModel:
+        """A model with the weights of the tower's own folder; ``ValueError`` where they do not fit."""
+        folder = self._folder()
         family = self._model_class(read_json(folder / CONFIG_NAME).get("model_type"))
-        model = family.from_pretrained(folder, device=device)
+        return family.from_pretrained(folder, device=device)
+
+    def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
+        folder, model = self._folder(), self.read_folder(device)
+        family = type(model)
         processor = family.load_image_processor(folder, model.config)
         if self._saved and (expected := self._saved.get("fingerprint")) and folder_fingerprint(folder) != expected:
             raise ValueError(
@@ -182,7 +212,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         """What a LLaVA checkpoint must remember of this tower (JSON types only), for ``config.mm_packing_config``.
 
         weights: "checkpoint" if the LLaVA checkpoint holds the (tuned) weights, "folder" if they are to be taken from
-        the tower's own folder again; then a fingerprint of the folder is included.
+        the tower's own folder again; then a fingerprint of the folder is included, and where it was.
         """
         if weights not in ("checkpoint", "folder"):
             raise ValueError(f"weights must be 'checkpoint' or 'folder', got {weights!r}")
@@ -192,7 +222,10 @@ class HEVCViTPackingVisionTower(nn.Module):
             "image_processor": self.image_processor.to_dict(),
         }
         if weights == "folder":
-            content["fingerprint"] = folder_fingerprint(resolve_folder(strip_prefix(self.vision_tower_name)))
+            folder = self._folder()
+            content["fingerprint"] = folder_fingerprint(folder)
+            if Path(strip_prefix(self.vision_tower_name)).expanduser().is_dir():  # no hub id
+                content["folder"] = str(folder.resolve())
         return content
 
     # ---------------------------------------------------------------- forward

@@ -65,6 +65,7 @@ def plugin_environment() -> dict[str, str]:
 
 def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
     """Raises ``ValueError`` for what is no LLaVA checkpoint with a packing tower, or lacks the tower's weights."""
+    from ..hosts.model_class import check_host_has, class_name
     from ..hosts.whole import names_in_files
 
     if not (checkpoint / CONFIG_NAME).is_file():
@@ -76,6 +77,7 @@ def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
             f"{checkpoint} has no packing tower: its mm_vision_tower is {tower!r}. lmms-eval's own models take it "
             f"(llava, llava_onevision)"
         )
+    check_host_has(find_host().root, class_name(config), checkpoint)
     in_checkpoint = (config.get("mm_packing_config") or {}).get("weights") == "checkpoint"
     if in_checkpoint and not any("vision_tower." in name for name in names_in_files(checkpoint, base)):
         raise ValueError(

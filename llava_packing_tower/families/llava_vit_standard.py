@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..image_processor import PackingImageProcessor
 from ..layers import MLP, BlockConfig, RMSNorm, make_norm
 from ..loading import Recipe, WeightPlan
-from ..participation import join_idle
+from ..participation import checkpoint_input, join_idle
 from ..strict import StrictPreTrainedModel
 from .key_maps import carried
 from .llava_vit_keys import SOURCE_TYPE, plan_standard
@@ -157,7 +157,9 @@ class StandardEncoder(nn.Module):
         """States in the order of ``keep``, 0 the input of layer 0; layers above the highest index are not run."""
         states = {0: x} if 0 in keep else {}
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
-            if self.gradient_checkpointing and self.training:
+            checkpointed = self.gradient_checkpointing and self.training
+            x = checkpoint_input(layer, x) if checkpointed else x
+            if checkpointed and x.requires_grad:  # else there is nothing to compute again
                 x = self._gradient_checkpointing_func(layer.__call__, x, table)
             else:
                 x = layer(x, table)

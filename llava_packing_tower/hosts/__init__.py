@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -77,26 +78,49 @@ def _extend(package: str) -> None:
     # Imported when the host is: these modules need torch, and `import builder_patch` must stay cheap.
     def on_arch(arch: ModuleType) -> None:
         from .participation import into_model
+        from .saving import note_when_saving
         from .tuning import remember_tower
 
         remember_tower(arch, _patches)
+        note_when_saving(arch, _patches)
         into_model(arch, _patches)
+
+    def on_models(models: ModuleType) -> None:
+        from .saving import note_with_models
+
+        note_with_models(models, _patches)
 
     def on_builder(builder: ModuleType) -> None:
         from .after_load import after_load
         from .frozen import restore_frozen
-        from .whole import check_loaded
+        from .model_class import load_by_architectures
+        from .whole import check_loaded, projector_in_full, strict_adapter
 
-        after_load(builder, _patches, restore_frozen, check_loaded)
+        after_load(builder, _patches, projector_in_full, restore_frozen, check_loaded)
+        strict_adapter(builder, _patches)
+        load_by_architectures(builder, _patches)
 
     def on_train(train: ModuleType) -> None:
         from .arguments import extend
+        from .gradients import check_gradients
+        from .model_class import train_by_architectures
+        from .saving import save_what_is_trained
         from .tuning import tune_parts
 
         extend(train, _patches)
         tune_parts(train, _patches)
+        train_by_architectures(train, _patches)
+        save_what_is_trained(train, _patches)
+        check_gradients(train, _patches)
 
+    def on_utilities(original: Callable) -> Callable:
+        from .model_class import name_by_architectures
+
+        return builder_hook.mark_wrapper(name_by_architectures(original), original)
+
+    builder_hook.hook_function(package, "mm_utils", "get_model_name_from_path", on_utilities, _hooks, _patches)
     _hooks.after(f"{package}.model.llava_arch", on_arch)
+    _hooks.after(f"{package}.model", on_models)
     _hooks.after(f"{package}.model.builder", on_builder)
     _hooks.after(f"{package}.train.train", on_train)
 

@@ -21,11 +21,17 @@ from ..native.settings import asks_for_native
 from ..native.video import Clip, read_clip
 from ..native.visuals import VIDEO
 from .inference import Checkpoint, build_prompt
+from .model_class import class_name
 
 IGNORE = -100
 IMAGE = "image"
-# LLaVA's own defaults for the conversation, by the model_type of a checkpoint that does not say what it was trained in.
-CONVERSATIONS = {"llava_qwen": "qwen_1_5", "llava_mistral": "mistral_instruct", "llava_mixtral": "mistral_instruct"}
+# LLaVA's own defaults for the conversation, by the class of a checkpoint that does not say what it was trained in.
+CONVERSATIONS = {
+    "LlavaQwenForCausalLM": "qwen_1_5",
+    "LlavaQwenMoeForCausalLM": "qwen_1_5",
+    "LlavaMistralForCausalLM": "mistral_instruct",
+    "LlavaMixtralForCausalLM": "mistral_instruct",
+}
 DEFAULT_CONVERSATION = "v1"
 
 
@@ -53,7 +59,7 @@ def conversation_name(config: object, asked: str | None = None) -> str:
     Raises ``ValueError`` for a template that the host does not have.
     """
     name = asked or getattr(config, "mm_packing_conversation", None)
-    name = name or CONVERSATIONS.get(getattr(config, "model_type", ""), DEFAULT_CONVERSATION)
+    name = name or CONVERSATIONS.get(class_name(vars(config), plain=True), DEFAULT_CONVERSATION)
     build_prompt(name, "?")  # raises where there is none
     return name
 

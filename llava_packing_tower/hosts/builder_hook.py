@@ -84,6 +84,8 @@ def hook_function(
     def patch(module: ModuleType) -> None:
         function = vars(module).get(name)
         if function is None:
+            if module.__name__ != f"{package}.{defined_in}" and name != FUNCTION:
+                return  # llava_arch takes a copy of some of them
             raise AttributeError(f"{module.__name__} has no {name}: this LLaVA is not laid out as expected")
         original = getattr(function, _MARK, function)
         wrapper = function if original is not function else wrap(original)

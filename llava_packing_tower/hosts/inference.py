@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from ..loading import CONFIG_NAME, read_json
-from .standing import self_contained
+from .model_class import loaded_as
 
 
 class Checkpoint(NamedTuple):
@@ -62,46 +59,12 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
         options["torch_dtype"] = dtype if dtype in ("float16", "bfloat16") else "bfloat16"
     if "attn_implementation" in accepted:
         options["attn_implementation"] = "sdpa"
-    name = model_name(folder, content)
+    name = import_module("llava.mm_utils").get_model_name_from_path(str(folder))  # the hook looks at the config
     base = None if model_base is None else str(model_base)
-    with _dtype(builder, getattr(torch, dtype)), self_contained(folder) as place:
-        loaded = Checkpoint(*builder.load_pretrained_model(str(place), base, name, **options))
+    with loaded_as(getattr(torch, dtype)):
+        loaded = Checkpoint(*builder.load_pretrained_model(str(folder), base, name, **options))
     loaded.model.eval()
     return loaded
-
-
-def model_name(folder: Path, content: Mapping[str, object]) -> str:
-    """The name by which the host's loader chooses the model class: from the config, where it says.
-
-    Of itself LLaVA looks for "qwen", "yi" and the like in the name of the folder.
-    """
-    model_type = str(content.get("model_type") or "")
-    if not model_type.startswith("llava"):
-        return import_module("llava.mm_utils").get_model_name_from_path(str(folder))
-    name = "llava_llama" if model_type == "llava" else model_type
-    return f"{name}_lora" if (folder / "adapter_config.json").is_file() else name
-
-
-@contextmanager
-def _dtype(builder: ModuleType, dtype: torch.dtype) -> Iterator[None]:
-    """Make the host load models in `dtype`.
-
-    LLaVA 1.x always asks for float16 and LLaVA-NeXT does by default; a bfloat16 checkpoint would lose small values.
-    """
-
-    class Loader:
-        def __init__(self, model_class: type) -> None:
-            self.model_class = model_class
-
-        def from_pretrained(self, *args: object, **kwargs: object) -> torch.nn.Module:
-            return self.model_class.from_pretrained(*args, **{**kwargs, "torch_dtype": dtype})
-
-    classes = {name: value for name, value in vars(builder).items() if name.endswith("ForCausalLM")}
-    vars(builder).update({name: Loader(value) for name, value in classes.items()})
-    try:
-        yield
-    finally:
-        vars(builder).update(classes)
 
 
 def prepare_image(loaded: Checkpoint, image: Image.Image) -> torch.Tensor:

@@ -16,6 +16,7 @@ from .arguments import host_lacks
 from .patches import Patches
 
 PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
+QUANTISERS = ("bitsandbytes", "quanto", "optimum", "torchao", "hqq", "awq", "gptqmodel")
 LORA_EXTRAS = "non_lora_trainables.bin"
 
 
@@ -146,23 +147,50 @@ def check_tower_weights(
     state = tower.state_dict()
     sentence = "the vision tower does not have the weights of"
     if saved.get("weights") != "checkpoint":
-        nan = [name for name, tensor in state.items() if tensor.isnan().any()]
+        nan = [name for name, tensor in state.items() if is_plain(tensor) and tensor.isnan().any()]
         refuse({"without a value": nan}, f"{sentence} its own folder")
         return
     found = tower_tensors(model_path, model_base)
+    # What a quantised layer keeps beside its weight, or in place of it, comes from that weight in the file.
+    made = tuple(f"{name}." for name in foreign_layers(tower) if f"{name}.weight" in found)
     problems = {
-        "not in the checkpoint": sorted(state.keys() - found.keys()),
-        "with no place in the tower": sorted(found.keys() - state.keys()),
+        "not in the checkpoint": sorted(name for name in state.keys() - found.keys() if not name.startswith(made)),
+        "with no place in the tower": sorted(n for n in found.keys() - state.keys() if not n.startswith(made)),
         "different from the checkpoint": [],
     }
     for name in state.keys() & found.keys():
         here = state[name]
         # Offloaded or quantised by the caller's own wish: there is nothing here that could be compared.
-        if here.is_meta or not here.is_floating_point():
-            continue
-        if not torch.equal(here.cpu(), found[name].to(here.dtype)):
+        if is_plain(here) and not torch.equal(here.cpu(), found[name].to(here.dtype)):
             problems["different from the checkpoint"].append(name)
     refuse(problems, f"{sentence} {model_path}")
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds weights that can be read here: in memory, floating-point, no library's own kind."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta and tensor.is_floating_point()
+
+
+def foreign_layers(module: nn.Module) -> list[str]:
+    """The names of layers that keep their weight in another form than it has in a file: quantised ones.
+
+    By what they hold (integers, a library's own tensors) or by having no parameter ``weight`` in the state at all.
+    """
+    names = []
+    for name, layer in module.named_modules():
+        own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        quantised = any(
+            not tensor.is_floating_point() or type(tensor) not in (torch.Tensor, nn.Parameter)
+            for tensor in own.values()
+        )
+        if own and (quantised or _is_foreign(layer)):
+            names.append(name)
+    return names
+
+
+def _is_foreign(layer: nn.Module) -> bool:
+    """A layer of a quantisation library, by its package."""
+    return type(layer).__module__.split(".")[0] in QUANTISERS
 
 
 def refuse(problems: Mapping[str, list[str]], sentence: str) -> None:
