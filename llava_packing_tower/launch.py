@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +24,13 @@ from .hosts.base import Argument, FoundHost, host_arguments
 from .native.settings import KEYS, NATIVE, PREFIX, check_settings
 from .nodes import Nodes, free_port
 from .reading import read_overrides, read_yaml
-from .resume import last_complete
+from .resume import finished, last_complete, misfit, read_saved
+from .run_lock import LOCK, LOCK_ENV
+from .supervise import supervise
 from .tower_names import PACKING, STANDARD, random_clip, strip_prefix, tower_kind
 
 ENTRY = "llava_packing_tower.train_entry"
+CONFIGS = Path(__file__).parent / "configs"
 ALIASES = {"mm_vision_tower": "vision_tower"}
 # Names that transformers changed: either is taken, whichever of the two the installed version knows.
 RENAMED = {
@@ -66,8 +68,7 @@ class Plan:
         if self.nodes.count > 1:
             where = f"{self.nodes.count} machines x {where}"
         if self.processes:
-            where += f", world size {self.processes * self.nodes.count}"
-        start = last_complete(self.values["output_dir"])
+            where += f", world size {self.world_size}"
         engine = "no DeepSpeed" if self.zero_stage is None else f"DeepSpeed ZeRO-{self.zero_stage}"
         engine = "FSDP" if self.values.get("fsdp") else engine
         rows = {
@@ -78,9 +79,30 @@ class Plan:
             "trained": self.values.get("mm_tunable_parts") or "as the host's own arguments say",
             "engine": f"{engine}, {where}" + (f" on the hosts of {self.hostfile}" if self.hostfile else ""),
             "output": self.values["output_dir"],
-            "start": "from the beginning" if start is None else f"goes on from {start.name}",
+            "start": self.start(),
         }
         return "\n".join(f"{key:>9}: {value}" for key, value in rows.items())
+
+    @property
+    def world_size(self) -> int | None:
+        """Processes on all machines; None where only DeepSpeed's launcher will know."""
+        return self.processes and self.processes * self.nodes.count
+
+    @property
+    def finished(self) -> int | None:
+        """The steps that were done, where an earlier run in the same folder did all of them."""
+        return finished(self.values["output_dir"], self.values)
+
+    def start(self) -> str:
+        """Where the run begins, in words."""
+        if (steps := self.finished) is not None:
+            return f"finished already, after {steps} steps: nothing will be done"
+        checkpoint = last_complete(self.values["output_dir"])
+        if checkpoint is None:
+            return "from the beginning"
+        saved, asked = read_saved(checkpoint), int(str(self.values.get("max_steps") or -1))
+        changed = f" (its schedule was for {saved.max_steps} steps)" if 0 < asked != saved.max_steps else ""
+        return f"goes on from {checkpoint.name}{changed}"
 
 
 def _version(distribution: str) -> str:
@@ -210,7 +232,8 @@ def check_resolution(values: Mapping[str, object]) -> None:
 def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
     """The ZeRO stage that ``deepspeed`` asks for (None: no DeepSpeed).
 
-    ``deepspeed`` may also be a file beside the YAML; its path is made absolute in ``values``.
+    ``deepspeed`` may also be a file beside the YAML, or one of those that the package brings; its path is made absolute
+    in ``values``.
     """
     config = values.get("deepspeed")
     if config is None:
@@ -223,9 +246,13 @@ def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
                 f"{flag} silently switches DeepSpeed off. Leave it out: where there is no GPU, the CPU is used anyway"
             )
     if isinstance(config, str):
-        file = next((f for f in (Path(config).expanduser(), beside / config) if f.is_file()), None)
+        shipped = CONFIGS / Path(config).name  # also for configs/zero2.json as an example of ours has it
+        file = next((f for f in (Path(config).expanduser(), beside / config, shipped) if f.is_file()), None)
         if file is None:
-            raise UsageError(f"deepspeed: {config} is neither in the current folder nor in {beside}")
+            known = ", ".join(sorted(f.name for f in CONFIGS.glob("*.json")))
+            raise UsageError(
+                f"deepspeed: {config} is neither in the current folder nor in {beside}, the package has only {known}"
+            )
         values["deepspeed"] = str(file.resolve())
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -306,6 +333,7 @@ def make_plan(
         check_hostfile(hostfile)
     plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
     check_versions(plan, known)
+    check_resume(plan)
     plan.environment = _environment(plan)
     plan.command = _command(plan)
     return plan
@@ -335,6 +363,19 @@ def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
         raise UsageError("these versions cannot run this:\n" + "\n".join(str(problem) for problem in problems))
 
 
+def check_resume(plan: Plan) -> None:
+    """Raises :class:`UsageError` where the run would go on from a checkpoint that was saved by another kind of run."""
+    checkpoint = last_complete(plan.values["output_dir"])
+    try:
+        if plan.finished is not None or checkpoint is None:
+            return
+        reason = misfit(checkpoint, plan.world_size, plan.zero_stage)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if reason is not None:
+        raise UsageError(f"output_dir: this run cannot go on from {checkpoint}: {reason}")
+
+
 def _gpus() -> int:
     import torch
 
@@ -343,11 +384,15 @@ def _gpus() -> int:
 
 def _environment(plan: Plan) -> dict[str, str]:
     """What the processes need in their environment; what the user has set stays."""
-    wanted = {"TOKENIZERS_PARALLELISM": "false"}
+    wanted = {
+        "TOKENIZERS_PARALLELISM": "false",
+        LOCK_ENV: str(Path(str(plan.values["output_dir"])).expanduser().resolve() / LOCK),
+    }
+    # torchrun would give each process one thread, also to an optimizer that runs on the CPU.
+    if plan.processes is not None:
+        wanted["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // plan.processes))
     if plan.device == "cpu":
-        cores = len(os.sched_getaffinity(0))
         wanted |= {
-            "OMP_NUM_THREADS": str(max(1, cores // plan.processes)),
             # DeepSpeed counts CPU sockets with the numactl program unless it is told how many processes there are.
             "LOCAL_SIZE": str(plan.processes),
         }
@@ -363,20 +408,19 @@ def _alone(plan: Plan) -> bool:
 
 def _command(plan: Plan) -> list[str]:
     words = [sys.executable, "-m"]
-    if plan.device == "gpu" and plan.zero_stage is not None and plan.nodes.count == 1:
+    if plan.hostfile:
+        if plan.zero_stage is None:
+            raise UsageError("--hostfile needs DeepSpeed: give a `deepspeed:` configuration")
         words += ["deepspeed.launcher.runner", "--master_port", str(plan.nodes.port or free_port())]
         words += ["--num_gpus", str(plan.processes)] if plan.processes else []
-        words += ["--hostfile", plan.hostfile] if plan.hostfile else []
-        words += ["--module", ENTRY]
-        if plan.hostfile:
-            return [*words, pack(to_argv(plan.values), {**os.environ, **plan.environment})]
-    elif plan.hostfile:
-        raise UsageError("--hostfile needs DeepSpeed: give a `deepspeed:` configuration")
-    elif _alone(plan):
+        words += ["--hostfile", plan.hostfile, "--module", ENTRY]
+        return [*words, pack(to_argv(plan.values), {**os.environ, **plan.environment})]
+    if _alone(plan):
         # Not through torchrun: in its environment even one process trains in DDP, which refuses unused parameters.
         words += [ENTRY]
     else:
-        # Through torchrun, one process with DeepSpeed included: on a CPU it does not start without its environment.
+        # Through torchrun, one process with DeepSpeed included: on a CPU it does not start without its environment. On
+        # GPUs too: DeepSpeed's own launcher counts GPUs from 0 and overrides CUDA_VISIBLE_DEVICES.
         words += ["torch.distributed.run", *plan.nodes.torchrun(plan.processes), "--module", ENTRY]
     return words + to_argv(plan.values)
 
@@ -388,10 +432,4 @@ def run(plan: Plan) -> int:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif _alone(plan):  # with more GPUs in sight, transformers would use DataParallel
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    process = subprocess.Popen(plan.command, env=environment, stdin=subprocess.DEVNULL)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # The terminal has sent it to the launcher as well, which stops its processes: wait for that.
-            continue
+    return supervise(plan.command, environment)

@@ -72,6 +72,13 @@ class Nodes:
         except ValueError:
             return host == "localhost"
 
+    @property
+    def meeting_place(self) -> str | None:
+        """What the launchers of one run on several machines have in common; None on one machine."""
+        if self.count == 1:
+            return None
+        return f"{self.endpoint or f'{self.address}:{self.port}'} {self.meeting or ''}".strip()
+
     def torchrun(self, processes: int) -> list[str]:
         """Words for ``python -m torch.distributed.run``; ``processes`` on each machine."""
         words = ["--nproc_per_node", str(processes)]

@@ -38,7 +38,10 @@ def read_yaml(file: str | os.PathLike) -> dict[str, object]:
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, object]:
-    """``--key value``, ``--key=value``, ``--key a b`` and a bare ``--key`` (true) as a mapping."""
+    """``--key value``, ``--key=value``, ``--key a b`` and a bare ``--key`` (true) as a mapping.
+
+    The value ``null`` unsets a key of the YAML, as it does there.
+    """
     values: dict[str, object] = {}
     position = 0
     while position < len(words):
@@ -51,5 +54,5 @@ def read_overrides(words: Sequence[str]) -> dict[str, object]:
         while not equals and position < len(words) and not words[position].startswith("--"):
             given.append(words[position])
             position += 1
-        values[key] = given[0] if len(given) == 1 else given or True
+        values[key] = (None if given[0] == "null" else given[0]) if len(given) == 1 else given or True
     return values

@@ -1,7 +1,8 @@
 """Which checkpoint a run goes on from: the last one that is complete, told by a mark that is written last of all.
 
 The hosts go on from the folder ``checkpoint-N`` with the highest number, whole or not. A run that was killed while it
-saved leaves one that is not: the launcher moves it out of the way before the host looks. No torch here.
+saved leaves one that is not: the launcher moves it out of the way before the host looks. Whether a complete one fits
+the run that is started is told from its files, before anything is loaded. No torch here.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 MARK = "packing_complete.json"
+FINISHED = "packing_finished.json"
 STATE = "trainer_state.json"
 ASIDE = "incomplete-"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -79,3 +83,114 @@ def set_aside(output_dir: str | os.PathLike) -> list[str]:
             f"and put a file {MARK} with {{}} into it"
         )
     return lines
+
+
+# ---------------------------------------------------------------- does it fit this run?
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the files of a checkpoint say of the run that wrote it.
+
+    processes: its world size, None where no file tells; zero_stage: None without DeepSpeed, 1 stands for 1 and 2;
+    optimizer and schedule: whether their states were saved.
+    """
+
+    step: int
+    max_steps: int
+    processes: int | None
+    zero_stage: int | None
+    optimizer: bool
+    schedule: bool
+
+
+def read_saved(checkpoint: Path) -> Saved:
+    """Look at the files of a complete checkpoint. Raises ``ValueError``, naming the file, for a damaged state."""
+    state = _read_state(checkpoint / STATE)
+    # One file of random numbers per rank, by the trainer; a run with one process leaves the rank out.
+    processes = len(list(checkpoint.glob("rng_state_*.pth"))) or (
+        1 if (checkpoint / "rng_state.pth").is_file() else None
+    )
+    stage, optimizer = None, (checkpoint / "optimizer.pt").is_file()
+    latest = checkpoint / "latest"
+    if latest.is_file():
+        folder = checkpoint / latest.read_text(encoding="utf-8").strip()
+        shards = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
+        whole = (folder / "mp_rank_00_model_states.pt").is_file()
+        stage = (1 if whole else 3) if shards else 0
+        processes = shards or processes
+        optimizer = bool(shards) or whole
+    schedule = (checkpoint / "scheduler.pt").is_file() or stage is not None
+    return Saved(state["global_step"], state["max_steps"], processes, stage, optimizer, schedule)
+
+
+def _read_state(file: Path) -> dict[str, object]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    for key in ("global_step", "max_steps"):
+        if not isinstance(state, dict) or type(state.get(key)) is not int:
+            raise ValueError(f"{file} is damaged: it has no whole number {key}")
+    return state
+
+
+def misfit(checkpoint: Path, processes: int | None, zero_stage: int | None) -> str | None:
+    """Why a run of this shape cannot go on from a complete checkpoint, and what can be done; None if it can.
+
+    Args:
+        checkpoint: a complete one.
+        processes: world size of the run, None where only its launcher will know.
+        zero_stage: None without DeepSpeed.
+    """
+    saved = read_saved(checkpoint)
+    fresh = "take another output_dir to begin anew"
+    if not saved.optimizer:
+        return f"it has the weights alone (save_only_model): {fresh}, with model_name_or_path: {checkpoint}"
+    if not saved.schedule:
+        return f"it has no state of the learning rate schedule (scheduler.pt): {fresh}"
+    if (saved.zero_stage is None) != (zero_stage is None):
+        was, now = (_engine(stage) for stage in (saved.zero_stage, zero_stage))
+        return (
+            f"it was saved by a run with {was}, and this one runs with {now}: keep `deepspeed:` as it was, or {fresh}"
+        )
+    if zero_stage is not None and saved.zero_stage != (1 if zero_stage in (1, 2) else zero_stage):
+        was = "ZeRO-1 or 2" if saved.zero_stage == 1 else f"ZeRO-{saved.zero_stage}"
+        return f"its optimizer states are those of {was}, and this run asks for ZeRO-{zero_stage}: keep it, or {fresh}"
+    if processes is not None and saved.processes is not None and processes != saved.processes:
+        return (
+            f"it was saved by {saved.processes} processes, and this run has {processes}: the states of the "
+            f"optimizer and the place in the data are per process. Start {saved.processes} again, or {fresh}"
+        )
+    return None
+
+
+def _engine(stage: int | None) -> str:
+    return "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage}"
+
+
+# ---------------------------------------------------------------- is there anything left to do?
+
+
+def mark_finished(output_dir: str | os.PathLike, step: int, max_steps: int, epochs: float) -> None:
+    """Note, after the last save of a run, that it has done all its steps."""
+    file = Path(output_dir) / FINISHED
+    aside = file.with_name(f"{FINISHED}.{os.getpid()}")
+    aside.write_text(json.dumps({"step": step, "max_steps": max_steps, "epochs": epochs}), encoding="utf-8")
+    aside.replace(file)
+
+
+def finished(output_dir: str | os.PathLike, values: Mapping[str, object]) -> int | None:
+    """The steps that a run in ``output_dir`` has done, if it did all that ``values`` ask for and saved; else None."""
+    file = Path(output_dir).expanduser() / FINISHED
+    if not file.is_file():
+        return None
+    try:
+        done = json.loads(file.read_text(encoding="utf-8"))
+        step, most, epochs = int(done["step"]), int(done["max_steps"]), float(done["epochs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    asked = int(str(values.get("max_steps") or -1))
+    if asked > 0:
+        return step if step >= asked else None
+    return step if step >= most and epochs >= float(str(values.get("num_train_epochs") or 3)) else None

@@ -14,10 +14,15 @@ from importlib import import_module
 from . import hosts
 from .hostfile import unpack
 from .hosts.patches import Patches
+from .run_lock import LOCK_ENV, hold
+from .supervise import watch_launcher
 
 
 def main() -> None:
     sys.argv[1:] = unpack(sys.argv[1:], os.environ)  # before anything reads either
+    watch_launcher()
+    if lock := os.environ.get(LOCK_ENV):
+        hold(lock)
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("llava_packing_tower").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.basicConfig(format="%(message)s")
@@ -28,11 +33,11 @@ def main() -> None:
 
     from . import training
 
-    training.install(train, Patches())
+    trainers = training.install(train, Patches())
     # The host seeds when it makes its trainer, after the projector got its random weights: runs would differ.
     set_seed(int(_argument("seed") or TrainingArguments.seed))
     train.train(attn_implementation=_argument("attn_implementation"))
-    training.finish()
+    training.finish(trainers)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         leave()
 

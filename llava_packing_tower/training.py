@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +20,7 @@ from .hosts.patches import Patches
 from .hosts.tuning import count_parts
 from .launch import zero_stage
 from .record import TowerRecord
-from .resume import mark_complete
+from .resume import mark_complete, mark_finished
 from .tower import HEVCViTPackingVisionTower
 
 
@@ -111,6 +111,18 @@ class EngineCheck(TrainerCallback):
             print("\n".join([*lines, engine]), flush=True)
 
 
+class _NothingLeft(Exception):
+    """All steps were done before the run was interrupted."""
+
+
+class StopWhereNothingIsLeft(TrainerCallback):
+    """A checkpoint of the last step: the trainer would take one step more, and only the host's last save is due."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if 0 < state.max_steps <= state.global_step:
+            raise _NothingLeft
+
+
 class Progress(TrainerCallback):
     """A line per log of the trainer, and at least one every ``interval`` seconds: step, loss, time left."""
 
@@ -184,11 +196,11 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def install(train: ModuleType, patches: Patches) -> None:
+def install(train: ModuleType, patches: Patches) -> list[Trainer]:
     """Give every trainer that the host's ``train.train`` makes the check, marks on its checkpoints, and our progress in
-    place of a bar."""
-    trainer_class = train.LLaVATrainer
-    init = trainer_class.__init__
+    place of a bar. Returns the list in which these trainers will be."""
+    trainer_class, trainers = train.LLaVATrainer, []
+    init, run = trainer_class.__init__, trainer_class.train
 
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
@@ -198,16 +210,33 @@ def install(train: ModuleType, patches: Patches) -> None:
         self.add_callback(EngineCheck(self))
         self.add_callback(Progress())
         self.add_callback(TowerRecord())
+        self.add_callback(StopWhereNothingIsLeft())
+        trainers.append(self)
+
+    @functools.wraps(run)
+    def train_to_the_end(self, *args, **kwargs):
+        try:
+            return run(self, *args, **kwargs)
+        except _NothingLeft:
+            if self.state.is_world_process_zero:
+                print(f"all {self.state.global_step} steps were done before: the model is saved", flush=True)
 
     patches.set(trainer_class, "__init__", __init__)
+    patches.set(trainer_class, "train", train_to_the_end)
     mark_checkpoints(trainer_class, patches)
+    return trainers
 
 
-def finish() -> None:
-    """Wait until every rank has written what it writes, then leave the process group.
+def finish(trainers: Sequence[Trainer]) -> None:
+    """Wait until every rank has written what it writes, note that the run has ended, leave the process group.
 
-    The hosts do not: a rank with nothing to save ends first, and the launcher kills the one that is still writing.
+    The hosts do not wait: a rank with nothing to save ends first, and the launcher kills the one that is still writing.
     """
+    barrier()
+    for trainer in trainers:
+        state = trainer.state
+        if state.is_world_process_zero and 0 < state.max_steps <= state.global_step:
+            mark_finished(trainer.args.output_dir, state.global_step, state.max_steps, trainer.args.num_train_epochs)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 import host_runs
 import pytest
@@ -80,6 +81,113 @@ def test_killed_while_saving(trainings, tmp_path, kind, file):
     weights = [load_file(folder / "model.safetensors") for folder in (output, straight)]
     assert weights[0].keys() == weights[1].keys()
     assert [name for name, tensor in weights[0].items() if not torch.equal(tensor, weights[1][name])] == []
+
+
+@needs_host
+@pytest.mark.timeout(400)
+def test_a_run_that_has_done_all_its_steps(trainings, tmp_path):
+    """Killed in its last save, it saves; finished, it does nothing: neither takes a step more."""
+    words = ["--deepspeed", "configs/zero2.json", "--save_strategy", "steps", "--save_steps", "4", "--max_steps", "4"]
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(KILLER)
+    output = tmp_path / "llava_llama_killed"
+    environment = host_runs.environment(host_runs.NEXT)
+    killing = {"PYTHONPATH": str(tmp_path / "hook"), "KILL_WHEN_WRITING": f"{output.name}/model.safetensors"}
+    killed = host_runs.execute(host_runs.train_command(trainings.config, output, *words), {**environment, **killing})
+    assert killed.returncode != 0 and resume.last_complete(output).name == "checkpoint-4", killed.stderr
+
+    log = host_runs.train(trainings.config, output, host_runs.NEXT, *words)
+    assert "goes on from checkpoint-4" in log and "all 4 steps were done before" in log and "step 5/" not in log
+    straight = host_runs.output_of(trainings.run("zero2")[0], "zero2")
+    weights = [load_file(folder / "model.safetensors") for folder in (output, straight)]
+    assert weights[0].keys() == weights[1].keys()
+    assert [name for name, tensor in weights[0].items() if not torch.equal(tensor, weights[1][name])] == []
+
+    before = {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in output.rglob("*")}
+    log = host_runs.train(trainings.config, output, host_runs.NEXT, *words)
+    assert "finished already, after 4 steps: nothing will be done" in log and "loss" not in log
+    assert {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in output.rglob("*")} == before
+
+    # Another number of processes, another engine: refused before anything is loaded.
+    more = [*words, "--max_steps", "6"]
+    for change, processes, said in (
+        ([], 1, "saved by 2 processes, and this run has 1"),
+        (["--deepspeed", "configs/zero3.json"], 2, "those of ZeRO-1 or 2, and this run asks for ZeRO-3"),
+        (["--deepspeed", "null"], 2, "saved with DeepSpeed ZeRO-1, and this run has no DeepSpeed"),
+    ):
+        command = host_runs.train_command(trainings.config, output, *more, *change, processes=processes)
+        refused = host_runs.execute(command, environment)
+        assert refused.returncode == 2 and said in refused.stderr, refused.stdout + refused.stderr
+        assert "goes on" not in refused.stdout
+    assert {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in output.rglob("*")} == before
+
+
+def saved_by(folder: Path, *files: str, latest: str | None = None) -> Path:
+    made = folder / "checkpoint-8"
+    for name in files:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).touch()
+    if latest is not None:
+        (made / "latest").write_text(latest)
+    (made / resume.STATE).write_text('{"global_step": 8, "max_steps": 20}')
+    return made
+
+
+PLAIN = ("optimizer.pt", "scheduler.pt")
+SHARDS = tuple(f"global_step8/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(3))
+RANKS = tuple(f"rng_state_{rank}.pth" for rank in range(3))
+
+
+@pytest.mark.parametrize(
+    ("files", "latest", "processes", "stage", "reason"),
+    [
+        (("model.safetensors", "rng_state.pth"), None, 1, None, "the weights alone"),
+        (("optimizer.pt", "rng_state.pth"), None, 1, None, "no state of the learning rate"),
+        ((*PLAIN, "rng_state.pth"), None, 1, None, None),
+        ((*PLAIN, "rng_state.pth"), None, 4, None, "by 1 processes, and this run has 4"),
+        ((*PLAIN, *RANKS), None, 3, None, None),
+        ((*PLAIN, *RANKS), None, 2, None, "by 3 processes, and this run has 2"),
+        ((*PLAIN, *RANKS), None, 3, 2, "saved with no DeepSpeed"),
+        ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 2, None),
+        ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 1, None),
+        ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 3, "those of ZeRO-1 or 2"),
+        ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 2, 2, "by 3 processes"),
+        ((*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"), "global_step8", 3, 3, None),
+        ((*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"), "global_step8", 3, 2, "those of ZeRO-3"),
+        ((*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"), "global_step8", None, 3, None),
+        ((*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"), "global_step8", 3, None, "no DeepSpeed"),
+        (("model.safetensors",), "global_step8", 3, 3, "the weights alone"),
+    ],
+)
+def test_which_run_can_go_on_from_a_checkpoint(tmp_path, files, latest, processes, stage, reason):
+    found = resume.misfit(saved_by(tmp_path, *files, latest=latest), processes, stage)
+    assert found is None if reason is None else reason in found and "another output_dir" in found
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"global_step": "8", "max_steps": 9}', '{"global_step": 8}'])
+def test_a_damaged_state_is_named(tmp_path, text):
+    folder = saved_by(tmp_path, *PLAIN)
+    (folder / resume.STATE).write_text(text)
+    with pytest.raises(ValueError, match=r"checkpoint-8/trainer_state\.json is damaged"):
+        resume.misfit(folder, 1, None)
+
+
+def test_what_counts_as_finished(tmp_path):
+    assert resume.finished(tmp_path, {}) is None
+    resume.mark_finished(tmp_path, step=10, max_steps=10, epochs=2.0)
+    for values, steps in (
+        ({"max_steps": 10}, 10),
+        ({"max_steps": "9"}, 10),
+        ({"max_steps": 11}, None),
+        ({"num_train_epochs": 2}, 10),
+        ({"num_train_epochs": "2.5"}, None),
+        ({"max_steps": -1, "num_train_epochs": 1}, 10),
+        ({}, None),  # three epochs by default
+    ):
+        assert resume.finished(tmp_path, values) == steps, values
+    (tmp_path / resume.FINISHED).write_text("{}")
+    with pytest.raises(ValueError, match=r"packing_finished\.json is damaged"):
+        resume.finished(tmp_path, {})
 
 
 @needs_host

@@ -234,6 +234,27 @@ def test_configurations_of_the_repository(name, next_dir, monkeypatch):
 # ---------------------------------------------------------------- what is started
 
 
+def test_null_unsets_a_key(files):
+    file = files(warmup_ratio=0.03)
+    for words in (["--deepspeed", "null"], ["--deepspeed=null"]):
+        plan = launch.make_plan(file, words, num_processes=2)
+        assert plan.zero_stage is None and "deepspeed" not in words_of(plan)
+    with pytest.raises(UsageError, match="data_path is missing"):
+        launch.make_plan(file, ["--data_path", "null"], num_processes=2)
+
+
+@pytest.mark.parametrize("name", ["zero3.json", "configs/zero3.json"])
+def test_the_shipped_deepspeed_files_are_found_from_anywhere(files, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    file = files(deepspeed=name)
+    for beside in tmp_path.rglob("zero*.json"):
+        beside.unlink()
+    plan = launch.make_plan(file, num_processes=2)
+    assert plan.zero_stage == 3 and Path(plan.values["deepspeed"]).samefile(launch.CONFIGS / "zero3.json")
+    with pytest.raises(UsageError, match=r"zero4\.json is neither .* the package has zero2\.json, zero3\.json only"):
+        launch.make_plan(files(deepspeed="zero4.json"), num_processes=2)
+
+
 def test_cpu_plan(files, monkeypatch):
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

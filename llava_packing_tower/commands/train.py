@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 
 from .. import nodes, resume
 from ..launch import make_plan
 from ..launch import run as run_plan
+from ..run_lock import RunLock
 
 TAKES_REST = True
 
@@ -45,6 +47,13 @@ def run(args: argparse.Namespace) -> int:
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan.environment.items())
         print(f"  command: {settings} {shlex.join(plan.command)}")
         return 0
-    for line in resume.set_aside(plan.values["output_dir"]):
-        print(line, flush=True)
-    return run_plan(plan)
+    if plan.finished is not None:
+        return 0
+    lock = RunLock(plan.values["output_dir"], machines.meeting_place)
+    try:
+        (Path(str(plan.values["output_dir"])).expanduser() / resume.FINISHED).unlink(missing_ok=True)
+        for line in resume.set_aside(plan.values["output_dir"]):
+            print(line, flush=True)
+        return run_plan(plan)
+    finally:
+        lock.release()
