@@ -251,7 +251,7 @@ def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
         if file is None:
             known = ", ".join(sorted(f.name for f in CONFIGS.glob("*.json")))
             raise UsageError(
-                f"deepspeed: {config} is neither in the current folder nor in {beside}, the package has only {known}"
+                f"deepspeed: {config} is neither in the current folder nor in {beside}; the package brings {known}"
             )
         values["deepspeed"] = str(file.resolve())
         try:

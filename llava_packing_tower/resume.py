@@ -150,10 +150,8 @@ def misfit(checkpoint: Path, processes: int | None, zero_stage: int | None) -> s
     if not saved.schedule:
         return f"it has no state of the learning rate schedule (scheduler.pt): {fresh}"
     if (saved.zero_stage is None) != (zero_stage is None):
-        was, now = (_engine(stage) for stage in (saved.zero_stage, zero_stage))
-        return (
-            f"it was saved by a run with {was}, and this one runs with {now}: keep `deepspeed:` as it was, or {fresh}"
-        )
+        was, now = ("DeepSpeed" if stage is not None else "no DeepSpeed" for stage in (saved.zero_stage, zero_stage))
+        return f"it was saved with {was}, and this run has {now}: keep `deepspeed:` as it was, or {fresh}"
     if zero_stage is not None and saved.zero_stage != (1 if zero_stage in (1, 2) else zero_stage):
         was = "ZeRO-1 or 2" if saved.zero_stage == 1 else f"ZeRO-{saved.zero_stage}"
         return f"its optimizer states are those of {was}, and this run asks for ZeRO-{zero_stage}: keep it, or {fresh}"
@@ -163,10 +161,6 @@ def misfit(checkpoint: Path, processes: int | None, zero_stage: int | None) -> s
             f"optimizer and the place in the data are per process. Start {saved.processes} again, or {fresh}"
         )
     return None
-
-
-def _engine(stage: int | None) -> str:
-    return "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage}"
 
 
 # ---------------------------------------------------------------- is there anything left to do?

@@ -113,7 +113,7 @@ def test_a_run_that_has_done_all_its_steps(trainings, tmp_path):
     for change, processes, said in (
         ([], 1, "saved by 2 processes, and this run has 1"),
         (["--deepspeed", "configs/zero3.json"], 2, "those of ZeRO-1 or 2, and this run asks for ZeRO-3"),
-        (["--deepspeed", "null"], 2, "saved with DeepSpeed ZeRO-1, and this run has no DeepSpeed"),
+        (["--deepspeed", "null"], 2, "saved with DeepSpeed, and this run has no DeepSpeed"),
     ):
         command = host_runs.train_command(trainings.config, output, *more, *change, processes=processes)
         refused = host_runs.execute(command, environment)
@@ -147,7 +147,7 @@ RANKS = tuple(f"rng_state_{rank}.pth" for rank in range(3))
         ((*PLAIN, "rng_state.pth"), None, 4, None, "by 1 processes, and this run has 4"),
         ((*PLAIN, *RANKS), None, 3, None, None),
         ((*PLAIN, *RANKS), None, 2, None, "by 3 processes, and this run has 2"),
-        ((*PLAIN, *RANKS), None, 3, 2, "saved with no DeepSpeed"),
+        ((*PLAIN, *RANKS), None, 3, 2, "saved with no DeepSpeed, and this run has DeepSpeed"),
         ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 2, None),
         ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 1, None),
         ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 3, "those of ZeRO-1 or 2"),
@@ -155,7 +155,13 @@ RANKS = tuple(f"rng_state_{rank}.pth" for rank in range(3))
         ((*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"), "global_step8", 3, 3, None),
         ((*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"), "global_step8", 3, 2, "those of ZeRO-3"),
         ((*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"), "global_step8", None, 3, None),
-        ((*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"), "global_step8", 3, None, "no DeepSpeed"),
+        (
+            (*SHARDS, "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt"),
+            "global_step8",
+            3,
+            None,
+            "saved with DeepSpeed, and this run has no DeepSpeed",
+        ),
         (("model.safetensors",), "global_step8", 3, 3, "the weights alone"),
     ],
 )

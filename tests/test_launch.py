@@ -251,7 +251,7 @@ def test_the_shipped_deepspeed_files_are_found_from_anywhere(files, tmp_path, mo
         beside.unlink()
     plan = launch.make_plan(file, num_processes=2)
     assert plan.zero_stage == 3 and Path(plan.values["deepspeed"]).samefile(launch.CONFIGS / "zero3.json")
-    with pytest.raises(UsageError, match=r"zero4\.json is neither .* the package has zero2\.json, zero3\.json only"):
+    with pytest.raises(UsageError, match=r"zero4\.json is neither .*; the package brings zero2\.json, zero3\.json"):
         launch.make_plan(files(deepspeed="zero4.json"), num_processes=2)
 
 
@@ -275,8 +275,9 @@ def test_cpu_plan(files, monkeypatch):
 def test_gpu_plan(files, monkeypatch):
     monkeypatch.setattr(launch, "_gpus", lambda: 4)
     plan = launch.make_plan(files())
-    assert plan.command[2:3] == ["deepspeed.launcher.runner"] and "LOCAL_SIZE" not in plan.environment
-    assert plan.command[plan.command.index("--num_gpus") + 1] == "4"
+    # Not DeepSpeed's launcher, which counts GPUs from 0 whatever CUDA_VISIBLE_DEVICES says.
+    assert plan.command[2:5] == ["torch.distributed.run", "--nproc_per_node", "4"]
+    assert "LOCAL_SIZE" not in plan.environment and "CUDA_VISIBLE_DEVICES" not in plan.environment
     assert launch.make_plan(files(), num_gpus=2).processes == 2
     assert launch.make_plan(files(), num_processes=2).device == "cpu"
     with pytest.raises(UsageError, match="this machine has 4"):

@@ -178,7 +178,7 @@ def test_a_killed_launcher_takes_a_training_with_it(trainings, tmp_path):
     refused = host_runs.execute(command, environment)
     assert refused.returncode == 2 and f"process {process.pid} on" in refused.stderr
     family = of_output(output)
-    assert len(family) >= 2 + 2 * 2, family  # launcher, agent or ranks, workers
+    assert len(family) >= 4, family  # launcher, torchrun, two ranks; workers come and go with the epochs
     process.kill()
     killed = time.monotonic()
     assert ended(family, within=10) == []
