@@ -66,11 +66,12 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="shipped_configs_") as scratch:
         workspace = args.workspace or Path(scratch) / "workspace"
-        if not (workspace / "conversations.yaml").is_file():
-            needs = sorted({(family(name), decoder(name)) for name in names})
+        needs = sorted({(family(name), decoder(name)) for name in names})
+        missing = [pair for pair in needs if not (workspace / f"{'_'.join(pair)}_projector").is_dir()]
+        if missing:
             script = "import sys, pathlib, json, shipped_configs_parts as p; p.make_workspace("
             script += "pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4])"
-            made = [sys.executable, "-c", script, str(workspace), args.size, json.dumps(needs), args.photos or ""]
+            made = [sys.executable, "-c", script, str(workspace), args.size, json.dumps(missing), args.photos or ""]
             subprocess.run(made, env=_environment(), cwd=REPOSITORY, check=True)
             print(f"workspace: {time.monotonic() - began:.0f} s", flush=True)
         for python in args.interpreter or [sys.executable]:

@@ -52,6 +52,8 @@ def make_workspace(folder: Path, size: str, needs: list[tuple[str, str]], photos
 
 
 def _decoder(folder: Path, kind: str, size: str, device: str) -> int:
+    if (folder / "config.json").is_file():
+        return json.loads((folder / "config.json").read_text())["hidden_size"]
     sizes = DECODER if size == "tiny" else FULL["decoder"]
     if kind == "qwen":
         tokenizer = make_qwen_tokenizer(folder)
@@ -84,6 +86,8 @@ def _tower(folder: Path, family: str, size: str, device: str) -> int:
 
 def _data(folder: Path, size: str, photos: Path | None, seed: int) -> None:
     """Photos, a JSON of conversations, one of captions, and a YAML that lists the first with a sampling strategy."""
+    if (folder / "conversations.yaml").is_file():
+        return
     (folder / "images").mkdir(exist_ok=True)
     draw, noise = random.Random(seed), np.random.default_rng(seed)
     sizes = photo_sizes(1.0 if size == "half" else 0.35)

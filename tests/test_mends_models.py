@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -86,6 +87,23 @@ def test_chat_template_ids(tmp_path, monkeypatch, tokenizer):
         patches.undo()
         with pytest.raises(AttributeError):
             train.preprocess_qwen(["a"], tokenizer)
+
+
+@only_five
+def test_additional_tokens_of_a_tokenizer_that_transformers_4_saved(tmp_path, monkeypatch):
+    """From 4.47 to 4.57 it is saved with an empty "extra_special_tokens" beside them, which is all that 5.17 reads."""
+    pytest.importorskip("jinja2")
+    made = transformers.Qwen2Tokenizer(vocab={"?": 0, "a": 1, "b": 2}, merges=[], unk_token="?", pad_token="?")
+    made.add_special_tokens({"extra_special_tokens": ["<s>", "</s>"]})
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    content = {**json.loads(file.read_text()), "extra_special_tokens": {}}
+    file.write_text(json.dumps(content | {"additional_special_tokens": ["<s>", "</s>"]}))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again.extra_special_tokens = []  # 5.23 reads both
+    train = module_from(tmp_path, monkeypatch, "fake.train.train", PREPROCESS)
+    mended("chat_template_ids", train)
+    assert train.preprocess_qwen(["a"], again)[1] == tuple(again.convert_tokens_to_ids(["<s>", "</s>"]))
 
 
 LOADER = """

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -67,10 +68,27 @@ def _as_in_transformers_4(cls: type) -> type:
     def apply_chat_template(self, *args, **kwargs):
         return cls.apply_chat_template(self, *args, **{"return_dict": False, **kwargs})
 
-    ids = property(lambda self: self.convert_tokens_to_ids([str(token) for token in self.extra_special_tokens]))
-    return type(
-        cls.__name__, (cls,), {"apply_chat_template": apply_chat_template, "additional_special_tokens_ids": ids}
-    )
+    def ids(self):
+        tokens = self.extra_special_tokens or _additional_tokens(self.name_or_path)
+        return self.convert_tokens_to_ids([str(token) for token in tokens])
+
+    own = {"apply_chat_template": apply_chat_template, "additional_special_tokens_ids": property(ids)}
+    return type(cls.__name__, (cls,), own)
+
+
+@functools.cache
+def _additional_tokens(folder: str) -> tuple[str, ...]:
+    """What a tokenizer's own configuration calls additional special tokens.
+
+    Saved by transformers 4.47 to 4.57, it has an empty ``extra_special_tokens`` beside them, and 5.17 reads that alone.
+    """
+    from transformers.utils import cached_file
+
+    file = cached_file(folder, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return ()
+    tokens = json.loads(Path(file).read_text(encoding="utf-8")).get("additional_special_tokens") or ()
+    return tuple(token["content"] if isinstance(token, dict) else token for token in tokens)
 
 
 @mend(
