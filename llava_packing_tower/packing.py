@@ -8,16 +8,16 @@ two up loads, runs and gives garbage.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
 
 import torch
 from einops import rearrange
 
+from .cached_metadata import kept
 from .tape import taped
 
 Grid = tuple[int, int, int]
@@ -45,29 +45,11 @@ class PackedSegments:
     max_seqlen: int
     lengths: tuple[int, ...]
 
-
-def kept(maxsize: int) -> Callable[[Callable], Callable]:
-    """``lru_cache`` for functions that make tensors: what is made during inference must serve a later training step.
-
-    ``__wrapped__`` of the result makes without keeping.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def make(*arguments):
-            with torch.inference_mode(False):
-                return function(*arguments)
-
-        cached = functools.lru_cache(maxsize=maxsize)(make)
-
-        @functools.wraps(function)
-        def call(*arguments):
-            return taped(cached, *arguments)
-
-        call.__wrapped__, call.cache_info, call.cache_clear = make, cached.cache_info, cached.cache_clear
-        return call
-
-    return decorate
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSegments:
+        """The same on another device: where blocks lie on several, accelerate's hooks move what a block is given."""
+        if self.cu_seqlens.device == torch.device(device):
+            return self
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
 
 
 def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -91,7 +73,7 @@ def make_segments(lengths: Sequence[int], device: torch.device | str = "cpu") ->
 
 @kept(64)
 def _segments(lengths: tuple[int, ...], device: torch.device) -> PackedSegments:
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
     return PackedSegments(to_device(cu_seqlens, device), max(lengths), lengths)
 
 
@@ -281,7 +263,7 @@ def batch_images_to_packing_input(
         rows = torch.cat([cut.reshape(-1, rows.shape[1]) for cut in cuts]).to(dtype)
     else:
         torch._foreach_copy_(targets, cuts, non_blocking=True)
-    return rows.to(device, non_blocking=True), torch.tensor(grids, dtype=torch.int64)
+    return rows.to(device, non_blocking=True), torch.tensor(grids, dtype=torch.int64, device="cpu")
 
 
 def image_to_packing_input(

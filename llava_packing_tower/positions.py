@@ -11,13 +11,14 @@ from itertools import accumulate
 
 import torch
 
-from .packing import Grid, kept, read_grid, to_device
+from .cached_metadata import kept
+from .packing import Grid, read_grid, to_device
 
 
 @kept(1024)
 def grid_positions(grid: Grid) -> torch.Tensor:
     """(frame, row, column) of every patch of one sample, int64 ``[t*h*w, 3]`` on the host. Do not modify: cached."""
-    return torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, 3)
+    return torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in grid)).reshape(-1, 3)
 
 
 def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tensor:
@@ -92,7 +93,7 @@ def per_token(values: torch.Tensor, lengths: Sequence[int], device: torch.device
 
     (Put together on the host and copied, the positions of 64 large images would keep a GPU waiting for 4 ms.)
     """
-    counts, tokens = torch.tensor(lengths), sum(lengths)
+    counts, tokens = torch.tensor(lengths, device="cpu"), sum(lengths)
     if values.is_floating_point():
         return to_device(values, device).repeat_interleave(to_device(counts, device), dim=0, output_size=tokens)
     both = to_device(torch.cat([values, counts[:, None]], dim=1), device)  # one copy
@@ -103,7 +104,8 @@ def positions_and_sizes(grids: Sequence[Grid], device: torch.device) -> tuple[to
     """Where each token of a packed batch is, and in what: int64 ``[N, 3]`` (frame, row, column), and the grid (frames,
     rows, columns) of its sample."""
     lengths = [t * h * w for t, h, w in grids]
-    values = torch.tensor([(*grid, start) for grid, start in zip(grids, accumulate([0, *lengths]))])
+    starts = accumulate([0, *lengths])
+    values = torch.tensor([(*grid, start) for grid, start in zip(grids, starts)], device="cpu")
     spread = per_token(values, lengths, device)
     _, rows, columns, start = spread.unbind(1)
     place = torch.arange(len(spread), device=device) - start
@@ -123,11 +125,11 @@ def prefix_indices(lengths: tuple[int, ...], prefix: int, device: torch.device) 
     With ``x = cat([prefix_tokens, patches])``: ``x[insert]`` is the packed sequence with prefixes, and
     ``packed[patches]`` its patch tokens alone. Both are int64 on the device, ``[N + segments * prefix]`` and ``[N]``.
     """
-    ends = prefix * torch.arange(1, len(lengths) + 1)
+    ends = prefix * torch.arange(1, len(lengths) + 1, device="cpu")
     tokens = torch.arange(sum(lengths), device=device)
     patches = tokens + per_token(ends[:, None], lengths, device)[:, 0]
     # What is not a patch is a prefix token; which of them, its distance from the start of the segment says.
-    sizes = torch.tensor(lengths)
+    sizes = torch.tensor(lengths, device="cpu")
     starts = (sizes.cumsum(0) - sizes + ends - prefix)[:, None]
     whole = [length + prefix for length in lengths]
     insert = torch.arange(sum(whole), device=device) - per_token(starts, whole, device)[:, 0]
@@ -147,8 +149,8 @@ def batch_positions(grids: Sequence[Grid], patch_positions: torch.Tensor | None,
 @kept(32)
 def frequency_ladder(count: int, base: float, step: float, device: torch.device) -> torch.Tensor:
     """float32 ``base ** (-step * k)`` for ``k = 0 .. count-1``. Do not modify: cached."""
-    exponents = torch.arange(count, dtype=torch.float32) * -step
-    return to_device(torch.pow(torch.tensor(base, dtype=torch.float32), exponents), device)
+    exponents = torch.arange(count, dtype=torch.float32, device="cpu") * -step
+    return to_device(torch.pow(torch.tensor(base, dtype=torch.float32, device="cpu"), exponents), device)
 
 
 def rotary_3d(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,9 +7,14 @@ the tape of the pass before it provides both.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
-_active: Tape | None = None
+_thread = threading.local()  # .active: the tape that this thread makes or plays
+
+
+def _active() -> Tape | None:
+    return getattr(_thread, "active", None)
 
 
 class Tape:
@@ -34,28 +39,27 @@ class Tape:
 
     @contextlib.contextmanager
     def _as_active(self, start: int | None) -> Iterator[None]:
-        global _active
-        before, _active, self._next = _active, self, start
+        before, _thread.active, self._next = _active(), self, start
         try:
             yield
         finally:
-            _active = before
+            _thread.active = before
 
     def take(self, make: Callable, arguments: tuple) -> object:
-        global _active
         if self._next is not None:
             if self._next == len(self._made):
                 raise ValueError(f"the second pass asks for more than the {len(self._made)} values of the first")
             self._next += 1
             return self._made[self._next - 1]
-        _active = None  # what the value itself is made of does not count
+        _thread.active = None  # what the value itself is made of does not count
         try:
             self._made.append(make(*arguments))
         finally:
-            _active = self
+            _thread.active = self
         return self._made[-1]
 
 
 def taped(make: Callable, *arguments: object) -> object:
     """``make(*arguments)``, or that value of the active tape."""
-    return make(*arguments) if _active is None else _active.take(make, arguments)
+    active = _active()
+    return make(*arguments) if active is None else active.take(make, arguments)

@@ -32,6 +32,7 @@ from types import ModuleType
 import torch
 
 from ..packing import PackedSegments
+from ..tracing import traced
 from .checking import why_wrong
 
 logger = logging.getLogger(__name__)
@@ -149,8 +150,8 @@ def _looked_at(name: str, *kind: object) -> str | None:
 
 
 def _can_look(device: torch.device) -> bool:
-    """Whether kernels can be tried out now: not while torch.export traces or a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
+    """Whether kernels can be tried out now: not while something is traced or a CUDA graph is captured."""
+    if traced():
         return False
     return device.type != "cuda" or not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing()
 

@@ -115,9 +115,9 @@ def augmentation(config: DINOv3PackingConfig) -> tuple[torch.Tensor, torch.Tenso
     """
 
     def uniform(limit: float, count: int) -> torch.Tensor:
-        return torch.empty(count).uniform_(-limit, limit)
+        return torch.empty(count, dtype=torch.float32, device="cpu").uniform_(-limit, limit)
 
-    factor, offset = torch.ones(2), torch.zeros(2)
+    factor, offset = torch.ones(2, dtype=torch.float32, device="cpu"), torch.zeros(2, dtype=torch.float32, device="cpu")
     if config.pos_embed_shift is not None:
         offset = uniform(config.pos_embed_shift, 2)
     if config.pos_embed_jitter is not None:
@@ -211,7 +211,9 @@ class DINOv3ViTPacking(PackedVisionModel):
     ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
         prefix, device = 1 + self.config.num_register_tokens, tokens.device
         insert, patches = prefix_indices(tuple(h * w for _, h, w in grids), prefix, device)
-        centres = torch.zeros(len(insert), 2, device=device)  # prefix tokens stand at 0: they are not rotated
+        centres = torch.zeros(
+            len(insert), 2, dtype=torch.float32, device=device
+        )  # prefix tokens stand at 0: they are not rotated
         centres = centres.index_copy(0, patches, self.centres(grids, device))
         rotary = rotary_2d(centres, self.encoder.head_dim, self.config.rope_theta)
         return self.prefix(tokens, insert), self.segments_of(grids, device, prefix), rotary, patches

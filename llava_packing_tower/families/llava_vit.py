@@ -140,8 +140,8 @@ class LlavaViTPackingModel(PackedVisionModel):
         """One vector per sample, ``[B, hidden]``, from final-normed tokens; None without a head."""
         if self.head is None:
             return None
-        lengths = torch.tensor([t * h * w for t, h, w in grids])
-        segment = torch.repeat_interleave(torch.arange(len(grids)), lengths)
+        lengths = torch.tensor([t * h * w for t, h, w in grids], device="cpu")
+        segment = torch.repeat_interleave(torch.arange(len(grids), device="cpu"), lengths)
         return self.head(tokens, to_device(segment, tokens.device), len(grids))
 
     def forward(

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ..activations import HALF
+from ..cached_metadata import kept
 from ..encoder import PackedEncoder
 from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, Rotary
 from ..loading import WeightPlan
 from ..modeling import PackedVisionModel
-from ..packing import Grid, PackedSegments, PatchLayout, kept, to_device
+from ..packing import Grid, PackedSegments, PatchLayout, to_device
 from ..positions import per_token, positions_of_grids
 from .key_maps import KeyMap, carried
 
@@ -81,7 +82,7 @@ def axis_weights(length: int, side: int) -> torch.Tensor:
 
     Bilinear with antialiasing, corners not aligned, as ``torch.nn.functional.interpolate`` has it.
     """
-    lines = torch.eye(side)[None, None]
+    lines = torch.eye(side, dtype=torch.float32, device="cpu")[None, None]
     return F.interpolate(lines, size=(length, side), mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
@@ -105,7 +106,7 @@ class ResizedPositions(nn.Module):
             lines.append(axis_weights(length, self.side))
         device = tokens.device
         lines = to_device(torch.cat(lines), device)
-        first = torch.tensor([(starts[h], starts[w]) for _, h, w in grids])
+        first = torch.tensor([(starts[h], starts[w]) for _, h, w in grids], device="cpu")
         places = per_token(first, [h * w for _, h, w in grids], device) + positions_of_grids(grids, device)[:, 1:]
         rows, columns = lines.index_select(0, places[:, 0]), lines.index_select(0, places[:, 1])
         shares = (rows[:, :, None] * columns[:, None, :]).flatten(1)
