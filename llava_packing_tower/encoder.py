@@ -12,12 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import backend_module, resolve_backend
 from .compiling import call_compiled, compile_wanted, constant_floats
-from .fused import can_be_fused, fused_block, fused_wanted, kind_of, settled
+from .fused import fused_block, fused_wanted, kind_of, settled
 from .graphs import graphs_wanted, run_graphed
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .module_state import Snapshot, addresses, state_of
 from .packing import PackedSegments
 from .participation import checkpoint_input
+from .tracing import traced
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,14 @@ def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
 
 
 @functools.cache
-def _log_how(how: str) -> None:
-    logger.info("encoder blocks: %s", how)
+def _log_how(how: str, foreign: str | None) -> None:
+    logger.info("encoder blocks: %s%s", how, "" if foreign is None else f" ({foreign})")
+
+
+@functools.cache
+def _fresh_block(config: BlockConfig) -> EncoderBlock:
+    with torch.device("meta"):
+        return EncoderBlock(config)
 
 
 class PackedEncoder(nn.Module):
@@ -51,7 +58,7 @@ class PackedEncoder(nn.Module):
         self.attention_backend = "auto"
         self.compile_blocks: bool | None = None
         self.fused_blocks: bool | None = None
-        self.ran_as: str | None = None  # how the last call ran the blocks
+        self.ran_as: str | None = None  # how the last call ran the blocks, for reports
         self.config = config
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(num_layers))
         # The two names that transformers' gradient_checkpointing_enable() looks for and sets.
@@ -78,36 +85,48 @@ class PackedEncoder(nn.Module):
             look for tensors in tuples and not in a dict by number. Blocks above the highest index are not run.
         """
         keep, device = tuple(keep), hidden_states.device
-        state, dtype = state_of(self).snapshot(), compute_dtype(hidden_states)
-        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in state.weights))
+        dtype = compute_dtype(hidden_states)
+        if traced(hidden_states):
+            state = Snapshot(list(self.parameters()), False, "traced", 0)
+        else:
+            state = state_of(self).snapshot()
+        # (The copies that DataParallel makes hold no parameters.)
+        trained = hidden_states.requires_grad or not state.weights or any(p.requires_grad for p in state.weights)
+        grad = torch.is_grad_enabled() and trained
         backend = resolve_backend(
             self.attention_backend, device, dtype, self.head_dim, lengths=segments.lengths, needs_grad=grad
         )
         how = self.ran_as = self.how(hidden_states, dtype, backend, state)
-        _log_how(how)
+        if state.foreign != "traced":
+            _log_how(how, state.foreign)
         run = functools.partial(self.run, how=how)
-        still = how != "eager" and not state.hooked and not state.adapted
+        still = how != "eager" and not state.hooked
         with torch.set_grad_enabled(grad), constant_floats(how == "compiled"):
             if still and graphs_wanted(device, hidden_states.shape[0], grad):
-                place = hash((addresses(state.weights), how))
+                place = hash((addresses(state.weights), state.version, how))
                 states = run_graphed(self, run, hidden_states, segments, rotary, keep, backend, place)
             else:
                 states = run(hidden_states, segments, rotary, keep, backend)
-        return tuple(states[index] for index in keep)
+        return tuple(states[index].to(device) for index in keep)  # (the blocks may lie on several)
+
+    def fresh_block(self) -> EncoderBlock:
+        """What each block was when it was made, without values (see :func:`module_state.foreign_part`)."""
+        return _fresh_block(self.config)
 
     def how(self, hidden_states: torch.Tensor, dtype: torch.dtype, backend: str, state: Snapshot) -> str:
         """How the blocks are run: ``fused``, ``compiled`` or ``eager``.
 
         The hooks of DeepSpeed's ZeRO-3 and FSDP gather the weights of a block when it is called, which compiled code
-        would not see; hooks inside of a block, and other layers than ours, need eager.
+        would not see. Blocks with a part that is not plainly ours are called, whatever was asked for.
         """
         if not backend_module(backend).VARLEN:
             return "eager"
         choice = self.fused_blocks
         if choice is None and (self.compile_blocks is not None or not compile_wanted(None, hidden_states.device)):
             choice = False
-        ours = not state.hooked_inside and all(map(can_be_fused, state.kinds - {type(self)}))
-        if ours and fused_wanted(choice, self.config, hidden_states, state.weights[0], dtype):
+        if state.foreign is not None or not state.weights:
+            return "eager"
+        if fused_wanted(choice, self.config, hidden_states, state.weights[0], dtype):
             return "fused"
         return "compiled" if compile_wanted(self.compile_blocks, hidden_states.device) and not state.hooked else "eager"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from .attention import backend_module
 from .layers import Rotary
 from .packing import PackedSegments
+from .tracing import traced
 
 GRAPHS_ENV = "LLAVA_PACKING_CUDA_GRAPHS"
 MAX_TOKENS = 4096
@@ -78,23 +80,50 @@ class Memory:
 
 _memories: weakref.WeakKeyDictionary[nn.Module, Memory] = weakref.WeakKeyDictionary()
 _pools: dict[torch.device, tuple] = {}  # device -> pool, and the graph that keeps it alive
-_suspended = False
+_turns: dict[torch.device, _Turn] = {}
+_thread = threading.local()  # .suspended: whether this thread records a larger graph
+
+
+class _Turn:
+    """Whose turn it is to use the graphs of a device, and the stream that used them last."""
+
+    def __init__(self) -> None:
+        self.lock, self.stream = threading.RLock(), None
+
+
+@contextlib.contextmanager
+def my_turn(device: torch.device) -> Iterator[None]:
+    """In here no other thread uses graphs of this device, and what other streams did with them is over.
+
+    All graphs share memory, and each has one place for its input and its output.
+    """
+    turn = _turns.setdefault(device, _Turn())
+    with turn.lock:
+        current = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if turn.stream is not None and turn.stream != current:
+            current.wait_stream(turn.stream)
+        try:
+            yield
+        finally:
+            turn.stream = current
 
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
     """No graphs in here: a larger one is being recorded."""
-    global _suspended
-    before, _suspended = _suspended, True
+    before, _thread.suspended = getattr(_thread, "suspended", False), True
     try:
         yield
     finally:
-        _suspended = before
+        _thread.suspended = before
 
 
 def graphs_wanted(device: torch.device, num_tokens: int, grad: bool) -> bool:
     """Whether a batch is small enough, on CUDA, without gradients, and graphs are not switched off."""
-    if device.type != "cuda" or grad or num_tokens > MAX_TOKENS or os.environ.get(GRAPHS_ENV) == "0" or _suspended:
+    if device.type != "cuda" or grad or num_tokens > MAX_TOKENS or os.environ.get(GRAPHS_ENV) == "0":
+        return False
+    # (What autocast has cast is kept until its end only, and a graph would go on reading it.)
+    if getattr(_thread, "suspended", False) or torch.is_autocast_enabled() or traced():
         return False
     return not torch.cuda.is_current_stream_capturing()
 
@@ -122,21 +151,22 @@ def run_graphed(
         longest = -(-max(segments.max_seqlen, bucket - tokens) // BUCKET) * BUCKET
     key = (weights, bucket, count, longest, tuple(keep), backend, hidden_states.dtype, device, rotary is None)
     memory = _memories.setdefault(module, Memory(MAX_GRAPHS))
-    captured = memory.find(key)
-    if captured is None:
-        if memory.count(key) < CAPTURE_AT:
-            return _run_once(run, hidden_states, segments, rotary, bucket, longest, keep, backend)
-        captured = _capture(run, hidden_states, rotary, bucket, count, longest, keep, backend)
-        memory.keep(key, captured)
-    captured.tokens[:tokens].copy_(hidden_states)
-    if rotary is not None and captured.sources[0] is not rotary:
-        for static, source in zip(captured.rotary, rotary, strict=True):
-            static[:tokens].copy_(source)
-    if captured.sources[1] is not segments:
-        captured.cu_seqlens[: len(segments.lengths) + 1].copy_(segments.cu_seqlens)
-    captured.sources = (rotary, segments)
-    captured.graph.replay()
-    return {index: state[:tokens].clone() for index, state in captured.states.items()}
+    with my_turn(device):
+        captured = memory.find(key)
+        if captured is None and memory.count(key) >= CAPTURE_AT:
+            captured = _capture(run, hidden_states, rotary, bucket, count, longest, keep, backend)
+            memory.keep(key, captured)
+        if captured is not None:
+            captured.tokens[:tokens].copy_(hidden_states)
+            if rotary is not None and captured.sources[0] is not rotary:
+                for static, source in zip(captured.rotary, rotary, strict=True):
+                    static[:tokens].copy_(source)
+            if captured.sources[1] is not segments:
+                captured.cu_seqlens[: len(segments.lengths) + 1].copy_(segments.cu_seqlens)
+            captured.sources = (rotary, segments)
+            captured.graph.replay()
+            return {index: state[:tokens].clone() for index, state in captured.states.items()}
+    return _run_once(run, hidden_states, segments, rotary, bucket, longest, keep, backend)
 
 
 def _run_once(

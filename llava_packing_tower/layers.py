@@ -13,7 +13,6 @@ from transformers.activations import ACT2FN
 
 from .activations import activation
 from .attention import attend
-from .linears import add_linear, linear_act
 from .packing import PackedSegments, PatchLayout
 from .rotation import ROTATIONS, rotated
 
@@ -75,25 +74,43 @@ def make_norm(kind: str, hidden_size: int, eps: float) -> nn.Module:
 
 
 class PatchProjection(nn.Conv2d):
-    """A patch convolution (kernel = stride = patch) applied to ready-cut rows as one matrix product."""
+    """A patch convolution (kernel = stride = patch), which for single patches is one matrix product.
 
-    def __init__(self, num_channels: int, hidden_size: int, patch_size: int, bias: bool, layout: PatchLayout) -> None:
-        super().__init__(num_channels, hidden_size, patch_size, stride=patch_size, bias=bias)
+    It is made and called as any convolution: an adapter takes its place, and makes others of its class.
+
+    layout: how the numbers of a patch lie in memory, which makes no difference to the result.
+    """
+
+    def __init__(self, *args, layout: PatchLayout = PatchLayout.CHANNEL_FIRST, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.layout = layout
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[N, C * p * p]`` in this projection's row layout to ``[N, hidden]``."""
-        weight = self.weight if self.layout is PatchLayout.CHANNEL_FIRST else self.weight.permute(0, 2, 3, 1)
-        return F.linear(rows, weight.reshape(self.out_channels, -1), self.bias)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``[B, C, H, W]`` to ``[B, hidden, H / p, W / p]``."""
+        weight = self.weight
+        if images.dim() != 4 or images.shape[1:] != weight.shape[1:] or self.padding != (0, 0):
+            return super().forward(images)
+        if self.layout is PatchLayout.CHANNEL_LAST:  # as the rows lie in memory
+            images, weight = images.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
+        return F.linear(images.flatten(1), weight.flatten(1), self.bias)[..., None, None]
 
 
 class PatchEmbed(nn.Module):
+    """Ready-cut patch rows, each of them an image of one patch to the projection."""
+
     def __init__(self, num_channels: int, hidden_size: int, patch_size: int, bias: bool, layout: PatchLayout) -> None:
         super().__init__()
-        self.proj = PatchProjection(num_channels, hidden_size, patch_size, bias, layout)
+        self.proj = PatchProjection(num_channels, hidden_size, patch_size, patch_size, bias=bias, layout=layout)
+        self.layout, self.patch_size = layout, patch_size
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.proj(rows)
+        """``[N, C * p * p]`` in the row layout to ``[N, hidden]``."""
+        side = self.patch_size
+        if self.layout is PatchLayout.CHANNEL_FIRST:
+            patches = rows.view(len(rows), -1, side, side)
+        else:
+            patches = rows.view(len(rows), side, side, -1).permute(0, 3, 1, 2)
+        return self.proj(patches).flatten(1)
 
 
 class FusedQKV(nn.Linear):
@@ -143,7 +160,8 @@ class PackedAttention(nn.Module):
         """``[N, hidden]`` to ``[N, hidden]``, plus ``residual`` where one is given."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(1) if rotary is None else rotated(qkv, *rotary, self.rotate)
-        return add_linear(residual, self.proj, attend(q, k, v, segments, backend=backend).flatten(1))
+        out = self.proj(attend(q, k, v, segments.to(q.device), backend=backend).flatten(1))
+        return out if residual is None else residual + out
 
 
 class MLP(nn.Module):
@@ -158,7 +176,7 @@ class MLP(nn.Module):
         self.act = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = linear_act(self.fc1, self.act, x) if self.gate is None else self.act(self.gate(x)) * self.fc1(x)
+        inner = self.act(self.fc1(x)) if self.gate is None else self.act(self.gate(x)) * self.fc1(x)
         return self.fc2(inner)
 
 

@@ -17,10 +17,11 @@ from torch import nn
 
 from .compiling import compile_wanted
 from .encoder import compute_dtype
-from .graphs import GRAPHS_ENV, MAX_TOKENS, Memory, capturing, shared_pool, suspended
+from .graphs import GRAPHS_ENV, MAX_TOKENS, Memory, capturing, my_turn, shared_pool, suspended
 from .module_state import addresses, state_of
 from .packing import Grid
 from .tape import Tape
+from .tracing import traced
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 Encoded = tuple[torch.Tensor, list[Grid]]
@@ -58,19 +59,22 @@ def encode_recorded(
     key = _key(model, images, layers)
     if key is None:
         return encode(images)
-    memory = _memories.setdefault(model, Memory(MAX_RECORDINGS))
-    recording = memory.find(key)
-    if recording is None:
-        encoded = encode(images)
-        if encoded[0].shape[0] <= MAX_TOKENS and memory.count(key) == RECORD_AT:
-            memory.keep(key, record(images, encode, encoded[0]))
-        return encoded
-    if isinstance(images, torch.Tensor):
-        recording.pixels.copy_(images)
-    else:
-        torch._foreach_copy_(recording.pixels, list(images))
-    recording.replay()
-    return recording.packed.clone(), recording.grids
+    memory, device = _memories.setdefault(model, Memory(MAX_RECORDINGS)), key[1]
+    with my_turn(device):
+        recording = memory.find(key)
+        if recording is not None:
+            if isinstance(images, torch.Tensor):
+                recording.pixels.copy_(images)
+            else:
+                torch._foreach_copy_(recording.pixels, list(images))
+            recording.replay()
+            return recording.packed.clone(), list(recording.grids)
+    encoded = encode(images)
+    if encoded[0].shape[0] <= MAX_TOKENS:
+        with my_turn(device):
+            if memory.count(key) == RECORD_AT:
+                memory.keep(key, record(images, encode, encoded[0]))
+    return encoded
 
 
 def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | None:
@@ -78,19 +82,21 @@ def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | N
     batch = [images] if isinstance(images, torch.Tensor) else images
     if model.training or not batch or not all(isinstance(x, torch.Tensor) for x in batch):
         return None
-    parameters, hooked, _, adapted, _ = state_of(model).snapshot()
+    parameters, hooked, foreign, version = state_of(model).snapshot()
+    if hooked or foreign is not None or traced(*batch):
+        return None
     device, dtype = parameters[0].device, parameters[0].dtype
     if device.type != DEVICE_TYPE or any(x.device != device for x in batch) or os.environ.get(GRAPHS_ENV) == "0":
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*batch, *parameters)):
         return None
-    if hooked or adapted or not compile_wanted(model.encoder.compile_blocks, device):
+    if not compile_wanted(model.encoder.compile_blocks, device):
         return None
     if compute_dtype(parameters[0]) != dtype or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
     shapes = (isinstance(images, torch.Tensor), *(x.shape for x in batch))
     encoder = model.encoder
-    place = hash((addresses(parameters), encoder.compile_blocks, encoder.fused_blocks))
+    place = hash((addresses(parameters), version, encoder.compile_blocks, encoder.fused_blocks))
     return place, device, dtype, encoder.attention_backend, layers, shapes
 
 

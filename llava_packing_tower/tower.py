@@ -20,10 +20,12 @@ from .loading import CONFIG_NAME, construction, read_json, resolve_folder, zero3
 from .native.images import NativeImageProcessor
 from .native.resolution import ResolutionRule, merge_of
 from .native.settings import NativeSettings, settings_of
+from .offloading import execution_device, offloaded_weights
 from .packing import Grid, batch_images_to_packing_input, longest_first, read_grid, split_packed
 from .recording import encode_recorded
 from .strict import StrictPreTrainedModel
 from .tower_names import strip_prefix
+from .tracing import is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -200,11 +202,16 @@ class HEVCViTPackingVisionTower(nn.Module):
             raise ValueError(f"vision tower {self.vision_tower_name} is not loaded: call load_model() first")
         if not self._unfilled:
             return
-        gaps = [name for name, p in self.vision_tower.named_parameters() if p.is_meta or p.isnan().any()]
+        # (Quantised weights are no plain tensors any more, and were not made of ours: ours were NaN.)
+        here = {name: p for name, p in self.vision_tower.named_parameters() if is_plain(p)}
+        gaps = {name for name, p in here.items() if p.is_meta or p.isnan().any()}
+        for name, value in offloaded_weights(self.vision_tower):
+            if name in gaps and here[name].is_meta and not value.isnan().any():
+                gaps.remove(name)
         if gaps:
             raise ValueError(
                 f"{len(gaps)} tensors of the vision tower were not in the LLaVA checkpoint (or hold NaN), "
-                f"for example {gaps[0]}: its tower weights are lost or damaged"
+                f"for example {min(gaps)}: its tower weights are lost or damaged"
             )
         self._unfilled = False
 
@@ -353,7 +360,11 @@ class HEVCViTPackingVisionTower(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.vision_tower.device if self.is_loaded else torch.device("cpu")
+        """Where images are to go: where the first weight lies, or where accelerate's hooks bring it."""
+        if not self.is_loaded:
+            return torch.device("cpu")
+        device = self.vision_tower.device
+        return device if device.type != "meta" else execution_device(self.vision_tower) or device
 
     @property
     def dummy_feature(self) -> torch.Tensor:

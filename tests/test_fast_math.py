@@ -5,7 +5,6 @@ import torch
 
 from llava_packing_tower.activations import Gelu, GeluTanh, activation, fast_gelu, normal_cdf
 from llava_packing_tower.layers import BlockConfig, EncoderBlock
-from llava_packing_tower.linears import add_linear, linear_act
 from llava_packing_tower.packing import make_segments
 from llava_packing_tower.rotation import ROTATIONS, _Rotated, rotated
 
@@ -55,37 +54,6 @@ def test_compiled_forms(name):
     assert activation("silu")(x).shape == x.shape
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
-def test_linear_and_gelu_in_one_kernel(name, spread):
-    """Compiled bf16 inference: nearer to the exact GELU of the exact product than the two steps in bf16."""
-    linear, act = torch.nn.Linear(48, 512).bfloat16(), activation(name)
-    x = (torch.randn(300, 48) * spread * 1.7).bfloat16()
-    torch._dynamo.reset()
-    with torch.no_grad():
-        exact = act(torch.nn.functional.linear(*(t.double() for t in (x, linear.weight, linear.bias))))
-        plain = act(linear(x))
-        calls = []
-        compiled = torch.compile(linear_act, backend=lambda graph, _: calls.append(str(graph.graph)) or graph)
-        fused = compiled(linear, act, x)
-    assert "linear_gelu" in calls[0]
-    assert (fused - exact).square().mean() < (plain - exact).square().mean()
-    compiled(linear, act, x).sum().backward()  # training takes the two steps
-    assert "linear_gelu" not in calls[1] and linear.weight.grad is not None
-    assert torch.equal(linear_act(linear, act, x), act(linear(x)))
-
-
-@pytest.mark.parametrize("act, dtype", [("silu", torch.bfloat16), ("gelu", torch.float32), ("gelu", torch.float16)])
-def test_other_activations_and_dtypes_take_two_steps(act, dtype):
-    linear, act = torch.nn.Linear(8, 16).to(dtype), activation(act)
-    torch._dynamo.reset()
-    calls = []
-    with torch.no_grad():
-        compiled = torch.compile(linear_act, backend=lambda graph, _: calls.append(str(graph.graph)) or graph)
-        compiled(linear, act, torch.randn(5, 8, dtype=dtype))
-    assert calls and "linear_gelu" not in calls[0]
-
-
 def test_gelu_kinds_differ():
     x = torch.randn(100)
     assert torch.equal(Gelu()(x), torch.nn.functional.gelu(x))
@@ -100,39 +68,6 @@ def test_a_pending_sum_is_added_once():
     whole = sum(block(a + b, None, segments, None, "eager"))
     assert torch.equal(apart, whole)
     assert not torch.allclose(apart, sum(block(a, None, segments, None, "eager")))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_product_is_summed_onto_the_residual(bias):
-    """Compiled bf16 inference: as near to the exact sum as product and sum apart; inputs stay as they are."""
-    linear = torch.nn.Linear(48, 64, bias=bias).bfloat16()
-    residual, x = (torch.randn(300, n).bfloat16() * 2 for n in (64, 48))
-    before = residual.clone()
-    torch._dynamo.reset()
-    with torch.no_grad():
-        wide = [None if t is None else t.double() for t in (x, linear.weight, linear.bias)]
-        exact = residual.double() + torch.nn.functional.linear(*wide)
-        calls = []
-        compiled = torch.compile(add_linear, backend=lambda graph, _: calls.append(str(graph.graph)) or graph)
-        fused = compiled(residual, linear, x)
-    assert "add_product" in calls[0] and torch.equal(residual, before)
-    plain = add_linear(residual, linear, x)
-    assert torch.equal(plain, residual + linear(x)) and torch.equal(add_linear(None, linear, x), linear(x))
-    assert (fused - exact).square().mean() <= 1.3 * (plain - exact).square().mean()
-    compiled(residual, linear, x).sum().backward()  # training: apart
-    assert "add_product" not in calls[1] and linear.weight.grad is not None
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.bfloat16, torch.bfloat16)])
-def test_other_dtypes_are_summed_apart(dtypes):
-    """float32, and a float32 residual under autocast."""
-    linear = torch.nn.Linear(8, 16).to(dtypes[2])
-    torch._dynamo.reset()
-    calls = []
-    with torch.no_grad():
-        compiled = torch.compile(add_linear, backend=lambda graph, _: calls.append(str(graph.graph)) or graph)
-        compiled(torch.randn(5, 16, dtype=dtypes[0]), linear, torch.randn(5, 8, dtype=dtypes[1]))
-    assert calls and "add_product" not in calls[0]
 
 
 @pytest.mark.parametrize("kind", list(ROTATIONS))

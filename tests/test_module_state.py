@@ -62,6 +62,8 @@ def test_a_moved_weight_and_a_new_parameter_are_seen(module):
 def test_adapters_are_seen(module):
     """They are switched on and off without a weight or a hook changing: nothing recorded may be replayed."""
     adapter = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
-    assert not state_of(module).snapshot().adapted
+    before = state_of(module).snapshot()
+    assert before.foreign is None
     module[0] = adapter(2, 3)
-    assert state_of(module).snapshot().adapted
+    after = state_of(module).snapshot()
+    assert after.foreign == "0 is a peft.tuners.lora.layer.Linear" and after.version != before.version

@@ -14,30 +14,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..activations import HALF, activation
+from ..activations import HALF
 from ..attention import attend, backend_module
-from ..layers import MLP, NORMS, BlockConfig, EncoderBlock, FusedQKV, LayerScale, PackedAttention, Rotary
+from ..layers import BlockConfig, EncoderBlock, Rotary
 from ..packing import PackedSegments
+from ..tracing import is_plain, traced
 from .functions import AfterAttention, BeforeAttention, Block, Kind, kernels, operations
 from .reference import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 
 FUSED_ENV = "LLAVA_PACKING_FUSED"
-FUSED_KINDS = frozenset(
-    (
-        *(EncoderBlock, PackedAttention, FusedQKV, MLP, LayerScale, nn.Linear, nn.Identity, nn.ModuleList),
-        *NORMS.values(),
-        *(type(activation(name)) for name in ACTIVATIONS),
-    )
-)
-
-
-@functools.cache
-def can_be_fused(kind: type) -> bool:
-    """Whether an encoder with modules of that class may be fused: a block of other classes than ours (adapters,
-    quantised layers) is not ours to take apart; FSDP wraps whole blocks."""
-    return kind in FUSED_KINDS or kind.__module__.startswith("torch.distributed.fsdp")
 
 
 @functools.cache
@@ -73,7 +60,7 @@ def fused_wanted(
 
     Raises ``ValueError`` for another value of the variable.
     """
-    if choice is False or torch.compiler.is_compiling() or config.hidden_act not in ACTIVATIONS:
+    if choice is False or traced(hidden_states) or config.hidden_act not in ACTIVATIONS:
         return False
     if not hidden_states.dtype == weight.dtype == dtype:
         return False
@@ -91,9 +78,18 @@ def _own(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return (found["weight"], found.get("bias")) if "weight" in found else (module.weight, getattr(module, "bias", None))
 
 
-def _scaled(linear: nn.Module, scale: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _fit(hidden_states: torch.Tensor, *weights: torch.Tensor | None) -> bool:
+    """Whether kernels may read these weights: plain ones that lie, and are numbers, as the states are. (The hooks of
+    ZeRO-3 and FSDP have gathered them by now; a kernel given an address on another device breaks the process.)"""
+    dtype, device = hidden_states.dtype, hidden_states.get_device()
+    present = [x for x in weights if x is not None]
+    return is_plain(*present) and all(x.dtype == dtype and x.get_device() == device for x in present)
+
+
+def _scaled(
+    weight: torch.Tensor, bias: torch.Tensor | None, scale: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a linear layer with those of a layer scale behind it multiplied in."""
-    weight, bias = _own(linear)
     if isinstance(scale, nn.Identity):
         return weight, bias
     return weight * scale.weight[:, None], None if bias is None else bias * scale.weight
@@ -118,11 +114,17 @@ def fused_block(
     parts = layer._modules
     attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
     cos, sin = rotary if kind.rotation is not None else (None, None)
-    norm1, norm2, fc1 = _own(parts["layer_norm1"]), _own(parts["layer_norm2"]), _own(mlp["fc1"])
-    qkv, gate = _own(attention["qkv"]), _own(mlp["gate"]) if "gate" in mlp else (None, None)
+    norm1, norm2, fc1, fc2 = map(_own, (parts["layer_norm1"], parts["layer_norm2"], mlp["fc1"], mlp["fc2"]))
+    qkv, proj = _own(attention["qkv"]), _own(attention["proj"])
+    gate = (None, None) if mlp.get("gate") is None else _own(mlp["gate"])
+    if not _fit(hidden_states, *norm1, *qkv, *proj, *norm2, *gate, *fc1, *fc2):
+        if pending is not None:
+            hidden_states = (hidden_states + pending).to(hidden_states.dtype)
+        total, pending = layer.forward(hidden_states, None, segments, rotary, backend)
+        return (total, pending) if grad else (total + pending, None)
     if attention["qkv"].partial_biases:
         qkv = qkv[0], attention["qkv"].whole_bias()
-    proj, fc2 = _scaled(attention["proj"], parts["layer_scale1"]), _scaled(mlp["fc2"], parts["layer_scale2"])
+    proj, fc2 = _scaled(*proj, parts["layer_scale1"]), _scaled(*fc2, parts["layer_scale2"])
     if not grad:
         if layer._forward_hooks:  # which may keep what they are given
             hidden_states = hidden_states.clone()
