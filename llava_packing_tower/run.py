@@ -32,16 +32,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_module and not Path(target[0]).is_file():
         raise SystemExit(f"{target[0]}: no such file. {USAGE}")
 
+    # Before the hook, which puts LLAVA_NEXT_DIR in front of it.
+    sys.path[0] = str(Path.cwd() if is_module else Path(target[0]).resolve().parent)
+
     from . import hosts
 
     hosts.apply()
     without_cuda()
     sys.argv = words[is_module:]
     if is_module:
-        sys.path[0] = str(Path.cwd())
         runpy.run_module(target[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = str(Path(target[0]).resolve().parent)
         runpy.run_path(target[0], run_name="__main__")
 
 

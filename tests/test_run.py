@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from host_runs import environment, execute
+from host_runs import REPOSITORY, environment, execute
 
 from llava_packing_tower.cli import UsageError
 from llava_packing_tower.commands.run import command
@@ -53,6 +53,21 @@ def test_a_script_runs_as_main_with_its_arguments_and_status(tmp_path):
     assert result.stdout.strip() == "['-m', '--flag', 'x y'] 2.0"
     result = execute([sys.executable, *ENTRY, str(tmp_path / "missing.py")], environment(""))
     assert result.returncode != 0 and "missing.py: no such file" in result.stderr
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_the_llava_is_that_of_llava_next_dir(tmp_path, module):
+    """Another one may be installed: the script would run with that, without a word."""
+    clone, scripts = tmp_path / "LLaVA-NeXT", tmp_path / "scripts"
+    (clone / "llava" / "model" / "multimodal_resampler").mkdir(parents=True)
+    for name in ("__init__.py", "model/__init__.py", "model/llava_arch.py"):
+        (clone / "llava" / name).touch()
+    scripts.mkdir()
+    (scripts / "where.py").write_text("import llava\nprint(llava.__file__)\n")
+    words = ["-m", "where"] if module else [str(scripts / "where.py")]
+    env = {**environment(str(clone)), "PYTHONPATH": f"{REPOSITORY}:{scripts}"}
+    result = execute([sys.executable, *ENTRY, *words], env)
+    assert result.stdout.strip() == str(clone / "llava" / "__init__.py"), result.stderr
 
 
 @pytest.mark.timeout(600)
