@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from llava_checkpoints import edit, edit_config, load, make_decoder, make_llava, save_full, save_lora
@@ -52,6 +53,15 @@ def check(word: str, root: Path, tower: Path) -> None:
         assert type(loaded).__name__ == name and loaded.config._name_or_path == f"{root}/{place}"
         same(loaded, wanted)
         assert type(load_checkpoint(folder, "cpu").model).__name__ == name  # what `llava-packing eval` calls
+
+    train = import_module("llava.train.train")  # whose paths may say "llama", too
+    assert type(train.LlavaLlamaForCausalLM.from_pretrained(decoder)).__name__ == name
+
+    alone = root / "projector"
+    model.config.save_pretrained(alone)
+    torch.save({n: p for n, p in wanted.items() if "mm_projector" in n}, alone / "mm_projector.bin")
+    same(load(str(alone), str(decoder)), wanted)
+    raises("holds the projector alone: give model_base", str(alone))
 
     adapter, merged = save_lora(make_llava(decoder, tower, word), decoder, root / "runs" / "a")
     for base in (str(decoder), None):
