@@ -10,13 +10,13 @@ import json
 import random
 from pathlib import Path
 
+import native_vs_anyres
 import numpy as np
 import torch
 import yaml
 from host_matrix_parts import DECODER, QUESTION, SYSTEM, WORDS
 from host_matrix_parts import TOWER as TINY_LLAVA_VIT
 from host_matrix_parts import make_tokenizer as make_qwen_tokenizer
-from native_vs_anyres import photo_sizes
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from two_gpu_parts import FULL
@@ -62,7 +62,9 @@ def _decoder(folder: Path, kind: str, size: str, device: str) -> int:
         model_class = Qwen2ForCausalLM
     else:
         prompts = [f"{SYSTEM} USER: {QUESTION} ASSISTANT: {word}</s>" for word in WORDS]
-        tokenizer = make_llama_tokenizer(folder, prompts * 4, [w for words in WORDS for w in words.split()])
+        # The pieces of its vocabulary come from a longer text.
+        prompts = [*prompts * 4, native_vs_anyres.__doc__]
+        tokenizer = make_llama_tokenizer(folder, prompts, [w for words in WORDS for w in words.split()])
         config = LlamaConfig(**{**sizes, "vocab_size": len(tokenizer)}, bos_token_id=1, eos_token_id=2)
         model_class = LlamaForCausalLM
     with torch.device(device):
@@ -90,7 +92,7 @@ def _data(folder: Path, size: str, photos: Path | None, seed: int) -> None:
         return
     (folder / "images").mkdir(exist_ok=True)
     draw, noise = random.Random(seed), np.random.default_rng(seed)
-    sizes = photo_sizes(1.0 if size == "half" else 0.35)
+    sizes = native_vs_anyres.photo_sizes(1.0 if size == "half" else 0.35)
     sources = [Image.open(file).convert("RGB") for file in sorted(photos.iterdir())] if photos else []
     count = 320 if size == "half" else 24
     for number in range(count):
