@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .cli import UsageError
-from .doctor.versions import Run, impossible
+from .doctor.versions import Run, impossible, install_command
 from .hostfile import check_hostfile, pack
 from .hosts import all_hosts, find_host
 from .hosts.arguments_table import PLUGIN_ARGUMENTS
@@ -195,7 +195,7 @@ def check_files(values: dict[str, object], beside: Path) -> int | None:
     if reason is not None:
         raise UsageError(reason)
     if values.get("lora_enable") and find_spec("peft") is None:
-        raise UsageError("lora_enable needs peft: pip install peft")
+        raise UsageError(f"lora_enable needs peft: {install_command('peft')}")
     return check_deepspeed(values, beside)
 
 
@@ -239,7 +239,7 @@ def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
     if config is None:
         return None
     if find_spec("deepspeed") is None:
-        raise UsageError("deepspeed is asked for, but it is not installed: pip install --no-build-isolation deepspeed")
+        raise UsageError(f"deepspeed is asked for, but it is not installed: {install_command('deepspeed')}")
     for flag in ("use_cpu", "no_cuda"):
         if values.get(flag):
             raise UsageError(

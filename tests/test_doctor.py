@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,29 +109,125 @@ def test_accelerate_on_cpu(pretend, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("formula", "rounds", "hidden", "asked", "stage", "wrong"),
+    ("transformers", "deepspeed", "hidden", "asked", "stage", "wrong"),
     [
-        ("0.9 * hidden_size * hidden_size", False, 64, "auto", 3, True),
-        ("0.9 * hidden_size * hidden_size", False, 5120, "auto", 3, False),  # 23592960, a whole number
-        ("0.9 * hidden_size * hidden_size", False, None, "auto", 3, False),
-        ("0.9 * hidden_size * hidden_size", False, 64, 3686, 3, False),
-        ("0.9 * hidden_size * hidden_size", False, 64, "auto", 2, False),
-        ("0.9 * hidden_size * hidden_size", True, 64, "auto", 3, False),
-        ("int(0.9 * hidden_size * hidden_size)", False, 64, "auto", 3, False),
+        ("4.40.2", "0.15.4", 64, "auto", 3, True),
+        ("4.44.2", "0.19.8", 64, "auto", 3, True),
+        ("4.40.2", "0.19.8", 5120, "auto", 3, False),  # 23592960, a whole number
+        ("4.40.2", "0.19.8", None, "auto", 3, False),
+        ("4.40.2", "0.19.8", 64, 3686, 3, False),
+        ("4.40.2", "0.19.8", 64, "auto", 2, False),
+        ("4.40.2", "0.14.4", 64, "auto", 3, False),
+        ("4.45.0", "0.19.8", 64, "auto", 3, False),
     ],
 )
-def test_automatic_bucket_size(tmp_path, monkeypatch, formula, rounds, hidden, asked, stage, wrong):
-    (tmp_path / "transformers" / "integrations").mkdir(parents=True)
-    (tmp_path / "transformers" / "integrations" / "deepspeed.py").write_text(formula)
-    (tmp_path / "deepspeed").mkdir()
-    if rounds:
-        (tmp_path / "deepspeed" / "pydantic_v1.py").write_text("")
-    monkeypatch.setattr(versions, "_folder", lambda package: tmp_path / package)
+def test_automatic_bucket_size(pretend, transformers, deepspeed, hidden, asked, stage, wrong):
+    pretend(transformers=transformers, deepspeed=deepspeed)
     config = {"zero_optimization": {"stage": stage, "stage3_prefetch_bucket_size": asked}}
     found = versions._automatic_bucket_sizes(Run(zero_stage=stage, deepspeed=config, hidden_size=hidden))
     assert bool(found) == wrong
     if wrong:
         assert "into 3686.4" in found[0].text and "Give 3686" in found[0].text
+        assert found[0].command.endswith("deepspeed==0.14.4")
+
+
+@pytest.mark.parametrize(
+    ("peft", "transformers", "missing"),
+    [
+        ("0.21.2", "4.40.2", "EncoderDecoderCache"),
+        ("0.14.0", "4.42.4", "EncoderDecoderCache"),
+        ("0.13.2", "4.40.2", None),
+        ("0.21.2", "4.43.4", None),
+        ("0.17.1", "5.0.0", "HybridCache"),
+        ("0.17.1", "4.57.3", None),
+        ("0.18.1", "5.23.0", None),
+        ("0.13.2", "5.23.0", None),
+        (None, "4.40.2", None),
+    ],
+)
+def test_peft_beside_transformers(pretend, monkeypatch, peft, transformers, missing):
+    monkeypatch.setattr(versions, "requires", lambda distribution: [])
+    pretend(peft=peft, transformers=transformers)
+    assert (f"peft {peft} imports {missing}," in texts()) == (missing is not None)
+    assert missing or impossible(Run()) == []
+
+
+def test_filelock_beside_lmms_eval(pretend, tmp_path, monkeypatch):
+    (tmp_path / "evaluator.py").write_text("import filelock._api as _fl_api")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(versions, "find_spec", lambda name: spec if name == "lmms_eval" else None)
+    monkeypatch.setattr(examination, "find_spec", lambda name: None if name == "PIL" else spec)
+    pretend(filelock="4.3.1")
+    (finding,) = versions.filelock()
+    found = examination._packages()
+    assert finding in found and "pip install pillow" in {other.command for other in found}
+    assert finding.command == "pip install 'filelock<4.3'"
+    pretend(filelock="4.2.12")
+    assert versions.filelock() == []
+    pretend(filelock="4.3.1")
+    (tmp_path / "evaluator.py").write_text("from filelock import FileLock")
+    assert versions.filelock() == []
+
+
+# Some releases of each package, the newest last: what pip installs is the newest that a command allows.
+RELEASES = {
+    "transformers": ["4.40.2", "4.46.3", "4.51.3", "4.57.3", "5.17.0", "5.23.0"],
+    "accelerate": ["0.34.2", "1.1.1", "1.12.0", "1.15.0"],
+    "deepspeed": ["0.14.4", "0.15.4", "0.18.9", "0.19.8"],
+    "peft": ["0.13.2", "0.14.0", "0.17.1", "0.18.1", "0.21.2"],
+    "tokenizers": ["0.19.1", "0.20.3", "0.21.4", "0.22.2", "0.23.3"],
+    "huggingface-hub": ["0.36.2", "1.33.0"],
+    "filelock": ["3.20.3", "4.2.12", "4.3.1"],
+}
+# What the Trainer of each asks for, by its metadata.
+NEEDS = {
+    "4.40.2": ["tokenizers>=0.19,<0.20", "huggingface-hub>=0.19.3,<1.0", "accelerate>=0.21.0"],
+    "4.46.3": ["tokenizers>=0.20,<0.21", "huggingface-hub>=0.23.2,<1.0", "accelerate>=0.26.0"],
+    "4.51.3": ["tokenizers>=0.21,<0.22", "huggingface-hub>=0.30.0,<1.0", "accelerate>=0.26.0"],
+    "4.57.3": ["tokenizers>=0.22,<=0.23", "huggingface-hub>=0.34.0,<1.0", "accelerate>=0.26.0"],
+    "5.17.0": ["tokenizers>=0.22,<=0.23.3", "huggingface-hub>=1.3.0,<2.0", "accelerate>=1.1.0"],
+    "5.23.0": ["tokenizers>=0.22,<=0.23.3", "huggingface-hub>=1.3.0,<2.0", "accelerate>=1.1.0"],
+}
+
+
+@pytest.mark.parametrize("others", ["newest", "oldest", "absent"])
+@pytest.mark.parametrize("transformers", [None, "4.37.2", *NEEDS])
+def test_following_the_commands_ends_in_what_the_launcher_takes(pretend, monkeypatch, tmp_path, transformers, others):
+    """Beside each transformers, whatever else is there: the commands are followed, and then nothing is left to say."""
+    from packaging.requirements import Requirement
+
+    (tmp_path / "evaluator.py").write_text("import filelock._api as _fl_api")
+    here = {name: {"newest": found[-1], "oldest": found[0], "absent": None}[others] for name, found in RELEASES.items()}
+    here |= {"transformers": transformers, "filelock": here["filelock"] or "4.3.1"}
+    pretend(**here)
+
+    def find_spec(name: str) -> SimpleNamespace | None:
+        there = name in ("lmms_eval", *examination.NEEDED) or here.get(name)
+        return SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if there else None
+
+    for module in (versions, examination):
+        monkeypatch.setattr(module, "find_spec", find_spec)
+    monkeypatch.setattr(versions, "requires", lambda distribution: NEEDS[here["transformers"]])
+    config = {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}
+
+    def launcher() -> list:
+        return impossible(Run(3, on_cpu=True, processes=2, attention="sdpa", deepspeed=config, hidden_size=896))
+
+    for _ in range(6):
+        found = [*launcher(), *examination._packages()]
+        if not found:
+            break
+        for command in {finding.command for finding in found}:
+            wanted = Requirement(shlex.split(command)[-1])
+            fits = [release for release in RELEASES[wanted.name] if release in wanted.specifier]
+            here[wanted.name] = fits[-1]
+            pretend(**here)
+            if wanted.name == "transformers":  # pip brings what it states itself
+                for need in map(Requirement, NEEDS[here["transformers"]][:2]):
+                    here[need.name] = [release for release in RELEASES[need.name] if release in need.specifier][-1]
+                pretend(**here)
+    assert launcher() == [] and examination._packages() == []
+    assert here["transformers"] != "4.40.2" or here["deepspeed"] == "0.14.4"
 
 
 def test_flash_attention_of_the_decoder(monkeypatch):
@@ -230,7 +328,10 @@ def test_a_compile_that_fails_is_a_warning(monkeypatch):
 
 def test_an_import_that_fails_names_the_package():
     finding = probes._import_failure("ModuleNotFoundError: No module named 'datasets.arrow'")
-    assert finding.command == "pip install --no-deps datasets" and "datasets.arrow" in finding.text
+    here = find_spec("datasets") is not None  # then a part of it is missing, and no command brings that
+    assert "datasets.arrow" in finding.text and (finding.command is None) == here
+    assert probes._import_failure("ModuleNotFoundError: No module named 'nowhere.x'").command == "pip install nowhere"
+    assert probes._import_failure("ModuleNotFoundError: No module named 'torch.nowhere'").command is None
     assert probes._import_failure("ImportError: cannot import name 'x'").command is None
 
 

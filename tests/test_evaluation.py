@@ -230,11 +230,12 @@ def test_what_is_missing_is_named_with_its_installation(monkeypatch):
     monkeypatch.setattr(needs, "find_spec", lambda name: None if name == "pytablewriter" else object())
     monkeypatch.setattr(needs, "unmet", lambda name: [("transformers>=4.50", "4.40.2"), ("numpy<1", "2.0")])
     monkeypatch.setattr(needs, "impossible", lambda run: ["accelerate is too new:\n  pip install accelerate==1"])
+    monkeypatch.setattr(needs, "filelock", lambda: ["filelock is too new"])
     with pytest.raises(ValueError) as caught:
         needs.check_installation()
     text = str(caught.value)
     assert "pip install pytablewriter" in text and "pip install 'transformers>=4.50'" in text
-    assert "accelerate is too new" in text and "numpy" not in text
+    assert "accelerate is too new" in text and "filelock is too new" in text and "numpy" not in text
 
 
 def test_lmms_eval_without_entry_points_gets_the_plugin_variable(monkeypatch):

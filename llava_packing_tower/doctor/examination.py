@@ -8,8 +8,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from . import ERROR, WARNING, Finding, probes
-from .versions import NEWEST_RUN, Run, impossible, installed
+from .versions import NEWEST_RUN, Run, bucket_sizes_are_fractions, filelock, impossible, install_command, installed
 
+# What this package itself imports, by module.
+NEEDED = {"einops": "einops", "safetensors": "safetensors", "PIL": "pillow", "numpy": "numpy", "yaml": "pyyaml"}
+LOADED = ("torch", "transformers", "accelerate", "peft", "packages")  # topics without which nothing can be tried
 PACKAGES = (
     "torch",
     "transformers",
@@ -33,7 +36,9 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
     findings = [*_host(report), *impossible(Run()), *_packages()]
     say(f"host: {report['host'] or 'none'}")
     say("versions: " + ", ".join(f"{name} {v}" for name, v in report["versions"].items() if v))
-    if any(f.level == ERROR and f.topic in ("transformers", "torch") for f in findings):
+    if any(
+        f.level == ERROR and f.topic in ("transformers", "torch", "accelerate", "peft", "packages") for f in findings
+    ):
         return _finished(report, findings)  # nothing could be imported
 
     findings += _gpus(report)
@@ -90,7 +95,11 @@ def _host(report: dict[str, object]) -> list[Finding]:
 def _packages() -> list[Finding]:
     from packaging.version import Version
 
-    findings = []
+    findings = [
+        Finding(ERROR, "packages", f"{name} is not installed", f"pip install {name}")
+        for module, name in NEEDED.items()
+        if find_spec(module) is None
+    ]
     if installed("torch") is None:
         findings.append(Finding(ERROR, "torch", "torch is not installed", "pip install torch"))
     here = installed("transformers")
@@ -98,12 +107,18 @@ def _packages() -> list[Finding]:
         text = f"transformers {here} is newer than {NEWEST_RUN}, the newest that was tried"
         findings.append(Finding(WARNING, "versions", text, f"pip install 'transformers<={NEWEST_RUN}.99'"))
     if find_spec("deepspeed") is None:
-        command = "pip install --no-build-isolation deepspeed"
-        findings.append(Finding(WARNING, "deepspeed", "DeepSpeed is not installed: no ZeRO", command))
-    elif installed("accelerate") and Version(installed("accelerate")) >= Version("1.13"):
+        text = "DeepSpeed is not installed: no ZeRO"
+        findings.append(Finding(WARNING, "deepspeed", text, install_command("deepspeed")))
+    elif bucket_sizes_are_fractions():
+        text = (
+            f"DeepSpeed {installed('deepspeed')} does not take the bucket sizes that transformers {here} makes of "
+            "`auto` under ZeRO-3"
+        )
+        findings.append(Finding(WARNING, "deepspeed", text, install_command("deepspeed")))
+    if find_spec("deepspeed") and installed("accelerate") and Version(installed("accelerate")) >= Version("1.13"):
         text = f"accelerate {installed('accelerate')} cannot run DeepSpeed in several processes on the CPU (GPUs can)"
-        findings.append(Finding(WARNING, "accelerate", text, "pip install 'accelerate<1.13'"))
-    return findings
+        findings.append(Finding(WARNING, "accelerate", text, install_command("accelerate")))
+    return findings + filelock()
 
 
 def _gpus(report: dict[str, object]) -> list[Finding]:

@@ -8,12 +8,22 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 from . import ERROR, WARNING, Finding
+from .versions import install_command
 
 TIMEOUT = 300
+# What the hosts import under another name than that of the package to install.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "PyYAML",
+    "sklearn": "scikit-learn",
+    "google": "protobuf",
+    "cv2": "opencv-python",
+}
 VARLEN_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen")
 # Largest difference from the float32 reference that is allowed, outputs and gradients being of order one.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -219,8 +229,9 @@ def host() -> tuple[dict[str, object], list[Finding]]:
 
 
 def _import_failure(line: str) -> Finding:
-    missing = line.partition("No module named ")[2].strip("'\"")
-    command = f"pip install --no-deps {missing.split('.')[0]}" if missing else None
+    missing = line.partition("No module named ")[2].strip("'\"").partition(".")[0]
+    # Where the package itself is there, a part of it is missing, and installing it again would not help.
+    command = None if not missing or find_spec(missing) else install_command(DISTRIBUTIONS.get(missing, missing))
     if "which is no mend" in line:
         command = "unset LLAVA_PACKING_DISABLE_MENDS"
     return Finding(ERROR, "host", f"the host cannot be imported: {line}", command)

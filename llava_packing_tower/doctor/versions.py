@@ -16,6 +16,36 @@ from . import ERROR, Finding
 OLDEST_TRANSFORMERS = "4.40"
 NEWEST_RUN = "5.23"
 """The newest transformers with which the host matrix (docs/hosts.md) was run."""
+WORKING: tuple[tuple[str | None, dict[str, str]], ...] = (
+    (
+        "4.45",
+        {
+            "accelerate": "accelerate>=0.34,<1",
+            "datasets": "datasets>=2.16,<4",
+            "deepspeed": "deepspeed==0.14.4",
+            "peft": "peft>=0.13,<0.14",
+        },
+    ),
+    (
+        "5",
+        {
+            "accelerate": "accelerate>=1.1,<1.13",
+            "datasets": "datasets>=2.16,<5",
+            "deepspeed": "deepspeed>=0.19.8",
+            "peft": "peft>=0.13",
+        },
+    ),
+    (
+        None,
+        {
+            "accelerate": "accelerate>=1.1,<1.13",
+            "datasets": "datasets>=4",
+            "deepspeed": "deepspeed>=0.19.8",
+            "peft": "peft>=0.18",
+        },
+    ),
+)
+"""For transformers below a version (None: any): what to install beside it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +65,17 @@ def installed(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def install_command(distribution: str) -> str:
+    """The command that installs a distribution in a version that works beside the installed transformers."""
+    bounds = next(wanted for below, wanted in WORKING if below is None or not _at_least("transformers", below))
+    wanted = bounds.get(distribution, distribution)
+    wanted = f"'{wanted}'" if any(sign in wanted for sign in "<>") else wanted
+    if distribution != "deepspeed":
+        return f"pip install {wanted}"
+    # A source distribution whose build imports torch.
+    return f"pip install setuptools wheel packaging ninja && pip install --no-build-isolation {wanted}"
 
 
 def _at_least(distribution: str, least: str) -> bool:
@@ -89,26 +130,55 @@ def _accelerate_and_deepspeed_on_cpu(run: Run) -> list[Finding]:
         f"accelerate {installed('accelerate')} cannot run DeepSpeed in several processes on the CPU: from 1.13 on it "
         "finds no backend there and counts one process"
     )
-    return [Finding(ERROR, "accelerate", text, "pip install 'accelerate<1.13'")]
+    return [Finding(ERROR, "accelerate", text, install_command("accelerate"))]
+
+
+def bucket_sizes_are_fractions() -> bool:
+    """Whether `"stage3_prefetch_bucket_size": "auto"` becomes 0.9 * hidden_size ** 2, a float that DeepSpeed refuses.
+
+    transformers rounds it from 4.45 on; DeepSpeed did up to 0.14.
+    """
+    return _at_least("deepspeed", "0.15") and not _at_least("transformers", "4.45")
 
 
 def _automatic_bucket_sizes(run: Run) -> list[Finding]:
-    """transformers before 4.42 fills `"stage3_prefetch_bucket_size": "auto"` with 0.9 * hidden_size ** 2, a float."""
     asked = (run.deepspeed or {}).get("zero_optimization", {}).get("stage3_prefetch_bucket_size")
     if run.zero_stage != 3 or asked != "auto" or not run.hidden_size or run.hidden_size % 10 == 0:
         return []
-    deepspeed, integration = _folder("deepspeed"), _folder("transformers")
-    if deepspeed is None or integration is None or (deepspeed / "pydantic_v1.py").is_file():
-        return []  # up to 0.14 DeepSpeed rounds it
-    source = (integration / "integrations" / "deepspeed.py").read_text(encoding="utf-8")
-    if "int(0.9 * hidden_size * hidden_size)" in source or "0.9 * hidden_size * hidden_size" not in source:
+    if not bucket_sizes_are_fractions():
         return []
     size = 0.9 * run.hidden_size**2
     text = (
         f"transformers {installed('transformers')} turns stage3_prefetch_bucket_size: auto into {size:.1f}, and "
         f"DeepSpeed {installed('deepspeed')} takes whole numbers only. Give {int(size)}, or use an older DeepSpeed"
     )
-    return [Finding(ERROR, "deepspeed", text, "pip install --no-build-isolation deepspeed==0.14.4")]
+    return [Finding(ERROR, "deepspeed", text, install_command("deepspeed"))]
+
+
+# peft from the first version to below the second imports a name that transformers from the third to below the fourth
+# does not have; transformers imports peft wherever it is installed.
+PEFT = (("0.14", None, None, "4.43", "EncoderDecoderCache"), ("0.14", "0.18", "5", None, "HybridCache"))
+
+
+def _peft(run: Run) -> list[Finding]:
+    def within(distribution: str, first: str | None, below: str | None) -> bool:
+        return (first is None or _at_least(distribution, first)) and not (below and _at_least(distribution, below))
+
+    here = installed("peft")
+    for first, below, since, until, name in PEFT:
+        if here is not None and within("peft", first, below) and within("transformers", since, until):
+            text = (
+                f"peft {here} imports {name}, which transformers {installed('transformers')} does not have: no LLaVA "
+            )
+            text += "can be imported, with or without LoRA"
+            return [Finding(ERROR, "peft", text, install_command("peft"))]
+    return []
+
+
+def _accelerate(run: Run) -> list[Finding]:
+    if installed("accelerate") is not None:
+        return []
+    return [Finding(ERROR, "accelerate", "accelerate is not installed: no training", install_command("accelerate"))]
 
 
 def _decoder_attention(run: Run) -> list[Finding]:
@@ -123,14 +193,23 @@ def _decoder_attention(run: Run) -> list[Finding]:
     return [Finding(ERROR, "flash-attn", text, "pip install flash-attn --no-build-isolation")]
 
 
-def _folder(package: str) -> Path | None:
-    spec = find_spec(package)
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+def filelock() -> list[Finding]:
+    """lmms-eval imports ``filelock._api``, which filelock has up to 4.2."""
+    spec = find_spec("lmms_eval")
+    if spec is None or not _at_least("filelock", "4.3"):
+        return []
+    evaluator = Path(next(iter(spec.submodule_search_locations))) / "evaluator.py"
+    if "filelock._api" not in evaluator.read_text(encoding="utf-8"):
+        return []
+    text = f"lmms-eval imports filelock._api, which filelock {installed('filelock')} does not have: no evaluation"
+    return [Finding(ERROR, "filelock", text, "pip install 'filelock<4.3'")]
 
 
 CHECKS: tuple[Callable[[Run], list[Finding]], ...] = (
     _transformers,
+    _accelerate,
     _accelerate_and_deepspeed_on_cpu,
+    _peft,
     _automatic_bucket_sizes,
     _decoder_attention,
 )

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..doctor.versions import Run, impossible, installed, unmet
+from ..doctor.versions import Run, filelock, impossible, installed, unmet
 from ..hosts import find_host
 from ..loading import CONFIG_NAME, read_json
 from ..tower_names import PACKING, tower_kind
@@ -48,7 +48,7 @@ def check_installation() -> None:
             problems.append(
                 f"lmms-eval {installed('lmms-eval')} needs {need}, and {found} is installed:\n  pip install '{need}'"
             )
-    problems += map(str, impossible(Run()))
+    problems += map(str, [*filelock(), *impossible(Run())])
     if problems:
         raise ValueError("\n".join(problems))
     find_host()
