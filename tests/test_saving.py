@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from host_runs import HOSTS, environment, execute
 from torch import nn
 
-from llava_packing_tower.hosts import saving
+from llava_packing_tower.demo.models import make_tower
+from llava_packing_tower.hosts import saving, tuning
 from llava_packing_tower.hosts.frozen import is_cast_of
 from llava_packing_tower.hosts.patches import Patches
+from llava_packing_tower.tower import HEVCViTPackingVisionTower
 
 HERE = Path(__file__).parent
 
@@ -104,3 +107,19 @@ def test_a_rounded_tensor_is_the_same_one():
     exact = torch.randn(50)
     assert is_cast_of(exact.half(), exact) and is_cast_of(exact.bfloat16().float(), exact)
     assert not is_cast_of(exact + 1e-3, exact) and not is_cast_of(exact[:7], exact)
+
+
+def test_a_tower_that_the_host_would_not_load_is_said(tmp_path, caplog):
+    """LLaVA keeps the tower of the checkpoint that training starts from, whatever the arguments ask for."""
+    for name, seed in (("a_packing", 1), ("b_packing", 2)):
+        make_tower(tmp_path / name, seed)
+    shutil.copytree(tmp_path / "a_packing", tmp_path / "moved_packing")
+    first, other, moved = (str(tmp_path / name) for name in ("a_packing", "b_packing", "moved_packing"))
+    tower = HEVCViTPackingVisionTower(first, SimpleNamespace(mm_vision_select_layer=-1))
+    config = SimpleNamespace(mm_packing_config=tower.packing_config("folder"))
+    assert not tuning.is_another_tower(tower, config, f"packing:{first}/")
+    assert not tuning.is_another_tower(tower, config, moved)
+    assert tuning.is_another_tower(tower, config, other) and f"{other} is not loaded" in caplog.text
+    with pytest.raises(ValueError, match="has a Linear, which LLaVA would keep"):
+        tuning.is_another_tower(nn.Linear(1, 1), config, first)
+    assert not tuning.is_another_tower(nn.Linear(1, 1), config, "openai/clip-vit-large-patch14-336")

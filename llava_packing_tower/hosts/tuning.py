@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 from ..loading import WeightFiles, resolve_folder
-from ..tower import HEVCViTPackingVisionTower
+from ..tower import HEVCViTPackingVisionTower, folder_fingerprint
+from ..tower_names import strip_prefix, tower_kind
 from .arguments import host_lacks
 from .patches import Patches
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
 QUANTISERS = ("bitsandbytes", "quanto", "optimum", "torchao", "hqq", "awq", "gptqmodel")
@@ -46,9 +50,13 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
         train = _train_module(arch)
         if train is not None and host_lacks(train, "mm_tunable_parts") and parts == ("mm_mlp_adapter",):
             model_args.tune_mm_mlp_adapter = True  # this host's own word for it: it then saves the adapter alone
+        kept = self.get_vision_tower()
+        other = kept is not None and is_another_tower(kept, self.config, model_args.vision_tower)
         original(self, model_args, fsdp)
         if not is_packing_tower(self.get_vision_tower()):
             return
+        if other:
+            self.config.mm_vision_tower = kept.vision_tower_name
         tuned = "mm_vision_tower" in parts or getattr(model_args, "unfreeze_mm_vision_tower", False)
         earlier = getattr(self.config, "mm_packing_config", None) or {}
         # Tuned in an earlier stage: the folder has not had these weights since then, frozen or not today.
@@ -61,6 +69,28 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
             setattr(self.config, name, getattr(model_args, name, None))
 
     patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+
+
+def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
+    """Whether training asks for another tower than the checkpoint that it starts from has: the host keeps that one.
+
+    Raises ``ValueError`` where LLaVA's own tower would be trained in place of ours; another packing tower is a warning.
+    """
+    if not is_packing_tower(kept):
+        if tower_kind(asked) is not None:
+            raise ValueError(
+                f"{asked} is a packing tower, but the checkpoint that training starts from has a "
+                f"{type(kept).__name__}, which LLaVA would keep. Start from the plain decoder (model_name_or_path)"
+            )
+        return False
+    here, there = (Path(strip_prefix(name)).expanduser() for name in (kept.vision_tower_name, asked))
+    noted = (getattr(config, "mm_packing_config", None) or {}).get("fingerprint")
+    if here == there or here.resolve() == there.resolve():
+        return False
+    if noted is not None and there.is_dir() and folder_fingerprint(there) == noted:
+        return False
+    logger.warning("the tower is the checkpoint's, %s; %s is not loaded", kept.vision_tower_name, asked)
+    return True
 
 
 def _train_module(arch: ModuleType) -> ModuleType | None:
