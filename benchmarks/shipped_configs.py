@@ -77,7 +77,7 @@ def main() -> int:
         for python in args.interpreter or [sys.executable]:
             versions, host = _versions(python)
             for name in names:
-                where = f"{args.num_gpus} GPUs" if args.num_gpus else f"{args.num_processes} processes on the CPU"
+                where = f"{args.num_gpus} GPUs" if args.num_gpus else f"CPU, {args.num_processes} process(es)"
                 key = f"{name} | {host} | {versions['transformers']} | {args.size}, {where}"
                 if cells.get(key, {}).get("result") == "pass" or (name.startswith("llava_next") and "NeXT" not in host):
                     continue
@@ -306,8 +306,9 @@ def _environment() -> dict[str, str]:
 def _versions(python: str) -> tuple[dict[str, str], str]:
     """Versions of the libraries that an interpreter has, and the LLaVA that it finds."""
     script = (
-        "import json, sys\nfrom importlib.metadata import version\nfrom llava_packing_tower.hosts import find_host\n"
-        f"found = find_host()\nversions = {{n: version(n) for n in {DISTRIBUTIONS!r}}}\n"
+        "import json, sys\nfrom llava_packing_tower.doctor.versions import installed\n"
+        "from llava_packing_tower.hosts import find_host\n"
+        f"found = find_host()\nversions = {{n: installed(n) for n in {DISTRIBUTIONS!r}}}\n"
         "print(json.dumps([{'python': sys.version.split()[0], **versions}, f'{found.host.title} {found.version}']))"
     )
     shown = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True, env=_environment())
