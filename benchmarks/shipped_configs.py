@@ -209,7 +209,7 @@ def run_cell(python: str, name: str, workspace: Path, output: Path, args: argpar
         whole = Run({**first.losses, **again.losses}, again.times, again.log)
     if sorted(whole.losses) != list(range(1, args.steps + 1)) or not all(map(math.isfinite, whole.losses.values())):
         raise CellFailed(f"losses of {args.steps} steps: {whole.losses}")
-    saved = [f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
+    saved = [f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.name != "training_args.bin"]
     if not saved:
         raise CellFailed(f"no weights were saved in {folder.name}")
     mends = re.findall(r"^(?:mends|compatibility patches): (.*)$", whole.log, re.M)
@@ -325,14 +325,15 @@ def _write(file: Path, text: str) -> None:
 
 
 def markdown(cells: dict[str, dict]) -> str:
-    """One row for each configuration and host, one column for each version of transformers; failures below."""
+    """A row for each configuration and host, a column for each version of transformers ("x2": two ranks); failures."""
     order = lambda v: [int(part) for part in re.findall(r"\d+", v)]  # noqa: E731
     columns = sorted({c["versions"]["transformers"] for c in cells.values()}, key=order)
     rows: dict[tuple[str, ...], dict[str, dict]] = {}
     for cell in cells.values():
-        row = rows.setdefault((cell["config"], cell["host"], f"{cell['size']}, {cell['where']}"), {})
+        device = "GPU" if "GPU" in cell["where"] else "CPU"
+        row = rows.setdefault((cell["config"], cell["host"], f"{cell['size']}, {device}"), {})
         row[cell["versions"]["transformers"]] = cell
-    lines = ["| configuration | LLaVA | models, where | " + " | ".join(columns) + " | date |"]
+    lines = ["| configuration | LLaVA | models | " + " | ".join(columns) + " | date |"]
     lines += ["|" + "---|" * (len(columns) + 4)]
     failures = []
     for key, row in sorted(rows.items(), key=lambda item: ("_pretrain" not in item[0][0], item[0])):
@@ -345,7 +346,8 @@ def markdown(cells: dict[str, dict]) -> str:
 
 
 def _shown(cell: dict) -> str:
-    return cell["result"] + (", resumed" if "repeated step" in cell else "")
+    ranks = re.search(r"\d+", cell["where"])[0]
+    return f"{cell['result']}{', resumed' if 'repeated step' in cell else ''} x{ranks}"
 
 
 if __name__ == "__main__":
