@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .hosts.refused import refused
+
 USAGE = "usage: python -m llava_packing_tower.run (-m MODULE | SCRIPT.py) [ARGUMENTS ...]"
 
 
@@ -31,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(USAGE)
     if not is_module and not Path(target[0]).is_file():
         raise SystemExit(f"{target[0]}: no such file. {USAGE}")
+
+    if why := refused(target[0]):
+        raise SystemExit(f"{target[0]}: {why}")
 
     # Before the hook, which puts LLAVA_NEXT_DIR in front of it.
     sys.path[0] = str(Path.cwd() if is_module else Path(target[0]).resolve().parent)

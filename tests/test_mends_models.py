@@ -138,6 +138,30 @@ def test_tower_half(tmp_path, monkeypatch, golden):
     assert mended("tower_half", sound) is None
 
 
+FLASH_LOADER = """
+def load_pretrained_model(model_path, model_base, attn_implementation="flash_attention_2", **kwargs):
+    return attn_implementation
+"""
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("there", [False, True])
+def test_loader_attention(tmp_path, monkeypatch, caplog, there):
+    builder = module_from(tmp_path, monkeypatch, "fake.model.builder", FLASH_LOADER)
+    patches = mended("loader_attention", builder)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: there)
+    load = builder.load_pretrained_model
+    assert load("x", None, device_map="cpu") == ("flash_attention_2" if there else "sdpa")
+    assert bool(caplog.records) is not there
+    # What the caller names stays, by place too.
+    assert load("x", None, "flash_attention_2") == load("x", None, attn_implementation="flash_attention_2")
+    assert load("x", None, "eager") == "eager" and load("x", None, "flash_attention_2") == "flash_attention_2"
+    patches.undo()
+    assert builder.load_pretrained_model("x", None) == "flash_attention_2"
+    sound = module_from(tmp_path, monkeypatch, "fake.model.other", "def load_pretrained_model(model_path): pass")
+    assert mended("loader_attention", sound) is None
+
+
 # ---------------------------------------------------------------- torch and DeepSpeed
 
 

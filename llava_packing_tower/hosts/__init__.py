@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from . import builder_hook, mends, native
+from . import builder_hook, mends, native, refused
 from .base import FoundHost, Host
 from .imports import ImportHooks
 from .patches import Patches
@@ -54,6 +54,7 @@ def apply() -> None:
             mends.install(package, _hooks, _patches)
             builder_hook.install(package, _hooks, _patches)
             native.install(package, _hooks, _patches)
+            refused.install(package, _hooks)
             _extend(package)
     except BaseException:
         undo()
