@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -26,8 +27,14 @@ SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
 
 
-def resolve_folder(name_or_path: str | os.PathLike, **hub: object) -> Path:
-    """A local folder for a folder name or a hub id (downloaded through huggingface_hub, or taken from its cache).
+def is_weight_file(name: str) -> bool:
+    """Whether a save of weights (not one of a variant) has a file of this name: the whole, a shard or an index."""
+    return bool(re.fullmatch(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?", name))
+
+
+def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", **hub: object) -> Path:
+    """A local folder for a folder name or a hub id (downloaded through huggingface_hub, or taken from its cache), or
+    ``subfolder`` in it.
 
     ``hub`` (``revision``, ``token``, ``cache_dir`` ...) goes to ``snapshot_download``.
 
@@ -36,7 +43,9 @@ def resolve_folder(name_or_path: str | os.PathLike, **hub: object) -> Path:
     name = os.fspath(name_or_path)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        if not (folder / subfolder).is_dir():
+            raise ValueError(f"checkpoint folder {name!r} has no subfolder {subfolder!r}")
+        return folder / subfolder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ValueError(f"checkpoint folder {name!r} does not exist")
     from huggingface_hub import snapshot_download
@@ -44,11 +53,13 @@ def resolve_folder(name_or_path: str | os.PathLike, **hub: object) -> Path:
 
     try:
         local = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **hub))
-        if not any(local.glob("*.safetensors")):
+        if not any((local / subfolder).glob("*.safetensors")):
             local = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"], **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{name!r} is neither a local folder nor a hub id that can be reached: {error}") from error
-    return local
+    if not (local / subfolder).is_dir():
+        raise ValueError(f"{name!r} has no subfolder {subfolder!r}")
+    return local / subfolder
 
 
 def read_json(file: Path) -> dict:
@@ -94,26 +105,40 @@ class WeightFiles:
 
     RELEASE_BYTES = 1 << 30
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, use_safetensors: bool | None = None) -> None:
+        """Raises ``ValueError`` for files that are missing, damaged or of two saves. ``use_safetensors`` asks for one
+        kind of file."""
         self.folder = folder
         self._open: dict[str, object] = {}
         self._where: dict[str, str] = {}
         self._since_release = 0
-        for base in (SAFETENSORS, PICKLED):
+        kinds = {None: (SAFETENSORS, PICKLED), True: (SAFETENSORS,), False: (PICKLED,)}[use_safetensors]
+        for base in kinds:
             index = folder / f"{base}.index.json"
+            if index.is_file():
+                self._read_index(index, base)
+                return
             if (folder / base).is_file():
                 self._where = dict.fromkeys(self._keys_of(base), base)
                 return
-            if index.is_file():
-                weight_map = read_json(index).get("weight_map")
-                if not isinstance(weight_map, dict):
-                    raise ValueError(f"{index} has no weight_map")
-                for key, file in weight_map.items():
-                    if key not in self._keys_of(file):
-                        raise ValueError(f"{index} says that {key} is in {file}, but it is not")
-                    self._where[key] = file
-                return
-        raise ValueError(f"{folder} has no {SAFETENSORS} or {PICKLED} (or an index of one)")
+        raise ValueError(f"{folder} has no {' or '.join(kinds)} (or an index of one)")
+
+    def _read_index(self, index: Path, base: str) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        for key, file in weight_map.items():
+            if key not in self._keys_of(file):
+                raise ValueError(f"{index} says that {key} is in {file}, but it is not")
+            self._where[key] = file
+        used = set(weight_map.values())
+        if base not in used and (self.folder / base).is_file():
+            raise ValueError(f"{self.folder} holds two saves, {base} and {index.name} with its shards: remove one")
+        if len(counts := {n for file in used for n in re.findall(r"-of-(\d+)\.", file)}) > 1:
+            raise ValueError(f"{index} mixes shards of two saves: of {' and of '.join(sorted(counts))}")
+        for file in sorted(used):
+            if extra := sorted(key for key in self._keys_of(file) if weight_map.get(key) != file):
+                raise ValueError(f"{self.folder / file} is of another save than {index.name}: it also has {extra[0]}")
 
     def _handle(self, file: str):
         if file not in self._open:
@@ -301,11 +326,13 @@ def open_to_others(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(folder: str | os.PathLike, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``; on success its files appear in ``folder`` by rename, else nothing does.
 
-    A file of the same name is replaced; other files of an existing folder stay. A folder that does not exist yet, or is
-    empty, appears whole in one step.
+    A file of the same name is replaced; other files of an existing folder stay, but those whose names ``replaces`` is
+    true of are removed. (Where several files make up a save the old ones go before the new ones come: what is left by
+    an interruption cannot be read, and is never of two saves.) A folder that does not exist yet, or is empty, appears
+    whole in one step.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -314,7 +341,13 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         yield aside
         open_to_others(aside)
         if folder.is_dir() and any(folder.iterdir()):
-            for file in sorted(aside.iterdir(), key=lambda f: f.name == CONFIG_NAME):
+            old = {file.name for file in folder.iterdir() if replaces(file.name)}
+            new = {file.name for file in aside.iterdir()}
+            if len(old | {name for name in new if replaces(name)}) == 1:
+                old -= new
+            for name in sorted(old, key=lambda n: not n.endswith(".index.json")):
+                (folder / name).unlink()
+            for file in sorted(aside.iterdir(), key=lambda f: (f.name == CONFIG_NAME, f.name.endswith(".index.json"))):
                 os.replace(file, folder / file.name)
         else:
             os.replace(aside, folder)

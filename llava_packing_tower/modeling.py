@@ -111,6 +111,13 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     def patch_dim(self) -> int:
         return self.config.num_channels * self.config.patch_size**2
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding: its output is what ``enable_input_require_grads()`` asks a gradient of."""
+        return self.patch_embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.patch_embed = value
+
     def set_attention_backend(self, name: str) -> None:
         """Choose the attention backend: a key of ``attention.BACKENDS`` or ``auto``; else ``ValueError``."""
         from .attention import backend_module

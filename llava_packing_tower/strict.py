@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import transformers
@@ -18,7 +19,11 @@ from .loading import (
     WeightPlan,
     atomic_folder,
     construction,
+    describe_problems,
+    is_weight_file,
     load_weights,
+    parameter_shapes,
+    plan_problems,
     read_json,
     resolve_folder,
     write_json,
@@ -31,10 +36,37 @@ AUTO_OPTIONS = {
     "adapter_kwargs",
     "trust_remote_code",
     "low_cpu_mem_usage",
-    "use_safetensors",
     "_from_auto",
     "_commit_hash",
 }
+"""What changes nothing here: no code of a checkpoint is run, and no weight is made twice."""
+_DISPATCH = "pass device_map= alone, or call accelerate.dispatch_model on the loaded model"
+_QUANTISE = "load the model, then quantise its layers"
+_STRICT = "every tensor must fit; make a model of the config and load what you want into it"
+INSTEAD = {
+    "variant": "keep each variant in a folder of its own and pass subfolder=",
+    "max_memory": _DISPATCH,
+    "offload_folder": _DISPATCH,
+    "offload_state_dict": _DISPATCH,
+    "offload_buffers": _DISPATCH,
+    "quantization_config": _QUANTISE,
+    "load_in_8bit": _QUANTISE,
+    "load_in_4bit": _QUANTISE,
+    "ignore_mismatched_sizes": _STRICT,
+    "state_dict": _STRICT,
+    "key_mapping": "convert the checkpoint: llava-packing convert",
+    "gguf_file": "convert the checkpoint: llava-packing convert",
+    "from_tf": "convert the checkpoint to safetensors",
+    "from_flax": "convert the checkpoint to safetensors",
+    "tp_plan": "use DeepSpeed, FSDP or DDP",
+    "tp_size": "use DeepSpeed, FSDP or DDP",
+    "device_mesh": "use DeepSpeed, FSDP or DDP",
+    "distributed_config": "use DeepSpeed, FSDP or DDP",
+    "adapter_name": "load an adapter with peft.PeftModel.from_pretrained",
+    "use_kernels": "choose kernels with attn_implementation= and set_compile()",
+}
+"""Keywords of transformers that are refused, and the word or step to use in their place."""
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class StrictPreTrainedModel(PreTrainedModel):
@@ -119,50 +151,209 @@ class StrictPreTrainedModel(PreTrainedModel):
         config: PretrainedConfig | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
-        attn_implementation: str = "auto",
+        device: torch.device | str | None = None,
+        device_map: torch.device | str | int | dict | None = None,
+        attn_implementation: str | None = None,
+        subfolder: str = "",
+        use_safetensors: bool | None = None,
+        output_loading_info: bool = False,
         **options: object,
-    ) -> StrictPreTrainedModel:
+    ) -> StrictPreTrainedModel | tuple[StrictPreTrainedModel, dict[str, list]]:
         """Load a checkpoint, or convert a known foreign one in memory. Strict: all tensors fit, or an error.
 
         Args:
             pretrained_model_name_or_path: local folder or hub id.
             config: use this config in place of the one in the folder.
             dtype (or torch_dtype): of the weights; None is torch's default dtype, "auto" that of the file.
-            device: where the weights go.
-            attn_implementation: attention backend, see :meth:`set_attention_backend`.
+            device: where the weights go; None is the CPU.
+            device_map: a device as transformers writes it (``"cuda"``, ``0``, ``{"": "cuda:0"}``), or a map of several,
+                or ``auto``, ``balanced``, ``balanced_low_0``, ``sequential``: loaded on the CPU, then spread by
+                accelerate.
+            attn_implementation: attention backend, see :meth:`set_attention_backend`; None is ``auto``.
+            subfolder: of the folder or hub repository.
+            use_safetensors: True and False ask for this kind of file; None takes safetensors where there are any.
+            output_loading_info: also return what transformers' method tells of the tensors. Nothing is ever missing or
+                mis-shaped; ``unexpected_keys`` are the tensors of a foreign checkpoint that this model has no use for.
             options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` go to huggingface_hub; what
-                transformers' Auto classes add is accepted and has no effect; anything else is a ``TypeError``.
+                transformers' Auto classes add is accepted and has no effect; anything else is a ``TypeError``, with
+                what to use instead where there is something.
 
         Returns:
-            The model in evaluation mode.
+            The model in evaluation mode; with ``output_loading_info`` a pair of it and that information.
 
         Raises:
-            ValueError: no config, another model_type, or missing, unexpected, mis-shaped or non-float tensors.
+            ValueError: no config, another model_type, or missing, unexpected, mis-shaped or non-float tensors; both
+                ``device`` and ``device_map``; two different dtypes.
         """
-        if strange := set(options) - HUB_OPTIONS - AUTO_OPTIONS:
-            raise TypeError(f"{cls.__name__}.from_pretrained() got unexpected arguments {', '.join(sorted(strange))}")
+        _check_options(cls, options)
+        if device is not None and device_map is not None:
+            raise ValueError(f"device {device!r} and device_map {device_map!r} say the same thing: pass one of them")
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype {dtype!r} and torch_dtype {torch_dtype!r} differ: pass one of them")
         hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
-        folder = resolve_folder(pretrained_model_name_or_path, **hub)
+        folder = resolve_folder(pretrained_model_name_or_path, subfolder=subfolder, **hub)
         raw = read_json(folder / CONFIG_NAME)
-        files = WeightFiles(folder)
+        files = WeightFiles(folder, use_safetensors)
+        dtype = torch_dtype if dtype is None else dtype
+        if config is not None and options.keys() & AUTO_OPTIONS:
+            # AutoModel moves attn_implementation into the config, and in transformers 4 dtype as well.
+            dtype = _changed_dtype(config, raw) if dtype is None else dtype
+            attn_implementation = attn_implementation or getattr(config, "_attn_implementation_internal", None)
         config, plan = cls.plan(raw, files.shapes(), config, folder)
         if (found := raw.get("model_type")) != cls.config_class.model_type:
             logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, config.model_type)
-        model = cls.from_weights(
-            config, plan, files, _as_dtype(dtype if dtype is not None else torch_dtype, files), device
-        )
-        model.set_attention_backend(attn_implementation)
-        return model
+        one, spread = _placement(device_map if device is None else device)
+        model = cls.from_weights(config, plan, files, _as_dtype(dtype, files), one)
+        model.set_attention_backend(attn_implementation or "auto")
+        if spread is not None:
+            _spread(model, spread)
+        if not output_loading_info:
+            return model
+        return model, {
+            "missing_keys": [],
+            "unexpected_keys": sorted(plan.dropped),
+            "mismatched_keys": [],
+            "error_msgs": [],
+        }
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: str = "5GB", **_: object) -> None:
-        """Write config.json and safetensors; the files appear whole, by rename. Other keyword arguments of
-        transformers' method (``safe_serialization`` ...) are accepted and have no effect."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: object = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        token: object = None,
+        save_peft_format: bool = True,
+        **options: object,
+    ) -> None:
+        """Write config.json and safetensors; weights of an earlier save that these replace are removed.
+
+        Args:
+            save_directory: made where it does not exist; other files in it stay.
+            is_main_process: False writes nothing.
+            state_dict: write these tensors (an average, or what accelerate gathered) in place of the model's own. An
+                empty one, with which transformers' Trainer says that the weights are saved elsewhere, writes
+                config.json alone.
+            max_shard_size: largest file, bytes or a text such as "5GB".
+            save_function, token, save_peft_format, and ``save_original_format`` in options: what transformers does with
+                them (pickled files, uploads, adapters, other names) never happens here.
+
+        Raises:
+            ValueError: tensors that are not those of this model (missing, unexpected, mis-shaped or empty ones:
+                adapters, quantised layers, ZeRO-3); ``safe_serialization=False``, ``variant`` or ``push_to_hub``.
+            TypeError: another keyword.
+        """
+        if strange := set(options) - {"save_original_format"}:
+            raise TypeError(f"{type(self).__name__}.save_pretrained() got unexpected arguments {sorted(strange)}")
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: weights are written as safetensors only; leave it out")
+        if variant is not None:
+            raise ValueError(f"variant={variant!r}: variants are not written; save into a folder of its own")
+        if push_to_hub:
+            raise ValueError("push_to_hub=True: save first, then upload the folder (huggingface_hub.upload_folder)")
+        if Path(save_directory).is_file():
+            raise ValueError(f"{save_directory} is a file; a model is saved into a folder")
+        if not is_main_process:
+            return
+        tensors = self._tensors_to_save(state_dict)
         from huggingface_hub import save_torch_state_dict
 
-        with atomic_folder(save_directory) as folder:
-            write_json(config_content(type(self), self.config, self.dtype), folder / CONFIG_NAME)
-            save_torch_state_dict(self.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), self.dtype)
+        with atomic_folder(save_directory, replaces=is_weight_file) as folder:
+            write_json(config_content(type(self), self.config, dtype), folder / CONFIG_NAME)
+            if tensors:
+                save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+            else:
+                logger.warning("%s: the given state_dict is empty, config.json is written alone", save_directory)
+
+    def _tensors_to_save(self, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Raises ``ValueError`` if :meth:`from_pretrained` could not load them again."""
+        if state_dict is not None and not state_dict:
+            return {}
+        if state_dict is None and any(hasattr(p, "ds_id") for p in self.parameters()):
+            raise ValueError(
+                "the weights are partitioned by ZeRO-3: gather them on all ranks and pass them, "
+                "save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
+            )
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        with torch.device("meta"):
+            wanted = parameter_shapes(type(self)(self.config))
+        plan = WeightPlan({key: Recipe((key,)) for key in tensors})
+        if problems := plan_problems(plan, {key: tuple(t.shape) for key, t in tensors.items()}, wanted):
+            raise ValueError(
+                f"these tensors are not those of a {type(self).__name__} (adapters, quantised, partitioned weights? "
+                f"Merge, or save with the library that changed it): {describe_problems(problems)}"
+            )
+        if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
+            raise ValueError(f"{len(meta)} tensors have no values (offloaded by accelerate?), {meta[0]} for example")
+        return {key: _on_its_own(tensor) for key, tensor in tensors.items()}
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *_: object, **__: object) -> None:
+        """transformers' name for :meth:`set_attention_backend`. (A dict names sub-models; its key "" is this one.)"""
+        if isinstance(attn_implementation, dict):
+            if set(attn_implementation) != {""}:
+                raise ValueError(f"this model has no sub-models to choose attention for, got {attn_implementation}")
+            attn_implementation = attn_implementation[""]
+        self.set_attention_backend(attn_implementation)
+
+
+def _on_its_own(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values; a copy where the tensor is a part of a larger one, as what ZeRO-3 gathers is."""
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return tensor if whole else tensor.clone()
+
+
+def _check_options(cls: type, options: dict[str, object]) -> None:
+    """Raises ``TypeError`` for keywords that would have no effect."""
+    # What transformers passes along, or means "no".
+    strange = {key for key in set(options) - HUB_OPTIONS - AUTO_OPTIONS if key not in INSTEAD or options[key]}
+    if strange:
+        words = "; ".join(f"in place of {key}: {INSTEAD[key]}" for key in sorted(strange) if key in INSTEAD)
+        raise TypeError(
+            f"{cls.__name__}.from_pretrained() got unexpected arguments {', '.join(sorted(strange))}"
+            + (f" ({words})" if words else "")
+        )
+
+
+def _placement(device_map: torch.device | str | int | dict | None) -> tuple[torch.device, str | dict | None]:
+    """The device that weights are loaded to, and how they are spread afterwards (None: they stay)."""
+    if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
+        device_map = next(iter(device_map.values()))
+    if isinstance(device_map, dict) or device_map in SPREADING:
+        return torch.device("cpu"), device_map
+    try:
+        device = torch.device("cpu" if device_map is None else device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map {device_map!r} is no device, no dict of devices and none of {', '.join(SPREADING)}: {error}"
+        ) from error
+    return device, None
+
+
+def _spread(model: StrictPreTrainedModel, device_map: str | dict) -> None:
+    """Put the parts of a model on several devices, by accelerate."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if isinstance(device_map, str):
+        whole, memory = model._no_split_modules, None
+        if device_map != "sequential":
+            low = device_map == "balanced_low_0"
+            memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=low)
+        device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    dispatch_model(model, device_map)
+
+
+def _changed_dtype(config: PretrainedConfig, raw: dict) -> torch.dtype | str | None:
+    """The dtype of a config that was read from ``raw``, if it is not the one that stands there."""
+    asked = getattr(config, "dtype", None)
+    stated = raw.get("dtype", raw.get("torch_dtype"))
+    same = asked is None or str(asked).removeprefix("torch.") == str(stated).removeprefix("torch.")
+    return None if same else asked
 
 
 def config_content(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> dict:

@@ -2,7 +2,7 @@
 
 import torch
 
-from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
+from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, LlavaViTPackingModel, Siglip2NaflexPacking
 from llava_packing_tower.packing import batch_images_to_packing_input, read_grid, split_packed
 
 GOLDEN_FAMILIES = {
@@ -21,6 +21,23 @@ BLOCK_VARIANTS = [
     ("dinov3", {}),
     ("dinov3", {"use_gated_mlp": True, "hidden_act": "silu"}),
 ]
+
+
+# Small models with random weights: every family, and fields of its config.
+TINY = {
+    "llava_vit": (LlavaViTPackingModel, {}),
+    "siglip2": (Siglip2NaflexPacking, {"num_patches": 16}),
+    "aimv2": (AIMv2Packing, {"is_native": True}),
+    "dinov3": (DINOv3ViTPacking, {"num_register_tokens": 2}),
+}
+
+
+def tiny(name: str, seed: int = 0, **fields):
+    """A model of :data:`TINY`, two blocks of width 64."""
+    cls, own = TINY[name]
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return cls(cls.config_class(**{**shape, "patch_size": 4, "image_size": 16, **own, **fields})).eval()
 
 
 def ragged(model, grids=((3, 5), (1, 7), (5, 3), (4, 4), (3, 5)), seed=0):

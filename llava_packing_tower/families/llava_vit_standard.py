@@ -237,6 +237,13 @@ class LlavaViTModel(StrictPreTrainedModel):
     def num_layers(self) -> int:
         return len(self.encoder.layers)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch convolution: its output is what ``enable_input_require_grads()`` asks a gradient of."""
+        return self.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.patch_embedding = value
+
     def set_attention_backend(self, name: str) -> None:
         """``auto`` and ``sdpa`` are torch's scaled_dot_product_attention, ``eager`` a float32 softmax."""
         if name not in ("auto", "sdpa", "eager"):
