@@ -27,6 +27,29 @@ _RULES: dict[str, tuple[Callable[[object], bool], str]] = {
 _NOT_ZERO = ("rope_theta", "image_size", "patch_size", "num_channels", "num_attention_heads", "hidden_size")
 
 
+DROPOUTS = ("attention_dropout", "drop_path_rate")
+"""Fields of transformers' configs for training, which the encoders here do not have: see :func:`check_rate`."""
+
+
+def one_side(name: str, value: object) -> object:
+    """A side in pixels, from a number or, as transformers also writes it, a list of equal ones.
+
+    Raises ``ValueError`` for a list of different ones. Anything else is left to :func:`check_config`.
+    """
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) not in (1, 2) or len(set(value)) != 1:
+        raise ValueError(f"{name} must be one number of pixels or two equal ones, got {list(value)}")
+    return value[0]
+
+
+def check_rate(name: str, rate: object) -> None:
+    """Raises ``ValueError`` for a dropout that is no probability below 1. One that is has no effect in inference, and
+    training says that it has none there either (``StrictPreTrainedModel.train``)."""
+    if not _is_float(rate) or rate >= 1:
+        raise ValueError(f"{name} must be a probability from 0 to below 1, got {rate!r}")
+
+
 def check_config(config: PretrainedConfig, where: object) -> None:
     """Raises ``ValueError`` with the field, its value and what it should be. Fields of unknown types are let pass."""
     parameters: dict[str, inspect.Parameter] = {}

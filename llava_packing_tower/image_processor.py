@@ -22,6 +22,8 @@ from .loading import atomic_folder, read_json, write_json
 logger = logging.getLogger(__name__)
 
 PROCESSOR_NAME = "preprocessor_config.json"
+WHOLE_PROCESSOR_NAME = "processor_config.json"
+"""Where transformers 5 writes the image processor of a model that has a tokenizer too, under ``image_processor``."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -52,6 +54,30 @@ def _whole_patches(size: dict[str, int], patch_size: int) -> dict[str, int]:
     if snapped != size:
         logger.warning("image size %s is no multiple of the patch size %d: using %s", size, patch_size, snapped)
     return snapped
+
+
+def processor_content(folder: str | os.PathLike) -> dict | None:
+    """What a folder says of its image processor: its preprocessor_config.json, or the part for images of its
+    processor_config.json; None if it says nothing.
+
+    Raises ``ValueError`` if the two say different things.
+    """
+    own, whole = Path(folder) / PROCESSOR_NAME, Path(folder) / WHOLE_PROCESSOR_NAME
+    content = read_json(own) if own.is_file() else None
+    inner = read_json(whole).get("image_processor") if whole.is_file() else None
+    if inner is None:
+        return content
+    if not isinstance(inner, dict):
+        raise ValueError(f"{whole}: image_processor must be a JSON object, got {inner!r}")
+    if content is not None:
+        known = PackingImageProcessor.__init__.__code__.co_varnames
+        differing = [key for key in (*known, "max_num_patches") if content.get(key) != inner.get(key)]
+        if differing:
+            raise ValueError(
+                f"{folder} describes two image processors, in {own.name} and {whole.name}, which differ in "
+                f"{', '.join(differing)}: remove the one that is out of date"
+            )
+    return inner
 
 
 class PackingImageProcessor:
@@ -106,8 +132,11 @@ class PackingImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> PackingImageProcessor:
-        """Raises ``ValueError`` if the folder has no preprocessor_config.json."""
-        return cls.from_dict(read_json(Path(folder) / PROCESSOR_NAME))
+        """Raises ``ValueError`` if the folder has none, or two different ones."""
+        content = processor_content(folder)
+        if content is None:
+            raise ValueError(f"{folder} has no {PROCESSOR_NAME} and no image_processor in a {WHOLE_PROCESSOR_NAME}")
+        return cls.from_dict(content)
 
     def to_dict(self) -> dict:
         return {"image_processor_type": "CLIPImageProcessor", **self.__dict__}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -16,9 +15,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .encoder import PackedEncoder
-from .image_processor import PROCESSOR_NAME, PackingImageProcessor
+from .image_processor import PackingImageProcessor, processor_content
 from .layers import PatchEmbed, Rotary
-from .loading import read_json
 from .packing import Grid, PackedSegments, PatchLayout, make_segments, read_grid
 from .participation import join_idle
 from .strict import StrictPreTrainedModel
@@ -95,11 +93,12 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     @classmethod
     def load_image_processor(cls, folder: str | os.PathLike, config: PretrainedConfig) -> PackingImageProcessor:
-        """The image processor of a checkpoint folder: from its preprocessor_config.json, else the family's default."""
-        file = Path(folder) / PROCESSOR_NAME
-        if not file.is_file():
+        """The image processor of a checkpoint folder: from its preprocessor_config.json or processor_config.json, else
+        the family's default."""
+        content = processor_content(folder)
+        if content is None:
             return cls.default_image_processor(config)
-        return cls.image_processor_from_source(read_json(file), config)
+        return cls.image_processor_from_source(content, config)
 
     # ---------------------------------------------------------------- forward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .config_check import check_config
+from .config_check import DROPOUTS, check_config
 from .loading import (
     CONFIG_NAME,
     Recipe,
@@ -292,6 +293,14 @@ class StrictPreTrainedModel(PreTrainedModel):
             raise ValueError(f"{len(meta)} tensors have no values (offloaded by accelerate?), {meta[0]} for example")
         return {key: _on_its_own(tensor) for key, tensor in tensors.items()}
 
+    def train(self, mode: bool = True) -> StrictPreTrainedModel:
+        """As any module's; says if the config has a dropout, which is of no effect here."""
+        rates = {name: rate for name in DROPOUTS if (rate := getattr(self.config, name, 0))}
+        if mode and rates:
+            said = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+            _warn_once(f"{type(self).__name__}: its config has {said}; it is trained without dropout")
+        return super().train(mode)
+
     def set_attn_implementation(self, attn_implementation: str | dict, *_: object, **__: object) -> None:
         """transformers' name for :meth:`set_attention_backend`. (A dict names sub-models; its key "" is this one.)"""
         if isinstance(attn_implementation, dict):
@@ -299,6 +308,11 @@ class StrictPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"this model has no sub-models to choose attention for, got {attn_implementation}")
             attn_implementation = attn_implementation[""]
         self.set_attention_backend(attn_implementation)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _on_its_own(tensor: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def test_tensors_that_do_not_fit_are_a_table_and_no_output(standard, tmp_path, c
         ({"hidden_size": -64}, ("ERROR",)),
         ({"layer_norm_type": "batch_norm"}, ("batch_norm",)),
         ({"use_head": False}, ("unexpected", "head.probe", "layernorm_post.weight")),
-        ({"attention_dropout": 0.1}, ("attention_dropout",)),
+        ({"attention_dropout": 1.5}, ("attention_dropout",)),
         ({"model_type": "clip"}, ("clip", "llava_vit")),
     ],
 )

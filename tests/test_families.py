@@ -293,9 +293,9 @@ def test_learned_positions_take_one_grid(load, grid):
         (Siglip2NaflexPacking, {"hidden_size": 50}, "50 is no multiple of 12 heads"),
         (AIMv2Packing, {"hidden_size": 30, "num_attention_heads": 3, "is_native": True}, "divisible by 4, got 30"),
         (DINOv3ViTPacking, {"hidden_size": 60, "num_attention_heads": 6}, "head width 10; .* multiple of 4"),
-        (DINOv3ViTPacking, {"drop_path_rate": 0.1}, "drop_path_rate must be 0"),
-        (Siglip2NaflexPacking, {"attention_dropout": 0.1}, "attention_dropout must be 0"),
-        (AIMv2Packing, {"attention_dropout": 0.1}, "attention_dropout must be 0"),
+        (DINOv3ViTPacking, {"drop_path_rate": 1}, "drop_path_rate must be a probability .*got 1"),
+        (Siglip2NaflexPacking, {"attention_dropout": -0.1}, "attention_dropout must be a probability .*got -0.1"),
+        (AIMv2Packing, {"patch_size": [14, 16]}, r"patch_size must be one number .*\[14, 16\]"),
         (AIMv2Packing, {"hidden_act": "swush"}, "unknown activation 'swush'"),
     ],
 )

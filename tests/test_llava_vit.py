@@ -341,7 +341,7 @@ def test_bad_inputs():
         (dict(hidden_size=65), "65 is no multiple of 2"),
         (dict(layer_norm_type="batch_norm"), "unknown norm 'batch_norm'"),
         (dict(hidden_act="gelllu"), "unknown activation 'gelllu'"),
-        (dict(attention_dropout=0.1), "attention_dropout must be 0"),
+        (dict(attention_dropout=1.5), "attention_dropout must be a probability"),
     ],
 )
 def test_bad_configs(overrides, message):

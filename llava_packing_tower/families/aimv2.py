@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from ..config_check import check_rate, one_side
 from ..encoder import PackedEncoder
 from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, PatchEmbed, RMSNorm, Rotary
@@ -31,7 +32,8 @@ class AIMv2PackingConfig(PretrainedConfig):
         squared, and images of exactly that size. proj_bias: bias of the attention's output projection (None: as
         ``qkv_bias``). use_head: whether the source has a pooling head (carried, not used).
 
-    Raises ``ValueError`` for ``attention_dropout`` other than 0.
+    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` for sizes of two different
+    sides.
     """
 
     model_type = "aimv2_packing"
@@ -43,8 +45,8 @@ class AIMv2PackingConfig(PretrainedConfig):
         num_hidden_layers: int = 24,
         num_attention_heads: int = 8,
         num_channels: int = 3,
-        image_size: int = 224,
-        patch_size: int = 14,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 14,
         rms_norm_eps: float = 1e-5,
         hidden_act: str = "silu",
         attention_dropout: float = 0.0,
@@ -57,8 +59,8 @@ class AIMv2PackingConfig(PretrainedConfig):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        if attention_dropout:
-            raise ValueError(f"attention_dropout must be 0 (packed attention has none), got {attention_dropout}")
+        check_rate("attention_dropout", attention_dropout)
+        patch_size, image_size = one_side("patch_size", patch_size), one_side("image_size", image_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -224,6 +226,7 @@ KEY_MAP = KeyMap(
     },
     dropped={
         rf"({_VISION})?head\..*": "pooling head: the packed encoder returns patch tokens",
+        r"classifier\..*": "classifier head",
         r"text_(model|encoder)\..*": "text tower",
         r"(visual_projection|text_projection|image_projector|text_projector)\..*": "projection for image-text matching",
         r"(log_)?logit_scale": "image-text similarity",

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from ..config_check import check_rate, one_side
 from ..encoder import PackedEncoder
 from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, PatchEmbed, Rotary
@@ -31,7 +32,8 @@ class DINOv3PackingConfig(PretrainedConfig):
         anew for each image. Off by default, so that ``train()`` does not change the features (in transformers it
         does: published configs have ``pos_embed_rescale`` 2).
 
-    Raises ``ValueError`` for ``attention_dropout`` or ``drop_path_rate`` other than 0.
+    A non-zero ``attention_dropout`` or ``drop_path_rate`` is carried and has no effect. Raises ``ValueError`` for sizes
+    of two different sides.
     """
 
     model_type = "dinov3_packing"
@@ -43,8 +45,8 @@ class DINOv3PackingConfig(PretrainedConfig):
         num_hidden_layers: int = 12,
         num_attention_heads: int = 6,
         num_channels: int = 3,
-        image_size: int = 224,
-        patch_size: int = 16,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
         hidden_act: str = "gelu",
         attention_dropout: float = 0.0,
         initializer_range: float = 0.02,
@@ -67,8 +69,8 @@ class DINOv3PackingConfig(PretrainedConfig):
     ) -> None:
         super().__init__(**kwargs)
         for name, rate in (("attention_dropout", attention_dropout), ("drop_path_rate", drop_path_rate)):
-            if rate:
-                raise ValueError(f"{name} must be 0 (the packed encoder has none), got {rate}")
+            check_rate(name, rate)
+        patch_size, image_size = one_side("patch_size", patch_size), one_side("image_size", image_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -271,7 +273,10 @@ KEY_MAP = KeyMap(
         rf"{_LAYER}\.mlp\.up_proj\.(weight|bias)": r"encoder.layers.\1.mlp.fc1.\2",
         rf"{_LAYER}\.mlp\.down_proj\.(weight|bias)": r"encoder.layers.\1.mlp.fc2.\2",
     },
-    dropped={r"embeddings\.mask_token": "stands for hidden patches in pretraining; no image has any"},
+    dropped={
+        r"embeddings\.mask_token": "stands for hidden patches in pretraining; no image has any",
+        r"classifier\..*": "classifier head",
+    },
 )
 
 AutoConfig.register(DINOv3PackingConfig.model_type, DINOv3PackingConfig, exist_ok=True)

@@ -28,7 +28,7 @@ class LlavaViTPackingConfig(LlavaViTConfig):
     """Configuration of :class:`LlavaViTPackingModel`: the fields and defaults of :class:`LlavaViTConfig`, and two more.
 
     ``image_size`` only tells the tower its nominal patch counts. ``spatial_merge_size`` and ``temporal_patch_size``
-    are carried for compatibility and not used. Raises ``ValueError`` for ``attention_dropout`` other than 0.
+    are carried for compatibility and not used.
     """
 
     model_type = "llava_vit_packing"

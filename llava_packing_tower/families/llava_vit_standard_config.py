@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 from transformers import PretrainedConfig
+
+from ..config_check import check_rate, one_side
 
 
 class LlavaViTConfig(PretrainedConfig):
     """Configuration of :class:`LlavaViTModel`. ``image_size`` has no influence on the encoder itself.
 
-    Raises ``ValueError`` for ``attention_dropout`` other than 0.
+    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` for sizes of two different
+    sides.
     """
 
     model_type = "llava_vit"
@@ -22,8 +26,8 @@ class LlavaViTConfig(PretrainedConfig):
         num_hidden_layers: int = 12,
         num_attention_heads: int = 12,
         num_channels: int = 3,
-        image_size: int = 448,
-        patch_size: int = 16,
+        image_size: int | Sequence[int] = 448,
+        patch_size: int | Sequence[int] = 16,
         hidden_act: str = "gelu",
         layer_norm_eps: float = 1e-6,
         layer_norm_type: str = "layer_norm",
@@ -34,8 +38,8 @@ class LlavaViTConfig(PretrainedConfig):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        if attention_dropout:
-            raise ValueError(f"attention_dropout must be 0 (the attention has none), got {attention_dropout}")
+        check_rate("attention_dropout", attention_dropout)
+        patch_size, image_size = one_side("patch_size", patch_size), one_side("image_size", image_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ..activations import HALF
 from ..cached_metadata import kept
+from ..config_check import check_rate, one_side
 from ..encoder import PackedEncoder
 from ..image_processor import PackingImageProcessor
 from ..layers import BlockConfig, Rotary
@@ -35,7 +36,8 @@ class Siglip2PackingConfig(PretrainedConfig):
     NaFlex has no image size of its own. ``image_size``, which only tells LLaVA the nominal patch counts and the image
     processor its square, is ``patch_size * sqrt(num_patches)`` unless given.
 
-    Raises ``ValueError`` if ``num_patches`` is no square number or ``attention_dropout`` is not 0.
+    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` if ``num_patches`` is no square
+    number, or for sizes of two different sides.
     """
 
     model_type = "siglip2_packing"
@@ -48,20 +50,20 @@ class Siglip2PackingConfig(PretrainedConfig):
         num_attention_heads: int = 12,
         num_channels: int = 3,
         num_patches: int = 256,
-        patch_size: int = 16,
+        patch_size: int | Sequence[int] = 16,
         hidden_act: str = "gelu_pytorch_tanh",
         layer_norm_eps: float = 1e-6,
         attention_dropout: float = 0.0,
         initializer_range: float = 0.02,
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         side = math.isqrt(num_patches)
         if side**2 != num_patches:
             raise ValueError(f"num_patches must be a square number (the position table is square), got {num_patches}")
-        if attention_dropout:
-            raise ValueError(f"attention_dropout must be 0 (packed attention has none), got {attention_dropout}")
+        check_rate("attention_dropout", attention_dropout)
+        patch_size, image_size = one_side("patch_size", patch_size), one_side("image_size", image_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -199,6 +201,7 @@ KEY_MAP = KeyMap(
     },
     dropped={
         r"(vision_model\.)?head\..*": "pooling head: the packed encoder returns patch tokens",
+        r"classifier\..*": "classifier head",
         r"text_model\..*": "text tower",
         r"logit_(scale|bias)": "image-text similarity",
         r"(vision_model\.)?embeddings\.position_ids": "a counter, not a weight",
