@@ -159,7 +159,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         use_safetensors: bool | None = None,
         output_loading_info: bool = False,
         **options: object,
-    ) -> StrictPreTrainedModel | tuple[StrictPreTrainedModel, dict[str, list]]:
+    ) -> StrictPreTrainedModel | tuple[StrictPreTrainedModel, dict[str, list | set]]:
         """Load a checkpoint, or convert a known foreign one in memory. Strict: all tensors fit, or an error.
 
         Args:
@@ -200,6 +200,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             # AutoModel moves attn_implementation into the config, and in transformers 4 dtype as well.
             dtype = _changed_dtype(config, raw) if dtype is None else dtype
             attn_implementation = attn_implementation or getattr(config, "_attn_implementation_internal", None)
+            config._attn_implementation_internal = None  # transformers knows other names than ours
         config, plan = cls.plan(raw, files.shapes(), config, folder)
         if (found := raw.get("model_type")) != cls.config_class.model_type:
             logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, config.model_type)
@@ -210,12 +211,9 @@ class StrictPreTrainedModel(PreTrainedModel):
             _spread(model, spread)
         if not output_loading_info:
             return model
-        return model, {
-            "missing_keys": [],
-            "unexpected_keys": sorted(plan.dropped),
-            "mismatched_keys": [],
-            "error_msgs": [],
-        }
+        kind = list if transformers.__version__.startswith("4.") else set
+        info = {"missing_keys": kind(), "unexpected_keys": kind(sorted(plan.dropped)), "mismatched_keys": kind()}
+        return model, {**info, "error_msgs": []}
 
     def save_pretrained(
         self,
@@ -307,7 +305,14 @@ class StrictPreTrainedModel(PreTrainedModel):
             if set(attn_implementation) != {""}:
                 raise ValueError(f"this model has no sub-models to choose attention for, got {attn_implementation}")
             attn_implementation = attn_implementation[""]
-        self.set_attention_backend(attn_implementation)
+        try:
+            self.set_attention_backend(attn_implementation)
+        except ValueError as error:
+            raise ValueError(
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported: {error}'
+            ) from error
+        if attn_implementation in ("eager", "sdpa"):  # the names that any transformers takes when a model is made
+            self.config._attn_implementation = attn_implementation
 
 
 @functools.cache

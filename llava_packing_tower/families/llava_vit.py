@@ -149,13 +149,14 @@ class LlavaViTPackingModel(PackedVisionModel):
         hidden_states: torch.Tensor,
         grid_thw: torch.Tensor,
         patch_positions: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         feature_layers: Sequence[int] | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
         """Encode a packed batch of images and clips in one pass.
 
-        Arguments are those of :meth:`PackedVisionModel.forward`; ``patch_positions [N, 3]`` (frame, row, column; any
+        Arguments are those of :meth:`PackedVisionModel.forward` (None for ``output_hidden_states`` is what the config
+        says); ``patch_positions [N, 3]`` (frame, row, column; any
         dtype, fractions allowed) replace the positions of the grid, e.g. with interpolated frame indices.
 
         Returns:
@@ -165,6 +166,8 @@ class LlavaViTPackingModel(PackedVisionModel):
         """
         if feature_layers is not None:
             return super().forward(hidden_states, grid_thw, patch_positions, feature_layers=feature_layers)
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
         wanted = range(self.num_layers + 1) if output_hidden_states else (self.num_layers,)
         states, grids = self.encode(hidden_states, grid_thw, patch_positions, wanted)
         last = self.final_norm(states[self.num_layers])
