@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
+from .data.images import ImageReading, to_rgb
 from .loading import atomic_folder, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 PROCESSOR_NAME = "preprocessor_config.json"
 WHOLE_PROCESSOR_NAME = "processor_config.json"
 """Where transformers 5 writes the image processor of a model that has a tokenizer too, under ``image_processor``."""
+LARGEST_ENLARGED = 1 << 24
+"""Pixels of a resized image beyond which only the part that is kept is made; 16 times as long as wide at 1024."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -121,6 +124,8 @@ class PackingImageProcessor:
         self.do_resize, self.do_center_crop = do_resize, do_center_crop
         self.do_rescale, self.rescale_factor, self.do_normalize = do_rescale, rescale_factor, do_normalize
         self.do_convert_rgb = do_convert_rgb
+        self.image_reading = ImageReading()
+        """How images become RGB. Not in preprocessor_config.json: it belongs to a LLaVA checkpoint."""
 
     # ---------------------------------------------------------------- config files
 
@@ -139,7 +144,8 @@ class PackingImageProcessor:
         return cls.from_dict(content)
 
     def to_dict(self) -> dict:
-        return {"image_processor_type": "CLIPImageProcessor", **self.__dict__}
+        fields = {name: value for name, value in self.__dict__.items() if name != "image_reading"}
+        return {"image_processor_type": "CLIPImageProcessor", **fields}
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         with atomic_folder(folder) as aside:
@@ -154,11 +160,22 @@ class PackingImageProcessor:
         other = int(edge * long / short)
         return (edge, other) if width <= height else (other, edge)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
+    def _resized(self, image: Image.Image, max_patches: int | None = None) -> Image.Image:
         target = self._target(*image.size) if self.do_resize else image.size
+        if self.do_center_crop and target[0] * target[1] > LARGEST_ENLARGED:
+            return self._resized_inside(image, target)
         if (patch := getattr(self, "patch_size", None)) and not self.do_center_crop:
             target = tuple(max(round(side / patch), 1) * patch for side in target)
         return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image
+
+    def _resized_inside(self, image: Image.Image, target: tuple[int, int]) -> Image.Image:
+        """Only the part of the resized image that the crop keeps: a strip would be enlarged to gigabytes."""
+        kept = [min(side, self.crop_size[name]) for side, name in zip(target, ("width", "height"))]
+        starts = [(side - part) // 2 for side, part in zip(target, kept)]
+        scales = [old / new for old, new in zip(image.size, target)]
+        ends = (start + part for start, part in zip(starts, kept))
+        box = [edge * scale for edges in (starts, ends) for edge, scale in zip(edges, scales)]
+        return image.resize(tuple(kept), resample=self.resample, box=tuple(box))
 
     def _crop(self, pixels: np.ndarray) -> np.ndarray:
         """Centre crop of ``[H, W, C]``; an image smaller than the crop is centred on zeros."""
@@ -172,8 +189,8 @@ class PackingImageProcessor:
         top, left = (height - rows) // 2, (width - columns) // 2
         return pixels[top : top + rows, left : left + columns]
 
-    def _one(self, image: Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
-        """One photo as float32 ``[C, H, W]``."""
+    def _one(self, image: Image.Image | np.ndarray | torch.Tensor, max_patches: int | None = None) -> np.ndarray:
+        """One photo as float32 ``[C, H, W]``; ``max_patches``: a bound for a processor at native resolution."""
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
@@ -181,9 +198,9 @@ class PackingImageProcessor:
             if array.dtype != np.uint8:
                 raise ValueError(f"arrays must be uint8 pixels (0..255), got {array.dtype} {list(array.shape)}")
             image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-        if self.do_convert_rgb and image.mode != "RGB":
-            image = image.convert("RGB")
-        image = self._resized(image)
+        if self.do_convert_rgb:
+            image = to_rgb(image, self.image_reading)
+        image = self._resized(image, max_patches)
         pixels = np.asarray(image)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         if self.do_center_crop:
@@ -213,10 +230,15 @@ class PackingImageProcessor:
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}")
         if overrides:
-            return type(self).from_dict({**self.to_dict(), **overrides}).preprocess(images, return_tensors)
+            other = type(self).from_dict({**self.to_dict(), **overrides})
+            other.image_reading = self.image_reading
+            return other.preprocess(images, return_tensors)
+        return self._batch(images, return_tensors)
+
+    def _batch(self, images, return_tensors: str | None, max_patches: int | None = None) -> BatchFeature:
         if isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim <= 3):
             images = [images]
-        arrays = [self._one(image) for image in images]
+        arrays = [self._one(image, max_patches) for image in images]
         same = len({array.shape for array in arrays}) == 1
         if return_tensors == "pt":
             values = torch.from_numpy(np.stack(arrays)) if same else [torch.from_numpy(array) for array in arrays]

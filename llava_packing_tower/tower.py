@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from .data.images import reading_of
 from .families import family_for
 from .feature_select import selected_layers
 from .image_processor import PackingImageProcessor
@@ -97,6 +98,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.compile = getattr(args, "mm_packing_compile", True)
         self._saved = getattr(args, "mm_packing_config", None)
         self._native = settings_of(args)
+        self._reading = reading_of(args, is_checkpoint=bool(self._saved))
         self._unfilled = False
         if not delay_load or wants_loading(args):
             self.load_model()
@@ -142,10 +144,23 @@ class HEVCViTPackingVisionTower(nn.Module):
         model.set_attention_backend(self.attention)
         if not self.compile:
             model.set_compile(False)
-        self.image_processor = processor
+        processor.image_reading = self._reading
+        self.image_processor = self._fitting(processor, model.config.patch_size)
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
         self.set_native(self._native)
+
+    @staticmethod
+    def _fitting(processor: PackingImageProcessor, patch_size: int) -> PackingImageProcessor:
+        """The processor, or one like it whose images have sides of whole patches (384 pixels and patch 14: 378)."""
+        if getattr(processor, "patch_size", None) is not None:
+            return processor
+        sides = processor.crop_size if processor.do_center_crop else processor.size
+        if all(side % patch_size == 0 for name, side in sides.items() if name != "shortest_edge"):
+            return processor
+        fitting = type(processor).from_dict({**processor.to_dict(), "patch_size": patch_size})
+        fitting.image_reading = processor.image_reading
+        return fitting
 
     def set_native(self, settings: NativeSettings | None) -> None:
         """Prepare images at native resolution as the settings say, or (None) as the tower's own processor does."""

@@ -19,6 +19,7 @@ import torch
 from ..alignment import Row, compare, comparison_packs, fixed_size, real_images
 from ..attention import BACKENDS
 from ..cli import UsageError
+from ..data.images import open_image
 from ..demo.files import write_text
 from ..families import family_for
 from ..loading import CONFIG_NAME, read_json, resolve_folder
@@ -110,12 +111,11 @@ def _dtype(args: argparse.Namespace) -> torch.dtype:
 
 
 def _photos() -> list:
-    from PIL import Image
 
     from ..demo.photos import PHOTOS, source_of
 
     try:
-        return [Image.open(source_of(photo)) for photo in PHOTOS[:PHOTO_COUNT]]
+        return [open_image(source_of(photo)) for photo in PHOTOS[:PHOTO_COUNT]]
     except FileNotFoundError as error:
         raise UsageError(f"--use_real_images: {error}") from error
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ..data.images import open_image
 from ..demo.photos import PHOTOS, source_of
 from ..image_processor import PackingImageProcessor
 from ..positions import interpolate_frame_indices
@@ -56,11 +57,7 @@ def find_photos(folder: str | Path | None = None) -> list[Path]:
 
 def open_photo(file: Path) -> Image.Image:
     """Raises ``ValueError`` that names the file if it is no image."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+    return open_image(file)
 
 
 class Photographer:

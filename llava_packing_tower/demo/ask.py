@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .. import hosts
+from ..data.images import open_image
 from ..hosts.inference import ask, load_checkpoint, prepare_image
 from ..record import digests_in_memory
 from .files import write_aside, write_text
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for entry in json.loads(args.data.read_text(encoding="utf-8")):
         question = entry["conversations"][0]["value"].replace("<image>", "").strip()
-        with Image.open(args.images / entry["image"]) as image:
-            image.load()
+        image = open_image(args.images / entry["image"], loaded.image_processor.image_reading)
         counted.clear()
         answers[entry["image"]] = ask(loaded, image, question, args.version)
         tokens[entry["image"]] = sum(counted)

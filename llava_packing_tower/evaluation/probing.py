@@ -19,9 +19,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .. import __version__
+from ..data.images import open_image
 from ..demo.files import write_aside
 from ..loading import resolve_folder
 from ..native.settings import NativeSettings
@@ -128,11 +128,11 @@ def features(
 
 def _batches(processor: object, files: Sequence[Path], size: int) -> Iterator[list[torch.Tensor]]:
     def read(path: Path) -> torch.Tensor:
+        image = open_image(path, processor.image_reading)
         try:
-            with Image.open(path) as image:
-                return processor.preprocess(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     parts = [files[i : i + size] for i in range(0, len(files), size)]
     with ThreadPoolExecutor(max_workers=4) as workers:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.images import to_rgb
 from ..native.settings import asks_for_native
 from ..native.video import Clip, read_clip
 from ..native.visuals import VIDEO
@@ -121,7 +122,7 @@ def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) 
             # LLaVA trains and asks about several images without tiles, whatever it does with one.
             config = copy(config)
             config.image_aspect_ratio = "pad"
-        image = visual.convert("RGB")
+        image = to_rgb(visual, loaded.image_processor.image_reading)
         made = import_module("llava.mm_utils").process_images([image], loaded.image_processor, config)
         pixels = made[0]
         return pixels, IMAGE, {"size": image.size, "modality": IMAGE} if native else image.size
@@ -145,7 +146,7 @@ def _clip_of(frames: Sequence[Image.Image]) -> Clip:
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"the frames of a video have one size, got {len(frames)} frames of {sorted(sizes)}")
-    stacked = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+    stacked = np.stack([np.asarray(to_rgb(frame)) for frame in frames])
     return Clip(stacked, list(range(len(frames))), len(frames), 1.0)
 
 

@@ -15,6 +15,7 @@ _TYPES = {
     "bool": bool,
     "str": str,
     "Optional[str]": Optional[str],  # noqa: UP045
+    "Optional[bool]": Optional[bool],  # noqa: UP045
     "Optional[int]": Optional[int],  # noqa: UP045
     "Optional[float]": Optional[float],  # noqa: UP045
 }

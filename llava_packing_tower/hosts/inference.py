@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from ..data.images import to_rgb
 from ..loading import CONFIG_NAME, read_json
 from .model_class import loaded_as
 
@@ -70,7 +71,9 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
 def prepare_image(loaded: Checkpoint, image: Image.Image) -> torch.Tensor:
     """What the host's `process_images` makes of one image: `[1, C, H, W]`, or `[1, crops, C, H, W]` for anyres."""
     process_images = import_module("llava.mm_utils").process_images
-    pixels = process_images([image.convert("RGB")], loaded.image_processor, loaded.model.config)
+    pixels = process_images(
+        [to_rgb(image, loaded.image_processor.image_reading)], loaded.image_processor, loaded.model.config
+    )
     return pixels if isinstance(pixels, torch.Tensor) else torch.stack(list(pixels))
 
 

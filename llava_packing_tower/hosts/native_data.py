@@ -13,6 +13,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from ..data.images import HostImage, UnreadableImage, reading_as
+from ..image_processor import PackingImageProcessor
 from ..native.report import check_places, images_of, measure
 from ..native.settings import asks_for_native
 from ..native.video import Clip, read_clip
@@ -32,6 +34,7 @@ SKIPS = 3
 def into_training(train: ModuleType, patches: Patches) -> None:
     """Wrap what a host's ``train.train`` makes batches with."""
     dataset = train.LazySupervisedDataset
+    patches.set(train, "Image", HostImage())
     if hasattr(dataset, "process_image"):
         _keep_sizes(dataset, patches)
     if hasattr(train, "process_video_with_decord"):
@@ -90,17 +93,31 @@ def _add_details(dataset: type, name: str, reader: ClipReader | None, patches: P
     """Have a dataset's samples carry the places of their frames and their own positions."""
     get = getattr(dataset, name)
 
+    def read_item(self, i):
+        """The host's own sample, with its images read as the tower's image processor says."""
+        processor = self.data_args.image_processor
+        if not isinstance(processor, PackingImageProcessor):
+            return get(self, i)
+        entry = self.list_data_dict[i] if isinstance(i, int) else {}
+        several = isinstance(entry.get("image"), list)  # which LLaVA-NeXT pads
+        square = not asks_for_native(self.data_args) and (several or self.data_args.image_aspect_ratio == "pad")
+        try:
+            with reading_as(processor.image_reading, square):
+                return get(self, i)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"sample {entry.get('id', i)}: {error}") from error
+
     @functools.wraps(get)
     def get_item(self, i):
         if not asks_for_native(self.data_args):
-            return get(self, i)
+            return read_item(self, i)
         # LLaVA-NeXT goes on with the next sample where a video cannot be read, and there is none after the last.
         i = i % len(self.list_data_dict) if isinstance(i, int) else i
         if reader is not None:
             reader.last = None
         video = isinstance(i, int) and "video" in self.list_data_dict[i]
         with self.data_args.image_processor.reading(video):
-            sample = get(self, i)
+            sample = read_item(self, i)
         if DETAILS not in sample and "image" in sample:  # else it is another one, which has been here
             sample[DETAILS] = make_details(sample["image"], self.list_data_dict[i], i, self.data_args, reader)
         return sample

@@ -64,6 +64,8 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
         self.config.mm_packing_config = self.get_vision_tower().packing_config(
             weights="checkpoint" if in_checkpoint else "folder"
         )
+        for name, value in self.get_vision_tower().image_processor.image_reading.items().items():
+            setattr(self.config, name, value)
         self.config.mm_packing_conversation = getattr(model_args, "version", None)  # an evaluation asks in it
         for name in ("mm_tunable_parts", "unfreeze_mm_vision_tower"):
             setattr(self.config, name, getattr(model_args, name, None))

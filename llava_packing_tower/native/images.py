@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from transformers import BatchFeature
 from ..image_processor import PackingImageProcessor
 from .resolution import ResolutionRule
 from .settings import NativeSettings
+
+_lists_are_videos: ContextVar[bool] = ContextVar("lists_are_videos", default=False)
 
 
 class NativeImageProcessor(PackingImageProcessor):
@@ -26,24 +29,27 @@ class NativeImageProcessor(PackingImageProcessor):
         self.base, self.rule, self.settings = base, rule, settings
         self.do_center_crop = False
         self.crop_size = {"height": rule.unit[0], "width": rule.unit[1]}
-        self._limit: int | None = None
-        self._lists_are_videos = False
 
     @contextlib.contextmanager
     def reading(self, video: bool) -> Iterator[None]:
-        """In here a list of images is one video (a folder of frames), if ``video``."""
-        before, self._lists_are_videos = self._lists_are_videos, video
+        """In here, and in this thread, a list of images is one video (a folder of frames), if ``video``."""
+        token = _lists_are_videos.set(video)
         try:
             yield
         finally:
-            self._lists_are_videos = before
+            _lists_are_videos.reset(token)
 
     def to_dict(self) -> dict:
         """That of ``base``: the rule belongs to the model's config, where the settings are."""
         return self.base.to_dict()
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        target = self.rule.size(*image.size, max_patches=self._limit)
+    def _resized(self, image: Image.Image, max_patches: int | None = None) -> Image.Image:
+        if max(image.size) > self.image_reading.max_aspect * min(image.size):
+            raise ValueError(
+                f"an image of {image.width} x {image.height} pixels is longer than mm_packing_max_aspect "
+                f"{self.image_reading.max_aspect} times its width"
+            )
+        target = self.rule.size(*image.size, max_patches=max_patches)
         return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image
 
     def preprocess(self, images, return_tensors: str | None = None, **overrides) -> BatchFeature:
@@ -54,14 +60,12 @@ class NativeImageProcessor(PackingImageProcessor):
         """
         if overrides:
             base = PackingImageProcessor.from_dict({**self.base.to_dict(), **overrides})
+            base.image_reading = self.image_reading
             return NativeImageProcessor(base, self.rule, self.settings).preprocess(images, return_tensors)
         video = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
-        video = video or (self._lists_are_videos and isinstance(images, list) and len(images) > 0)
-        self._limit = self.settings.frame_patches(len(images)) if video else None
-        try:
-            return super().preprocess(images, return_tensors)
-        finally:
-            self._limit = None
+        video = video or (_lists_are_videos.get() and isinstance(images, list) and len(images) > 0)
+        limit = self.settings.frame_patches(len(images)) if video else None
+        return self._batch(images, return_tensors, limit)
 
     __call__ = preprocess
 

@@ -1,0 +1,1 @@
+"""From pixels to packed rows: image processors, resizing, patches, positions and segments."""

@@ -1,0 +1,267 @@
+"""The one way from an image file to pixels, for training, evaluation, conversion and probing. No torch here.
+
+What a picture shows does not depend on who opens it: orientation (EXIF), palettes, transparency, CMYK, grey values of
+16 and 32 bits and floating point values all become 8-bit RGB as :func:`to_rgb` says, or are refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import stat
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageColor, ImageFile, ImageOps
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "mm_packing_"
+MAX_PIXELS, MAX_ASPECT = 178_000_000, 200
+REDUCED_SIDE = 4096
+BACKGROUND = "white"
+DROP_ALPHA = "none"
+"""The background that leaves the colours under transparent pixels as they are, as LLaVA itself does."""
+_PNG_SIGNATURE, _CHECKSUM = b"\x89PNG\r\n\x1a\n", 4
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be read, or must not be; the message names it."""
+
+
+@dataclass(frozen=True)
+class ImageReading:
+    """How images are read; in a checkpoint's config under ``mm_packing_<name>``.
+
+    exif: turn a photo as its camera noted. background: the colour behind transparent pixels, by a name or as #rrggbb;
+    "none" drops the transparency. max_pixels: width x height of the largest image that is decoded. max_aspect: the
+    longest side over the shortest, at native resolution.
+    """
+
+    exif: bool = True
+    background: str = BACKGROUND
+    max_pixels: int = MAX_PIXELS
+    max_aspect: int = MAX_ASPECT
+
+    def __post_init__(self) -> None:
+        if self.background != DROP_ALPHA:
+            try:
+                ImageColor.getrgb(self.background)
+            except ValueError as error:
+                raise ValueError(f"{PREFIX}background: {error}; write a name, #rrggbb or {DROP_ALPHA!r}") from error
+        for name in ("max_pixels", "max_aspect"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{PREFIX}{name} must be at least 1, got {value}")
+        if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"{PREFIX}max_pixels is {self.max_pixels}, and Pillow decodes at most {2 * Image.MAX_IMAGE_PIXELS}: "
+                "raise PIL.Image.MAX_IMAGE_PIXELS to half of it first"
+            )
+
+    def items(self) -> dict[str, object]:
+        """The values under their names in a checkpoint's config."""
+        return {PREFIX + name: getattr(self, name) for name in KEYS}
+
+
+KEYS = ("exif", "background", "max_pixels", "max_aspect")
+AS_BEFORE = ImageReading(exif=False, background=DROP_ALPHA)
+"""For checkpoints that were trained before these keys existed."""
+
+
+def reading_of(args: object, is_checkpoint: bool) -> ImageReading:
+    """The keys in LLaVA's arguments or config; what they leave out is the default of a new run or of a checkpoint.
+
+    Raises ``ValueError`` for a value that cannot be carried out.
+    """
+    given = {name: getattr(args, PREFIX + name, None) for name in KEYS}
+    return replace(AS_BEFORE if is_checkpoint else ImageReading(), **{k: v for k, v in given.items() if v is not None})
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def to_rgb(image: Image.Image, reading: ImageReading = ImageReading()) -> Image.Image:  # noqa: B008 (it is frozen)
+    """An image as 8-bit RGB.
+
+    16-bit grey is divided by 257, 32-bit whole numbers too unless one is above 65535 (then the range is that of int32),
+    floating point values are taken from 0..1, or from 0..255 where one is above 1. An animation gives its first.
+
+    Raises ``ValueError`` for values outside of these ranges.
+    """
+    if getattr(image, "n_frames", 1) > 1 and image.tell() != 0:
+        image.seek(0)
+    if reading.exif:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BITS or image.mode in ("I", "F"):
+        image = _grey(image)
+    has_alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+    if has_alpha and reading.background != DROP_ALPHA:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(reading.background))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all() or low < 0:
+        raise ValueError(f"its values reach from {low} to {high}, and grey values begin at 0")
+    if image.mode == "F":
+        if high > 255:
+            raise ValueError(f"its values reach to {high}: floating point grey ends at 1 or at 255")
+        values *= 255 if high <= 1 else 1
+    else:
+        values /= 257 if high <= 65535 else (2**31 - 1) / 255
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+# ---------------------------------------------------------------- files
+
+
+def check_file(file: str | os.PathLike) -> None:
+    """Raises :class:`UnreadableImage` for what is no regular file: a pipe would be waited for, a device never ends."""
+    try:
+        mode = os.stat(file).st_mode
+    except OSError as error:
+        raise UnreadableImage(f"{file}: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise UnreadableImage(f"{file} is not a regular file")
+
+
+def open_image(
+    file: str | os.PathLike | BinaryIO,
+    reading: ImageReading = ImageReading(),  # noqa: B008 (it is frozen)
+    square: bool = False,
+) -> Image.Image:
+    """Read an image as 8-bit RGB.
+
+    Args:
+        file: a path, or a stream.
+        reading: see :class:`ImageReading`. The number of pixels is looked up in the header, before decoding.
+        square: it will be padded to a square: one whose square would be beyond ``max_pixels`` is reduced first, to
+            :data:`REDUCED_SIDE` pixels.
+
+    Raises:
+        UnreadableImage: for a file that is missing, not regular, no image, too large, truncated or damaged, whatever
+            Pillow raises for it.
+    """
+    name = file if isinstance(file, str | os.PathLike) else getattr(file, "name", "the image")
+    if isinstance(file, str | os.PathLike):
+        check_file(file)
+    # LLaVA's train.py has Pillow fill what a truncated file lacks with grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is checked here
+            with Image.open(file) as image:
+                width, height = image.size
+                if width * height > reading.max_pixels:
+                    raise ValueError(
+                        f"it has {width} x {height} pixels, more than {PREFIX}max_pixels {reading.max_pixels}"
+                    )
+                if getattr(image, "n_frames", 1) > 1:
+                    _say_first_frame(str(name))
+                image.load()
+                if image.format == "PNG":
+                    _check_png(image, file)
+                picture = to_rgb(image, reading)
+    except Exception as error:
+        reason = str(error) if type(error) in (ValueError, OSError) else f"{type(error).__name__}: {error}"
+        raise UnreadableImage(f"{name} cannot be read as an image: {reason}") from error
+    longest = max(picture.size)
+    if square and longest**2 > reading.max_pixels:
+        picture = picture.resize(tuple(max(1, side * REDUCED_SIDE // longest) for side in picture.size))
+    return picture
+
+
+def _check_png(image: Image.Image, file: str | os.PathLike | BinaryIO) -> None:
+    """Raises ``ValueError`` where the pixel data of a PNG end early: Pillow leaves the rest at zero without a word.
+
+    Only an image whose last row is zero (or that is interlaced) is looked at: decompressing twice costs time.
+    """
+    if not image.info.get("interlace") and np.asarray(image)[-1].any():
+        return
+    stream, count, need = zlib.decompressobj(), 0, 0
+    with contextlib.ExitStack() as stack:
+        data = stack.enter_context(open(file, "rb")) if isinstance(file, str | os.PathLike) else file
+        data.seek(len(_PNG_SIGNATURE))
+        while len(head := data.read(8)) == 8 and head[4:] != b"IEND":
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] not in (b"IHDR", b"IDAT"):
+                data.seek(length + _CHECKSUM, os.SEEK_CUR)
+                continue
+            part = data.read(length)
+            data.seek(_CHECKSUM, os.SEEK_CUR)
+            if head[4:] == b"IHDR":
+                need = _png_bytes(part)
+            while head[4:] == b"IDAT" and (part or stream.unconsumed_tail) and not stream.eof:
+                out = stream.decompress(part or stream.unconsumed_tail, 1 << 20)  # in pieces: the image is in memory
+                count, part = count + len(out), b""
+    count += len(stream.flush())
+    if count < need:
+        raise ValueError(f"its pixel data end early: {count} of {need} bytes")
+
+
+def _png_bytes(header: bytes) -> int:
+    """Bytes of the decompressed pixel data of a PNG: each row has one more, for its filter (PNG specification, 7.2)."""
+    width, height = (int.from_bytes(header[at : at + 4], "big") for at in (0, 4))
+    depth, colour, interlaced = header[8], header[9], header[12]
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    # Start and step of columns and rows of each pass; one pass without interlacing (8.2, Adam7).
+    adam7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+    total = 0
+    for left, right, top, down in adam7 if interlaced else ((0, 1, 0, 1),):
+        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + -(-columns * bits // 8))
+    return total
+
+
+@functools.lru_cache(maxsize=1)
+def _say_once() -> None:
+    logger.warning("animated images are read as their first frame")
+
+
+def _say_first_frame(name: str) -> None:
+    logger.debug("%s is animated: its first frame is read", name)
+    _say_once()
+
+
+# ---------------------------------------------------------------- for code that opens images itself
+
+
+_current: ContextVar[tuple[ImageReading, bool] | None] = ContextVar("image_reading", default=None)
+
+
+@contextlib.contextmanager
+def reading_as(reading: ImageReading | None, square: bool = False) -> Iterator[None]:
+    """In here, and in this thread, :class:`HostImage` opens images as ``reading`` says; with None as Pillow does."""
+    token = _current.set(None if reading is None else (reading, square))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class HostImage:
+    """Stands in for the module ``PIL.Image`` in a host's module: ``open`` goes through :func:`open_image`."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(Image, name)
+
+    @staticmethod
+    def open(file: str | Path | BinaryIO, *args: object, **kwargs: object) -> Image.Image:
+        current = _current.get()
+        if current is None:
+            return Image.open(file, *args, **kwargs)
+        return open_image(file, *current)
