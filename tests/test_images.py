@@ -211,7 +211,7 @@ def test_pixel_data_that_end_early_are_refused(interlace):
     rows = bytes(64 * (1 + 96 * 3))
     if not interlace:
         assert open_image(io.BytesIO(png(96, 64, rows))).size == (96, 64)  # black, and whole
-    with pytest.raises(UnreadableImage, match="pixel data end early|truncated"):
+    with pytest.raises(UnreadableImage, match=r"pixel data end early|truncated"):
         open_image(io.BytesIO(png(96, 64, rows[: len(rows) // 3], interlace)))
 
 
