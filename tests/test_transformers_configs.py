@@ -8,6 +8,8 @@ import torch
 from families import GOLDEN_FAMILIES, TINY, pack, ragged, tiny
 from safetensors.torch import load_file, save_file
 
+from llava_packing_tower.families.llava_vit_standard import LlavaViTModel
+from llava_packing_tower.families.llava_vit_standard_config import LlavaViTConfig
 from llava_packing_tower.image_processor import PackingImageProcessor
 from llava_packing_tower.loading import read_json
 from llava_packing_tower.strict import _warn_once
@@ -118,3 +120,39 @@ def test_enable_input_require_grads(name):
     assert features(model, *pack(model, ragged(model))).requires_grad
     model.disable_input_require_grads()
     assert not features(model, *pack(model, ragged(model))).requires_grad
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["patch_embedding", "out_proj", "fc1"]])
+def test_lora_on_the_standard_model(targets):
+    """Its pooling head is torch's MultiheadAttention, which reads the weight of its output projection itself."""
+    peft = pytest.importorskip("peft")
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlavaViTModel(LlavaViTConfig(**shape, patch_size=4)).eval()
+    pixels = torch.randn(2, 3, 12, 20)
+    before = model(pixels).pooler_output
+    torch.testing.assert_close(
+        model.head.attend(model.head.probe.expand(2, -1, -1), model(pixels).last_hidden_state),
+        model.head.attention(*[model.head.probe.expand(2, -1, -1)] + [model(pixels).last_hidden_state] * 2)[0],
+    )
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    after = tuned(pixels).pooler_output
+    after.square().sum().backward()
+    adapters = {n: p.grad for n, p in tuned.named_parameters() if "lora_" in n}
+    assert any("head.attention.out_proj" in name for name in adapters)
+    assert all(grad is not None and grad.abs().max() > 0 for grad in adapters.values())
+    torch.testing.assert_close(tuned.merge_and_unload()(pixels).pooler_output, after, atol=1e-4, rtol=1e-4)
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_gradient_checkpointing_is_enabled_and_disabled(name):
+    model = tiny(name).train()
+    inputs = pack(model, ragged(model))
+    found = []
+    for switch in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
+        switch()
+        assert model.is_gradient_checkpointing == model.encoder.gradient_checkpointing
+        model.zero_grad()
+        features(model, *inputs).square().sum().backward()
+        found.append([p.grad for p in model.encoder.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))

@@ -175,18 +175,34 @@ class StandardHead(nn.Module):
         super().__init__()
         self.probe = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.attention = nn.MultiheadAttention(config.hidden_size, config.num_attention_heads, batch_first=True)
+        self.plain = type(self.attention.out_proj)
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(block)
 
+    def attend(self, probe: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What torch's module computes, with its output projection called: that reads the weight of an adapter's layer
+        around it, so that a LoRA there would have no effect."""
+        attention = self.attention
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        q, k, v = (
+            nn.functional.linear(part, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for part, weight, bias in zip((probe, x, x), weights, biases, strict=True)
+        )
+        return attention.out_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        attended = self.attention(self.probe.expand(len(x), -1, -1), x, x, need_weights=False)[0]
+        probe = self.probe.expand(len(x), -1, -1)
+        if isinstance(self.attention, nn.MultiheadAttention) and type(self.attention.out_proj) is not self.plain:
+            attended = self.attend(probe, x)
+        else:
+            attended = self.attention(probe, x, x, need_weights=False)[0]
         return (attended + self.mlp(self.norm(attended))).squeeze(1)
 
 
 class Embeddings(nn.Module):
     def __init__(self, config: LlavaViTConfig) -> None:
         super().__init__()
-        patch = config.patch_size
+        self.patch_size = patch = config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, patch, stride=patch, bias=False)
 
     def forward(self, clips: torch.Tensor, visible_indices: torch.Tensor | None) -> torch.Tensor:
@@ -194,7 +210,7 @@ class Embeddings(nn.Module):
         batch, _, frames = clips.shape[:3]
         used = torch.arange(frames, device=clips.device)
         if visible_indices is not None:
-            plane = clips.shape[3] * clips.shape[4] // self.patch_embedding.stride[0] ** 2
+            plane = clips.shape[3] * clips.shape[4] // self.patch_size**2
             used, place = torch.unique(visible_indices // plane, return_inverse=True)
             visible_indices = place * plane + visible_indices % plane
         pictures = clips.index_select(2, used).transpose(1, 2).flatten(0, 1)
