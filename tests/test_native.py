@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from native_data_checks import write_video
 from PIL import Image
@@ -60,6 +60,7 @@ def test_sizes(merge, bounds, size, expected):
     least=st.integers(1, 400),
     more=st.integers(4, 2000),
 )
+@example(width=2, height=3, merge=(2, 2), least=5, more=4)  # enlarged to 2 x 2 tokens, of which two fit
 def test_the_rule_holds_for_every_image(width, height, merge, least, more):
     rule = ResolutionRule(16, merge, least, least + more)
     rows, columns = rule.grid(width, height)

@@ -72,7 +72,8 @@ class ResolutionRule:
             grow = math.sqrt(least / area)
             rows, columns = (max(1, math.ceil(side * grow)) for side in (height / tall, width / wide))
         if rows * columns > most:
-            if rows > columns:
+            # The longer side gives way; of equal ones that of the shorter side of the image.
+            if rows > columns or (rows == columns and width > height):
                 rows = max(1, most // columns)
             else:
                 columns = max(1, most // rows)
