@@ -1,7 +1,7 @@
 """`llava-packing align` on random checkpoints of the published sizes, made here by transformers: nothing is downloaded.
 
     python benchmarks/align_published_sizes.py                       # on a GPU: bfloat16, flash-attn
-    python benchmarks/align_published_sizes.py --sizes dinov3_vitl16 --no_compile --out align.json
+    python benchmarks/align_published_sizes.py --sizes dinov3_vitl16 --eager --out align.json
     python benchmarks/align_published_sizes.py --layers 2 --device cpu --attention sdpa --image_size 224
 
 Needs a transformers with the three families (4.56 or newer). A row passes if the largest difference from transformers
@@ -118,13 +118,13 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=DEFAULT)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--attention", default="flash_attention_2", help="of the packed encoder")
-    parser.add_argument("--no_compile", action="store_true", help="blocks not compiled, no CUDA graphs: faster here")
+    parser.add_argument("--eager", action="store_true", help="eager blocks, no CUDA graphs: faster here")
     parser.add_argument("--layers", type=int, help="fewer layers than published, for a quick look")
     parser.add_argument("--tmp", help="folder for the checkpoints (0.8 GB at a time)")
     parser.add_argument("--out", help="also write everything to this JSON file")
     args, rest = parser.parse_known_args()
-    if args.no_compile:
-        os.environ.update(LLAVA_PACKING_COMPILE="0", LLAVA_PACKING_CUDA_GRAPHS="0")
+    if args.eager:
+        os.environ.update(LLAVA_PACKING_FUSED="0", LLAVA_PACKING_CUDA_GRAPHS="0")
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     results = [align(size, args, rest) for size in args.sizes]
@@ -133,7 +133,7 @@ def main() -> int:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "attention": args.attention,
-        "compiled": args.device == "cuda" and not args.no_compile,
+        "fused": args.device == "cuda" and not args.eager,
         "seconds": round(time.perf_counter() - began, 1),
         "passed": all(result["status"] == 0 for result in results),
         "results": results,

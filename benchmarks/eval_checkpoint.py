@@ -162,8 +162,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, help=f"of the training (default {FULL['steps']}, tiny {TINY['steps']})")
     args = parser.parse_args()
-    # Nothing is gained by compiling the tower for these few steps.
-    os.environ.update(LLAVA_PACKING_COMPILE="0", LLAVA_PACKING_CUDA_GRAPHS="0", HF_HUB_OFFLINE="1")
+    # Nothing is gained by capturing graphs for these few steps.
+    os.environ.update(LLAVA_PACKING_FUSED="0", LLAVA_PACKING_CUDA_GRAPHS="0", HF_HUB_OFFLINE="1")
     import torch
 
     import builder_patch  # noqa: F401

@@ -109,7 +109,7 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
                 digests[key] = tensor_digest(state[key])
     tower = model.get_vision_tower()
     encoder = tower.vision_tower.encoder
-    ran_as = encoder.ran_as
+    plan = encoder.last_plan
     probe = torch.randn(3, 6 * size["patch"], 4 * size["patch"], generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         features = tower([probe.to(engine.device, torch.bfloat16)])[0]
@@ -124,7 +124,7 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
             "engine": type(engine).__name__,
             "decoder attention": model.config._attn_implementation,
             "tower attention": resolve_backend("auto", device, torch.bfloat16, encoder.head_dim, needs_grad=True),
-            "tower blocks": ran_as,
+            "tower blocks": str(plan),
             "mends": mends.applied(),
             "losses": losses,
             "samples/s": MICRO * SLOTS * (size["steps"] - first) / seconds,

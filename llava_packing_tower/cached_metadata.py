@@ -1,7 +1,9 @@
-"""Metadata of batches (segment borders, positions, tables) that is kept for the next batch of the same shapes."""
+"""Metadata of batches (segment borders, positions, tables) that is kept: for the next batch of the same shapes, and for
+as long as a CUDA graph lives that reads it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import OrderedDict
@@ -10,8 +12,61 @@ from dataclasses import fields, is_dataclass
 
 import torch
 
-from .tape import taped
 from .tracing import traced
+
+_thread = threading.local()  # .active: the CachedMetadata that this thread makes or is given again
+
+
+class CachedMetadata:
+    """What :func:`once` returned to a first pass, given again, in the same order, to a second.
+
+    A pass that is captured as a CUDA graph must not copy from the host, and what it reads must live as long as the
+    graph: the pass before it provides both.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[object] = []
+        self._next: int | None = None
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[None]:
+        with self._as_active(None):
+            yield
+
+    @contextlib.contextmanager
+    def giving_again(self) -> Iterator[None]:
+        """Raises ``ValueError`` at the end if the second pass asked for less than the first."""
+        with self._as_active(0):
+            yield
+        if self._next != len(self._made):
+            raise ValueError(f"the first pass asked for {len(self._made)} values, the second for {self._next}")
+
+    @contextlib.contextmanager
+    def _as_active(self, start: int | None) -> Iterator[None]:
+        before, _thread.active, self._next = getattr(_thread, "active", None), self, start
+        try:
+            yield
+        finally:
+            _thread.active = before
+
+    def take(self, make: Callable, arguments: tuple) -> object:
+        if self._next is not None:
+            if self._next == len(self._made):
+                raise ValueError(f"the second pass asks for more than the {len(self._made)} values of the first")
+            self._next += 1
+            return self._made[self._next - 1]
+        _thread.active = None  # what the value itself is made of does not count
+        try:
+            self._made.append(make(*arguments))
+        finally:
+            _thread.active = self
+        return self._made[-1]
+
+
+def once(make: Callable, *arguments: object) -> object:
+    """``make(*arguments)``, or that value of the active :class:`CachedMetadata`."""
+    active = getattr(_thread, "active", None)
+    return make(*arguments) if active is None else active.take(make, arguments)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -87,7 +142,7 @@ def kept(maxsize: int) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(*arguments):
-            return function(*arguments) if traced() else taped(find, *arguments)
+            return function(*arguments) if traced() else once(find, *arguments)
 
         call.__wrapped__, call.cache_clear = make, entries.clear
         return call

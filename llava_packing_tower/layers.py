@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from .activations import activation
@@ -196,8 +195,8 @@ class EncoderBlock(nn.Module):
     """Pre-norm transformer block over a packed sequence ``[N, hidden]``.
 
     The last residual sum of a block is left to the next one: it takes and returns ``(hidden_states, pending)`` whose
-    sum is the state, so that a compiler can fuse the addition with the norm that follows. (Fused and without gradients
-    pending is one row for all tokens, or None.)
+    sum is the state, so that the addition can be fused with the norm that follows. (Fused and without gradients pending
+    is one row for all tokens, or None.)
     """
 
     _z3_leaf = True  # read by DeepSpeed: ZeRO-3 gathers a block's weights at once, for half the host's time per step
@@ -231,11 +230,4 @@ class EncoderBlock(nn.Module):
             hidden_states = self.self_attn(normed, segments, rotary, backend, residual=hidden_states)
         else:
             hidden_states = hidden_states + self.layer_scale1(self.self_attn(normed, segments, rotary, backend))
-        return hidden_states, self.layer_scale2(self.mlp(self._normed_for_mlp(hidden_states)))
-
-    def _normed_for_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The second norm. Compiled for training it is computed again in the backward, which costs next to nothing and
-        keeps a seventeenth less of activations."""
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            return checkpoint(self.layer_norm2, hidden_states, use_reentrant=False)
-        return self.layer_norm2(hidden_states)
+        return hidden_states, self.layer_scale2(self.mlp(self.layer_norm2(hidden_states)))

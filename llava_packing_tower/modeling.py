@@ -125,9 +125,14 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
             backend_module(name)
         self.encoder.attention_backend = name
 
+    def set_fused(self, choice: bool | None) -> None:
+        """Run the encoder's blocks eager (False), fused wherever that can be (True), or, by default (None), fused in
+        half precision on a GPU."""
+        self.encoder.fused = choice
+
     def set_compile(self, choice: bool | None) -> None:
-        """Compile the encoder's blocks: True, False, or None for the default (on CUDA)."""
-        self.encoder.compile_blocks = choice
+        """The old name of :meth:`set_fused`: False means eager blocks, anything else the default."""
+        self.set_fused(False if choice is False else None)
 
     def encode(
         self,

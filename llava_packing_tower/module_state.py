@@ -1,6 +1,6 @@
 """What has to be known of a module before each run: whether it is plainly ours, and where its weights lie.
 
-Fused blocks, compiled blocks and CUDA graphs read weights around the modules that hold them. They may do so only where
+Fused blocks and CUDA graphs read weights around the modules that hold them. They may do so only where
 every module is one of ours, runs our own forward and holds plain parameters: an adapter, a quantised or offloaded
 layer, a hook or a parametrization is *called*. :func:`foreign_part` is the one answer to this question.
 
@@ -27,7 +27,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 # Hooks that every module runs; the names differ between torch versions.
 GLOBAL_HOOKS = tuple(name for name in (f"_global{hook}" for hook in HOOKS) if hasattr(torch_module, name))
 OVERRIDES = ("forward", "_call_impl", "_compiled_call_impl")  # what a module is called through, if set on an instance
-LIVE = ("eps", "num_heads", "head_dim", "rotate", "partial_biases", "layout")  # constants looked at on every call
+# Constants that are looked at on every call.
+LIVE = ("eps", "num_heads", "head_dim", "rotate", "partial_biases", "layout", "approximate")
 OURS = (f"{__name__.partition('.')[0]}.", "torch.nn.modules.", "transformers.activations")
 FSDP, DTENSOR = "torch.distributed.fsdp", "torch.distributed.tensor"
 

@@ -17,8 +17,7 @@ from itertools import accumulate
 import torch
 from einops import rearrange
 
-from .cached_metadata import kept
-from .tape import taped
+from .cached_metadata import kept, once
 
 Grid = tuple[int, int, int]
 
@@ -57,7 +56,7 @@ def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     device = torch.device(device)
     if device.type != "cuda" or host.is_cuda:
         return host.to(device)
-    return taped(_copy_across, host, device)
+    return once(_copy_across, host, device)
 
 
 def _copy_across(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -97,7 +97,10 @@ class StrictPreTrainedModel(PreTrainedModel):
         raise NotImplementedError
 
     def set_compile(self, choice: bool | None) -> None:
-        """Compile the blocks: True, False, or None for the default. Models that compile nothing ignore it."""
+        """The old name of :meth:`set_fused`: False means eager blocks. Models that fuse nothing ignore it."""
+
+    def set_fused(self, choice: bool | None) -> None:
+        """Run the blocks eager (False), fused (True), or as is best (None). Models that fuse nothing ignore it."""
 
     @classmethod
     def plan(

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from . import environment
+from .cuda_graphs import encode_images
 from .data.images import reading_of
 from .families import family_for
 from .feature_select import selected_layers
@@ -23,14 +25,11 @@ from .native.resolution import ResolutionRule, merge_of
 from .native.settings import NativeSettings, settings_of
 from .offloading import execution_device, offloaded_weights
 from .packing import Grid, batch_images_to_packing_input, longest_first, read_grid, split_packed
-from .recording import encode_recorded
 from .strict import StrictPreTrainedModel
 from .tower_names import strip_prefix
 from .tracing import is_plain
 
 logger = logging.getLogger(__name__)
-
-ATTENTION_ENV = "LLAVA_PACKING_ATTENTION"
 
 
 def folder_fingerprint(folder: str | os.PathLike) -> str:
@@ -78,7 +77,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         vision_tower: checkpoint folder or hub id, with or without a ``packing:`` prefix.
         args: LLaVA's model arguments or config. Read: ``mm_vision_select_layer`` (required),
             ``mm_vision_select_feature`` ("patch"), ``mm_projector_type``, ``mm_packing_attention`` ("auto"),
-            ``mm_packing_compile`` (False: plain eager blocks),
+            ``mm_packing_compile`` (False: eager blocks; the key is older than fused blocks),
             ``mm_packing_config`` (written into a LLaVA checkpoint; lets a tower whose weights are in that checkpoint
             be rebuilt without its folder), ``unfreeze_mm_vision_tower``, ``mm_tunable_parts``, and for native
             resolution ``image_aspect_ratio`` with the ``mm_packing_*`` keys of :mod:`.native.settings`.
@@ -94,8 +93,10 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.select_layer = args.mm_vision_select_layer
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         self.projector_type = getattr(args, "mm_projector_type", None) or "patch_merger"
-        self.attention = getattr(args, "mm_packing_attention", None) or os.environ.get(ATTENTION_ENV) or "auto"
-        self.compile = getattr(args, "mm_packing_compile", True)
+        self.attention = (
+            getattr(args, "mm_packing_attention", None) or environment.read(environment.ATTENTION) or "auto"
+        )
+        self.fused = None if getattr(args, "mm_packing_compile", True) else False
         self._saved = getattr(args, "mm_packing_config", None)
         self._native = settings_of(args)
         self._reading = reading_of(args, is_checkpoint=bool(self._saved))
@@ -142,8 +143,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         else:
             model, processor = self._from_folder(_device_of(device_map))
         model.set_attention_backend(self.attention)
-        if not self.compile:
-            model.set_compile(False)
+        model.set_fused(self.fused)
         processor.image_reading = self._reading
         self.image_processor = self._fitting(processor, model.config.patch_size)
         self.vision_tower = model.requires_grad_(False)
@@ -317,11 +317,11 @@ class HEVCViTPackingVisionTower(nn.Module):
         if patch_positions is not None:
             packed, grids = self._encode(images, patch_positions)
         elif isinstance(images, torch.Tensor):
-            packed, grids = encode_recorded(self.vision_tower, images, self.feature_layers, self._encode)
+            packed, grids = encode_images(self.vision_tower, images, self.feature_layers, self._encode)
         else:
             order = longest_first(images)
             encode = functools.partial(self._encode, numbers=order)
-            packed, grids = encode_recorded(self.vision_tower, [images[i] for i in order], self.feature_layers, encode)
+            packed, grids = encode_images(self.vision_tower, [images[i] for i in order], self.feature_layers, encode)
 
         # ============================================================================================
         # OUTPUT CONVERSION: [N, hidden_size]

@@ -170,7 +170,7 @@ def fuse(encoder: nn.Module) -> None:
     sdpa = attention.backend_module("sdpa")
     attention.BACKENDS["cpu_varlen"] = "cpu_varlen"
     attention._LOADED["cpu_varlen"] = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
-    encoder.attention_backend, encoder.fused_blocks = "cpu_varlen", True
+    encoder.attention_backend, encoder.fused = "cpu_varlen", True
     run = encoder.run
 
     def checked(*arguments, how):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_packing_tower import attention, cached_metadata, positions
 from llava_packing_tower.bench.presets import PRESETS
-from llava_packing_tower.cached_metadata import kept
+from llava_packing_tower.cached_metadata import CachedMetadata, kept
 from llava_packing_tower.families import family_for, siglip2
 from llava_packing_tower.packing import PackedSegments, _segments, make_segments
 
@@ -159,16 +159,14 @@ def test_threads_do_not_mix_up_their_batches():
     assert not wrong
 
 
-def test_a_tape_belongs_to_its_thread():
-    from llava_packing_tower.tape import Tape
-
-    tape, made = Tape(), []
-    with tape.making():
+def test_what_is_given_again_belongs_to_its_thread():
+    metadata, made = CachedMetadata(), []
+    with metadata.making():
         make_segments([3, 4])
         thread = threading.Thread(target=lambda: made.append(make_segments([9])))
         thread.start()
         thread.join()
-    with tape.playing():
+    with metadata.giving_again():
         assert make_segments([3, 4]).lengths == (3, 4)
         thread = threading.Thread(target=lambda: made.append(make_segments([2, 2])))
         thread.start()

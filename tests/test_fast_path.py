@@ -1,119 +1,21 @@
-"""What keeps the encoder fast, as counts that need no GPU: compilations, graph breaks, host reads, copies, tensors.
+"""What keeps the encoder fast, as counts that need no GPU: host reads, copies, tensors."""
 
-The compiled path runs on the CPU with tracing but without code generation (``aot_eager``), around an attention operator
-that is as opaque to the compiler as flash-attention is.
-"""
-
-import functools
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_close
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llava_packing_tower import HEVCViTPackingVisionTower, attention, compiling, encoder
+from llava_packing_tower import HEVCViTPackingVisionTower, encoder, execution
 from llava_packing_tower.bench.presets import PRESETS
 from llava_packing_tower.families import family_for
 from llava_packing_tower.layers import EncoderBlock
 from llava_packing_tower.packing import batch_images_to_packing_input
 
 FAMILIES = tuple(PRESETS)
-BATCHES = 200
-MOST_COMPILATIONS = 3  # torch treats a batch of one token apart
-
-
-# ---------------------------------------------------------------- a varlen operator that runs on a CPU
-
-
-def _by_segments(q, k, v, cu_seqlens, scale):
-    outputs = []
-    for a, b, c in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v))):
-        scores = torch.einsum("ihd,jhd->hij", a, b) * scale
-        outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), c))
-    return torch.cat(outputs)
-
-
-@torch.library.custom_op("llava_packing_tests::varlen", mutates_args=())
-def varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
-) -> torch.Tensor:
-    assert cu_seqlens.diff().max().item() == max_seqlen
-    return _by_segments(q, k, v, cu_seqlens, scale)
-
-
-@torch.library.custom_op("llava_packing_tests::varlen_backward", mutates_args=())
-def varlen_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = []  # by hand: inside of an operator nothing is recorded
-    for g, a, b, c in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (grad, q, k, v))):
-        weights = (torch.einsum("ihd,jhd->hij", a, b) * scale).softmax(-1)
-        inner = torch.einsum("ihd,jhd->hij", g, c)
-        inner = weights * (inner - (weights * inner).sum(-1, keepdim=True)) * scale
-        products = ("hij,jhd->ihd", inner, b), ("hij,ihd->jhd", inner, a), ("hij,ihd->jhd", weights, g)
-        grads.append([torch.einsum(*product) for product in products])
-    dq, dk, dv = (torch.cat(parts) for parts in zip(*grads))
-    return dq, dk, dv
-
-
-varlen.register_fake(lambda q, k, v, cu_seqlens, max_seqlen, scale: torch.empty_like(q))
-varlen_backward.register_fake(lambda grad, q, k, v, cu_seqlens, scale: tuple(map(torch.empty_like, (q, k, v))))
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.scale = inputs[5]
-
-
-varlen.register_autograd(
-    lambda ctx, grad: (*varlen_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None), setup_context=_save
-)
-
-
-def test_the_stand_in_has_the_right_gradients():
-    cu_seqlens = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-    q, k, v, grad = (torch.randn(9, 2, 4, dtype=torch.float64) for _ in range(4))
-    results = []
-    for run in (lambda *x: varlen(*x, cu_seqlens, 5, 0.3), lambda *x: _by_segments(*x, cu_seqlens, 0.3)):
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        results.append(torch.autograd.grad(run(*inputs), inputs, grad))
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.fixture
-def cpu_varlen(monkeypatch):
-    """The name of a backend around that operator."""
-    module = SimpleNamespace(
-        VARLEN=True,
-        why_not=lambda *_: None,
-        attend=lambda q, k, v, segments, scale: varlen(q, k, v, segments.cu_seqlens, segments.max_seqlen, scale),
-    )
-    monkeypatch.setitem(attention.BACKENDS, "cpu_varlen", "cpu_varlen")
-    monkeypatch.setitem(attention._LOADED, "cpu_varlen", module)
-    return "cpu_varlen"
-
-
-@pytest.fixture
-def compilations(monkeypatch):
-    """Counts what torch.compile compiles; fails if the encoder fell back to eager."""
-    counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(compiling, "_failed", [])
-    compiling.compiled_block.cache_clear()
-    torch._dynamo.reset()
-    counters.clear()
-    yield counter
-    assert not compiling._failed
-    assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
-    compiling.compiled_block.cache_clear()
-    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------- models and batches
@@ -137,92 +39,15 @@ def packed(model, sizes, device="cpu"):
     return batch_images_to_packing_input(images, model.config.patch_size, model.patch_layout, device=device)
 
 
-def batches(count, seed):
-    """Every kind of batch that a step may bring: one image, one patch, equal sizes, many sizes."""
-    dice = random.Random(seed)
-    yield [(4, 3), (1, 1), (2, 5)]
-    yield [(3, 3)]
-    yield [(1, 1)]
-    yield [(2, 2)] * 5
-    for step in range(count - 4):
-        yield ragged(dice.randint(1, 9), seed * 1000 + step)
-
-
-# ---------------------------------------------------------------- compilation
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_ragged_batches_compile_once(cpu_varlen, compilations, grad):
-    model = tiny("llava_vit").requires_grad_(grad)
-    model.set_attention_backend(cpu_varlen)
-    model.encoder.compile_blocks = True
-    seen = set()
-    for sizes in batches(BATCHES, seed=1 + grad):
-        rows, grid = packed(model, sizes)
-        with torch.set_grad_enabled(grad):
-            out = model(rows, grid, feature_layers=(2,))[0]
-        if grad:
-            out.sum().backward()
-        seen.add(tuple(sizes))
-    assert len(seen) > 0.9 * BATCHES
-    assert 1 <= compilations.frame_count <= MOST_COMPILATIONS, compilations.frame_count
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_compiles_whole_and_gives_the_same(cpu_varlen, compilations, family):
-    model = tiny(family)
-    model.set_attention_backend(cpu_varlen)
-    rows, grid = packed(model, [(4, 3), (1, 2), (5, 5)])
-    for compile_blocks in (True, False):
-        model.encoder.compile_blocks = compile_blocks
-        with torch.no_grad():
-            out = model(rows, grid, feature_layers=(model.num_layers,))[0]
-        if compile_blocks:
-            compiled = out
-            assert 1 <= compilations.frame_count <= MOST_COMPILATIONS
-    assert_close(compiled, out)
-
-
-def test_compiled_blocks_compose_with_gradient_checkpointing(cpu_varlen, compilations):
-    model = tiny("llava_vit").requires_grad_(True).train()
-    model.set_attention_backend(cpu_varlen)
-    grads = []
-    for checkpointing in (False, True):
-        model.encoder.compile_blocks = True
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        for sizes in ragged(3, 1), ragged(5, 2), ragged(2, 3):
-            model.zero_grad()
-            rows, grid = packed(model, sizes)
-            generator = torch.Generator().manual_seed(0)
-            out = model(torch.randn(rows.shape, generator=generator), grid, feature_layers=(3,))[0]
-            out.square().sum().backward()
-        grads.append({n: p.grad for n, p in model.encoder.named_parameters()})
-    assert compilations.frame_count <= 2 * MOST_COMPILATIONS
-    for name, grad in grads[0].items():
-        assert grad.abs().max() > 0, name
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5)
-
-
-def test_the_count_sees_a_block_that_compiles_for_every_length(cpu_varlen, compilations, monkeypatch):
-    """The guard itself: with sizes frozen into the code, the compilations go far beyond the bound."""
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: torch._dynamo.optimize(compilations, dynamic=False)(f))
-    model = tiny("llava_vit")
-    model.set_attention_backend(cpu_varlen)
-    model.encoder.compile_blocks = True
-    for sizes in batches(8, seed=1):
-        with torch.no_grad():
-            model(*packed(model, sizes), feature_layers=(2,))
-    assert compilations.frame_count > MOST_COMPILATIONS
-
-
 # ---------------------------------------------------------------- host reads and copies: the meta device has no values
 
 
 @pytest.fixture
 def no_autocast(monkeypatch):
     """torch knows no autocast on the meta device, and does not let anyone ask."""
-    monkeypatch.setattr(encoder, "compute_dtype", lambda hidden_states: hidden_states.dtype)
+    for module in (encoder, execution):
+        monkeypatch.setattr(module, "compute_dtype", lambda hidden_states: hidden_states.dtype)
+        monkeypatch.setattr(module, "is_autocast", lambda device: False)
 
 
 def meta_tower(**sizes):

@@ -1,6 +1,8 @@
 """Nothing that is not plainly one of our modules is read around its forward: every kind of foreign module, in every
 place, on every path, gives what the plain blocks give, also where the model ran before it came and after it went."""
 
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +10,12 @@ import torch
 from foreign_kinds import CALLABLE, LINEAR, MODEL, NEUTRAL, OUTSIDE, PLACES
 from torch import nn
 
-from llava_packing_tower import attention, encoder, recording
+from llava_packing_tower import attention, cuda_graphs, encoder, execution
 from llava_packing_tower.bench.presets import PRESETS
+from llava_packing_tower.cached_metadata import CachedMetadata
 from llava_packing_tower.families import family_for
 from llava_packing_tower.module_state import state_of
 from llava_packing_tower.packing import batch_images_to_packing_input, read_grid
-from llava_packing_tower.tape import Tape
 
 pytestmark = pytest.mark.newest
 LAYERS = (0, 1, 3)
@@ -21,9 +23,9 @@ LAYERS = (0, 1, 3)
 
 @pytest.fixture
 def paths(monkeypatch):
-    """All ways of running on a CPU: the operations of the fused blocks are plain torch there; what would be compiled,
-    captured or recorded is run as it is, and counted."""
-    taken = dict.fromkeys(("fused", "compiled", "graphs", "recorded"), 0)
+    """All ways of running on a CPU: the operations of the fused blocks are plain torch there; what would be captured of
+    the blocks is run as it is, and counted; what is captured from pixels on stays as it was captured."""
+    taken = dict.fromkeys(("fused", "graphs", "pixels"), 0)
     sdpa = attention.backend_module("sdpa")
     backend = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
     monkeypatch.setitem(attention.BACKENDS, "cpu_varlen", "cpu_varlen")
@@ -36,22 +38,22 @@ def paths(monkeypatch):
 
         return call
 
-    def run_graphed(module, run, hidden_states, segments, rotary, keep, backend, weights):
+    def run_blocks(module, run, hidden_states, segments, rotary, keep, backend, weights):
         return run(hidden_states, segments, rotary, keep, backend)
 
-    def record(images, encode, like):
-        pixels = [x.clone() for x in images]
-        packed, grids = encode(pixels)
-        return recording.Recording(spy("recorded", lambda: None), pixels, packed, grids, Tape())
+    def capture(function, inputs, device):
+        return cuda_graphs.Captured(spy("pixels", lambda: None), inputs, function(), CachedMetadata())
+
+    def encode_captured(images, encode, like):
+        return capture(lambda: encode(images), [x.clone() for x in images], like.device)
 
     monkeypatch.setattr(encoder, "fused_block", spy("fused", encoder.fused_block))
-    monkeypatch.setattr(encoder, "call_compiled", spy("compiled", lambda config, layer, *rest: layer(*rest)))
-    monkeypatch.setattr(encoder, "run_graphed", spy("graphs", run_graphed))
-    monkeypatch.setattr(encoder, "graphs_wanted", lambda device, tokens, grad: paths.graphs and not grad)
-    monkeypatch.setattr(recording, "DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(recording, "record", record)
-    monkeypatch.setattr(recording, "RECORD_AT", 1)
-    monkeypatch.setattr(recording, "compile_wanted", lambda choice, device: choice is not False)
+    monkeypatch.setattr(encoder, "run_blocks", spy("graphs", run_blocks))
+    monkeypatch.setattr(execution, "graphs_allowed", lambda device, tokens: paths.graphs)
+    monkeypatch.setattr(cuda_graphs, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(cuda_graphs, "_capture_images", encode_captured)
+    monkeypatch.setattr(cuda_graphs, "PIXELS", replace(cuda_graphs.PIXELS, capture_at=1))
+    monkeypatch.setitem(cuda_graphs._memories, cuda_graphs.PIXELS, weakref.WeakKeyDictionary())
     paths = SimpleNamespace(taken=taken, graphs=False)
     return paths
 
@@ -72,7 +74,7 @@ def make(family, **more):
         return torch.cat(model(rows, grid, feature_layers=LAYERS), dim=-1), read_grid(grid)
 
     object.__setattr__(model, "_run", lambda: encode(images)[0])
-    object.__setattr__(model, "_recorded", lambda: recording.encode_recorded(model, images, LAYERS, encode)[0])
+    object.__setattr__(model, "_from_pixels", lambda: cuda_graphs.encode_images(model, images, LAYERS, encode)[0])
     return model
 
 
@@ -80,12 +82,10 @@ def by_path(model, paths):
     """Features of every path, and those of the plain blocks."""
     results = {}
     core = model.encoder
-    for path in ("eager", "fused", "compiled", "graphs", "training", "recorded", "recorded again"):
-        core.fused_blocks = path not in ("eager", "compiled")
-        core.compile_blocks = {"eager": False, "compiled": True}.get(path)
-        paths.graphs = path == "graphs"
+    for path in ("eager", "fused", "graphs", "training", "from pixels", "from pixels again"):
+        core.fused, paths.graphs = path != "eager", path == "graphs"
         trained = core.layers[0].layer_norm2.weight.requires_grad_(path == "training")
-        run = model._recorded if path.startswith("recorded") else model._run
+        run = model._from_pixels if path.startswith("from pixels") else model._run
         results[path] = run().detach().clone()
         trained.requires_grad_(False)
     paths.graphs = False
@@ -130,7 +130,7 @@ def test_a_foreign_layer_is_called(paths, kind, place):
 
 @pytest.mark.parametrize("name", MODEL)
 def test_a_foreign_part_of_the_model_is_called(paths, name):
-    allowed = {"fused", "compiled", "graphs"} if name in OUTSIDE else {"recorded"} if name in CALLABLE else set()
+    allowed = {"fused", "graphs"} if name in OUTSIDE else {"pixels"} if name in CALLABLE else set()
     check(make("llava_vit"), paths, MODEL[name], name in NEUTRAL, allowed)
 
 

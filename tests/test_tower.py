@@ -298,7 +298,9 @@ def test_attention_is_chosen_by_argument_or_environment(folder, features, monkey
         HEVCViTPackingVisionTower(folder, arguments(mm_packing_attention="flash"))
 
 
-def test_compiled_blocks_are_switched_off_by_argument(folder):
-    assert HEVCViTPackingVisionTower(folder, arguments()).vision_tower.encoder.compile_blocks is None
+def test_fused_blocks_are_switched_off_by_argument(folder):
+    assert HEVCViTPackingVisionTower(folder, arguments()).vision_tower.encoder.fused is None
     off = HEVCViTPackingVisionTower(folder, arguments(mm_packing_compile=False))
-    assert off.vision_tower.encoder.compile_blocks is False
+    assert off.vision_tower.encoder.fused is False
+    off.vision_tower.set_compile(None)  # the old name
+    assert off.vision_tower.encoder.fused is None

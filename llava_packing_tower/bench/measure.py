@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import compiling
 from .availability import Unavailable
 from .systems import Setting, Step, System, lowest_cosine, recorded_backend, training_step
 from .workloads import Workload, reordered, useful_flops
@@ -241,8 +240,6 @@ def _first_runs(setting, work, system, images, clock: Clock, measured: Measured)
                 break
     if system.ours:
         measured.backend = system.backend
-        if compiling._failed:
-            measured.note = "torch.compile failed, this is the eager path"
     measured.warm_up_seconds = time.perf_counter() - start
     del run
     with torch.set_grad_enabled(work.train):

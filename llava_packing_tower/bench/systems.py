@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..encoder import PackedEncoder
 from ..families import family_for
 from ..packing import batch_images_to_packing_input, read_grid, split_packed
 from .presets import Preset
@@ -145,20 +146,11 @@ def per_image_shapes(images: Images, patch_size: int, width: int) -> tuple[tuple
 
 @contextlib.contextmanager
 def recorded_backend(system: System) -> Iterator[None]:
-    """Note in ``system.backend`` which attention backend the encoder core chooses meanwhile."""
-    from .. import encoder
-
-    resolve = encoder.resolve_backend
-
-    def noting(*arguments, **options) -> str:
-        system.backend = resolve(*arguments, **options)
-        return system.backend
-
-    encoder.resolve_backend = noting
-    try:
-        yield
-    finally:
-        encoder.resolve_backend = resolve
+    """Note in ``system.backend`` which attention backend the encoder core took meanwhile."""
+    yield
+    core = getattr(getattr(system.model, "vision_tower", system.model), "encoder", None)
+    if isinstance(core, PackedEncoder) and core.last_plan is not None:
+        system.backend = core.last_plan.backend
 
 
 def training_step(system: System, step: Step, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:

@@ -51,7 +51,9 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
     report["tower"], found = probes.tower()
     findings += found
     tower = report["tower"]
-    say(f"tower: blocks {tower['blocks']}, {tower['dtype']} on {tower['device']}")
+    say(f"tower: {tower['dtype']} on {tower['device']}")
+    say(f"  inference: {tower['inference']}")
+    say(f"  training: {tower['training']}")
     report["collectives"], found = probes.collectives()
     findings += found
     joined = report["collectives"]

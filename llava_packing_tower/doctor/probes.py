@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+from .. import environment
 from . import ERROR, WARNING, Finding
 from .versions import install_command
 
@@ -117,10 +118,12 @@ def _try_backend(name, device, dtype) -> Backend:
 
 
 def tower() -> tuple[dict[str, object], list[Finding]]:
-    """A tiny tower: forward and backward on this machine's device, its blocks fused or compiled where they would be."""
+    """A tiny tower: forward and backward on this machine's device, and the plans by which it ran, without and with
+    gradients."""
     import torch
 
-    from .. import LlavaViTPackingModel, batch_images_to_packing_input, compiling
+    from .. import LlavaViTPackingModel, batch_images_to_packing_input
+    from ..execution import EAGER
     from ..families.llava_vit import LlavaViTPackingConfig
 
     device, dtype = _device()
@@ -130,17 +133,24 @@ def tower() -> tuple[dict[str, object], list[Finding]]:
     model = LlavaViTPackingModel(config).to(device, dtype)
     images = [torch.zeros(3, 28, 42), torch.ones(3, 56, 28)]
     rows, grid = batch_images_to_packing_input(images, config.patch_size, device=device, dtype=dtype)
+    with torch.no_grad():
+        model(rows, grid)
+    inference = model.encoder.last_plan
     out = model(rows, grid).last_hidden_state
     out.float().square().mean().backward()
     finite = bool(out.isfinite().all())
-    status = "eager" if compiling._failed else model.encoder.ran_as
     findings = []
     if not finite:
         findings.append(Finding(ERROR, "tower", f"a tiny tower gives values that are not finite on {device}"))
-    if compiling._failed:
-        text = f"the encoder blocks cannot be compiled here and run eager: {compiling._failed[0].splitlines()[0]}"
-        findings.append(Finding(WARNING, "compile", text, f"export {compiling.COMPILE_ENV}=0"))
-    result = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "blocks": status, "finite": finite}
+    if device.type == "cuda" and inference.path == EAGER and inference.reason != "asked for":
+        findings.append(Finding(WARNING, "fused blocks", f"the encoder blocks run eager here: {inference.reason}"))
+    result = {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "inference": str(inference),
+        "training": str(model.encoder.last_plan),
+        "finite": finite,
+    }
     return result, findings
 
 
@@ -233,7 +243,7 @@ def _import_failure(line: str) -> Finding:
     # Where the package itself is there, a part of it is missing, and installing it again would not help.
     command = None if not missing or find_spec(missing) else install_command(DISTRIBUTIONS.get(missing, missing))
     if "which is no mend" in line:
-        command = "unset LLAVA_PACKING_DISABLE_MENDS"
+        command = f"unset {environment.DISABLE_PATCHES}"
     return Finding(ERROR, "host", f"the host cannot be imported: {line}", command)
 
 

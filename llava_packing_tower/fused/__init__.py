@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -18,13 +18,10 @@ from ..activations import HALF
 from ..attention import attend, backend_module
 from ..layers import BlockConfig, EncoderBlock, Rotary
 from ..packing import PackedSegments
-from ..tracing import is_plain, traced
+from ..tracing import is_plain
 from .functions import AfterAttention, BeforeAttention, Block, Kind, kernels, operations
-from .reference import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
-
-FUSED_ENV = "LLAVA_PACKING_FUSED"
 
 
 @functools.cache
@@ -50,27 +47,6 @@ def kernels_work(device: torch.device) -> bool:
     return True
 
 
-def fused_wanted(
-    choice: bool | None, config: BlockConfig, hidden_states: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
-) -> bool:
-    """Whether blocks of such weights run fused for such an input.
-
-    choice: True takes them anywhere (plain torch without a GPU), False nowhere, None on a GPU in half precision unless
-    ``LLAVA_PACKING_FUSED=0``. dtype: what the linears put out: autocast is left to the other paths.
-
-    Raises ``ValueError`` for another value of the variable.
-    """
-    if choice is False or traced(hidden_states) or config.hidden_act not in ACTIVATIONS:
-        return False
-    if not hidden_states.dtype == weight.dtype == dtype:
-        return False
-    if choice is True:
-        return True
-    if (text := os.environ.get(FUSED_ENV, "1")) not in ("0", "1"):
-        raise ValueError(f"{FUSED_ENV} must be 0 or 1, got {text!r}")
-    return text == "1" and hidden_states.is_cuda and dtype in HALF and kernels_work(hidden_states.device)
-
-
 def _own(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias. (nn.Module's own way to a parameter costs a microsecond, and a block has a dozen; FSDP keeps
     its views elsewhere.)"""
@@ -78,12 +54,19 @@ def _own(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return (found["weight"], found.get("bias")) if "weight" in found else (module.weight, getattr(module, "bias", None))
 
 
-def _fit(hidden_states: torch.Tensor, *weights: torch.Tensor | None) -> bool:
-    """Whether kernels may read these weights: plain ones that lie, and are numbers, as the states are. (The hooks of
-    ZeRO-3 and FSDP have gathered them by now; a kernel given an address on another device breaks the process.)"""
+def _fit(hidden_states: torch.Tensor, cast: bool, weights: Iterable[torch.Tensor | None]) -> bool:
+    """Whether kernels may read these weights: plain ones on the device of the states, and of their dtype or to be cast.
+    (The hooks of ZeRO-3 and FSDP have gathered them by now; a kernel given an address on another device breaks the
+    process.)"""
     dtype, device = hidden_states.dtype, hidden_states.get_device()
     present = [x for x in weights if x is not None]
-    return is_plain(*present) and all(x.dtype == dtype and x.get_device() == device for x in present)
+    if not is_plain(*present) or not all(x.get_device() == device for x in present):
+        return False
+    return all(x.is_floating_point() if cast else x.dtype == dtype for x in present)
+
+
+def _cast(pair: tuple[torch.Tensor | None, ...], dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if x is None else x.to(dtype) for x in pair)
 
 
 def _scaled(
@@ -98,6 +81,7 @@ def _scaled(
 def fused_block(
     kind: Kind,
     grad: bool,
+    cast: bool,
     layer: EncoderBlock,
     hidden_states: torch.Tensor,
     pending: torch.Tensor | None,
@@ -109,7 +93,9 @@ def fused_block(
 
     Without ``grad`` (which is not what ``torch.is_grad_enabled()`` says inside of a reentrant checkpoint)
     ``hidden_states`` is written to, and what is returned as pending is one row for all tokens, the sum of the biases so
-    far, or None: see :func:`settled`.
+    far, or None: see :func:`settled`. With ``cast`` (autocast) the weights are read in the dtype of the states.
+
+    Weights that are no plain tensors on the device of the states have the block called as it is.
     """
     parts = layer._modules
     attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
@@ -117,14 +103,19 @@ def fused_block(
     norm1, norm2, fc1, fc2 = map(_own, (parts["layer_norm1"], parts["layer_norm2"], mlp["fc1"], mlp["fc2"]))
     qkv, proj = _own(attention["qkv"]), _own(attention["proj"])
     gate = (None, None) if mlp.get("gate") is None else _own(mlp["gate"])
-    if not _fit(hidden_states, *norm1, *qkv, *proj, *norm2, *gate, *fc1, *fc2):
+    scales = [parts[name] for name in ("layer_scale1", "layer_scale2")]
+    more = [x for module in (attention["qkv"], *scales) for x in module._parameters.values()]
+    if not _fit(hidden_states, cast, (*norm1, *qkv, *proj, *norm2, *gate, *fc1, *fc2, *more)):
         if pending is not None:
             hidden_states = (hidden_states + pending).to(hidden_states.dtype)
         total, pending = layer.forward(hidden_states, None, segments, rotary, backend)
         return (total, pending) if grad else (total + pending, None)
     if attention["qkv"].partial_biases:
         qkv = qkv[0], attention["qkv"].whole_bias()
-    proj, fc2 = _scaled(*proj, parts["layer_scale1"]), _scaled(*fc2, parts["layer_scale2"])
+    proj, fc2 = _scaled(*proj, scales[0]), _scaled(*fc2, scales[1])
+    if cast:
+        pairs = (norm1, qkv, proj, norm2, gate, fc1, fc2)
+        norm1, qkv, proj, norm2, gate, fc1, fc2 = (_cast(pair, hidden_states.dtype) for pair in pairs)
     if not grad:
         if layer._forward_hooks:  # which may keep what they are given
             hidden_states = hidden_states.clone()
@@ -152,7 +143,9 @@ def _infer_before(kind, total, row, norm, qkv, proj_bias, rotary):
 
 def _infer_after(kind, total, row, attended, proj_weight, norm, gate, fc1, fc2):
     """Projection and MLP are summed onto the total by their last matmuls; returns the row of biases. Where a GELU
-    follows the first layer of the MLP, that matmul applies it, in its tanh form (see :func:`linears.linear_act`)."""
+    follows the first layer of the MLP, that matmul (cuBLASLt's) applies it, in its tanh form, to the float32 sums. For
+    the exact GELU too that is nearer to the float32 result than the exact form of rounded sums: the forms differ by
+    less than 5e-4, the rounding costs more."""
     run = operations(total)
     total.addmm_(attended.flatten(1), proj_weight.t())
     normed, row = run.row_norm(total, row, *norm, kind.eps, kind.rms, fc2[1])

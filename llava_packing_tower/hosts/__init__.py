@@ -6,7 +6,6 @@ back. A host is one module here and one line in HOSTS.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+from .. import environment
 from . import builder_hook, mends, native, refused
 from .base import FoundHost, Host
 from .imports import ImportHooks
@@ -22,7 +22,7 @@ from .patches import Patches
 
 # Looked for in this order; modules with a HOST.
 HOSTS: tuple[str, ...] = ("llava_next", "llava_v1", "llavaction")
-NEXT_DIR_ENV = "LLAVA_NEXT_DIR"
+NEXT_DIR_ENV = environment.NEXT_DIR
 
 _hooks = ImportHooks()
 _patches = Patches()
@@ -127,7 +127,7 @@ def _extend(package: str) -> None:
 
 
 def _put_next_on_path() -> None:
-    folder = os.environ.get(NEXT_DIR_ENV)
+    folder = environment.read(NEXT_DIR_ENV)
     if not folder:
         return
     path = Path(folder).expanduser().resolve()

@@ -37,7 +37,7 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "ModelArguments",
         "bool",
         True,
-        "fast encoder blocks of a packing tower, fused or compiled (on CUDA unless false)",
+        "fused encoder blocks of a packing tower, in half precision on CUDA; false: eager ones",
     ),
     PluginArgument(
         "mm_packing_min_patches",

@@ -44,11 +44,11 @@ def tower(family="llava_vit", **more):
 
 
 def agree(vision, run):
-    """Features of the default path, four times (plain, graph, recording, replay), are those of the plain blocks."""
+    """Features of the default path, five times (plain, graph, from pixels on), are those of the plain blocks."""
     encoder = vision.vision_tower.encoder
-    encoder.compile_blocks = False
+    encoder.fused = False
     want = run()
-    encoder.compile_blocks = None
+    encoder.fused = None
     for number in range(5):
         got = run()
         assert (got - want).abs().max() <= 0.03 * want.abs().max(), number
@@ -58,7 +58,7 @@ def agree(vision, run):
 def check(change, neutral=False, **more):
     vision, _, run = tower(**more)
     before = agree(vision, run)
-    assert vision.vision_tower.encoder.ran_as == "fused"
+    assert vision.vision_tower.encoder.last_plan.path == "fused"
     undo = change(vision.vision_tower)
     changed = agree(vision, run)
     assert neutral or (changed - before).abs().max() > 0.05 * before.abs().max(), "a kind without effect"

@@ -157,7 +157,7 @@ def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal,
     def run(dtype, fused, backend):
         model.to(dtype).load_state_dict(state)
         model.set_attention_backend(backend)
-        model.encoder.fused_blocks, model.encoder.compile_blocks = fused, None if fused else False
+        model.encoder.fused = fused
         model.encoder.gradient_checkpointing = checkpointing
         model.zero_grad(set_to_none=True)
         first, out = model(rows.to(dtype), grid, feature_layers=(1, last))
@@ -195,13 +195,15 @@ def test_fused_is_the_default_in_half_precision():
     images = [torch.randn(3, 28, 42, device="cuda").bfloat16()]
     rows, grid = batch_images_to_packing_input(images, model.config.patch_size)
     seen = []
-    run = model.encoder.run
-    model.encoder.run = lambda *a, how, **k: (seen.append(how), run(*a, how=how, **k))[1]
-    for compile_blocks in (None, False, True):
-        model.encoder.compile_blocks = compile_blocks
+    for fused in (None, False):
+        model.encoder.fused = fused
         model(rows, grid)
-    assert seen == ["fused", "eager", "compiled"]
+        seen.append(model.encoder.last_plan.path)
+    assert seen == ["fused", "eager"]
     model.float()
-    model.encoder.compile_blocks = None
+    model.encoder.fused = None
     model(rows.float(), grid)
-    assert seen[3:] == ["eager"]  # float32 has no varlen kernel
+    assert model.encoder.last_plan.path == "eager"  # float32 has no varlen kernel
+    with torch.autocast("cuda", torch.bfloat16):
+        model(rows.float(), grid)
+    assert model.encoder.last_plan.path == "fused"

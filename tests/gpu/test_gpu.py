@@ -7,10 +7,9 @@ import torch
 from conftest import unusable
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
-from llava_packing_tower.attention import BACKENDS, auto_order, backend_module, resolve_backend, varlen_attention
+from llava_packing_tower.attention import BACKENDS, backend_module, resolve_backend, varlen_attention
+from llava_packing_tower.cuda_graphs import BLOCKS, PIXELS, memory_of
 from llava_packing_tower.packing import batch_images_to_packing_input, make_segments
-from llava_packing_tower.recording import RECORD_AT
-from llava_packing_tower.rotation import ROTATIONS, turned_back
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LENGTHS = (300, 17, 1, 64, 513, 128, 300)
@@ -74,14 +73,14 @@ def photos(device="cuda", dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("backend", ["flash_attention_4", "flash_attention_2", "torch_varlen", "auto"])
-@pytest.mark.parametrize("compile_blocks", [None, False, True])
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("grad", [False, True])
-def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks, grad):
+def test_no_synchronisation_inside_the_forward(tmp_path, backend, fused, grad):
     if backend != "auto" and (reason := unusable(backend, torch.bfloat16, 64)):
         pytest.skip(f"{backend}: {reason}")
     vision = tower(tmp_path)
     vision.vision_tower.set_attention_backend(backend)
-    vision.vision_tower.encoder.compile_blocks = compile_blocks
+    vision.vision_tower.encoder.fused = fused
     vision.requires_grad_(grad)
     images = photos()
     turned = [image.transpose(1, 2).contiguous() for image in images]  # other shapes, the same kind of batch
@@ -92,7 +91,7 @@ def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks
             sum(f.float().sum() for f in features).backward()
         return features
 
-    for _ in range(RECORD_AT):  # kernels, caches, compilation; then a graph of the blocks, and a recording
+    for _ in range(PIXELS.capture_at):  # kernels, caches; then a graph of the blocks, and one from pixels on
         step(images)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -106,25 +105,25 @@ def test_no_synchronisation_inside_the_forward(tmp_path, backend, compile_blocks
 
 
 @pytest.mark.parametrize("low_dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("compile_blocks", [None, False, True])
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("cudnn", "eager")] + ["auto"])
-def test_tower_error_at_most_twice_the_references(tmp_path, backend, compile_blocks, low_dtype):
+def test_tower_error_at_most_twice_the_references(tmp_path, backend, fused, low_dtype):
     if backend != "auto" and (reason := unusable(backend, low_dtype, 64)):
         pytest.skip(f"{backend}: {reason}")
     vision = tower(tmp_path)
     model = vision.vision_tower
     images = photos()
 
-    def run(name, dtype, compiled=False):
+    def run(name, dtype, fused=False):
         model.to(dtype).set_attention_backend(name)
-        model.encoder.compile_blocks = compiled
+        model.encoder.fused = fused
         return torch.cat([f.float() for f in vision([x.to(dtype) for x in images])])
 
     state = {k: v.clone() for k, v in model.state_dict().items()}
     exact = run("eager", torch.float32)
     low = run("eager", low_dtype)
     model.load_state_dict(state)
-    got = run(backend, low_dtype, compile_blocks)
+    got = run(backend, low_dtype, fused)
     assert (got - exact).abs().max() <= 2 * (low - exact).abs().max()
 
 
@@ -150,8 +149,8 @@ def test_auto_takes_a_kernel():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_compiled_training_by_the_twice_the_error_rule(tmp_path, ragged, checkpointing):
-    """Parameter gradients of the compiled bf16 tower against float32."""
+def test_training_under_autocast_by_the_twice_the_error_rule(tmp_path, ragged, checkpointing):
+    """Parameter gradients of fused blocks with weights in float32 under autocast, against float32."""
     vision = tower(tmp_path)
     vision.requires_grad_(True)
     model = vision.vision_tower
@@ -159,28 +158,33 @@ def test_compiled_training_by_the_twice_the_error_rule(tmp_path, ragged, checkpo
     images = photos() if ragged else list(torch.randn(4, 3, 224, 448, device="cuda").bfloat16())
     weight = torch.randn(sum(x.shape[1] * x.shape[2] // 196 for x in images), 256, device="cuda").bfloat16()
 
-    def run(backend, dtype, compiled, checkpointing=False):
+    def run(backend, dtype, fused, checkpointing=False):
         model.to(dtype).load_state_dict(state)
         model.set_attention_backend(backend)
-        model.encoder.compile_blocks, model.encoder.gradient_checkpointing = compiled, checkpointing
+        model.encoder.fused, model.encoder.gradient_checkpointing = fused, checkpointing
         model.train().zero_grad(set_to_none=True)
-        (torch.cat(vision([x.to(dtype) for x in images])) * weight.to(dtype)).sum().backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=fused is None):
+            features = torch.cat(vision([x.to(dtype) for x in images]))
+        (features.float() * weight.float()).sum().backward()
         return {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
 
     exact, low = run("eager", torch.float32, False), run("eager", torch.bfloat16, False)
-    got = run("auto", torch.bfloat16, True, checkpointing)
+    got = run("auto", torch.float32, None, checkpointing)
+    assert model.encoder.last_plan.path == "fused"
     assert got.keys() == exact.keys()
     for name, want in exact.items():
         assert (got[name] - want).norm() <= 2 * (low[name] - want).norm() + 1e-6 * want.norm(), name
 
 
-@pytest.mark.parametrize("blocks", [None, True])
-def test_graphs_give_the_same_features(tmp_path, monkeypatch, blocks):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_graphs_give_the_same_features(tmp_path, monkeypatch, autocast):
     """Small batches replay CUDA graphs by token bucket: other sizes, other counts, moved weights, inference mode."""
-    from llava_packing_tower import graphs, recording
+    from llava_packing_tower import cuda_graphs
 
-    monkeypatch.setattr(recording, "RECORD_AT", -1)  # here the blocks alone
+    monkeypatch.setattr(cuda_graphs, "_key", lambda *_: None)  # here the blocks alone
     vision = tower(tmp_path)
+    if autocast:
+        vision.float()
     encoder = vision.vision_tower.encoder
     batches = [
         [torch.randn(3, h * 14, w * 14, device="cuda").bfloat16() for h, w in sizes]
@@ -188,8 +192,8 @@ def test_graphs_give_the_same_features(tmp_path, monkeypatch, blocks):
     ]
 
     def features(batch, graphed):
-        encoder.compile_blocks = blocks if graphed else False
-        with torch.inference_mode():
+        encoder.fused = None if graphed else False
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             return torch.cat(vision(batch)).float()
 
     for _ in range(2):
@@ -197,7 +201,7 @@ def test_graphs_give_the_same_features(tmp_path, monkeypatch, blocks):
             eager, replayed = features(batch, False), features(batch, True)
             assert (eager - replayed).abs().max() <= 0.03 * eager.abs().max()
             assert torch.equal(replayed, features(batch, True))
-    assert 4 <= len(graphs._memories[encoder].captured) <= len(batches)  # two of one bucket and count share a graph
+    assert 4 <= len(memory_of(encoder, BLOCKS).captured) <= len(batches)  # two of one bucket and count share a graph
     before = features(batches[0], True)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -208,16 +212,15 @@ def test_graphs_give_the_same_features(tmp_path, monkeypatch, blocks):
     torch.randn(1 << 24, device="cuda")
     assert (features(batches[0], True) - changed).abs().max() <= 0.03 * changed.abs().max()
     vision.requires_grad_(True)
-    encoder.compile_blocks = blocks
+    encoder.fused = None
     torch.cat(vision(batches[3])).float().sum().backward()  # what inference kept serves training
     assert encoder.layers[0].mlp.fc1.weight.grad is not None
 
 
 @pytest.mark.parametrize("backend", ["auto", "flash_attention_4", "flash_attention_2", "torch_varlen"])
 @pytest.mark.parametrize("family", ["llava_vit", "siglip2", "aimv2", "dinov3"])
-def test_recordings_give_the_same_features(family, backend):
+def test_graphs_from_pixels_give_the_same_features(family, backend):
     """From the fourth batch of the same shapes on, pixels to features are one graph: same features as without."""
-    from llava_packing_tower import recording
     from llava_packing_tower.bench.presets import PRESETS
     from llava_packing_tower.bench.systems import Setting, our_system, random_weights
 
@@ -244,28 +247,13 @@ def test_recordings_give_the_same_features(family, backend):
             assert (got.float() - want.float()).abs().max() <= 0.03 * want.float().abs().max(), number
             if number == 5:  # other contents of the memory that lies free meanwhile
                 torch.randn(1 << 26, device="cuda")
-    assert len(recording._memories[vision.vision_tower].captured) == 2
+    assert len(memory_of(vision.vision_tower, PIXELS).captured) == 2
     vision.to("cpu").to("cuda")
     junk = torch.randn(1 << 26, device="cuda")
     with torch.no_grad():
         moved = torch.cat(vision(ragged[-1]))
     assert (moved.float() - want.float()).abs().max() <= 0.03 * want.float().abs().max()
     del junk
-
-
-@pytest.mark.parametrize("kind", list(ROTATIONS))
-@pytest.mark.parametrize("shape", [(5, 2, 16), (33, 3, 96), (1000, 16, 64)])
-def test_the_backward_of_the_rotation(kind, shape):
-    """The Triton kernel against the formula."""
-    from llava_packing_tower import rotation_kernel
-
-    grads = [torch.randn(shape, device="cuda").bfloat16() for _ in range(3)]
-    angles = torch.randn(shape[0], 1, shape[2], device="cuda")  # no two alike: a swapped partner would show
-    out = rotation_kernel.backward(*grads, angles.cos(), angles.sin(), kind == "pairs")
-    for part, grad in enumerate(grads[:2]):
-        want = turned_back(grad, angles.cos(), angles.sin(), ROTATIONS[kind]).bfloat16()
-        torch.testing.assert_close(out[:, part], want)
-    assert torch.equal(out[:, 2], grads[2])
 
 
 def around(model):
@@ -277,28 +265,13 @@ def around(model):
     return vision.eval()
 
 
-def test_ragged_batches_do_not_recompile(tmp_path):
-    """400 random batches: one graph per kernel and mode (inference, training), whatever the sizes and counts are."""
-    import random
-
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    vision = tower(tmp_path, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1)
-    vision.vision_tower.set_compile(True)
-    draw = random.Random(0)
-
-    def batch():
-        sizes = [(draw.randint(1, 40), draw.randint(1, 40)) for _ in range(draw.randint(1, 24))]
-        return [torch.randn(3, h * 14, w * 14, device="cuda").bfloat16() for h, w in sizes]
-
-    # What auto may choose between: each has code of its own, compiled when it is first needed.
-    kinds = {n for n in auto_order((1024, 1024)) if n != "sdpa" and not unusable(n, torch.bfloat16, 64)}
-    for train in (False, True):
-        vision.requires_grad_(train)
-        for _ in range(200):
-            with torch.set_grad_enabled(train):
-                vision(batch())
-    assert not counters["graph_break"]
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2 * len(kinds), counters["stats"]
+def test_shapes_that_come_again_after_many_are_no_slower(tmp_path):
+    """Captures that are not used again cost more than they save: two rounds over 60 shapes make none from pixels on."""
+    vision = tower(tmp_path)
+    images = [torch.randn(1, 3, 14 * h, 14 * w, device="cuda").bfloat16() for h in range(4, 14) for w in range(5, 11)]
+    with torch.no_grad():
+        for _ in range(3):
+            for image in images:
+                vision(image)
+    assert not memory_of(vision.vision_tower, PIXELS).captured
+    assert 1 <= len(memory_of(vision.vision_tower.encoder, BLOCKS).captured) <= 4

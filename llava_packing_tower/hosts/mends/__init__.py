@@ -3,26 +3,26 @@ times; and their mends.
 
 A mend is one function in one of MEND_MODULES. It says when it is due (before or after a module is imported), how its
 defect is detected, and why. It is applied only where the defect is detected, logged once, and switched off by name:
-``LLAVA_PACKING_DISABLE_MENDS=cuda_sync,inner_loop``.
+``LLAVA_PACKING_DISABLE_PATCHES=cuda_sync,inner_loop``.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
+from ... import environment
 from ..imports import ImportHooks
 from ..patches import Patches
 
 logger = logging.getLogger(__name__)
 
-DISABLE_ENV = "LLAVA_PACKING_DISABLE_MENDS"
+DISABLE_ENV = environment.DISABLE_PATCHES
 MEND_MODULES = ("names", "llava", "trainer", "models", "deepspeed", "resuming", "fsdp", "attention")
 
 
@@ -69,7 +69,7 @@ def load_all() -> dict[str, Mend]:
 
 def disabled() -> frozenset[str]:
     """The mends switched off in the environment. Raises ``ValueError`` for a name that no mend has."""
-    names = frozenset(name.strip() for name in os.environ.get(DISABLE_ENV, "").split(",") if name.strip())
+    names = frozenset(name.strip() for name in (environment.read(DISABLE_ENV) or "").split(",") if name.strip())
     for name in sorted(names - load_all().keys()):
         nearest = difflib.get_close_matches(name, MENDS, n=1, cutoff=0)
         raise ValueError(f"{DISABLE_ENV} names {name!r}, which is no mend; the nearest is {nearest[0]!r}")

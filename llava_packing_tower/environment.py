@@ -1,0 +1,76 @@
+"""The environment variables that this package reads: all of them, in one table (``docs/environment.md`` shows it)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """name; values: what may be set; meaning: what it does, and what holds without it; old: earlier names, which are
+    read where the new one is not set."""
+
+    name: str
+    values: str
+    meaning: str
+    old: tuple[str, ...] = ()
+
+
+FUSED = "LLAVA_PACKING_FUSED"
+GRAPHS = "LLAVA_PACKING_CUDA_GRAPHS"
+ATTENTION = "LLAVA_PACKING_ATTENTION"
+DISABLE_PATCHES = "LLAVA_PACKING_DISABLE_PATCHES"
+NEXT_DIR = "LLAVA_NEXT_DIR"
+
+VARIABLES = {
+    variable.name: variable
+    for variable in (
+        Variable(
+            FUSED,
+            "0 or 1",
+            "0: encoder blocks run eager. Otherwise they are fused in half precision on a GPU.",
+            ("LLAVA_PACKING_COMPILE",),
+        ),
+        Variable(GRAPHS, "0 or 1", "0: no CUDA graphs. Otherwise small batches of inference replay them."),
+        Variable(ATTENTION, "a backend", "The attention backend of towers whose arguments name none. Default: auto."),
+        Variable(
+            DISABLE_PATCHES,
+            "names, with commas",
+            "Compatibility patches that are left out. Default: none.",
+            ("LLAVA_PACKING_DISABLE_MENDS",),
+        ),
+        Variable(NEXT_DIR, "a folder", "The clone of LLaVA-NeXT to use. Default: the llava that is installed."),
+        Variable("LLAVA_PACKING_RUN_LOCK", "a file", "Set by `train` for its processes: the lock of their folder."),
+        Variable("LLAVA_PACKING_LAUNCHER", "a process", "Set by `train` for its processes: who started them."),
+    )
+}
+
+
+@functools.cache
+def _warn(old: str, new: str) -> None:
+    logger.warning("%s is the old name of %s: please set that", old, new)
+
+
+def read(name: str) -> str | None:
+    """The value of a variable of :data:`VARIABLES`, or that of an old name of it, with a warning; None if there is none
+    or it is empty."""
+    if value := os.environ.get(name):
+        return value
+    for old in VARIABLES[name].old:
+        if value := os.environ.get(old):
+            _warn(old, name)
+            return value
+    return None
+
+
+def switch(name: str) -> bool | None:
+    """A variable that is 0 or 1, or None if it is not set. Raises ``ValueError`` for another value."""
+    value = read(name)
+    if value not in (None, "0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
+    return None if value is None else value == "1"
