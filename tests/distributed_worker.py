@@ -173,9 +173,9 @@ def fuse(encoder: nn.Module) -> None:
     encoder.attention_backend, encoder.fused = "cpu_varlen", True
     run = encoder.run
 
-    def checked(*arguments, how):
-        assert how == "fused", how
-        return run(*arguments, how=how)
+    def checked(*arguments, path, **options):
+        assert path == "fused", path
+        return run(*arguments, path=path, **options)
 
     encoder.run = checked
 
