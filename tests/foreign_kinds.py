@@ -32,11 +32,11 @@ class Adapted(nn.Module):
 
 
 class Quantised(nn.Module):
-    """Eight bits and a scale per row, as bitsandbytes and quanto hold a linear layer."""
+    """A few levels and a scale per row, as bitsandbytes and quanto hold a linear layer."""
 
     def __init__(self, base):
         super().__init__()
-        scale = base.weight.detach().abs().amax(1, keepdim=True) / 7
+        scale = base.weight.detach().abs().amax(1, keepdim=True) / 3
         self.register_buffer("scale", scale)
         self.weight = nn.Parameter((base.weight / scale).round().to(torch.int8), requires_grad=False)
         self.bias = base.bias
@@ -46,15 +46,15 @@ class Quantised(nn.Module):
 
 
 class Coarse(torch.Tensor):
-    """A tensor that stands for other numbers, as torchao's are: its memory holds 64 times the value, rounded."""
+    """A tensor that stands for other numbers, as torchao's are: its memory holds 16 times the value, rounded."""
 
     @staticmethod
     def of(weight):
-        return (weight.detach() * 64).round().as_subclass(Coarse)
+        return (weight.detach() * 16).round().as_subclass(Coarse)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        plain = [x.as_subclass(torch.Tensor) / 64 if isinstance(x, Coarse) else x for x in args]
+        plain = [x.as_subclass(torch.Tensor) / 16 if isinstance(x, Coarse) else x for x in args]
         if function is nn.functional.linear:
             return function(*plain, **(kwargs or {}))
         return super().__torch_function__(function, types, args, kwargs or {})
@@ -96,7 +96,7 @@ def tensor_subclass(parent, name):
 
 def subclass(parent, name):
     layer = getattr(parent, name)
-    new = Doubling(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=layer.weight.dtype)
+    new = Doubling(layer.in_features, layer.out_features, bias=layer.bias is not None).to(layer.weight)
     new.load_state_dict(layer.state_dict())
     return put(parent, name, new)
 
@@ -217,7 +217,7 @@ def another_scale(model):
 
 
 def an_added_scale(model):
-    scale = LayerScale(model.config.hidden_size, 0.3).to(model.dtype)
+    scale = LayerScale(model.config.hidden_size, 0.3).to(block(model).mlp.fc1.weight)
     return put(block(model), "layer_scale1", scale)
 
 
