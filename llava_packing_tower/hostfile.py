@@ -35,7 +35,11 @@ def check_hostfile(file: str | os.PathLike) -> dict[str, int]:
     if not path.is_file():
         raise UsageError(f"--hostfile: {file} does not exist")
     machines: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--hostfile: {file} cannot be read: {error}") from error
+    for number, line in enumerate(content.splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

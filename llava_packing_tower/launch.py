@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .cli import UsageError
+from .deepspeed_config import check_deepspeed
 from .doctor.versions import Run, impossible, install_command
 from .hostfile import check_hostfile, pack
 from .hosts import all_hosts, find_host
@@ -23,6 +24,7 @@ from .hosts.arguments_table import PLUGIN_ARGUMENTS
 from .hosts.base import Argument, FoundHost, host_arguments
 from .native.settings import KEYS, NATIVE, PREFIX, check_settings
 from .nodes import Nodes, free_port
+from .preflight import check_precision, check_samples, check_values
 from .reading import read_overrides, read_yaml
 from .resume import finished, last_complete, misfit, read_saved
 from .run_lock import LOCK, LOCK_ENV
@@ -30,7 +32,6 @@ from .supervise import supervise
 from .tower_names import PACKING, STANDARD, random_clip, strip_prefix, tower_kind
 
 ENTRY = "llava_packing_tower.train_entry"
-CONFIGS = Path(__file__).parent / "configs"
 ALIASES = {"mm_vision_tower": "vision_tower"}
 # Names that transformers changed: either is taken, whichever of the two the installed version knows.
 RENAMED = {
@@ -55,6 +56,7 @@ class Plan:
     processes: int | None
     hostfile: str | None = None
     nodes: Nodes = field(default_factory=Nodes)
+    samples: int = 0
     environment: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
 
@@ -76,6 +78,7 @@ class Plan:
             "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "deepspeed")),
             "decoder": self.values["model_name_or_path"],
             "tower": f"{self.values['vision_tower']} ({TOWER_WORDS[tower_kind(self.values['vision_tower'])]})",
+            "data": f"{self.values['data_path']} ({self.samples} samples)",
             "trained": self.values.get("mm_tunable_parts") or "as the host's own arguments say",
             "engine": f"{engine}, {where}" + (f" on the hosts of {self.hostfile}" if self.hostfile else ""),
             "output": self.values["output_dir"],
@@ -186,7 +189,8 @@ def check_files(values: dict[str, object], beside: Path) -> int | None:
             raise UsageError(f"{name}: {path} does not exist")
     tower, decoder = str(values["vision_tower"]), str(values["model_name_or_path"])
     for name, path in (("vision_tower", strip_prefix(tower)), ("model_name_or_path", decoder)):
-        if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+        is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1  # a hub id is owner/name
+        if is_path and not Path(path).expanduser().is_dir():
             raise UsageError(f"{name}: folder {path} does not exist")
     try:
         reason = random_clip(tower)
@@ -227,43 +231,6 @@ def check_resolution(values: Mapping[str, object]) -> None:
         check_settings(values)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
-    """The ZeRO stage that ``deepspeed`` asks for (None: no DeepSpeed).
-
-    ``deepspeed`` may also be a file beside the YAML, or one of those that the package brings; its path is made absolute
-    in ``values``.
-    """
-    config = values.get("deepspeed")
-    if config is None:
-        return None
-    if find_spec("deepspeed") is None:
-        raise UsageError(f"deepspeed is asked for, but it is not installed: {install_command('deepspeed')}")
-    for flag in ("use_cpu", "no_cuda"):
-        if values.get(flag):
-            raise UsageError(
-                f"{flag} silently switches DeepSpeed off. Leave it out: where there is no GPU, the CPU is used anyway"
-            )
-    if isinstance(config, str):
-        shipped = CONFIGS / Path(config).name  # also for configs/zero2.json as an example of ours has it
-        file = next((f for f in (Path(config).expanduser(), beside / config, shipped) if f.is_file()), None)
-        if file is None:
-            known = ", ".join(sorted(f.name for f in CONFIGS.glob("*.json")))
-            raise UsageError(
-                f"deepspeed: {config} is neither in the current folder nor in {beside}; the package brings {known}"
-            )
-        values["deepspeed"] = str(file.resolve())
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"deepspeed: {file} is not valid JSON: {error}") from error
-    return zero_stage(config)
-
-
-def zero_stage(config: Mapping[str, object]) -> int:
-    """The ZeRO stage of a DeepSpeed configuration."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 # ---------------------------------------------------------------- launching
@@ -314,6 +281,7 @@ def make_plan(
         given[key] = value
     known = known_arguments(found)
     values = resolve(given, known, found)
+    check_values(values, found)
     check_resolution(values)
     check_fsdp(values)
     stage = check_files(values, Path(config).resolve().parent)
@@ -326,6 +294,7 @@ def make_plan(
             raise UsageError(f"--num_gpus {num_gpus}, but this machine has {gpus}")
         if num_gpus is not None or hostfile is not None or gpus:
             device, num_processes = "gpu", num_gpus or (gpus or None if hostfile is None else None)
+    check_precision(values, device)
     nodes = nodes or Nodes(port=master_port)
     if hostfile is not None and nodes.count > 1:
         raise UsageError("--hostfile and --nnodes are two ways to the same end: give one of them")
@@ -334,6 +303,7 @@ def make_plan(
     plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
     check_versions(plan, known)
     check_resume(plan)
+    plan.samples = check_samples(values, found)
     plan.environment = _environment(plan)
     plan.command = _command(plan)
     return plan

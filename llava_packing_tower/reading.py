@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import yaml
 
@@ -17,6 +17,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                raise UsageError(f"{self.name}, line {key_node.start_mark.line + 1}: a key must be a word, got {key!r}")
             if key in seen:
                 raise UsageError(f"{self.name}, line {key_node.start_mark.line + 1}: {key} is given twice")
             seen.add(key)
@@ -25,13 +27,17 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(file: str | os.PathLike) -> dict[str, object]:
     """The mapping in a YAML file. Raises :class:`UsageError` if there is none."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UsageError(f"{file} is not a regular file")
     try:
         with open(file, encoding="utf-8") as stream:
             content = yaml.load(stream, _Loader)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8: {error}") from error
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not valid YAML: {error}") from error
+        raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{file} must hold `key: value` lines, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .attention import resolve_backend
+from .deepspeed_config import zero_stage
 from .hosts import mends
 from .hosts.patches import Patches
 from .hosts.tuning import count_parts
-from .launch import zero_stage
 from .record import TowerRecord
 from .resume import mark_complete, mark_finished
 from .tower import HEVCViTPackingVisionTower

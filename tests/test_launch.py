@@ -13,7 +13,7 @@ import yaml
 from conftest import only_four
 from host_runs import HOSTS, NEXT
 
-from llava_packing_tower import launch, resume
+from llava_packing_tower import deepspeed_config, launch, resume
 from llava_packing_tower.cli import UsageError, main
 from llava_packing_tower.hosts import find_host
 from llava_packing_tower.hosts.base import FoundHost, host_arguments
@@ -28,7 +28,9 @@ def files(tmp_path):
     """A YAML that passes, and the files it names."""
     for name in ("tower_packing", "llama", "images"):
         (tmp_path / name).mkdir()
-    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "data.json").write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
+    )
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     content = {
         "mm_vision_tower": f"packing:{tmp_path / 'tower_packing'}",
@@ -228,7 +230,7 @@ def test_configurations_of_the_repository(name, next_dir, monkeypatch):
     resolved = launch.resolve(values, launch.known_arguments(found), found)
     assert "packing" in resolved["vision_tower"] and "llava" in resolved["output_dir"]
     config = json.loads((REPOSITORY / "configs" / Path(resolved["deepspeed"]).name).read_text())
-    assert launch.zero_stage(config) == (2 if name == "demo" else 3)
+    assert deepspeed_config.zero_stage(config) == (2 if name == "demo" else 3)
 
 
 # ---------------------------------------------------------------- what is started
@@ -250,7 +252,7 @@ def test_the_shipped_deepspeed_files_are_found_from_anywhere(files, tmp_path, mo
     for beside in tmp_path.rglob("zero*.json"):
         beside.unlink()
     plan = launch.make_plan(file, num_processes=2)
-    assert plan.zero_stage == 3 and Path(plan.values["deepspeed"]).samefile(launch.CONFIGS / "zero3.json")
+    assert plan.zero_stage == 3 and Path(plan.values["deepspeed"]).samefile(deepspeed_config.CONFIGS / "zero3.json")
     with pytest.raises(UsageError, match=r"zero4\.json is neither .*; the package brings zero2\.json, zero3\.json"):
         launch.make_plan(files(deepspeed="zero4.json"), num_processes=2)
 

@@ -11,8 +11,9 @@ from native_data_checks import turns, write_video
 from PIL import Image
 
 from llava_packing_tower import PackingImageProcessor
+from llava_packing_tower.data.samples import check_places, spread_indices
 from llava_packing_tower.native.images import NativeImageProcessor
-from llava_packing_tower.native.report import MEASURED, check_places, measure, spread_indices
+from llava_packing_tower.native.report import MEASURED, measure
 from llava_packing_tower.native.resolution import ResolutionRule
 from llava_packing_tower.native.settings import NativeSettings
 from llava_packing_tower.native.tokens import TokenLayout, arrange, token_count

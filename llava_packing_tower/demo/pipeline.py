@@ -18,8 +18,9 @@ from PIL import Image
 from rich.console import Console
 
 from .. import hosts
+from ..deepspeed_config import check_deepspeed
 from ..hosts.inference import build_prompt
-from ..launch import ALIASES, check_deepspeed, read_overrides, read_yaml
+from ..launch import ALIASES, read_overrides, read_yaml
 from ..record import TOWER_RECORD
 from . import OUTPUT, report
 from .models import make_decoder, make_tokenizer, make_tower

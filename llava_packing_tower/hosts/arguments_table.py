@@ -112,3 +112,14 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "attention of the language model: flash_attention_2, sdpa or eager",
     ),
 )
+
+PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
+
+
+def tunable_parts(value: str | None) -> tuple[str, ...]:
+    """The parts named in ``mm_tunable_parts``. Raises ``ValueError`` for a name that is none of PARTS."""
+    parts = tuple(part.strip() for part in (value or "").split(",") if part.strip())
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"mm_tunable_parts names {part!r}; it takes {', '.join(PARTS)}, joined by commas")
+    return parts

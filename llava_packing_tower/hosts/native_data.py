@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ..data.images import HostImage, UnreadableImage, reading_as
+from ..data.samples import check_places, drop_empty_media, images_of
 from ..image_processor import PackingImageProcessor
-from ..native.report import check_places, images_of, measure
+from ..native.report import measure
 from ..native.settings import asks_for_native
 from ..native.video import Clip, read_clip
 from .arguments import current_arguments
@@ -35,6 +36,7 @@ def into_training(train: ModuleType, patches: Patches) -> None:
     """Wrap what a host's ``train.train`` makes batches with."""
     dataset = train.LazySupervisedDataset
     patches.set(train, "Image", HostImage())
+    _read_empty_media_as_text(dataset, patches)
     if hasattr(dataset, "process_image"):
         _keep_sizes(dataset, patches)
     if hasattr(train, "process_video_with_decord"):
@@ -59,6 +61,17 @@ def into_training(train: ModuleType, patches: Patches) -> None:
         return module
 
     patches.set(train, "make_supervised_data_module", make_supervised_data_module)
+
+
+def _read_empty_media_as_text(dataset: type, patches: Patches) -> None:
+    init = dataset.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        drop_empty_media(self.list_data_dict)
+
+    patches.set(dataset, "__init__", __init__)
 
 
 def _keep_sizes(dataset: type, patches: Patches) -> None:

@@ -15,22 +15,13 @@ from ..loading import WeightFiles, resolve_folder
 from ..tower import HEVCViTPackingVisionTower, folder_fingerprint
 from ..tower_names import strip_prefix, tower_kind
 from .arguments import host_lacks
+from .arguments_table import PARTS, tunable_parts
 from .patches import Patches
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
 QUANTISERS = ("bitsandbytes", "quanto", "optimum", "torchao", "hqq", "awq", "gptqmodel")
 LORA_EXTRAS = "non_lora_trainables.bin"
-
-
-def tunable_parts(value: str | None) -> tuple[str, ...]:
-    """The parts named in ``mm_tunable_parts``. Raises ``ValueError`` for a name that is none of PARTS."""
-    parts = tuple(part.strip() for part in (value or "").split(",") if part.strip())
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"mm_tunable_parts names {part!r}; it takes {', '.join(PARTS)}, joined by commas")
-    return parts
 
 
 def is_packing_tower(tower: object) -> bool:

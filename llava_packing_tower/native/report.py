@@ -8,42 +8,15 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from ..data.samples import images_of, spread_indices
 from .images import NativeImageProcessor
 from .tokens import TokenLayout, token_count
 from .truncation import cut_tokens
 from .video import probe_clip
 
-IMAGE_WORD = "<image>"
 MEASURED = 2000
 """Samples that are measured, spread evenly over the dataset. Of images only the headers are read."""
 BAR = 40
-
-
-def images_of(sample: Mapping, reads_videos: bool) -> list[str]:
-    """The files of a sample's images, or of its video."""
-    given = sample["image"] if "image" in sample else sample.get("video", []) if reads_videos else []
-    return given if isinstance(given, list) else [given]
-
-
-def text_of(sample: Mapping) -> str:
-    return " ".join(turn["value"] for turn in sample["conversations"])
-
-
-def check_places(samples: Sequence[Mapping], reads_videos: bool) -> None:
-    """Raises ``ValueError`` with the samples whose text has more or fewer ``<image>`` than they have images."""
-    wrong = []
-    for index, sample in enumerate(samples):
-        count, places = len(images_of(sample, reads_videos)), text_of(sample).count(IMAGE_WORD)
-        if places != count and not (count == 1 and places == 0):
-            wrong.append(f"sample {sample.get('id', index)}: {count} images, {places} {IMAGE_WORD}")
-    if wrong:
-        hint = "" if reads_videos else " (this LLaVA reads no videos)"
-        more = "" if len(wrong) <= 5 else f"\n  and {len(wrong) - 5} more"
-        raise ValueError(
-            f"{len(wrong)} of {len(samples)} samples have more or fewer {IMAGE_WORD} in their text than images{hint}:"
-            + "".join(f"\n  {line}" for line in wrong[:5])
-            + more
-        )
 
 
 @dataclass
@@ -129,11 +102,6 @@ def measure(
         if len(counts) == len(images_of(sample, sampling is not None)):
             _measure_text(report, [token == image_token for token in to_ids(sample)], counts)
     return report
-
-
-def spread_indices(count: int, most: int) -> list[int]:
-    """Up to ``most`` of ``count`` indices, evenly spread."""
-    return list(range(count)) if count <= most else [index * count // most for index in range(most)]
 
 
 def _measure_one(

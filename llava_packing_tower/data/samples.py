@@ -1,0 +1,169 @@
+"""Entries of a LLaVA training file: reading them, and what must fit together before training. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+IMAGE_WORD = "<image>"
+MEDIA = ("image", "video")
+SPEAKERS = ("human", "gpt", "system", "user", "assistant")
+LOOKED_FOR = 2000
+"""Files that are looked for, of samples spread evenly over the dataset."""
+NAMED = 5
+
+
+def images_of(sample: Mapping, reads_videos: bool) -> list[str]:
+    """The files of a sample's images, or of its video; null and empty ones are none."""
+    given = sample.get("image") or (sample.get("video") if reads_videos else None) or []
+    return given if isinstance(given, list) else [given]
+
+
+def text_of(sample: Mapping) -> str:
+    return " ".join(turn["value"] for turn in sample["conversations"])
+
+
+def drop_empty_media(samples: Sequence[dict]) -> None:
+    """Remove ``image`` and ``video`` where they are null or empty: merged datasets have them in rows of text alone."""
+    for sample in samples:
+        for key in MEDIA:
+            if key in sample and not sample[key]:
+                del sample[key]
+
+
+def spread_indices(count: int, most: int) -> list[int]:
+    """Up to ``most`` of ``count`` indices, evenly spread."""
+    return list(range(count)) if count <= most else [index * count // most for index in range(most)]
+
+
+def check_places(samples: Sequence[Mapping], reads_videos: bool) -> None:
+    """Raises ``ValueError`` with the samples whose text has more or fewer ``<image>`` than they have images."""
+    wrong = []
+    for index, sample in enumerate(samples):
+        count, places = len(images_of(sample, reads_videos)), text_of(sample).count(IMAGE_WORD)
+        if places != count and not (count == 1 and places == 0):
+            wrong.append(f"sample {sample.get('id', index)}: {count} images, {places} {IMAGE_WORD}")
+    hint = "" if reads_videos else " (this LLaVA reads no videos)"
+    _refuse(
+        f"{len(wrong)} of {len(samples)} samples have more or fewer {IMAGE_WORD} in their text than images{hint}", wrong
+    )
+
+
+def _refuse(sentence: str, lines: Sequence[str]) -> None:
+    if lines:
+        more = "" if len(lines) <= NAMED else f"\n  and {len(lines) - NAMED} more"
+        raise ValueError(f"{sentence}:" + "".join(f"\n  {line}" for line in lines[:NAMED]) + more)
+
+
+# ---------------------------------------------------------------- before training
+
+
+def data_files(data_path: str) -> list[Path]:
+    """The files that ``data_path`` stands for: one, ``{a,b}.json``, or the ``json_path`` of a YAML of datasets.
+
+    Raises ``ValueError`` for a YAML without them.
+    """
+    if found := re.match(r"^(.*)\{(.*)\}\.json$", data_path):
+        return [Path(f"{found[1]}{name}.json").expanduser() for name in found[2].split(",")]
+    path = Path(data_path).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        return [path]
+    try:
+        content = yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    datasets = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(datasets, list) or not datasets:
+        raise ValueError(f"{path} has no list `datasets:`")
+    for number, dataset in enumerate(datasets, 1):
+        if not isinstance(dataset, dict) or not isinstance(dataset.get("json_path"), str):
+            raise ValueError(f"{path}: dataset {number} has no json_path")
+    return [Path(dataset["json_path"]).expanduser() for dataset in datasets]
+
+
+def _text(file: Path) -> str:
+    if not file.is_file():
+        raise ValueError(f"{file} {'is not a regular file' if file.exists() else 'does not exist'}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def load_samples(file: Path) -> list[dict]:
+    """The entries of a JSON or JSON-lines file. Raises ``ValueError`` that names the file, and the line or entry."""
+    text = _text(file)
+    try:
+        if file.suffix == ".jsonl":
+            samples = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            samples = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(samples, list) or not samples:
+        raise ValueError(f"{file} must hold a list of samples, found {type(samples).__name__ if samples else 'none'}")
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, dict):
+            raise ValueError(f"{file}: entry {index} is no sample but {type(sample).__name__}")
+    return samples
+
+
+def check_turns(samples: Sequence[Mapping]) -> None:
+    """Raises ``ValueError`` with the samples whose conversation is missing, empty, or not of ``{"from", "value"}``."""
+    wrong = []
+    for index, sample in enumerate(samples):
+        turns = sample.get("conversations")
+        name = f"sample {sample.get('id', index)}"
+        if not isinstance(turns, list) or not turns:
+            wrong.append(f"{name}: no conversations")
+            continue
+        for turn in turns:
+            if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in SPEAKERS:
+                said = f"from {turn.get('from')!r}" if isinstance(turn, dict) else f"{turn!r:.40}"
+                wrong.append(f"{name}: a turn must have a value and be from {', '.join(SPEAKERS)}, got {said}")
+                break
+    _refuse(f"{len(wrong)} of {len(samples)} samples have a damaged conversation", wrong)
+
+
+def check_media(samples: Sequence[Mapping], folders: Mapping[str, str | None], reads_videos: bool) -> None:
+    """Raises ``ValueError`` with the samples whose files are missing or no regular files, of LOOKED_FOR samples.
+
+    folders: what the files under "image" and "video" are relative to.
+    """
+    wrong = []
+    for index in spread_indices(len(samples), LOOKED_FOR):
+        sample = samples[index]
+        folder = folders.get("image" if sample.get("image") else "video") or ""
+        for name in images_of(sample, reads_videos):
+            where = f"sample {sample.get('id', index)}"
+            if not isinstance(name, str):
+                wrong.append(f"{where}: an image is named {name!r}")
+                continue
+            path = os.path.join(os.path.expanduser(folder), name)
+            # A video may be a folder of frames.
+            if not os.path.isfile(path) and not (not sample.get("image") and os.path.isdir(path)):
+                wrong.append(f"{where}: {path} {'is no regular file' if os.path.exists(path) else 'does not exist'}")
+    _refuse(f"{len(wrong)} files of the data are not there", wrong)
+
+
+def check_data(data_path: str, folders: Mapping[str, str | None], reads_videos: bool) -> int:
+    """Check all samples that ``data_path`` stands for; returns their number.
+
+    Raises ``ValueError`` that names the file and the samples.
+    """
+    count = 0
+    for file in data_files(data_path):
+        samples = load_samples(file)
+        try:
+            check_turns(samples)
+            check_places(samples, reads_videos)
+            check_media(samples, folders, reads_videos)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        count += len(samples)
+    return count
