@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_packing_tower.cli import main
 from llava_packing_tower.convert import pipeline
+from llava_packing_tower.convert.sources import read_source
 from llava_packing_tower.families.llava_vit_standard_config import LlavaViTConfig
 from llava_packing_tower.loading import WeightFiles
 
@@ -246,3 +247,21 @@ def test_tensors_are_streamed(tmp_path, monkeypatch):
     assert main(["convert", str(source), "--output_dir", str(tmp_path / "out"), "--no-verify"]) == 0
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 100e6
     assert memory("VmHWM") - before < 50e6
+
+
+@pytest.mark.parametrize(
+    ("names", "whose"),
+    [
+        (("cls_token", "storage_tokens", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"), "DINOv3"),
+        (("blocks.0.attn.qkv.bias_mask", "patch_embed.proj.weight"), "DINOv3"),
+        (("reg_token", "blocks.3.gamma_1", "patch_embed.proj.weight"), "timm's spelling of DINOv3"),
+        (("preprocessor.patchifier.proj.weight", "trunk.blocks.0.attn.qkv.weight"), "Apple's own file of AIMv2"),
+        (("embeds.proj.weight", "blocks.0.attn.qkv.weight"), "timm's spelling of SigLIP2"),
+        (("params/img/embedding/kernel",), "Google's own file of SigLIP2"),
+    ],
+)
+def test_weights_of_a_supported_family_in_another_spelling_are_called_by_its_name(tmp_path, names, whose):
+    torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="tensor names are not read") as caught:
+        read_source(str(tmp_path / "weights.pth"))
+    assert whose in str(caught.value) and "weights.pth" in str(caught.value)

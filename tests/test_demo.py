@@ -266,6 +266,9 @@ def test_the_seed_is_set_before_the_host_makes_its_projector(monkeypatch, words,
         def _save_checkpoint(self):
             pass
 
+        def train(self):
+            pass
+
     host = SimpleNamespace(LLaVATrainer=Trainer, train=lambda attn_implementation: seen.append(torch.initial_seed()))
     monkeypatch.setattr(hosts, "apply", lambda: None)
     monkeypatch.setattr(hosts, "find_host", lambda: SimpleNamespace(package="llava"))

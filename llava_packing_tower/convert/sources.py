@@ -152,7 +152,30 @@ def _config_beside(path: Path) -> dict:
     return content
 
 
+# Published spellings of supported families that are not read: names of tensors that only they have, whose they are, and
+# where the same weights are found in a spelling that is read.
+OTHER_SPELLINGS: tuple[tuple[str, str, str], ...] = (
+    (r"storage_tokens|blocks\.\d+\.attn\.qkv\.bias_mask", "Meta's own file of DINOv3", "facebook/dinov3-..."),
+    (r"blocks\.\d+\.gamma_1|reg_token", "timm's spelling of DINOv3", "facebook/dinov3-..."),
+    (r"(trunk\.)?preprocessor\.(patchifier|pos_embed).*", "Apple's own file of AIMv2", "apple/aimv2-..."),
+    (r"(module\.)?trunk\.blocks\.\d+\..*", "Apple's own file of AIMv2", "apple/aimv2-..."),
+    (r"embeds\.proj\.weight|embeds\.pos_embed.*", "timm's spelling of SigLIP2 NaFlex", "google/siglip2-...-naflex"),
+    (r"(params/)?img/(embedding|Transformer).*", "Google's own file of SigLIP2", "google/siglip2-...-naflex"),
+)
+
+
+def _refuse_other_spellings(shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Raises ``ValueError`` for weights of a supported family whose names are not read."""
+    for pattern, whose, readable in OTHER_SPELLINGS:
+        if any(re.fullmatch(pattern, name) for name in shapes):
+            raise ValueError(
+                f"{where} is {whose}, whose tensor names are not read. The same weights are read as published on the "
+                f"hub by transformers' names: {readable}"
+            )
+
+
 def _spelling_of(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Spelling:
+    _refuse_other_spellings(shapes, where)
     for spelling in SPELLINGS:
         if spelling.patch in shapes:
             return spelling

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
+from ..data.images import UnreadableImage
 from ..image_processor import PackingImageProcessor
 from .resolution import ResolutionRule
 from .settings import NativeSettings
@@ -45,7 +46,7 @@ class NativeImageProcessor(PackingImageProcessor):
 
     def _resized(self, image: Image.Image, max_patches: int | None = None) -> Image.Image:
         if max(image.size) > self.image_reading.max_aspect * min(image.size):
-            raise ValueError(
+            raise UnreadableImage(
                 f"an image of {image.width} x {image.height} pixels is longer than mm_packing_max_aspect "
                 f"{self.image_reading.max_aspect} times its width"
             )
