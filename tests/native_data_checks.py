@@ -15,6 +15,8 @@ import torch
 from native_host import IMAGE, WORDS, Host, close, make_prompts, pixels
 from PIL import Image
 
+from llava_packing_tower.data.images import UnreadableImage
+
 SIZES = {"wide.png": (200, 30), "tall.png": (20, 90), "grey.png": (60, 60), "mosaic.png": (42, 28)}  # width x height
 
 
@@ -40,8 +42,7 @@ def module(samples, folder: Path, limit: int = 512, ratio: str = "native", toget
     from llava import conversation
 
     from llava_packing_tower import PackingImageProcessor
-    from llava_packing_tower.data.images import UnreadableImage
-from llava_packing_tower.demo.models import make_tokenizer
+    from llava_packing_tower.demo.models import make_tokenizer
     from llava_packing_tower.native.images import NativeImageProcessor
     from llava_packing_tower.native.resolution import ResolutionRule
     from llava_packing_tower.native.settings import NativeSettings
@@ -250,8 +251,8 @@ def photos_that_cannot_be_read_are_passed_over(host: Host):
         lost, _ = module(samples[1:4] * 4, Path(folder))
         try:
             lost[0]
-        except FileNotFoundError as error:
-            assert "no" in str(error)
+        except UnreadableImage as error:
+            assert "sample no" in str(error) and ".png" in str(error)
         else:
             raise AssertionError("nothing can be read")
         pad, _ = module(samples, Path(folder), ratio="pad")
