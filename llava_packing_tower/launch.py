@@ -189,7 +189,10 @@ def check_files(values: dict[str, object], beside: Path) -> int | None:
             raise UsageError(f"{name}: {path} does not exist")
     tower, decoder = str(values["vision_tower"]), str(values["model_name_or_path"])
     for name, path in (("vision_tower", strip_prefix(tower)), ("model_name_or_path", decoder)):
-        is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1  # a hub id is owner/name
+        # A hub id is owner/name; where there is a folder of the owner's name, it is meant.
+        is_path = (
+            path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+        )
         if is_path and not Path(path).expanduser().is_dir():
             raise UsageError(f"{name}: folder {path} does not exist")
     try:

@@ -159,7 +159,11 @@ def write(tmp_path: Path, entries: object, name: str = "data.json") -> Path:
         ([{"id": "x", "image": "a.png", "conversations": turns("<image> <image>", "b")}], "x: 1 images, 2 <image>"),
         ([{"id": "x", "image": ["a.png", "a.png"], "conversations": turns("<image>", "b")}], "x: 2 images, 1 <image>"),
         ([{"id": "x", "conversations": turns("<image>", "b")}], "x: 0 images, 1 <image>"),
-        ([{"id": "x", "image": "gone.png", "conversations": turns("<image>", "b")}], "gone.png does not exist"),
+        ([{"id": "x", "image": "gone.png", "conversations": turns("<image>", "b")}], "gone.png: No such file"),
+        (
+            [{"id": "x", "image": "data.json", "conversations": turns("<image>", "b")}],
+            "data.json cannot be read as an image",
+        ),
         ([{"id": "x", "image": 7, "conversations": turns("<image>", "b")}], "sample x: an image is named 7"),
     ],
 )

@@ -138,6 +138,18 @@ def check_file(file: str | os.PathLike) -> None:
         raise UnreadableImage(f"{file} is not a regular file")
 
 
+def read_size(file: str | os.PathLike) -> tuple[int, int]:
+    """Width and height from the header of an image file. Raises :class:`UnreadableImage` that names it."""
+    check_file(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return image.size
+    except Exception as error:
+        raise UnreadableImage(f"{file} cannot be read as an image: {error}") from error
+
+
 def open_image(
     file: str | os.PathLike | BinaryIO,
     reading: ImageReading = ImageReading(),  # noqa: B008 (it is frozen)

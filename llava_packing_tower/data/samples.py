@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from .images import UnreadableImage, check_file, read_size
+
 IMAGE_WORD = "<image>"
 MEDIA = ("image", "video")
 SPEAKERS = ("human", "gpt", "system", "user", "assistant")
@@ -131,7 +133,8 @@ def check_turns(samples: Sequence[Mapping]) -> None:
 
 
 def check_media(samples: Sequence[Mapping], folders: Mapping[str, str | None], reads_videos: bool) -> None:
-    """Raises ``ValueError`` with the samples whose files are missing or no regular files, of LOOKED_FOR samples.
+    """Raises ``ValueError`` with the samples whose files are missing, no regular files or no images, of LOOKED_FOR
+    samples. Of images only the headers are read.
 
     folders: what the files under "image" and "video" are relative to.
     """
@@ -145,10 +148,14 @@ def check_media(samples: Sequence[Mapping], folders: Mapping[str, str | None], r
                 wrong.append(f"{where}: an image is named {name!r}")
                 continue
             path = os.path.join(os.path.expanduser(folder), name)
-            # A video may be a folder of frames.
-            if not os.path.isfile(path) and not (not sample.get("image") and os.path.isdir(path)):
-                wrong.append(f"{where}: {path} {'is no regular file' if os.path.exists(path) else 'does not exist'}")
-    _refuse(f"{len(wrong)} files of the data are not there", wrong)
+            try:
+                if sample.get("image"):
+                    read_size(path)
+                elif not os.path.isdir(path):  # a video may be a folder of frames
+                    check_file(path)
+            except UnreadableImage as error:
+                wrong.append(f"{where}: {error}")
+    _refuse(f"{len(wrong)} files of the data cannot be read", wrong)
 
 
 def check_data(data_path: str, folders: Mapping[str, str | None], reads_videos: bool) -> int:
