@@ -32,9 +32,13 @@ def mark_complete(checkpoint: Path) -> None:
     """Write the mark, by rename: the sizes of all files that are there. Every rank must have written its own."""
     sizes = {str(f.relative_to(checkpoint)): f.stat().st_size for f in checkpoint.rglob("*") if f.is_file()}
     sizes = {name: size for name, size in sorted(sizes.items()) if not name.startswith(MARK)}
-    aside = checkpoint / f"{MARK}.{os.getpid()}"
-    aside.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    aside.replace(checkpoint / MARK)
+    _write_by_rename(checkpoint / MARK, json.dumps(sizes, indent=1))
+
+
+def _write_by_rename(file: Path, text: str) -> None:
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
 
 
 def defect(checkpoint: Path) -> str | None:
@@ -168,10 +172,8 @@ def misfit(checkpoint: Path, processes: int | None, zero_stage: int | None) -> s
 
 def mark_finished(output_dir: str | os.PathLike, step: int, max_steps: int, epochs: float) -> None:
     """Note, after the last save of a run, that it has done all its steps."""
-    file = Path(output_dir) / FINISHED
-    aside = file.with_name(f"{FINISHED}.{os.getpid()}")
-    aside.write_text(json.dumps({"step": step, "max_steps": max_steps, "epochs": epochs}), encoding="utf-8")
-    aside.replace(file)
+    content = {"step": step, "max_steps": max_steps, "epochs": epochs}
+    _write_by_rename(Path(output_dir) / FINISHED, json.dumps(content))
 
 
 def finished(output_dir: str | os.PathLike, values: Mapping[str, object]) -> int | None:

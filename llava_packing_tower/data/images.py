@@ -201,7 +201,8 @@ def _check_png(image: Image.Image, file: str | os.PathLike | BinaryIO) -> None:
 
     Only an image whose last row is zero (or that is interlaced) is looked at: decompressing twice costs time.
     """
-    if not image.info.get("interlace") and np.asarray(image)[-1].any():
+    last_row = image.crop((0, image.height - 1, image.width, image.height))
+    if not image.info.get("interlace") and np.asarray(last_row).any():
         return
     stream, count, need = zlib.decompressobj(), 0, 0
     with contextlib.ExitStack() as stack:
