@@ -16,7 +16,7 @@ from torch import nn
 
 from ..loading import open_weights
 from ..tower import HEVCViTPackingVisionTower
-from .tuning import is_packing_tower, is_plain, tower_tensors
+from .tuning import is_packing_tower, is_readable, tower_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def restore(tower: HEVCViTPackingVisionTower, model_path: str, model_base: str |
     missing, other = [], []
     for name, here in state.items():
         folder_value = own.get(name.removeprefix(prefix))
-        if folder_value is None or not is_plain(here):  # offloaded or quantised by the caller's own wish
+        if folder_value is None or not is_readable(here):  # offloaded or quantised by the caller's own wish
             continue
         saved = found.get(name)
         if saved is None:

@@ -14,6 +14,7 @@ from torch import nn
 from ..loading import WeightFiles, resolve_folder
 from ..tower import HEVCViTPackingVisionTower, folder_fingerprint
 from ..tower_names import strip_prefix, tower_kind
+from ..tracing import is_plain
 from .arguments import host_lacks
 from .arguments_table import PARTS, tunable_parts
 from .patches import Patches
@@ -170,7 +171,7 @@ def check_tower_weights(
     state = tower.state_dict()
     sentence = "the vision tower does not have the weights of"
     if saved.get("weights") != "checkpoint":
-        nan = [name for name, tensor in state.items() if is_plain(tensor) and tensor.isnan().any()]
+        nan = [name for name, tensor in state.items() if is_readable(tensor) and tensor.isnan().any()]
         refuse({"without a value": nan}, f"{sentence} its own folder")
         return
     found = tower_tensors(model_path, model_base)
@@ -184,14 +185,14 @@ def check_tower_weights(
     for name in state.keys() & found.keys():
         here = state[name]
         # Offloaded or quantised by the caller's own wish: there is nothing here that could be compared.
-        if is_plain(here) and not torch.equal(here.cpu(), found[name].to(here.dtype)):
+        if is_readable(here) and not torch.equal(here.cpu(), found[name].to(here.dtype)):
             problems["different from the checkpoint"].append(name)
     refuse(problems, f"{sentence} {model_path}")
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
+def is_readable(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds weights that can be read here: in memory, floating-point, no library's own kind."""
-    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta and tensor.is_floating_point()
+    return is_plain(tensor) and not tensor.is_meta and tensor.is_floating_point()
 
 
 def foreign_layers(module: nn.Module) -> list[str]:
@@ -202,10 +203,7 @@ def foreign_layers(module: nn.Module) -> list[str]:
     names = []
     for name, layer in module.named_modules():
         own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
-        quantised = any(
-            not tensor.is_floating_point() or type(tensor) not in (torch.Tensor, nn.Parameter)
-            for tensor in own.values()
-        )
+        quantised = any(not tensor.is_floating_point() or not is_plain(tensor) for tensor in own.values())
         if own and (quantised or _is_foreign(layer)):
             names.append(name)
     return names

@@ -14,7 +14,7 @@ from ..loading import WeightFiles, resolve_folder
 from .frozen import adapter_has_tower, restore_frozen
 from .model_class import ADAPTER, PROJECTOR
 from .patches import Patches
-from .tuning import LORA_EXTRAS, check_tower_weights, foreign_layers, has_weights, is_plain, refuse
+from .tuning import LORA_EXTRAS, check_tower_weights, foreign_layers, has_weights, is_readable, refuse
 
 ADAPTER_PREFIX = "base_model.model."
 # transformers 5 stores the experts of a layer in one tensor, whatever the file calls them.
@@ -85,7 +85,7 @@ def projector_in_full(model: nn.Module, model_path: str, model_base: str | None 
         return
     named = dict(model.named_parameters())
     for name, value in torch.load(file, map_location="cpu", weights_only=True).items():
-        if name in named and is_plain(named[name]):
+        if name in named and is_readable(named[name]):
             named[name].copy_(value)
 
 
