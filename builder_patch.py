@@ -5,7 +5,7 @@ the packing tower, "hevc_vit" in its place the standard tower, else LLaVA's own 
 ``llava_packing_tower/tower_names.py``). :func:`apply` and :func:`undo` do and take back the same explicitly.
 """
 
-from llava_packing_tower.hosts import apply, is_active, undo
+from llava_packing_tower.integrations.llava.install import apply, is_active, undo
 
 __all__ = ["apply", "is_active", "undo"]
 

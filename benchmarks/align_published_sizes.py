@@ -24,7 +24,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from llava_packing_tower.cli import main as llava_packing
+from llava_packing_tower.cli.main import main as llava_packing
 
 # model class, config class, fields; the other fields have the published values by default
 SIZES = {

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from llava_packing_tower.attention import BACKENDS, attend, resolve_backend
-from llava_packing_tower.bench.measure import Clock
-from llava_packing_tower.bench.report import environment, write_json
-from llava_packing_tower.bench.workloads import ragged_grids
-from llava_packing_tower.packing import make_segments
+from llava_packing_tower.attention.dispatch import BACKENDS, attend, resolve_backend
+from llava_packing_tower.data.patches import make_segments
+from llava_packing_tower.tools.bench.report import environment, write_json
+from llava_packing_tower.tools.bench.timing import Clock
+from llava_packing_tower.tools.bench.workloads import ragged_grids
 
 FULL = (
     "128x128,64x256,ragged64*0.35,ragged64*0.45,ragged64*0.55,ragged32*0.7,ragged8,ragged16,32x576,1x576,1x1024,16x1024,"

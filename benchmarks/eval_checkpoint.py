@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llava_packing_tower.demo.photos import PHOTOS, QUESTION, Photo, source_of
+from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION, Photo, source_of
 
 CONVERSATION = "v1"
 LONG_QUESTION = "What does this photo show? Answer with one sentence."
@@ -79,8 +79,8 @@ def build(folder: Path, size: dict, device: str = "cpu"):
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
     from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
-    from llava_packing_tower.demo.models import make_tokenizer
-    from llava_packing_tower.hosts.inference import build_prompt
+    from llava_packing_tower.integrations.llava.inference import build_prompt
+    from llava_packing_tower.tools.demo.tiny_models import make_tokenizer
 
     pairs = [asked(photo, index) for photo in PHOTOS for index in (0, 1)]
     prompts = [build_prompt(CONVERSATION, f"\n{question}", answer) for question, answer in pairs]
@@ -118,8 +118,8 @@ def teach(model: object, tokenizer: object, size: dict) -> float:
     """Train projector and decoder on crops of the photographs; the mean loss of the last ten steps."""
     import torch
 
-    from llava_packing_tower.hosts.answering import IGNORE, prepare
-    from llava_packing_tower.hosts.inference import Checkpoint
+    from llava_packing_tower.integrations.llava.batched_inference import IGNORE, prepare
+    from llava_packing_tower.integrations.llava.inference import Checkpoint
 
     loaded = Checkpoint(tokenizer, model, model.get_vision_tower().image_processor, 2048)
     samples = []

@@ -58,9 +58,9 @@ def load(model_name: str, checkpoint: Path) -> tuple[object, list[str]]:
     import torch
     from lmms_eval.models import get_model
 
-    from llava_packing_tower import hosts
-    from llava_packing_tower.evaluation.models.llava_packing import LlavaPacking
-    from llava_packing_tower.hosts.answering import conversation_name
+    from llava_packing_tower.eval.models.llava_packing import LlavaPacking
+    from llava_packing_tower.integrations.llava import install as hosts
+    from llava_packing_tower.integrations.llava.batched_inference import conversation_name
 
     hosts.apply()  # the stock model needs it to build the tower at all
     if model_name == OURS:
@@ -81,7 +81,7 @@ def measure(model_name: str, checkpoint: Path, count: int, size: int) -> dict:
     from eval_checkpoint import asked, photographs
     from lmms_eval.api.instance import Instance
 
-    from llava_packing_tower.hosts import mends
+    from llava_packing_tower.integrations.llava import compat as mends
 
     model, missing = load(model_name, checkpoint)
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from llava_packing_tower import LlavaViTPackingModel
-from llava_packing_tower.families.llava_vit import LlavaViTPackingConfig
-from llava_packing_tower.image_processor import PackingImageProcessor
+from llava_packing_tower.data.image_processor import PackingImageProcessor
+from llava_packing_tower.models.llava_vit.packed import LlavaViTPackingConfig
 
 QUESTION = "What is in the photo?"
 WORDS = ("a cat", "the moon", "one cup", "two books")

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import builder_patch  # noqa: F401
-from llava_packing_tower.digest import tensor_digest
-from llava_packing_tower.hosts import mends
+from llava_packing_tower.checkpoint.hashing import tensor_digest
+from llava_packing_tower.integrations.llava import compat as mends
 
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is in the photo?"

@@ -139,7 +139,7 @@ class Mode(NamedTuple):
     bounds: tuple[int, int] | None  # fewest and most patches, None for anyres
 
     def set(self, model: object) -> None:
-        from llava_packing_tower.native.settings import settings_of
+        from llava_packing_tower.data.native_config import settings_of
 
         config = model.config
         config.image_aspect_ratio = "native" if self.bounds else "anyres"
@@ -215,7 +215,7 @@ def visual_tokens(model: object, mode: Mode, batches: list[Batch], size: dict) -
 
 def fewest_patches(sizes: list[tuple[int, int]], most: int, tokens: float) -> int:
     """The smallest ``mm_packing_min_patches`` at which these photos have this many tokens (newlines included)."""
-    from llava_packing_tower.native.resolution import ResolutionRule
+    from llava_packing_tower.data.smart_resize import ResolutionRule
 
     def mean(least: int) -> float:
         rule = ResolutionRule(PATCH, (1, 1), least, most)
@@ -265,7 +265,7 @@ def measure(model: object, modes: list[Mode], batches: dict, size: dict, limit: 
     """
     import torch
 
-    from llava_packing_tower.bench.measure import Clock, Deadline
+    from llava_packing_tower.tools.bench.timing import Clock, Deadline
 
     clock, work, found, memory = Clock(model.device), Work(model), {}, {}
     deadline = Deadline(limit - (time.monotonic() - STARTED))
@@ -311,7 +311,7 @@ def summary(found: dict, counts: dict, modes: list[Mode]) -> dict:
 def show(report: dict) -> None:
     from rich.table import Table
 
-    from llava_packing_tower.bench.report import console
+    from llava_packing_tower.tools.bench.report import console
 
     out, table = console(), Table("", box=None, pad_edge=False)
     columns = ("patches", "visual tokens", "padded to", *TASKS)
@@ -341,7 +341,7 @@ def main() -> None:
     import torch
 
     import builder_patch  # noqa: F401
-    from llava_packing_tower.bench.report import environment, write_json
+    from llava_packing_tower.tools.bench.report import environment, write_json
 
     device = "cpu" if args.tiny else "cuda"
     host, model = build(size, args.tiny, device)

@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from two_gpu_parts import FULL
 
 from llava_packing_tower import PackingImageProcessor
-from llava_packing_tower.bench.presets import PRESETS
-from llava_packing_tower.demo.models import make_tokenizer as make_llama_tokenizer
-from llava_packing_tower.families import family_for
+from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.tools.bench.models import PRESETS
+from llava_packing_tower.tools.demo.tiny_models import make_tokenizer as make_llama_tokenizer
 
 SIZES = ("tiny", "half")
 TEXTS_EVERY = 8  # one sample in so many has no image

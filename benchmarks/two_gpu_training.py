@@ -49,10 +49,10 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
     import torch.distributed as dist
     from transformers.integrations import HfDeepSpeedConfig
 
-    from llava_packing_tower.attention import resolve_backend
-    from llava_packing_tower.digest import tensor_digest
-    from llava_packing_tower.hosts import mends
-    from llava_packing_tower.record import gathered
+    from llava_packing_tower.attention.dispatch import resolve_backend
+    from llava_packing_tower.checkpoint.hashing import tensor_digest
+    from llava_packing_tower.integrations.llava import compat as mends
+    from llava_packing_tower.train.history import gathered
 
     clock = {"imported": time.time()}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -144,8 +144,8 @@ def reload(args: argparse.Namespace, size: dict, device: str) -> None:
     """A new process without DeepSpeed: every tensor and the tower's features, against what training had in memory."""
     import torch
 
-    from llava_packing_tower.digest import differing, tensor_digest
-    from llava_packing_tower.hosts.tuning import check_tower_weights
+    from llava_packing_tower.checkpoint.hashing import differing, tensor_digest
+    from llava_packing_tower.integrations.llava.trainable_parts import check_tower_weights
 
     trained = json.loads((args.folder / f"{args.name}.json").read_text())
     model_class = host_classes()[2]
@@ -262,7 +262,7 @@ def summary(found: dict, seconds: dict, device: str) -> dict:
     import torch
     import transformers
 
-    from llava_packing_tower.doctor.versions import installed
+    from llava_packing_tower.utils.versions import installed
 
     for run in ("one", "backwards", "two"):
         found[run].pop("digests")

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from . import _renamed
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "AIMv2Packing": "families.aimv2",
-    "AIMv2PackingConfig": "families.aimv2",
-    "DINOv3PackingConfig": "families.dinov3",
-    "DINOv3ViTPacking": "families.dinov3",
-    "HEVCViTPackingVisionTower": "tower",
-    "HEVCViTVisionTower": "standard_tower",
-    "LlavaViTConfig": "families.llava_vit_standard_config",
-    "LlavaViTModel": "families.llava_vit_standard",
-    "LlavaViTPackingConfig": "families.llava_vit",
-    "LlavaViTPackingModel": "families.llava_vit",
-    "PackingImageProcessor": "image_processor",
-    "PatchLayout": "packing",
-    "Siglip2NaflexPacking": "families.siglip2",
-    "Siglip2PackingConfig": "families.siglip2",
-    "batch_images_to_packing_input": "packing",
-    "create_model": "variants",
-    "image_to_packing_input": "packing",
-    "patchify": "packing",
-    "unpatchify": "packing",
-    "compute_patch_positions_from_grid_thw": "positions",
-    "compute_patch_positions_with_interpolated_temporal": "positions",
-    "interpolate_frame_indices": "positions",
-    "register_family": "families",
-    "varlen_attention": "attention",
+    "AIMv2Packing": "models.aimv2",
+    "AIMv2PackingConfig": "models.aimv2",
+    "DINOv3PackingConfig": "models.dinov3",
+    "DINOv3ViTPacking": "models.dinov3",
+    "HEVCViTPackingVisionTower": "towers.packing_tower",
+    "HEVCViTVisionTower": "towers.standard_tower",
+    "LlavaViTConfig": "models.llava_vit.config",
+    "LlavaViTModel": "models.llava_vit.standard",
+    "LlavaViTPackingConfig": "models.llava_vit.packed",
+    "LlavaViTPackingModel": "models.llava_vit.packed",
+    "PackingImageProcessor": "data.image_processor",
+    "PatchLayout": "data.patches",
+    "Siglip2NaflexPacking": "models.siglip2",
+    "Siglip2PackingConfig": "models.siglip2",
+    "batch_images_to_packing_input": "data.patches",
+    "create_model": "models.llava_vit.create_model",
+    "image_to_packing_input": "data.patches",
+    "patchify": "data.patches",
+    "unpatchify": "data.patches",
+    "compute_patch_positions_from_grid_thw": "data.positions",
+    "compute_patch_positions_with_interpolated_temporal": "data.positions",
+    "interpolate_frame_indices": "data.positions",
+    "register_family": "models.registry",
+    "varlen_attention": "attention.dispatch",
 }
 __all__ = sorted([*_PUBLIC, "__version__"])
 
@@ -43,3 +45,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return __all__
+
+
+_renamed.install()

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .hosts.refused import refused
+from .integrations.llava.refused import refused
 
 USAGE = "usage: python -m llava_packing_tower.run (-m MODULE | SCRIPT.py) [ARGUMENTS ...]"
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before the hook, which puts LLAVA_NEXT_DIR in front of it.
     sys.path[0] = str(Path.cwd() if is_module else Path(target[0]).resolve().parent)
 
-    from . import hosts
+    from .integrations.llava import install as hosts
 
     hosts.apply()
     without_cuda()

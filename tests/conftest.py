@@ -22,7 +22,7 @@ ATOL = 2e-5  # float32 noise between correct implementations is below 1e-5; the 
 
 def unusable(backend: str, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     """Why an attention backend cannot be used on this GPU (a build may lack a dtype), or None."""
-    from llava_packing_tower.attention import resolve_backend
+    from llava_packing_tower.attention.dispatch import resolve_backend
 
     try:
         resolve_backend(backend, "cuda", dtype, head_dim, needs_grad=needs_grad)

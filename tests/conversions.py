@@ -7,9 +7,9 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.cli import main
-from llava_packing_tower.families.llava_vit_standard import LlavaViTModel
-from llava_packing_tower.families.llava_vit_standard_config import LlavaViTConfig
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.models.llava_vit.config import LlavaViTConfig
+from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, patch_size=32)
 

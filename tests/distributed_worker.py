@@ -20,9 +20,10 @@ import torch.distributed as dist
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from torch import nn
 
-from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor, attention
-from llava_packing_tower.digest import tensor_digest
-from llava_packing_tower.record import gathered
+from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
+from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.checkpoint.hashing import tensor_digest
+from llava_packing_tower.train.history import gathered
 
 STEPS, ACCUMULATION, RATE = 20, 2, 0.02
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 1, "patch_size": 4}
@@ -158,7 +159,7 @@ def fsdp(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    from llava_packing_tower.layers import EncoderBlock
+    from llava_packing_tower.models.layers import EncoderBlock
 
     policy = ModuleWrapPolicy({LlamaDecoderLayer, EncoderBlock})
     cpu = torch.device("cpu")

@@ -3,7 +3,7 @@
 import torch
 
 from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, LlavaViTPackingModel, Siglip2NaflexPacking
-from llava_packing_tower.packing import batch_images_to_packing_input, read_grid, split_packed
+from llava_packing_tower.data.patches import batch_images_to_packing_input, read_grid, split_packed
 
 GOLDEN_FAMILIES = {
     "siglip2": Siglip2NaflexPacking,

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from llava_packing_tower.encoder import PackedEncoder
-from llava_packing_tower.layers import MLP, EncoderBlock, LayerScale, PackedAttention
+from llava_packing_tower.models.encoder import PackedEncoder
+from llava_packing_tower.models.layers import MLP, EncoderBlock, LayerScale, PackedAttention
 
 # ---------------------------------------------------------------- stand-ins
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llava_packing_tower import train_entry
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
+from llava_packing_tower.train import entrypoint as train_entry
 
 forward = HEVCViTPackingVisionTower.forward
 

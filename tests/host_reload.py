@@ -16,8 +16,8 @@ def about(folder: str, base: str | None, image: str, prompt: str) -> dict:
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.mm_utils import process_images, tokenizer_image_token
 
-    from llava_packing_tower.digest import tensor_digest
-    from llava_packing_tower.hosts.inference import load_checkpoint
+    from llava_packing_tower.checkpoint.hashing import tensor_digest
+    from llava_packing_tower.integrations.llava.inference import load_checkpoint
 
     loaded = load_checkpoint(folder, "cpu", model_base=base)  # through the host's load_pretrained_model
     tokenizer, model = loaded.tokenizer, loaded.model

@@ -16,8 +16,8 @@ import transformers
 from native_host import WORDS, make_prompts
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.demo.models import make_tokenizer
-from llava_packing_tower.hosts.model_class import module_name
+from llava_packing_tower.integrations.llava.model_class import module_name
+from llava_packing_tower.tools.demo.tiny_models import make_tokenizer
 
 SIZES = {
     "hidden_size": 32,

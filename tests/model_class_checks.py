@@ -15,8 +15,8 @@ from llava_checkpoints import edit, edit_config, load, make_decoder, make_llava,
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.demo.models import make_tower
-from llava_packing_tower.hosts.inference import load_checkpoint
+from llava_packing_tower.integrations.llava.inference import load_checkpoint
+from llava_packing_tower.tools.demo.tiny_models import make_tower
 
 NEXT = bool(os.environ.get("LLAVA_NEXT_DIR"))
 # The words that LLaVA looks for must not help: "llama" and "yi" are even wrong ones.

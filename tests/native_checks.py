@@ -240,7 +240,7 @@ def a_stack_of_images_is_not_taken_for_one(host):
 
 @check
 def truncation_is_counted(host):
-    from llava_packing_tower.native import truncation
+    from llava_packing_tower.multimodal import truncation
 
     model, lines = host.model(), []
     model.config.tokenizer_model_max_length = 9

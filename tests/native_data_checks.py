@@ -42,10 +42,10 @@ def module(samples, folder: Path, limit: int = 512, ratio: str = "native", toget
     from llava import conversation
 
     from llava_packing_tower import PackingImageProcessor
-    from llava_packing_tower.demo.models import make_tokenizer
-    from llava_packing_tower.native.images import NativeImageProcessor
-    from llava_packing_tower.native.resolution import ResolutionRule
-    from llava_packing_tower.native.settings import NativeSettings
+    from llava_packing_tower.data.native_config import NativeSettings
+    from llava_packing_tower.data.native_image_processor import NativeImageProcessor
+    from llava_packing_tower.data.smart_resize import ResolutionRule
+    from llava_packing_tower.tools.demo.tiny_models import make_tokenizer
 
     for name, size in SIZES.items():
         noise = np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)

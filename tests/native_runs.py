@@ -15,7 +15,7 @@ from PIL import Image
 
 def make_workspace(folder: Path, **options) -> Path:
     """Tower, decoder, seven photos of different sizes, data with a text-only sample, and ``config.yaml``."""
-    from llava_packing_tower.demo.models import make_decoder, make_tokenizer, make_tower
+    from llava_packing_tower.tools.demo.tiny_models import make_decoder, make_tokenizer, make_tower
 
     tokenizer = make_tokenizer(folder / "llama_tiny", make_prompts(), WORDS)
     make_decoder(folder / "llama_tiny", len(tokenizer), seed=1)
@@ -79,8 +79,8 @@ import builder_patch
 import torch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava_packing_tower.hosts.inference import load_checkpoint
-from llava_packing_tower.record import digests_in_memory
+from llava_packing_tower.integrations.llava.inference import load_checkpoint
+from llava_packing_tower.train.history import digests_in_memory
 from PIL import Image
 
 folder, prompt, *images = sys.argv[1:]

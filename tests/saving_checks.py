@@ -14,7 +14,7 @@ from llava_checkpoints import edit_config, load, make_decoder, make_llava, save_
 # isort: split
 import torch
 
-from llava_packing_tower.demo.models import make_tower
+from llava_packing_tower.tools.demo.tiny_models import make_tower
 
 NEXT = bool(os.environ.get("LLAVA_NEXT_DIR"))
 VALUE = 0.25

@@ -14,9 +14,10 @@ from families import pack, per_image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from llava_packing_tower import HEVCViTPackingVisionTower, families, register_family
-from llava_packing_tower.cli import main
-from llava_packing_tower.families import FAMILIES, family_for
+from llava_packing_tower import HEVCViTPackingVisionTower, register_family
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.models import registry as families
+from llava_packing_tower.models.registry import FAMILIES, family_for
 
 pytestmark = pytest.mark.newest
 PAGE = Path(__file__).parent.parent / "docs" / "adding_a_family.md"

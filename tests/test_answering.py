@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower import hosts
-from llava_packing_tower.hosts import answering
-from llava_packing_tower.hosts.inference import build_prompt, load_checkpoint
+from llava_packing_tower.integrations.llava import batched_inference as answering
+from llava_packing_tower.integrations.llava import install as hosts
+from llava_packing_tower.integrations.llava.inference import build_prompt, load_checkpoint
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -125,7 +125,7 @@ def test_images_and_several_images_and_text_in_one_batch(loaded, mode):
 
 
 def test_videos_and_images_in_one_batch(loaded, videos):
-    from llava_packing_tower.native.video import read_clip
+    from llava_packing_tower.data.video import read_clip
 
     image = photo(5, 80, 120)
     frames = [photo(20 + i, 70, 50) for i in range(3)]
@@ -176,7 +176,7 @@ def test_losses_are_those_of_the_hosts_own_forward(loaded):
 
 
 def test_a_trained_model_is_greedy_about_what_it_learned(demo):
-    from llava_packing_tower.demo.photos import PHOTOS, QUESTION
+    from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION
 
     hosts.apply()
     loaded = load_checkpoint(demo.trained)

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from llava_packing_tower import attention
-from llava_packing_tower.attention import BACKENDS, auto_order, backend_module, resolve_backend, varlen_attention
-from llava_packing_tower.packing import make_segments
+from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.attention.dispatch import (
+    BACKENDS,
+    auto_order,
+    backend_module,
+    resolve_backend,
+    varlen_attention,
+)
+from llava_packing_tower.data.patches import make_segments
 
 LENGTHS = (5, 1, 12, 5, 7)
 CPU_BACKENDS = ("eager", "sdpa")
@@ -299,7 +305,7 @@ def test_auto_logs_its_choice_once(caplog):
         cached.cache_clear()
     q, k, v = qkv()
     segments = make_segments(LENGTHS)
-    with caplog.at_level(logging.INFO, logger="llava_packing_tower.attention"):
+    with caplog.at_level(logging.INFO, logger="llava_packing_tower.attention.dispatch"):
         for _ in range(3):
             varlen_attention(q, k, v, segments.cu_seqlens, 12)
     assert [r.message for r in caplog.records] == [

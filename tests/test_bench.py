@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from llava_packing_tower.bench import measure, targets
-from llava_packing_tower.bench.breakdown import busy_time, kind_of
-from llava_packing_tower.bench.measure import Clock, Deadline, Measured, Result
-from llava_packing_tower.bench.presets import PRESETS
-from llava_packing_tower.bench.systems import Setting, Step, System, lowest_cosine
-from llava_packing_tower.bench.workloads import (
+from llava_packing_tower.tools.bench import targets
+from llava_packing_tower.tools.bench import timing as measure
+from llava_packing_tower.tools.bench.breakdown import busy_time, kind_of
+from llava_packing_tower.tools.bench.models import PRESETS
+from llava_packing_tower.tools.bench.systems import Setting, Step, System, lowest_cosine
+from llava_packing_tower.tools.bench.timing import Clock, Deadline, Measured, Result
+from llava_packing_tower.tools.bench.workloads import (
     TINY,
     Workload,
     parse_workload,

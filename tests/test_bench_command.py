@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from llava_packing_tower.bench import original
-from llava_packing_tower.bench.availability import Unavailable
-from llava_packing_tower.cli import main
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.tools.bench import original_tower as original
+from llava_packing_tower.tools.bench.availability import Unavailable
 
 CPU = torch.device("cpu")
 

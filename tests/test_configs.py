@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_launch import need_a_host
 
-from llava_packing_tower import launch
-from llava_packing_tower.cli import UsageError
-from llava_packing_tower.hosts import find_host
+from llava_packing_tower.cli.main import UsageError
+from llava_packing_tower.integrations.llava.install import find_host
+from llava_packing_tower.train import launcher as launch
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -34,7 +34,7 @@ import builder_patch
 import llava.train.train as train
 from transformers import HfArgumentParser
 from llava_packing_tower import launch
-from llava_packing_tower.hosts import find_host
+from llava_packing_tower.integrations.llava.install import find_host
 found, parsed = find_host(), {}
 for name in sys.argv[1:]:
     values = launch.resolve(launch.read_yaml(name), launch.known_arguments(found), found)

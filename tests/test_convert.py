@@ -11,10 +11,10 @@ from conversions import config_of, packing_folder, same_bits, source_state_dict,
 from safetensors.torch import load_file, save_file
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingModel
-from llava_packing_tower.cli import main
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.convert.writer import TensorSpec, shards_of, write_weights
-from llava_packing_tower.families.llava_vit_standard import LlavaViTModel
-from llava_packing_tower.image_processor import CLIP_MEAN, CLIP_STD, PackingImageProcessor
+from llava_packing_tower.data.image_processor import CLIP_MEAN, CLIP_STD, PackingImageProcessor
+from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
 
 
 @pytest.fixture

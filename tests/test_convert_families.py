@@ -13,12 +13,12 @@ from families import GOLDEN_FAMILIES
 from safetensors.torch import load_file
 
 from llava_packing_tower import HEVCViTPackingVisionTower
-from llava_packing_tower.cli import main
-from llava_packing_tower.convert import families as verification
+from llava_packing_tower.checkpoint.key_map import KeyMap
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.convert import pipeline
-from llava_packing_tower.families.key_maps import KeyMap
-from llava_packing_tower.image_processor import PackingImageProcessor
-from llava_packing_tower.references import IN_TRANSFORMERS, NoReference
+from llava_packing_tower.convert import verify_against_hf as verification
+from llava_packing_tower.convert.hf_reference import IN_TRANSFORMERS, NoReference
+from llava_packing_tower.data.image_processor import PackingImageProcessor
 
 HAS_FAMILIES = all(hasattr(transformers, names.vision) for names in IN_TRANSFORMERS.values())
 newest = [

@@ -11,11 +11,11 @@ import torch
 from conversions import change_weights, config_of, source_state_dict, standard_folder
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.cli import main
+from llava_packing_tower.checkpoint.weights import WeightFiles
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.convert import pipeline
 from llava_packing_tower.convert.sources import read_source
-from llava_packing_tower.families.llava_vit_standard_config import LlavaViTConfig
-from llava_packing_tower.loading import WeightFiles
+from llava_packing_tower.models.llava_vit.config import LlavaViTConfig
 
 
 @pytest.fixture

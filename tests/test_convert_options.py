@@ -11,12 +11,13 @@ from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingModel, create_model
-from llava_packing_tower.cli import main
-from llava_packing_tower.convert import photos, pipeline
-from llava_packing_tower.families.llava_vit_standard import LlavaViTModel
-from llava_packing_tower.hosts import builder_hook
-from llava_packing_tower.packing import batch_images_to_packing_input
-from llava_packing_tower.standard_tower import HEVCViTVisionTower
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.convert import pipeline
+from llava_packing_tower.convert import test_images as photos
+from llava_packing_tower.data.patches import batch_images_to_packing_input
+from llava_packing_tower.integrations.llava import tower_builder as builder_hook
+from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
+from llava_packing_tower.towers.standard_tower import HEVCViTVisionTower
 
 
 @pytest.fixture

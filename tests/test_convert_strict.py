@@ -8,7 +8,7 @@ import torch
 from conversions import SIZES, change_weights, config_of, packing_folder, same_bits, source_state_dict, standard_folder
 from safetensors.torch import load_file
 
-from llava_packing_tower.cli import main
+from llava_packing_tower.cli.main import main
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_file_without_config_needs_the_name(standard, tmp_path, capsys):
     torch.save(weights, tmp_path / "backbone.pt")
     assert convert(tmp_path / "backbone.pt") == 1
     assert "--model_name" in (text := capsys.readouterr().out) and "llava_vit_large_ln" in text
-    from llava_packing_tower.presets import PRESETS, register_preset
+    from llava_packing_tower.models.llava_vit.presets import PRESETS, register_preset
 
     register_preset("llava_vit_toy_ln", "source", **SIZES)
     try:

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from llava_packing_tower.demo import photos as demo_photos
-from llava_packing_tower.demo import pipeline, report, training
-from llava_packing_tower.demo.photos import PHOTOS, QUESTION, Photo, source_of, write_dataset
-from llava_packing_tower.demo.training import Engine
-from llava_packing_tower.digest import differing, tensor_digest
+from llava_packing_tower.checkpoint.hashing import differing, tensor_digest
+from llava_packing_tower.data import sample_photos as demo_photos
+from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION, Photo, source_of, write_dataset
+from llava_packing_tower.tools.demo import pipeline, report
+from llava_packing_tower.tools.demo import train_process as training
+from llava_packing_tower.tools.demo.train_process import Engine
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -83,7 +84,7 @@ def test_a_failed_copy_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    models = pytest.importorskip("llava_packing_tower.demo.models")
+    models = pytest.importorskip("llava_packing_tower.tools.demo.tiny_models")
     prompts = [f"A chat. USER: \n{QUESTION} ASSISTANT: {photo.answer}</s>" for photo in PHOTOS]
     return models.make_tokenizer(tmp_path_factory.mktemp("tokenizer"), prompts, [photo.answer for photo in PHOTOS])
 
@@ -107,7 +108,7 @@ def test_token_counts_add_up_as_llava_counts_them(tokenizer):
 def test_models_are_random_by_seed_and_the_tower_has_no_untrained_part(tmp_path):
     from safetensors.torch import load_file
 
-    from llava_packing_tower.demo.models import make_decoder, make_tower
+    from llava_packing_tower.tools.demo.tiny_models import make_decoder, make_tower
 
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         make_tower(tmp_path / f"tower_{name}", seed)
@@ -205,7 +206,7 @@ def test_engine_check_needs_deepspeed_its_stage_and_every_process():
 
 
 def test_engine_line_is_the_one_that_training_prints():
-    from llava_packing_tower.training import check_engine
+    from llava_packing_tower.train.callbacks import check_engine
 
     line = check_engine(torch.nn.Linear(1, 1), None)
     assert training.read_engine(line) == Engine("Linear", None, 1)
@@ -215,7 +216,7 @@ def test_engine_line_is_the_one_that_training_prints():
 
 
 def test_progress_lines_are_the_ones_that_training_prints(capsys):
-    from llava_packing_tower.training import Progress
+    from llava_packing_tower.train.callbacks import Progress
 
     progress = Progress()
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=120)
@@ -258,7 +259,8 @@ def test_launch_fails_with_the_cause_or_when_steps_are_missing(tmp_path):
 
 @pytest.mark.parametrize(("words", "seed"), [(["--seed", "7"], 7), (["--seed=9"], 9), ([], 42)])
 def test_the_seed_is_set_before_the_host_makes_its_projector(monkeypatch, words, seed):
-    from llava_packing_tower import hosts, train_entry
+    from llava_packing_tower.integrations.llava import install as hosts
+    from llava_packing_tower.train import entrypoint as train_entry
 
     seen = []
 

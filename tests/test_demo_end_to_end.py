@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.demo import pipeline, report
-from llava_packing_tower.demo.photos import PHOTOS
-from llava_packing_tower.record import TOWER_RECORD
+from llava_packing_tower.data.sample_photos import PHOTOS
+from llava_packing_tower.tools.demo import pipeline, report
+from llava_packing_tower.train.history import TOWER_RECORD
 
 REPOSITORY = Path(__file__).parent.parent
 

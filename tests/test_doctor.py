@@ -14,10 +14,14 @@ import pytest
 import torch
 from test_launch import files, need_a_host  # noqa: F401  (files is a fixture)
 
-from llava_packing_tower import attention, launch
-from llava_packing_tower.cli import UsageError, main
-from llava_packing_tower.doctor import ERROR, WARNING, examination, probes, versions
-from llava_packing_tower.doctor.versions import Run, impossible
+from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.cli.main import UsageError, main
+from llava_packing_tower.tools.doctor import ERROR, WARNING
+from llava_packing_tower.tools.doctor import checks as probes
+from llava_packing_tower.tools.doctor import run as examination
+from llava_packing_tower.train import launcher as launch
+from llava_packing_tower.utils import versions
+from llava_packing_tower.utils.versions import Run, impossible
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -259,7 +263,7 @@ def test_the_launcher_imports_nothing_to_tell(files):  # noqa: F811
     file = files(attn_implementation="flash_attention_2")
     script = (
         "import sys\nfrom llava_packing_tower.cli import main\n"
-        "from llava_packing_tower import launch\nfrom llava_packing_tower.doctor import versions\n"
+        "from llava_packing_tower import launch\nfrom llava_packing_tower.tools.doctor import versions\n"
         "launch._gpus = lambda: 0\nversions.find_spec = lambda name: None\n"
         f"status = main(['train', {str(file)!r}, '--num_processes', '2'])\n"
         "print(status, [m for m in ('torch', 'transformers', 'llava', 'deepspeed') if m in sys.modules])"
@@ -370,7 +374,7 @@ def test_nothing_is_imported_where_versions_forbid_it(monkeypatch, capsys):
 
 
 def test_no_host(monkeypatch, capsys):
-    from llava_packing_tower import hosts
+    from llava_packing_tower.integrations.llava import install as hosts
 
     def nothing():
         raise ValueError("no LLaVA is installed")

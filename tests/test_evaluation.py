@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from llava_packing_tower.cli import UsageError, main
-from llava_packing_tower.commands.eval_report import names_of
-from llava_packing_tower.demo.photos import PHOTOS, QUESTION
-from llava_packing_tower.evaluation import groups, needs, results, runner
-from llava_packing_tower.evaluation.identity import identity
-from llava_packing_tower.evaluation.tasks import FOLDER
+from llava_packing_tower.checkpoint.folder_hash import identity
+from llava_packing_tower.cli.eval_report import names_of
+from llava_packing_tower.cli.main import UsageError, main
+from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION
+from llava_packing_tower.eval import preflight as needs
+from llava_packing_tower.eval import results, runner
+from llava_packing_tower.eval import task_groups as groups
+from llava_packing_tower.eval.tasks import FOLDER
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -83,7 +85,7 @@ def test_identity_sees_weights_configuration_and_base_but_no_training_files(tmp_
     ],
 )
 def test_generation_arguments(given, options, ends):
-    module = pytest.importorskip("llava_packing_tower.evaluation.models.llava_packing", exc_type=ImportError)
+    module = pytest.importorskip("llava_packing_tower.eval.models.llava_packing", exc_type=ImportError)
     assert module.generation_options(given) == (options, ends)
     assert module.cut("one two three", ["three", "tw"]) == "one " and module.cut("one", ["x"]) == "one"
 
@@ -241,7 +243,7 @@ def test_what_is_missing_is_named_with_its_installation(monkeypatch):
 def test_lmms_eval_without_entry_points_gets_the_plugin_variable(monkeypatch):
     monkeypatch.setenv("LMMS_EVAL_PLUGINS", "theirs")
     monkeypatch.setattr(needs, "find_spec", lambda name: None)
-    assert needs.plugin_environment() == {"LMMS_EVAL_PLUGINS": "theirs,llava_packing_tower.evaluation"}
+    assert needs.plugin_environment() == {"LMMS_EVAL_PLUGINS": "theirs,llava_packing_tower.eval"}
 
 
 def test_wrong_words_cost_nothing(tmp_path, capsys):

@@ -16,7 +16,7 @@ from host_runs import environment, execute
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.demo.photos import PHOTOS, QUESTION
+from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -100,7 +100,7 @@ def test_two_processes_and_batches_of_one_give_the_same(demo, tmp_path):
     assert answers(tmp_path / "one") == answers(tmp_path / "two")
     assert score(tmp_path / "one") == score(tmp_path / "two") >= 0.8
 
-    from llava_packing_tower.cli import main
+    from llava_packing_tower.cli.main import main
 
     assert main(["eval-report", str(tmp_path / "one"), str(tmp_path / "two"), "--output_path", str(tmp_path)]) == 0
     assert "| task | metric | samples | one | two |" in (tmp_path / "results.md").read_text()
@@ -111,7 +111,7 @@ def test_two_processes_and_batches_of_one_give_the_same(demo, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(demo):
-    from llava_packing_tower.evaluation.models.llava_packing import LlavaPacking
+    from llava_packing_tower.eval.models.llava_packing import LlavaPacking
 
     return LlavaPacking(str(demo.trained), batch_size="3")
 
@@ -192,8 +192,8 @@ def test_frames_of_a_task_are_one_video(model, demo):
 
 
 def test_checkpoints_without_their_tower_are_refused(demo, tmp_path):
-    from llava_packing_tower.evaluation.models.llava_packing import LlavaPacking
-    from llava_packing_tower.evaluation.needs import check_checkpoint
+    from llava_packing_tower.eval.models.llava_packing import LlavaPacking
+    from llava_packing_tower.eval.preflight import check_checkpoint
 
     for name, kept in (("one", 1), ("all", 0)):
         folder = tmp_path / name
@@ -216,8 +216,8 @@ def test_checkpoints_without_their_tower_are_refused(demo, tmp_path):
 
 
 def test_the_cache_is_refused_without_the_identity_of_the_weights(demo, monkeypatch):
-    from llava_packing_tower.evaluation.identity import identity
-    from llava_packing_tower.evaluation.models.llava_packing import LlavaPacking
+    from llava_packing_tower.checkpoint.folder_hash import identity
+    from llava_packing_tower.eval.models.llava_packing import LlavaPacking
 
     monkeypatch.setattr(sys, "argv", ["lmms_eval", "--use_cache", "somewhere"])
     with pytest.raises(ValueError, match=f"Add weights={identity(demo.trained)} to --model_args"):
@@ -230,9 +230,9 @@ def test_the_cache_is_refused_without_the_identity_of_the_weights(demo, monkeypa
 def test_lmms_eval_finds_the_model_by_both_of_its_ways(monkeypatch):
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-    from llava_packing_tower import evaluation
-    from llava_packing_tower.evaluation import models
-    from llava_packing_tower.evaluation.models.llava_packing import LlavaPacking
+    from llava_packing_tower import eval as evaluation
+    from llava_packing_tower.eval import models
+    from llava_packing_tower.eval.models.llava_packing import LlavaPacking
 
     registry = ModelRegistryV2()
     for manifest in evaluation.manifests():
@@ -244,7 +244,7 @@ def test_lmms_eval_finds_the_model_by_both_of_its_ways(monkeypatch):
 
 
 def test_every_task_of_the_groups_is_registered():
-    from llava_packing_tower.evaluation.groups import GROUPS, check_known, registered
+    from llava_packing_tower.eval.task_groups import GROUPS, check_known, registered
 
     known = registered()
     for tasks in GROUPS.values():

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_packing_tower import attention, cuda_graphs, environment, execution
-from llava_packing_tower.execution import ExecutionPlan, make_plan
-from llava_packing_tower.layers import BlockConfig
-from llava_packing_tower.module_state import Snapshot
+from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.models.layers import BlockConfig
+from llava_packing_tower.models.runtime import cuda_graphs, execution
+from llava_packing_tower.models.runtime.execution import ExecutionPlan, make_plan
+from llava_packing_tower.models.runtime.module_state import Snapshot
+from llava_packing_tower.utils import environment
 
 ROOT = Path(__file__).parent.parent
 CONFIG = BlockConfig(32, 48, 2, "gelu")

@@ -7,12 +7,13 @@ from families import GOLDEN_FAMILIES, pack, per_image, ragged
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking, layers
-from llava_packing_tower.attention import backend_module, resolve_backend
-from llava_packing_tower.encoder import PackedEncoder
-from llava_packing_tower.families import aimv2, dinov3, family_for, siglip2
-from llava_packing_tower.modeling import PackedVisionModel
-from llava_packing_tower.packing import split_packed
+from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
+from llava_packing_tower.attention.dispatch import backend_module, resolve_backend
+from llava_packing_tower.data.patches import split_packed
+from llava_packing_tower.models import aimv2, dinov3, layers, siglip2
+from llava_packing_tower.models.base import PackedVisionModel
+from llava_packing_tower.models.encoder import PackedEncoder
+from llava_packing_tower.models.registry import family_for
 
 pytestmark = pytest.mark.newest
 NAMES = list(GOLDEN_FAMILIES)

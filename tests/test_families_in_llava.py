@@ -12,7 +12,7 @@ import torch
 from families import GOLDEN_FAMILIES
 from safetensors.torch import load_file
 
-from llava_packing_tower.digest import tensor_digest
+from llava_packing_tower.checkpoint.hashing import tensor_digest
 
 pytestmark = [
     # Looked for, not imported: in this process it may have to be another one (LLAVA_NEXT_DIR).
@@ -27,8 +27,8 @@ import inspect, json, os, sys
 from importlib import import_module
 from pathlib import Path
 from llava_packing_tower import hosts, train_entry
-from llava_packing_tower.launch import make_plan, to_argv
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.train.launcher import make_plan, to_argv
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 plan = make_plan(sys.argv[1], sys.argv[2:], num_processes=1)
 sys.argv[1:] = to_argv(plan.values)

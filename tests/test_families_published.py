@@ -10,11 +10,11 @@ from conftest import assert_close
 from families import GOLDEN_FAMILIES
 
 from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
-from llava_packing_tower.cli import main
-from llava_packing_tower.families import family_for
-from llava_packing_tower.hosts import builder_hook
-from llava_packing_tower.loading import construction, parameter_shapes, plan_problems
-from llava_packing_tower.references import IN_TRANSFORMERS
+from llava_packing_tower.checkpoint.weights import construction, parameter_shapes, plan_problems
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.convert.hf_reference import IN_TRANSFORMERS
+from llava_packing_tower.integrations.llava import tower_builder as builder_hook
+from llava_packing_tower.models.registry import family_for
 
 pytestmark = pytest.mark.newest
 

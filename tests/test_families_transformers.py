@@ -15,11 +15,11 @@ from conftest import assert_close
 from families import pack, ragged
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.cli import main
-from llava_packing_tower.families import family_for
-from llava_packing_tower.loading import CONFIG_NAME, WeightFiles, read_json
-from llava_packing_tower.packing import read_grid, split_packed
-from llava_packing_tower.references import IN_TRANSFORMERS, Reference
+from llava_packing_tower.checkpoint.weights import CONFIG_NAME, WeightFiles, read_json
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.convert.hf_reference import IN_TRANSFORMERS, Reference
+from llava_packing_tower.data.patches import read_grid, split_packed
+from llava_packing_tower.models.registry import family_for
 
 HAS_FAMILIES = all(hasattr(transformers, names.vision) for names in IN_TRANSFORMERS.values())
 newest = [

@@ -6,10 +6,10 @@ from conftest import ATOL, assert_close
 from families import GOLDEN_FAMILIES
 from torch.nn import functional as F
 
-from llava_packing_tower.families import aimv2, dinov3, siglip2
-from llava_packing_tower.packing import PatchLayout, batch_images_to_packing_input, split_packed
-from llava_packing_tower.positions import prefix_indices
-from llava_packing_tower.rotation import rotate_pairs
+from llava_packing_tower.data.patches import PatchLayout, batch_images_to_packing_input, split_packed
+from llava_packing_tower.data.positions import prefix_indices
+from llava_packing_tower.kernels.rotary import rotate_pairs
+from llava_packing_tower.models import aimv2, dinov3, siglip2
 
 pytestmark = pytest.mark.newest
 NAMES = list(GOLDEN_FAMILIES)

@@ -2,9 +2,9 @@
 
 import torch
 
-from llava_packing_tower.activations import activation
-from llava_packing_tower.layers import BlockConfig, EncoderBlock
-from llava_packing_tower.packing import make_segments
+from llava_packing_tower.data.patches import make_segments
+from llava_packing_tower.models.activations import activation
+from llava_packing_tower.models.layers import BlockConfig, EncoderBlock
 
 
 def test_gelu_kinds_differ():

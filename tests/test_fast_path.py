@@ -9,11 +9,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llava_packing_tower import HEVCViTPackingVisionTower, encoder, execution
-from llava_packing_tower.bench.presets import PRESETS
-from llava_packing_tower.families import family_for
-from llava_packing_tower.layers import EncoderBlock
-from llava_packing_tower.packing import batch_images_to_packing_input
+from llava_packing_tower import HEVCViTPackingVisionTower
+from llava_packing_tower.data.patches import batch_images_to_packing_input
+from llava_packing_tower.models import encoder
+from llava_packing_tower.models.layers import EncoderBlock
+from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.models.runtime import execution
+from llava_packing_tower.tools.bench.models import PRESETS
 
 FAMILIES = tuple(PRESETS)
 

@@ -10,12 +10,14 @@ import torch
 from foreign_kinds import CALLABLE, LINEAR, MODEL, NEUTRAL, OUTSIDE, PLACES
 from torch import nn
 
-from llava_packing_tower import attention, cuda_graphs, encoder, execution
-from llava_packing_tower.bench.presets import PRESETS
-from llava_packing_tower.cached_metadata import CachedMetadata
-from llava_packing_tower.families import family_for
-from llava_packing_tower.module_state import state_of
-from llava_packing_tower.packing import batch_images_to_packing_input, read_grid
+from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.data.cached_metadata import CachedMetadata
+from llava_packing_tower.data.patches import batch_images_to_packing_input, read_grid
+from llava_packing_tower.models import encoder
+from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.models.runtime import cuda_graphs, execution
+from llava_packing_tower.models.runtime.module_state import state_of
+from llava_packing_tower.tools.bench.models import PRESETS
 
 pytestmark = pytest.mark.newest
 LAYERS = (0, 1, 3)

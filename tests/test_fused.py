@@ -12,11 +12,13 @@ from families import BLOCK_VARIANTS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_packing_tower import attention, fused
-from llava_packing_tower.bench.presets import PRESETS
-from llava_packing_tower.families import family_for
-from llava_packing_tower.fused import functions, reference
-from llava_packing_tower.packing import batch_images_to_packing_input
+from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.data.patches import batch_images_to_packing_input
+from llava_packing_tower.kernels import fused_block as functions
+from llava_packing_tower.kernels import reference
+from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.models.runtime import fused
+from llava_packing_tower.tools.bench.models import PRESETS
 
 SIZES = [(4, 3), (1, 1), (2, 5)]
 
@@ -69,7 +71,7 @@ def batch(model):
 @pytest.fixture
 def how(monkeypatch):
     """How each call of the encoder ran its blocks."""
-    from llava_packing_tower.encoder import PackedEncoder
+    from llava_packing_tower.models.encoder import PackedEncoder
 
     seen, run = [], PackedEncoder.run
     monkeypatch.setattr(

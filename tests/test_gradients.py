@@ -15,10 +15,10 @@ from families import GOLDEN_FAMILIES, pack, ragged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from llava_packing_tower.demo.models import make_tower
-from llava_packing_tower.families.llava_vit_standard import LlavaViTModel
-from llava_packing_tower.hosts.gradients import GradientWatch, idle_names, plain_name, refuse_without
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.integrations.llava.gradients import GradientWatch, idle_names, plain_name, refuse_without
+from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
+from llava_packing_tower.tools.demo.tiny_models import make_tower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 HERE = Path(__file__).parent
 needs_host = pytest.mark.skipif(
@@ -144,7 +144,7 @@ def workspace(tmp_path_factory):
 
 def run(workspace, output, words):
     """Two processes as the launcher starts them, with a tower that is cut off from the loss."""
-    from llava_packing_tower import launch
+    from llava_packing_tower.train import launcher as launch
 
     config = workspace / "config.yaml"
     plan = launch.make_plan(config, [*words, "--output_dir", str(output)], num_processes=2)

@@ -14,10 +14,11 @@ import pytest
 from conftest import FIVE
 from host_runs import HOSTS, execute
 
-from llava_packing_tower.hosts import builder_hook, find_host
-from llava_packing_tower.hosts.imports import ImportHooks
-from llava_packing_tower.hosts.patches import Patches
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.integrations.llava import tower_builder as builder_hook
+from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
+from llava_packing_tower.integrations.llava.install import find_host
+from llava_packing_tower.integrations.llava.patcher import Patches
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 BUILDER = """
 import os
@@ -195,7 +196,7 @@ import builder_patch
 builder_patch.apply()
 import importlib; importlib.reload(builder_patch)
 import llava.model.llava_arch as arch, llava.model.multimodal_encoder.builder as builder
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 from types import SimpleNamespace
 assert arch.build_vision_tower is builder.build_vision_tower
 cfg = SimpleNamespace(mm_vision_tower={tower!r}, mm_vision_select_layer=-1)

@@ -14,7 +14,7 @@ import torch
 from conftest import FIVE
 from safetensors.torch import load_file
 
-from llava_packing_tower import resume
+from llava_packing_tower.train import resume
 
 needs_host = pytest.mark.skipif(
     find_spec("llava") is None or find_spec("deepspeed") is None or torch.cuda.is_available(),
@@ -202,7 +202,7 @@ def test_a_run_that_would_be_plain_ddp_is_refused(trainings, tmp_path):
 
     With transformers 5 it is not left out.
     """
-    from llava_packing_tower import launch
+    from llava_packing_tower.train import launcher as launch
 
     words = ["--deepspeed", "configs/zero2.json", "--output_dir", str(tmp_path / "llava_llama")]
     plan = launch.make_plan(trainings.config, words, num_processes=1)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel
-from llava_packing_tower.digest import tensor_digest
+from llava_packing_tower.checkpoint.hashing import tensor_digest
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from llava_packing_tower.data.image_processor import PackingImageProcessor
 from llava_packing_tower.data.images import (
     AS_BEFORE,
     HostImage,
@@ -28,10 +29,9 @@ from llava_packing_tower.data.images import (
     reading_of,
     to_rgb,
 )
-from llava_packing_tower.image_processor import PackingImageProcessor
-from llava_packing_tower.native.images import NativeImageProcessor
-from llava_packing_tower.native.resolution import ResolutionRule
-from llava_packing_tower.native.settings import NativeSettings
+from llava_packing_tower.data.native_config import NativeSettings
+from llava_packing_tower.data.native_image_processor import NativeImageProcessor
+from llava_packing_tower.data.smart_resize import ResolutionRule
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -238,7 +238,7 @@ STRIPS = """
 import resource, sys
 from PIL import Image
 from llava_packing_tower.data.images import open_image
-from llava_packing_tower.image_processor import PackingImageProcessor
+from llava_packing_tower.data.image_processor import PackingImageProcessor
 size, square = (int(sys.argv[1]), int(sys.argv[2])), sys.argv[3] == "pad"
 Image.new("RGB", size, (9, 99, 199)).save(sys.argv[4])
 processor = PackingImageProcessor(size=448)
@@ -268,7 +268,7 @@ def test_only_the_part_that_is_kept_is_enlarged_and_it_is_the_same(monkeypatch):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 700, 3), np.uint8))
     processor = PackingImageProcessor(size=112, crop_size={"height": 112, "width": 98}, do_normalize=False)
     whole = processor(image, return_tensors="np").pixel_values
-    monkeypatch.setattr("llava_packing_tower.image_processor.LARGEST_ENLARGED", 1)
+    monkeypatch.setattr("llava_packing_tower.data.image_processor.LARGEST_ENLARGED", 1)
     part = processor(image, return_tensors="np").pixel_values
     assert whole.shape == part.shape and np.abs(whole - part).max() <= 1.01 / 255
 

@@ -11,7 +11,7 @@ from llava_packing_tower import (
     compute_patch_positions_from_grid_thw,
     unpatchify,
 )
-from llava_packing_tower.packing import batch_images_to_packing_input, split_packed
+from llava_packing_tower.data.patches import batch_images_to_packing_input, split_packed
 
 CASES = [
     ("llava_vit", "images"),
@@ -187,7 +187,8 @@ def test_rotary_tables_stay_float32_in_a_cast_model(golden, golden_case):
 
 def test_wrong_pairing_would_be_seen(golden, golden_case, monkeypatch):
     """The half-split rotation in place of neighbouring pairs moves the golden case far beyond the tolerance."""
-    from llava_packing_tower import layers, rotation
+    from llava_packing_tower.kernels import rotary as rotation
+    from llava_packing_tower.models import layers
 
     monkeypatch.setitem(layers.ROTATIONS, "pairs", rotation.rotate_halves)
     case = golden_case("llava_vit", "images")

@@ -5,7 +5,7 @@ import torch
 from conftest import assert_close
 from safetensors.torch import load_file
 
-from llava_packing_tower.families.llava_vit_standard import (
+from llava_packing_tower.models.llava_vit.standard import (
     LlavaViTConfig,
     LlavaViTModel,
     OneVisionEncoderConfig,

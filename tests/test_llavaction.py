@@ -15,10 +15,10 @@ import torch
 import transformers
 from PIL import Image
 
-from llava_packing_tower import hosts
-from llava_packing_tower.demo.models import make_tower
-from llava_packing_tower.digest import tensor_digest
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.checkpoint.hashing import tensor_digest
+from llava_packing_tower.integrations.llava import install as hosts
+from llava_packing_tower.tools.demo.tiny_models import make_tower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 # Found, not imported: with transformers 5 it can be imported only where the hook mends it.
 pytestmark = [

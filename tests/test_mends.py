@@ -13,12 +13,13 @@ import torch
 from conftest import only_four
 from torch import nn
 
-from llava_packing_tower import training
-from llava_packing_tower.hosts import mends, tuning
-from llava_packing_tower.hosts.imports import ImportHooks
-from llava_packing_tower.hosts.mends import deepspeed as ds_mends
-from llava_packing_tower.hosts.mends import llava as llava_mends
-from llava_packing_tower.hosts.patches import Patches
+from llava_packing_tower.integrations.llava import compat as mends
+from llava_packing_tower.integrations.llava import trainable_parts as tuning
+from llava_packing_tower.integrations.llava.compat import deepspeed as ds_mends
+from llava_packing_tower.integrations.llava.compat import llava as llava_mends
+from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
+from llava_packing_tower.integrations.llava.patcher import Patches
+from llava_packing_tower.train import callbacks as training
 
 
 def module_from(tmp_path, monkeypatch, name: str, text: str) -> ModuleType:

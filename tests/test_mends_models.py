@@ -13,7 +13,7 @@ from test_mends import mended, module_from
 from torch.torch_version import TorchVersion
 from transformers import PretrainedConfig
 
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 pytestmark = pytest.mark.newest
 

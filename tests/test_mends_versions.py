@@ -21,9 +21,9 @@ import transformers.pytorch_utils
 from test_mends import mended, module_from
 from transformers import Trainer, TrainingArguments
 
-from llava_packing_tower.hosts import mends
-from llava_packing_tower.hosts.mends import names
-from llava_packing_tower.hosts.patches import Patches
+from llava_packing_tower.integrations.llava import compat as mends
+from llava_packing_tower.integrations.llava.compat import transformers_imports as names
+from llava_packing_tower.integrations.llava.patcher import Patches
 
 pytestmark = pytest.mark.newest
 
@@ -332,7 +332,7 @@ def test_the_documentation_names_every_mend():
 
 
 def test_a_defect_that_is_left_is_known(tmp_path, monkeypatch):
-    from llava_packing_tower.hosts.imports import ImportHooks
+    from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 
     monkeypatch.setattr(mends, "MENDS", {})
     monkeypatch.setattr(mends, "MEND_MODULES", ())
@@ -357,7 +357,7 @@ def test_a_defect_that_is_left_is_known(tmp_path, monkeypatch):
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_library_is_mended_once_for_all_hosts(tmp_path, monkeypatch, loaded):
     """Two hosts in one process: what wraps a function of DeepSpeed must not wrap it twice."""
-    from llava_packing_tower.hosts.imports import ImportHooks
+    from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 
     for name in ("sicklibrary", "firsthost", "secondhost"):
         (tmp_path / f"{name}.py").write_text("VALUE = [1]" if name == "sicklibrary" else "import sicklibrary")

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from host_runs import HOSTS, environment, execute
 
-from llava_packing_tower.evaluation.needs import check_checkpoint
-from llava_packing_tower.hosts import model_class
-from llava_packing_tower.loading import write_json
+from llava_packing_tower.checkpoint.weights import write_json
+from llava_packing_tower.eval.preflight import check_checkpoint
+from llava_packing_tower.integrations.llava import model_class
 
 needs_llava = pytest.mark.skipif(find_spec("llava") is None, reason="no LLaVA is installed")
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ def test_the_hosts_scripts_get_a_name_that_says_what_it_is(tmp_path):
 
 @needs_llava
 def test_an_evaluation_asks_first_whether_the_host_has_the_class(tmp_path, monkeypatch):
-    from llava_packing_tower.evaluation import needs
+    from llava_packing_tower.eval import preflight as needs
 
     host = tmp_path / "host"
     (host / "model" / "language_model").mkdir(parents=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_packing_tower.module_state import HOOKS, addresses, state_of
+from llava_packing_tower.models.runtime.module_state import HOOKS, addresses, state_of
 
 
 @pytest.fixture

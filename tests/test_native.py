@@ -15,16 +15,16 @@ from native_data_checks import write_video
 from PIL import Image
 
 from llava_packing_tower import PackingImageProcessor
-from llava_packing_tower.native import video
-from llava_packing_tower.native.images import NativeImageProcessor
-from llava_packing_tower.native.projectors import MergingProjector, make_projector
-from llava_packing_tower.native.resolution import ResolutionRule, merge_of
-from llava_packing_tower.native.settings import NativeSettings, check_settings, make_settings, settings_of
-from llava_packing_tower.native.tokens import TokenLayout, arrange, encode_visuals, pool
-from llava_packing_tower.native.truncation import cut_tokens
-from llava_packing_tower.native.video import probe_clip, read_clip, sample_indices
-from llava_packing_tower.native.visuals import Visual, fill_slots, read_visuals
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.data import video
+from llava_packing_tower.data.native_config import NativeSettings, check_settings, make_settings, settings_of
+from llava_packing_tower.data.native_image_processor import NativeImageProcessor
+from llava_packing_tower.data.smart_resize import ResolutionRule, merge_of
+from llava_packing_tower.data.video import probe_clip, read_clip, sample_indices
+from llava_packing_tower.multimodal.projectors import MergingProjector, make_projector
+from llava_packing_tower.multimodal.truncation import cut_tokens
+from llava_packing_tower.multimodal.visual_inputs import Visual, fill_slots, read_visuals
+from llava_packing_tower.multimodal.visual_tokens import TokenLayout, arrange, encode_visuals, pool
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 IMAGES = TokenLayout(clips=False)
 

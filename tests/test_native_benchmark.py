@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_packing_tower.native.resolution import ResolutionRule
+from llava_packing_tower.data.smart_resize import ResolutionRule
 
 pytestmark = pytest.mark.newest
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "native_vs_anyres.py"

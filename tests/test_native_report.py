@@ -11,12 +11,12 @@ from native_data_checks import turns, write_video
 from PIL import Image
 
 from llava_packing_tower import PackingImageProcessor
+from llava_packing_tower.data.native_config import NativeSettings
+from llava_packing_tower.data.native_image_processor import NativeImageProcessor
 from llava_packing_tower.data.samples import check_places, spread_indices
-from llava_packing_tower.native.images import NativeImageProcessor
-from llava_packing_tower.native.report import MEASURED, measure
-from llava_packing_tower.native.resolution import ResolutionRule
-from llava_packing_tower.native.settings import NativeSettings
-from llava_packing_tower.native.tokens import TokenLayout, arrange, token_count
+from llava_packing_tower.data.smart_resize import ResolutionRule
+from llava_packing_tower.multimodal.dataset_report import MEASURED, measure
+from llava_packing_tower.multimodal.visual_tokens import TokenLayout, arrange, token_count
 
 TOKEN = -200
 
@@ -104,7 +104,7 @@ def test_counted_tokens_are_made_tokens(merge, position):
 
 
 def test_settings_of_the_report_are_those_of_the_model():
-    from llava_packing_tower.hosts.native_model import token_layout
+    from llava_packing_tower.integrations.llava.native_resolution import token_layout
 
     settings = NativeSettings(1, 9, "frames")
     arguments = SimpleNamespace(mm_patch_merge_type="spatial_unpad", mm_newline_position="frame")

@@ -11,8 +11,8 @@ from native_data_checks import write_video
 from native_runs import make_workspace, reload, train
 from PIL import Image
 
-from llava_packing_tower.cli import UsageError
-from llava_packing_tower.launch import make_plan
+from llava_packing_tower.cli.main import UsageError
+from llava_packing_tower.train.launcher import make_plan
 
 OPTIONS = {
     "mm_projector_type": "spatial_merge",

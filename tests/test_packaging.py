@@ -53,7 +53,7 @@ def test_the_packaged_demo_config_is_launched_from_an_empty_folder(installed, tm
     (tmp_path / "models").mkdir()
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import llava_packing_tower as p; "
-        "from llava_packing_tower.commands.demo import CONFIG; print(p.__file__, CONFIG)"
+        "from llava_packing_tower.cli.demo import CONFIG; print(p.__file__, CONFIG)"
     )
     out = subprocess.run([sys.executable, "-c", code, str(installed)], capture_output=True, text=True, cwd=tmp_path)
     package, config = out.stdout.split()

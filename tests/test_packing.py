@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_packing_tower import PatchLayout, batch_images_to_packing_input, image_to_packing_input, patchify, unpatchify
-from llava_packing_tower.packing import longest_first, make_segments, read_grid, split_packed
-from llava_packing_tower.positions import prefix_indices
+from llava_packing_tower.data.patches import longest_first, make_segments, read_grid, split_packed
+from llava_packing_tower.data.positions import prefix_indices
 
 LAYOUTS = list(PatchLayout)
 

@@ -8,7 +8,7 @@ from llava_packing_tower import (
     compute_patch_positions_with_interpolated_temporal,
     interpolate_frame_indices,
 )
-from llava_packing_tower.positions import rotary_3d
+from llava_packing_tower.data.positions import rotary_3d
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from test_launch import files, need_a_host  # noqa: F401  (files is a fixture)
 
-from llava_packing_tower import launch, preflight
-from llava_packing_tower.cli import UsageError, main
+from llava_packing_tower.cli.main import UsageError, main
 from llava_packing_tower.data import samples as data
-from llava_packing_tower.deepspeed_config import check_zero_keys
-from llava_packing_tower.hosts import find_host
+from llava_packing_tower.integrations.llava.install import find_host
+from llava_packing_tower.train import launcher as launch
+from llava_packing_tower.train import preflight
+from llava_packing_tower.train.deepspeed_config import check_zero_keys
 
 
 def turns(*texts: str) -> list[dict]:
@@ -97,7 +98,7 @@ def test_a_deepspeed_configuration(config, said):
 
 
 def test_the_shipped_deepspeed_configurations_have_known_keys():
-    from llava_packing_tower.deepspeed_config import CONFIGS, zero_stage
+    from llava_packing_tower.train.deepspeed_config import CONFIGS, zero_stage
 
     for name, stage in (("zero2.json", 2), ("zero3.json", 3)):
         config = json.loads((CONFIGS / name).read_text())
@@ -219,13 +220,14 @@ def test_many_samples_are_checked_quickly(tmp_path):
 
 
 def test_the_checks_need_no_torch():
-    code = "import sys, llava_packing_tower.preflight, llava_packing_tower.data.samples; print('torch' in sys.modules)"
+    modules = "llava_packing_tower.train.preflight, llava_packing_tower.data.samples"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_a_host_that_opens_the_data_itself_gets_no_empty_image():
-    from llava_packing_tower.hosts.native_data import _read_empty_media_as_text
-    from llava_packing_tower.hosts.patches import Patches
+    from llava_packing_tower.integrations.llava.native_dataset import _read_empty_media_as_text
+    from llava_packing_tower.integrations.llava.patcher import Patches
 
     class Dataset:
         def __init__(self, path):

@@ -10,8 +10,8 @@ import torch
 from families import GOLDEN_FAMILIES
 from PIL import Image
 
-from llava_packing_tower.cli import main
-from llava_packing_tower.evaluation import probing
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.eval import probe as probing
 
 pytest.importorskip("sklearn")
 CLASSES = ("dots", "stripes", "waves")
@@ -19,7 +19,7 @@ CLASSES = ("dots", "stripes", "waves")
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
-    from llava_packing_tower.demo.models import make_tower
+    from llava_packing_tower.tools.demo.tiny_models import make_tower
 
     folder = tmp_path_factory.mktemp("tower") / "vit_packing"
     make_tower(folder, seed=3)
@@ -80,7 +80,7 @@ def test_features_are_those_of_each_image_alone(tower, photos):
 
 
 def test_the_command_compares_towers_and_caches(tower, photos, tmp_path, capsys):
-    from llava_packing_tower.demo.models import make_tower
+    from llava_packing_tower.tools.demo.tiny_models import make_tower
 
     other = tmp_path / "other_packing"
     make_tower(other, seed=4)

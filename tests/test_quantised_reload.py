@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from llava_packing_tower.demo.models import make_tower
-from llava_packing_tower.hosts.tuning import check_tower_weights
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.integrations.llava.trainable_parts import check_tower_weights
+from llava_packing_tower.tools.demo.tiny_models import make_tower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 pytestmark = pytest.mark.newest
 CONFIG = SimpleNamespace(mm_packing_config={"weights": "checkpoint"})

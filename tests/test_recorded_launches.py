@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from llava_packing_tower.attention import flash_attention_4 as backend
 from llava_packing_tower.attention import sdpa
 from llava_packing_tower.attention.recorded_launches import Launches, watched
-from llava_packing_tower.packing import make_segments
+from llava_packing_tower.data.patches import make_segments
 
 LENGTHS = (5, 9, 3)
 
@@ -288,7 +288,7 @@ def test_a_package_that_cannot_be_imported_is_only_missing(monkeypatch, error):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     source = Path(backend.__file__)
-    spec = importlib.util.spec_from_file_location("llava_packing_tower.attention.copy", source)
+    spec = importlib.util.spec_from_file_location("llava_packing_tower.attention.dispatch.copy", source)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(torch.library, "custom_op", lambda *_, **__: SimpleNamespace(
         register_fake=lambda g: g, register_autograd=lambda *_, **__: None))  # fmt: skip

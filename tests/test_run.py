@@ -10,9 +10,9 @@ from importlib.util import find_spec
 import pytest
 from host_runs import REPOSITORY, environment, execute
 
-from llava_packing_tower.cli import UsageError
-from llava_packing_tower.commands.run import command
-from llava_packing_tower.demo.photos import PHOTOS, QUESTION
+from llava_packing_tower.cli.main import UsageError
+from llava_packing_tower.cli.run import command
+from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION
 
 ENTRY = ["-m", "llava_packing_tower.run"]
 

@@ -13,7 +13,7 @@ import transformers
 from families import TINY, tiny
 from transformers import AutoModel
 
-from llava_packing_tower.loading import WeightFiles
+from llava_packing_tower.checkpoint.weights import WeightFiles
 
 pytestmark = pytest.mark.newest
 NAMES = list(TINY)

@@ -13,11 +13,12 @@ import torch
 from host_runs import HOSTS, environment, execute
 from torch import nn
 
-from llava_packing_tower.demo.models import make_tower
-from llava_packing_tower.hosts import saving, tuning
-from llava_packing_tower.hosts.frozen import is_cast_of
-from llava_packing_tower.hosts.patches import Patches
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.integrations.llava import saving
+from llava_packing_tower.integrations.llava import trainable_parts as tuning
+from llava_packing_tower.integrations.llava.patcher import Patches
+from llava_packing_tower.integrations.llava.restore_frozen import is_cast_of
+from llava_packing_tower.tools.demo.tiny_models import make_tower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 HERE = Path(__file__).parent
 

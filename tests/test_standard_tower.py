@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import assert_close
 
-from llava_packing_tower.standard_tower import HEVCViTVisionTower
-from llava_packing_tower.tower import HEVCViTPackingVisionTower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
+from llava_packing_tower.towers.standard_tower import HEVCViTVisionTower
 
 
 def args(**changes):

@@ -13,17 +13,17 @@ import host_runs
 import pytest
 from test_host_resume import needs_host
 
-from llava_packing_tower import run_lock
-from llava_packing_tower.cli import UsageError
-from llava_packing_tower.run_lock import RunLock
-from llava_packing_tower.supervise import identity, is_alive, supervise, watch_launcher
+from llava_packing_tower.cli.main import UsageError
+from llava_packing_tower.train import run_lock
+from llava_packing_tower.train.run_lock import RunLock
+from llava_packing_tower.train.supervise import identity, is_alive, supervise, watch_launcher
 
 REPOSITORY = Path(__file__).parent.parent
 # An agent in between that knows nothing of the launcher and ignores SIGTERM, and two ranks in sessions of their own, as
 # torchrun has them; each rank has a child, as data loaders are. Each writes its pid and lives for a minute.
 RANK = """
 import os, subprocess, sys, time
-from llava_packing_tower.supervise import watch_launcher
+from llava_packing_tower.train.supervise import watch_launcher
 assert watch_launcher() is not None
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 open(sys.argv[1], "w").write(f"{os.getpid()} {child.pid} ")
@@ -40,7 +40,7 @@ time.sleep(60)
 """
 LAUNCHER = """
 import os, sys
-from llava_packing_tower.supervise import supervise
+from llava_packing_tower.train.supervise import supervise
 sys.exit(supervise([sys.executable, "-c", *sys.argv[1:]], os.environ))
 """
 
@@ -131,7 +131,7 @@ def test_a_second_run_is_refused_until_the_last_process_of_the_first_has_ended(t
 
 
 def test_the_lock_of_a_dead_run_is_no_obstacle(tmp_path):
-    code = "import os; from llava_packing_tower.run_lock import RunLock; "
+    code = "import os; from llava_packing_tower.train.run_lock import RunLock; "
     code += f"RunLock({str(tmp_path)!r}); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == -9
     assert (tmp_path / run_lock.LOCK).is_file()

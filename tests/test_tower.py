@@ -9,8 +9,8 @@ from conftest import assert_close
 from safetensors.torch import load_file, save_file
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
-from llava_packing_tower.feature_select import selected_layers
-from llava_packing_tower.image_processor import PackingImageProcessor
+from llava_packing_tower.data.image_processor import PackingImageProcessor
+from llava_packing_tower.towers.feature_select import selected_layers
 
 FOLDER = "hevc_packing_tower"
 
@@ -289,7 +289,7 @@ def test_loads_where_new_parameters_are_sent_to_meta(folder, features):
 
 def test_attention_is_chosen_by_argument_or_environment(folder, features, monkeypatch, caplog):
     tower = HEVCViTPackingVisionTower(folder, arguments(-2, mm_packing_attention="eager"))
-    with caplog.at_level(logging.INFO, logger="llava_packing_tower.attention"):
+    with caplog.at_level(logging.INFO, logger="llava_packing_tower.attention.dispatch"):
         tower(features["batch"])
     assert tower.vision_tower.encoder.attention_backend == "eager"
     monkeypatch.setenv("LLAVA_PACKING_ATTENTION", "sdpa")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llava_packing_tower import LlavaViTPackingModel, create_model
-from llava_packing_tower.families.llava_vit_standard import LlavaViTModel
-from llava_packing_tower.presets import PRESETS, preset
+from llava_packing_tower.models.llava_vit.presets import PRESETS, preset
+from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
 
 # name of the size: patch, width, layers, heads, MLP width, parameters
 SIZES = {
@@ -58,11 +58,11 @@ def variants_with(monkeypatch):
     def load(timm):
         for name, module in timm.items():
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.delitem(sys.modules, "llava_packing_tower.variants", raising=False)
-        return importlib.import_module("llava_packing_tower.variants")
+        monkeypatch.delitem(sys.modules, "llava_packing_tower.models.llava_vit.create_model", raising=False)
+        return importlib.import_module("llava_packing_tower.models.llava_vit.create_model")
 
     yield load
-    sys.modules.pop("llava_packing_tower.variants", None)
+    sys.modules.pop("llava_packing_tower.models.llava_vit.create_model", None)
 
 
 def stand_in(known=()):
@@ -106,7 +106,7 @@ def test_a_broken_timm_breaks_nothing(variants_with, caplog):
 
 def test_the_real_timm():
     timm = pytest.importorskip("timm")
-    import llava_packing_tower.variants  # noqa: F401
+    import llava_packing_tower.models.llava_vit.create_model  # noqa: F401
 
     model = timm.create_model("hf_llava_vit_packing_small_ln", num_hidden_layers=1)
     assert isinstance(model, LlavaViTPackingModel) and model.config.hidden_size == 384

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conversions import change_weights, packing_folder, same_bits, standard_folder
 
-from llava_packing_tower.cli import main
+from llava_packing_tower.checkpoint.key_map import KeyMap
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.convert import pipeline
 from llava_packing_tower.convert.pipeline import Options, verify_pair
 from llava_packing_tower.convert.verify import TEST_NAMES, THRESHOLDS, compare
-from llava_packing_tower.families import llava_vit
-from llava_packing_tower.families.key_maps import KeyMap
-from llava_packing_tower.families.llava_vit import LlavaViTPackingModel
+from llava_packing_tower.models.llava_vit import packed as llava_vit
+from llava_packing_tower.models.llava_vit.packed import LlavaViTPackingModel
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..packing import PackedSegments
+from ..data.patches import PackedSegments
 
 VARLEN = True
 EQUAL_LENGTHS_ONLY = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..packing import PackedSegments
+from ..data.patches import PackedSegments
 
 VARLEN = False
 

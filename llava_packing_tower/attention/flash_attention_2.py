@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..packing import PackedSegments
-from .plain import plain_function
+from ..data.patches import PackedSegments
+from .flash_varlen import plain_function
 
 VARLEN = CHECKED = True
 INSTALL = "pip install flash-attn --no-build-isolation"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..packing import PackedSegments
+from ..data.patches import PackedSegments
 from . import flash_attention_2
-from .plain import plain_function
+from .flash_varlen import plain_function
 
 VARLEN = CHECKED = True
 INSTALL = "pip install fa3-fwd (forward only), or build flash-attention's hopper/ folder"

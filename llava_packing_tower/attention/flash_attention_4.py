@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..packing import PackedSegments
+from ..data.patches import PackedSegments
 from . import eager
-from .checking import apart, close, random_segments, results
 from .recorded_launches import Launches, watched
+from .self_check import apart, close, random_segments, results
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..packing import PackedSegments
+from ..data.patches import PackedSegments
 
 VARLEN = True
 

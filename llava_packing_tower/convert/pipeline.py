@@ -16,17 +16,17 @@ import torch
 import transformers
 
 from .. import __version__
-from ..digest import tensor_digest
-from ..families.llava_vit import LlavaViTPackingModel
-from ..families.llava_vit_keys import SOURCE_TYPE
-from ..families.llava_vit_standard import LlavaViTModel
-from ..loading import open_to_others, write_json
-from ..strict import StrictPreTrainedModel
-from .conversion import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
-from .families import verify_family
-from .photos import Photographer, find_photos
+from ..checkpoint.hashing import tensor_digest
+from ..checkpoint.pretrained import StrictPreTrainedModel
+from ..checkpoint.weights import open_to_others, write_json
+from ..models.llava_vit.key_map import SOURCE_TYPE
+from ..models.llava_vit.packed import LlavaViTPackingModel
+from ..models.llava_vit.standard import LlavaViTModel
+from .plan import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
 from .sources import Source, read_source
+from .test_images import Photographer, find_photos
 from .verify import TEST_NAMES, THRESHOLDS, TestResult, verify
+from .verify_against_hf import verify_family
 
 REPORT_NAME = "conversion.json"
 LLAVA_VIT = (SOURCE_TYPE, "llava_vit_packing", *STANDARD_MODELS)

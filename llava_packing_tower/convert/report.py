@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .conversion import Conversion, WriteReport
+from .plan import Conversion, WriteReport
 from .verify import TestResult
 
 KIND_NAMES = {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..families.llava_vit_keys import SOURCE_TYPE
-from ..loading import CONFIG_NAME, WeightFiles, open_weights, read_json, resolve_folder
-from ..presets import PRESETS, SIZE_FIELDS, Preset, mismatches, names_that_fit, preset
+from ..checkpoint.weights import CONFIG_NAME, WeightFiles, open_weights, read_json, resolve_folder
+from ..models.llava_vit.key_map import SOURCE_TYPE
+from ..models.llava_vit.presets import PRESETS, SIZE_FIELDS, Preset, mismatches, names_that_fit, preset
 
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 

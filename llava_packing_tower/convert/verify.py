@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ..digest import differing, tensor_digest
-from ..families.llava_vit import LlavaViTPackingModel
-from ..families.llava_vit_standard import LlavaViTModel, clip_in_context
-from ..packing import batch_images_to_packing_input, split_packed
-from ..positions import compute_patch_positions_with_interpolated_temporal
-from ..strict import StrictPreTrainedModel
-from .photos import CONTEXT, Photographer, Sample
+from ..checkpoint.hashing import differing, tensor_digest
+from ..checkpoint.pretrained import StrictPreTrainedModel
+from ..data.patches import batch_images_to_packing_input, split_packed
+from ..data.positions import compute_patch_positions_with_interpolated_temporal
+from ..models.llava_vit.packed import LlavaViTPackingModel
+from ..models.llava_vit.standard import LlavaViTModel, clip_in_context
+from .test_images import CONTEXT, Photographer, Sample
 
 THRESHOLDS = {torch.float64: 0.99999, torch.float32: 0.99999, torch.bfloat16: 0.99, torch.float16: 0.99}
 TEST_NAMES = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from llava_packing_tower.attention import backend_module
+from llava_packing_tower.attention.dispatch import backend_module
 
 REPOSITORY = Path(__file__).parent.parent.parent
 pytestmark = [

@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from llava_packing_tower import HEVCViTPackingVisionTower
-from llava_packing_tower.bench.presets import PRESETS
-from llava_packing_tower.families import family_for
-from llava_packing_tower.layers import NORMS
+from llava_packing_tower.models.layers import NORMS
+from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.tools.bench.models import PRESETS
 
 pytestmark = pytest.mark.gpu
 GAIN = 2.5

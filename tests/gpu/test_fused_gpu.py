@@ -9,11 +9,12 @@ from families import BLOCK_VARIANTS
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from llava_packing_tower.attention import backend_module
-from llava_packing_tower.bench.presets import PRESETS
-from llava_packing_tower.families import family_for
-from llava_packing_tower.fused import kernels, reference
-from llava_packing_tower.packing import PackedSegments, batch_images_to_packing_input
+from llava_packing_tower.attention.dispatch import backend_module
+from llava_packing_tower.data.patches import PackedSegments, batch_images_to_packing_input
+from llava_packing_tower.kernels import reference
+from llava_packing_tower.kernels import triton as kernels
+from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.tools.bench.models import PRESETS
 
 SHAPES = [(1, 64), (37, 48), (1030, 1152), (5000, 256)]
 

@@ -7,9 +7,9 @@ import torch
 from conftest import unusable
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
-from llava_packing_tower.attention import BACKENDS, backend_module, resolve_backend, varlen_attention
-from llava_packing_tower.cuda_graphs import BLOCKS, PIXELS, memory_of
-from llava_packing_tower.packing import batch_images_to_packing_input, make_segments
+from llava_packing_tower.attention.dispatch import BACKENDS, backend_module, resolve_backend, varlen_attention
+from llava_packing_tower.data.patches import batch_images_to_packing_input, make_segments
+from llava_packing_tower.models.runtime.cuda_graphs import BLOCKS, PIXELS, memory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LENGTHS = (300, 17, 1, 64, 513, 128, 300)
@@ -179,7 +179,7 @@ def test_training_under_autocast_by_the_twice_the_error_rule(tmp_path, ragged, c
 @pytest.mark.parametrize("autocast", [False, True])
 def test_graphs_give_the_same_features(tmp_path, monkeypatch, autocast):
     """Small batches replay CUDA graphs by token bucket: other sizes, other counts, moved weights, inference mode."""
-    from llava_packing_tower import cuda_graphs
+    from llava_packing_tower.models.runtime import cuda_graphs
 
     monkeypatch.setattr(cuda_graphs, "_key", lambda *_: None)  # here the blocks alone
     vision = tower(tmp_path)
@@ -221,8 +221,8 @@ def test_graphs_give_the_same_features(tmp_path, monkeypatch, autocast):
 @pytest.mark.parametrize("family", ["llava_vit", "siglip2", "aimv2", "dinov3"])
 def test_graphs_from_pixels_give_the_same_features(family, backend):
     """From the fourth batch of the same shapes on, pixels to features are one graph: same features as without."""
-    from llava_packing_tower.bench.presets import PRESETS
-    from llava_packing_tower.bench.systems import Setting, our_system, random_weights
+    from llava_packing_tower.tools.bench.models import PRESETS
+    from llava_packing_tower.tools.bench.systems import Setting, our_system, random_weights
 
     if reason := backend != "auto" and unusable(backend, torch.bfloat16, 64):
         pytest.skip(f"{backend}: {reason}")

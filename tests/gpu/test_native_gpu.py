@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
-from llava_packing_tower.native.projectors import make_projector
-from llava_packing_tower.native.tokens import TokenLayout, encode_visuals
-from llava_packing_tower.native.visuals import Visual
+from llava_packing_tower.multimodal.projectors import make_projector
+from llava_packing_tower.multimodal.visual_inputs import Visual
+from llava_packing_tower.multimodal.visual_tokens import TokenLayout, encode_visuals
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -1,0 +1,185 @@
+"""Modules by the names they had before 0.2: each still imports, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+PACKAGE = __package__
+# old name -> new name, both below this package. A line goes when the next major version is released.
+RENAMED: dict[str, str] = {
+    "activations": "models.activations",
+    "alignment": "convert.parity",
+    "attention.checking": "attention.self_check",
+    "attention.plain": "attention.flash_varlen",
+    "bench": "tools.bench",
+    "bench.availability": "tools.bench.availability",
+    "bench.breakdown": "tools.bench.breakdown",
+    "bench.measure": "tools.bench.timing",
+    "bench.original": "tools.bench.original_tower",
+    "bench.peers": "tools.bench.baselines",
+    "bench.presets": "tools.bench.models",
+    "bench.report": "tools.bench.report",
+    "bench.scaling": "tools.bench.scaling",
+    "bench.session": "tools.bench.session",
+    "bench.systems": "tools.bench.systems",
+    "bench.targets": "tools.bench.targets",
+    "bench.workloads": "tools.bench.workloads",
+    "commands": "cli",
+    "commands.align": "cli.align",
+    "commands.bench": "cli.bench",
+    "commands.convert": "cli.convert",
+    "commands.demo": "cli.demo",
+    "commands.doctor": "cli.doctor",
+    "commands.eval": "cli.eval",
+    "commands.eval_report": "cli.eval_report",
+    "commands.probe": "cli.probe",
+    "commands.run": "cli.run",
+    "commands.train": "cli.train",
+    "commands.verify": "cli.verify",
+    "config_check": "checkpoint.config_check",
+    "convert.conversion": "convert.plan",
+    "convert.families": "convert.verify_against_hf",
+    "convert.photos": "convert.test_images",
+    "demo": "tools.demo",
+    "demo.ask": "tools.demo.ask",
+    "demo.files": "utils.files",
+    "demo.models": "tools.demo.tiny_models",
+    "demo.photos": "data.sample_photos",
+    "demo.pipeline": "tools.demo.pipeline",
+    "demo.report": "tools.demo.report",
+    "demo.scoring": "tools.demo.scoring",
+    "demo.training": "tools.demo.train_process",
+    "digest": "checkpoint.hashing",
+    "doctor": "tools.doctor",
+    "doctor.examination": "tools.doctor.run",
+    "doctor.probes": "tools.doctor.checks",
+    "doctor.versions": "utils.versions",
+    "encoder": "models.encoder",
+    "evaluation": "eval",
+    "evaluation.groups": "eval.task_groups",
+    "evaluation.identity": "checkpoint.folder_hash",
+    "evaluation.models": "eval.models",
+    "evaluation.models.llava_packing": "eval.models.llava_packing",
+    "evaluation.needs": "eval.preflight",
+    "evaluation.probing": "eval.probe",
+    "evaluation.results": "eval.results",
+    "evaluation.runner": "eval.runner",
+    "evaluation.tasks": "eval.tasks",
+    "evaluation.tasks.smoke": "eval.tasks.smoke",
+    "evaluation.tasks.smoke.utils": "eval.tasks.smoke.utils",
+    "families": "models.registry",
+    "families.aimv2": "models.aimv2",
+    "families.dinov3": "models.dinov3",
+    "families.key_maps": "checkpoint.key_map",
+    "families.llava_vit": "models.llava_vit.packed",
+    "families.llava_vit_keys": "models.llava_vit.key_map",
+    "families.llava_vit_standard": "models.llava_vit.standard",
+    "families.llava_vit_standard_config": "models.llava_vit.config",
+    "families.siglip2": "models.siglip2",
+    "feature_select": "towers.feature_select",
+    "fused": "models.runtime.fused",
+    "fused.activation_kernels": "kernels.triton.activation",
+    "fused.functions": "kernels.fused_block",
+    "fused.kernels": "kernels.triton",
+    "fused.launching": "kernels.triton.launcher",
+    "fused.norm_kernels": "kernels.triton.norm",
+    "fused.reference": "kernels.reference",
+    "fused.rotation_kernels": "kernels.triton.rotary",
+    "graphs": "models.runtime.cuda_graphs",
+    "hostfile": "train.hostfile",
+    "hosts": "integrations.llava.install",
+    "hosts.after_load": "integrations.llava.after_load",
+    "hosts.answering": "integrations.llava.batched_inference",
+    "hosts.arguments": "integrations.llava.arguments",
+    "hosts.arguments_table": "integrations.llava.arguments_table",
+    "hosts.base": "integrations.llava.host",
+    "hosts.builder_hook": "integrations.llava.tower_builder",
+    "hosts.frozen": "integrations.llava.restore_frozen",
+    "hosts.imports": "integrations.llava.import_hooks",
+    "hosts.inference": "integrations.llava.inference",
+    "hosts.llava_next": "integrations.llava.llava_next",
+    "hosts.llava_v1": "integrations.llava.llava_v1",
+    "hosts.llavaction": "integrations.llava.llavaction",
+    "hosts.mends": "integrations.llava.compat",
+    "hosts.mends.attention": "integrations.llava.compat.cudnn_sdpa",
+    "hosts.mends.deepspeed": "integrations.llava.compat.deepspeed",
+    "hosts.mends.fsdp": "integrations.llava.compat.fsdp",
+    "hosts.mends.llava": "integrations.llava.compat.llava",
+    "hosts.mends.models": "integrations.llava.compat.models",
+    "hosts.mends.names": "integrations.llava.compat.transformers_imports",
+    "hosts.mends.resuming": "integrations.llava.compat.torch_load",
+    "hosts.mends.trainer": "integrations.llava.compat.trainer",
+    "hosts.native": "integrations.llava.native_install",
+    "hosts.native_data": "integrations.llava.native_dataset",
+    "hosts.native_model": "integrations.llava.native_resolution",
+    "hosts.participation": "integrations.llava.text_only_batches",
+    "hosts.patches": "integrations.llava.patcher",
+    "hosts.standing": "integrations.llava.self_contained",
+    "hosts.tuning": "integrations.llava.trainable_parts",
+    "hosts.whole": "integrations.llava.checkpoint",
+    "image_processor": "data.image_processor",
+    "launch": "train.launcher",
+    "layers": "models.layers",
+    "loading": "checkpoint.weights",
+    "modeling": "models.base",
+    "module_state": "models.runtime.module_state",
+    "native": "multimodal",
+    "native.images": "data.native_image_processor",
+    "native.projectors": "multimodal.projectors",
+    "native.report": "multimodal.dataset_report",
+    "native.resolution": "data.smart_resize",
+    "native.settings": "data.native_config",
+    "native.tokens": "multimodal.visual_tokens",
+    "native.truncation": "multimodal.truncation",
+    "native.video": "data.video",
+    "native.visuals": "multimodal.visual_inputs",
+    "nodes": "train.multinode",
+    "packing": "data.patches",
+    "participation": "models.unused_parameters",
+    "positions": "data.positions",
+    "presets": "models.llava_vit.presets",
+    "reading": "train.config",
+    "record": "train.history",
+    "references": "convert.hf_reference",
+    "resume": "train.resume",
+    "rotation": "kernels.rotary",
+    "standard_tower": "towers.standard_tower",
+    "strict": "checkpoint.pretrained",
+    "tape": "data.cached_metadata",
+    "tower": "towers.packing_tower",
+    "train_entry": "train.entrypoint",
+    "training": "train.callbacks",
+    "variants": "models.llava_vit.create_model",
+}
+# Old packages: their submodules are in RENAMED under their own names.
+PACKAGES = frozenset(old for old in RENAMED if any(other.startswith(f"{old}.") for other in RENAMED))
+
+
+class _RenamedFinder(MetaPathFinder, Loader):
+    def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, old = fullname.partition(".")
+        if package != PACKAGE or old not in RENAMED:
+            return None
+        return ModuleSpec(fullname, self, is_package=old in PACKAGES)
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.partition(".")[2]
+        new = f"{PACKAGE}.{RENAMED[old]}"
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        if old in PACKAGES:
+            module.__getattr__ = lambda name: getattr(import_module(new), name)
+        else:
+            sys.modules[module.__name__] = import_module(new)
+
+
+def install() -> None:
+    """Make the old names importable. Last in line, so that it is asked for names that are not found alone."""
+    sys.meta_path.append(_RenamedFinder())

@@ -1,0 +1,99 @@
+"""A look at kernels that others built, before they are used.
+
+A build can lack a dtype or a head width and answer with other numbers and no error: a flash-attn compiled for bfloat16
+alone, to save time, reads float16 as bfloat16, and the features have nothing to do with the image any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+
+import torch
+
+from ..data.patches import PackedSegments, make_segments
+from . import eager
+
+PARTS = ("results", "gradients of q", "gradients of k", "gradients of v")
+LENGTHS, HEADS = (300, 517, 270), 2  # more than a tile of any kernel, and multiples of none
+MOST = 0.05  # plain bf16 attention is 2 % off at most, what is wrong is so by much more
+
+
+def off(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference, in parts of the largest value that is wanted; NaN for NaN."""
+    return ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether two results agree but for rounding in half precision; NaN never does."""
+    return off(got, want) <= MOST
+
+
+@contextlib.contextmanager
+def apart(device: torch.device, grad: bool) -> Iterator[None]:
+    """In here nothing around counts: another current GPU, autocast, inference mode, a checkpoint that counts what is
+    kept."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if grad:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+        yield
+
+
+def random_segments(
+    lengths: tuple[int, ...], heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor, PackedSegments]:
+    """q, k, v and a gradient of the output, each ``[N, heads, head_dim]``, and their metadata.
+
+    Always the same ones; the user's random numbers are not drawn.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(sum(lengths), 4, heads, head_dim, generator=generator, device=device).to(dtype)
+    *given, grad = (x.contiguous() for x in noise.unbind(1))
+    return given, grad, make_segments(lengths, device)
+
+
+def results(
+    attend: Callable,
+    heads: Sequence[torch.Tensor],
+    segments: PackedSegments,
+    scale: float,
+    grad: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The output of ``attend`` for q, k, v and, given ``grad``, their gradients. Each ``[N, heads, head_dim]``."""
+    if grad is None:
+        return (attend(*heads, segments, scale),)
+    heads = [x.detach().requires_grad_() for x in heads]
+    out = attend(*heads, segments, scale)
+    return out.detach(), *torch.autograd.grad(out, heads, grad)
+
+
+def why_wrong(
+    module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+) -> str | None:
+    """None if a backend gives on random segments what plain attention gives, else what it does not give.
+
+    Its gradients are looked at too where they are needed. Synchronises.
+    """
+    with apart(device, needs_grad):
+        heads, grad, segments = random_segments(LENGTHS, HEADS, head_dim, device, dtype)
+        rest = segments, head_dim**-0.5
+        try:
+            got = results(module.attend, heads, *rest, grad if needs_grad else None)
+        except torch.cuda.OutOfMemoryError:  # says nothing about the build
+            raise
+        except RuntimeError as error:
+            return f"it fails: {error}".partition("\n")[0]
+        want = results(eager.attend, [x.float() for x in heads], *rest, grad.float() if needs_grad else None)
+        for what, x, y in zip(PARTS, got, want):
+            if not (distance := off(x, y)) <= MOST:
+                return (
+                    f"its {what} are wrong ({distance:.2g} of the largest value away from plain attention's, at most "
+                    f"{MOST} allowed): this build may lack such kernels"
+                )
+    return None

@@ -1,0 +1,399 @@
+"""Loading and saving that all models of this package share: every tensor fits, or nothing is loaded."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .config_check import DROPOUTS, check_config
+from .weights import (
+    CONFIG_NAME,
+    Recipe,
+    WeightFiles,
+    WeightPlan,
+    atomic_folder,
+    construction,
+    describe_problems,
+    is_weight_file,
+    load_weights,
+    parameter_shapes,
+    plan_problems,
+    read_json,
+    resolve_folder,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+AUTO_OPTIONS = {
+    "adapter_kwargs",
+    "trust_remote_code",
+    "low_cpu_mem_usage",
+    "_from_auto",
+    "_commit_hash",
+}
+"""What changes nothing here: no code of a checkpoint is run, and no weight is made twice."""
+_DISPATCH = "pass device_map= alone, or call accelerate.dispatch_model on the loaded model"
+_QUANTISE = "load the model, then quantise its layers"
+_STRICT = "every tensor must fit; make a model of the config and load what you want into it"
+INSTEAD = {
+    "variant": "keep each variant in a folder of its own and pass subfolder=",
+    "max_memory": _DISPATCH,
+    "offload_folder": _DISPATCH,
+    "offload_state_dict": _DISPATCH,
+    "offload_buffers": _DISPATCH,
+    "quantization_config": _QUANTISE,
+    "load_in_8bit": _QUANTISE,
+    "load_in_4bit": _QUANTISE,
+    "ignore_mismatched_sizes": _STRICT,
+    "state_dict": _STRICT,
+    "key_mapping": "convert the checkpoint: llava-packing convert",
+    "gguf_file": "convert the checkpoint: llava-packing convert",
+    "from_tf": "convert the checkpoint to safetensors",
+    "from_flax": "convert the checkpoint to safetensors",
+    "tp_plan": "use DeepSpeed, FSDP or DDP",
+    "tp_size": "use DeepSpeed, FSDP or DDP",
+    "device_mesh": "use DeepSpeed, FSDP or DDP",
+    "distributed_config": "use DeepSpeed, FSDP or DDP",
+    "adapter_name": "load an adapter with peft.PeftModel.from_pretrained",
+    "use_kernels": "choose kernels with attn_implementation= and set_compile()",
+}
+"""Keywords of transformers that are refused, and the word or step to use in their place."""
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+class StrictPreTrainedModel(PreTrainedModel):
+    """A ``PreTrainedModel`` that also loads foreign checkpoints, by a plan, and never leaves a weight random."""
+
+    config_class: type[PretrainedConfig]
+    source_model_types: tuple[str, ...] = ()
+    """``model_type`` of foreign checkpoints that :meth:`from_pretrained` converts while loading."""
+
+    @classmethod
+    def config_from_source(cls, source: dict, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PretrainedConfig:
+        """This model's config from the config.json of a foreign checkpoint (a ``source_model_types`` one).
+
+        shapes: name and shape of its tensors, where they are known, for what a config may leave unsaid.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def plan_from_source(
+        cls, source: dict, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+    ) -> WeightPlan:
+        """Recipes that fill this model from the tensors of a foreign checkpoint."""
+        raise NotImplementedError
+
+    def set_attention_backend(self, name: str) -> None:
+        """Choose the attention implementation; ``ValueError`` for one that this model does not have."""
+        raise NotImplementedError
+
+    def set_compile(self, choice: bool | None) -> None:
+        """The old name of :meth:`set_fused`: False means eager blocks. Models that fuse nothing ignore it."""
+
+    def set_fused(self, choice: bool | None) -> None:
+        """Run the blocks eager (False), fused (True), or as is best (None). Models that fuse nothing ignore it."""
+
+    @classmethod
+    def plan(
+        cls,
+        source: dict,
+        shapes: Mapping[str, tuple[int, ...]],
+        config: PretrainedConfig | None = None,
+        where: object = "the checkpoint",
+    ) -> tuple[PretrainedConfig, WeightPlan]:
+        """Config and recipes for a checkpoint with this config.json content and these tensors.
+
+        Raises ``ValueError`` for a ``model_type`` that this class does not load, or a config that cannot be true.
+        """
+        own_type, found = cls.config_class.model_type, source.get("model_type")
+        if found != own_type and found not in cls.source_model_types:
+            known = ", ".join((own_type, *cls.source_model_types))
+            raise ValueError(f"{where}: model_type {found!r} is not one that {cls.__name__} loads ({known})")
+        own = found == own_type
+        try:
+            config = config or (cls.config_class.from_dict(source) if own else cls.config_from_source(source, shapes))
+        except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(f"{where}: its config cannot be used: {error}") from error
+        check_config(config, where)
+        plan = (
+            WeightPlan({key: Recipe((key,)) for key in shapes}) if own else cls.plan_from_source(source, config, shapes)
+        )
+        layers = getattr(config, "num_hidden_layers", 0)
+        if layers > len(shapes):  # before a model of that many layers is built
+            raise ValueError(f"{where}: the config claims {layers} layers, the weights have {len(shapes)} tensors")
+        return config, plan
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: PretrainedConfig,
+        plan: WeightPlan,
+        files: WeightFiles,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> StrictPreTrainedModel:
+        """A model in evaluation mode whose every parameter comes from ``files`` by ``plan``; else ``ValueError``."""
+        with construction(dtype):
+            model = cls(config)
+        load_weights(model, plan, files, device)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        config: PretrainedConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        device_map: torch.device | str | int | dict | None = None,
+        attn_implementation: str | None = None,
+        subfolder: str = "",
+        use_safetensors: bool | None = None,
+        output_loading_info: bool = False,
+        **options: object,
+    ) -> StrictPreTrainedModel | tuple[StrictPreTrainedModel, dict[str, list | set]]:
+        """Load a checkpoint, or convert a known foreign one in memory. Strict: all tensors fit, or an error.
+
+        Args:
+            pretrained_model_name_or_path: local folder or hub id.
+            config: use this config in place of the one in the folder.
+            dtype (or torch_dtype): of the weights; None is torch's default dtype, "auto" that of the file.
+            device: where the weights go; None is the CPU.
+            device_map: a device as transformers writes it (``"cuda"``, ``0``, ``{"": "cuda:0"}``), or a map of several,
+                or ``auto``, ``balanced``, ``balanced_low_0``, ``sequential``: loaded on the CPU, then spread by
+                accelerate.
+            attn_implementation: attention backend, see :meth:`set_attention_backend`; None is ``auto``.
+            subfolder: of the folder or hub repository.
+            use_safetensors: True and False ask for this kind of file; None takes safetensors where there are any.
+            output_loading_info: also return what transformers' method tells of the tensors. Nothing is ever missing or
+                mis-shaped; ``unexpected_keys`` are the tensors of a foreign checkpoint that this model has no use for.
+            options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` go to huggingface_hub; what
+                transformers' Auto classes add is accepted and has no effect; anything else is a ``TypeError``, with
+                what to use instead where there is something.
+
+        Returns:
+            The model in evaluation mode; with ``output_loading_info`` a pair of it and that information.
+
+        Raises:
+            ValueError: no config, another model_type, or missing, unexpected, mis-shaped or non-float tensors; both
+                ``device`` and ``device_map``; two different dtypes.
+        """
+        _check_options(cls, options)
+        if device is not None and device_map is not None:
+            raise ValueError(f"device {device!r} and device_map {device_map!r} say the same thing: pass one of them")
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype {dtype!r} and torch_dtype {torch_dtype!r} differ: pass one of them")
+        hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+        folder = resolve_folder(pretrained_model_name_or_path, subfolder=subfolder, **hub)
+        raw = read_json(folder / CONFIG_NAME)
+        files = WeightFiles(folder, use_safetensors)
+        dtype = torch_dtype if dtype is None else dtype
+        if config is not None and options.keys() & AUTO_OPTIONS:
+            # AutoModel moves attn_implementation into the config, and in transformers 4 dtype as well.
+            dtype = _changed_dtype(config, raw) if dtype is None else dtype
+            attn_implementation = attn_implementation or getattr(config, "_attn_implementation_internal", None)
+            config._attn_implementation_internal = None  # transformers knows other names than ours
+        config, plan = cls.plan(raw, files.shapes(), config, folder)
+        if (found := raw.get("model_type")) != cls.config_class.model_type:
+            logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, config.model_type)
+        one, spread = _placement(device_map if device is None else device)
+        model = cls.from_weights(config, plan, files, _as_dtype(dtype, files), one)
+        model.set_attention_backend(attn_implementation or "auto")
+        if spread is not None:
+            _spread(model, spread)
+        if not output_loading_info:
+            return model
+        kind = list if transformers.__version__.startswith("4.") else set
+        info = {"missing_keys": kind(), "unexpected_keys": kind(sorted(plan.dropped)), "mismatched_keys": kind()}
+        return model, {**info, "error_msgs": []}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: object = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        token: object = None,
+        save_peft_format: bool = True,
+        **options: object,
+    ) -> None:
+        """Write config.json and safetensors; weights of an earlier save that these replace are removed.
+
+        Args:
+            save_directory: made where it does not exist; other files in it stay.
+            is_main_process: False writes nothing.
+            state_dict: write these tensors (an average, or what accelerate gathered) in place of the model's own. An
+                empty one, with which transformers' Trainer says that the weights are saved elsewhere, writes
+                config.json alone.
+            max_shard_size: largest file, bytes or a text such as "5GB".
+            save_function, token, save_peft_format, and ``save_original_format`` in options: what transformers does with
+                them (pickled files, uploads, adapters, other names) never happens here.
+
+        Raises:
+            ValueError: tensors that are not those of this model (missing, unexpected, mis-shaped or empty ones:
+                adapters, quantised layers, ZeRO-3); ``safe_serialization=False``, ``variant`` or ``push_to_hub``.
+            TypeError: another keyword.
+        """
+        if strange := set(options) - {"save_original_format"}:
+            raise TypeError(f"{type(self).__name__}.save_pretrained() got unexpected arguments {sorted(strange)}")
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: weights are written as safetensors only; leave it out")
+        if variant is not None:
+            raise ValueError(f"variant={variant!r}: variants are not written; save into a folder of its own")
+        if push_to_hub:
+            raise ValueError("push_to_hub=True: save first, then upload the folder (huggingface_hub.upload_folder)")
+        if Path(save_directory).is_file():
+            raise ValueError(f"{save_directory} is a file; a model is saved into a folder")
+        if not is_main_process:
+            return
+        tensors = self._tensors_to_save(state_dict)
+        from huggingface_hub import save_torch_state_dict
+
+        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), self.dtype)
+        with atomic_folder(save_directory, replaces=is_weight_file) as folder:
+            write_json(config_content(type(self), self.config, dtype), folder / CONFIG_NAME)
+            if tensors:
+                save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+            else:
+                logger.warning("%s: the given state_dict is empty, config.json is written alone", save_directory)
+
+    def _tensors_to_save(self, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Raises ``ValueError`` if :meth:`from_pretrained` could not load them again."""
+        if state_dict is not None and not state_dict:
+            return {}
+        if state_dict is None and any(hasattr(p, "ds_id") for p in self.parameters()):
+            raise ValueError(
+                "the weights are partitioned by ZeRO-3: gather them on all ranks and pass them, "
+                "save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
+            )
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        with torch.device("meta"):
+            wanted = parameter_shapes(type(self)(self.config))
+        plan = WeightPlan({key: Recipe((key,)) for key in tensors})
+        if problems := plan_problems(plan, {key: tuple(t.shape) for key, t in tensors.items()}, wanted):
+            raise ValueError(
+                f"these tensors are not those of a {type(self).__name__} (adapters, quantised, partitioned weights? "
+                f"Merge, or save with the library that changed it): {describe_problems(problems)}"
+            )
+        if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
+            raise ValueError(f"{len(meta)} tensors have no values (offloaded by accelerate?), {meta[0]} for example")
+        return {key: _on_its_own(tensor) for key, tensor in tensors.items()}
+
+    def train(self, mode: bool = True) -> StrictPreTrainedModel:
+        """As any module's; says if the config has a dropout, which is of no effect here."""
+        rates = {name: rate for name in DROPOUTS if (rate := getattr(self.config, name, 0))}
+        if mode and rates:
+            said = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+            _warn_once(f"{type(self).__name__}: its config has {said}; it is trained without dropout")
+        return super().train(mode)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *_: object, **__: object) -> None:
+        """transformers' name for :meth:`set_attention_backend`. (A dict names sub-models; its key "" is this one.)"""
+        if isinstance(attn_implementation, dict):
+            if set(attn_implementation) != {""}:
+                raise ValueError(f"this model has no sub-models to choose attention for, got {attn_implementation}")
+            attn_implementation = attn_implementation[""]
+        try:
+            self.set_attention_backend(attn_implementation)
+        except ValueError as error:
+            raise ValueError(
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported: {error}'
+            ) from error
+        if attn_implementation in ("eager", "sdpa"):  # the names that any transformers takes when a model is made
+            self.config._attn_implementation = attn_implementation
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def _on_its_own(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values; a copy where the tensor is a part of a larger one, as what ZeRO-3 gathers is."""
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return tensor if whole else tensor.clone()
+
+
+def _check_options(cls: type, options: dict[str, object]) -> None:
+    """Raises ``TypeError`` for keywords that would have no effect."""
+    # What transformers passes along, or means "no".
+    strange = {key for key in set(options) - HUB_OPTIONS - AUTO_OPTIONS if key not in INSTEAD or options[key]}
+    if strange:
+        words = "; ".join(f"in place of {key}: {INSTEAD[key]}" for key in sorted(strange) if key in INSTEAD)
+        raise TypeError(
+            f"{cls.__name__}.from_pretrained() got unexpected arguments {', '.join(sorted(strange))}"
+            + (f" ({words})" if words else "")
+        )
+
+
+def _placement(device_map: torch.device | str | int | dict | None) -> tuple[torch.device, str | dict | None]:
+    """The device that weights are loaded to, and how they are spread afterwards (None: they stay)."""
+    if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
+        device_map = next(iter(device_map.values()))
+    if isinstance(device_map, dict) or device_map in SPREADING:
+        return torch.device("cpu"), device_map
+    try:
+        device = torch.device("cpu" if device_map is None else device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map {device_map!r} is no device, no dict of devices and none of {', '.join(SPREADING)}: {error}"
+        ) from error
+    return device, None
+
+
+def _spread(model: StrictPreTrainedModel, device_map: str | dict) -> None:
+    """Put the parts of a model on several devices, by accelerate."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if isinstance(device_map, str):
+        whole, memory = model._no_split_modules, None
+        if device_map != "sequential":
+            low = device_map == "balanced_low_0"
+            memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=low)
+        device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    dispatch_model(model, device_map)
+
+
+def _changed_dtype(config: PretrainedConfig, raw: dict) -> torch.dtype | str | None:
+    """The dtype of a config that was read from ``raw``, if it is not the one that stands there."""
+    asked = getattr(config, "dtype", None)
+    stated = raw.get("dtype", raw.get("torch_dtype"))
+    same = asked is None or str(asked).removeprefix("torch.") == str(stated).removeprefix("torch.")
+    return None if same else asked
+
+
+def config_content(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> dict:
+    """What config.json says of a model of this class with weights of this dtype."""
+    # Without the settings of text generation that transformers gives to every config.
+    common = PretrainedConfig().to_dict()
+    own = {key: value for key, value in config.to_dict().items() if key not in common or value != common[key]}
+    kept = {"model_type": config.model_type, "transformers_version": transformers.__version__}
+    return {**own, **kept, "architectures": [cls.__name__], "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _as_dtype(dtype: torch.dtype | str | None, files: WeightFiles) -> torch.dtype:
+    if dtype is None:
+        return torch.get_default_dtype()
+    if dtype == "auto":
+        return next(t.dtype for t in (files[key] for key in files.shapes()) if t.is_floating_point())
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch dtype, its name, 'auto' or None, got {dtype!r}")
+    return dtype

@@ -1,0 +1,1 @@
+"""One module per `llava-packing` command; see :mod:`main`."""

@@ -1,0 +1,115 @@
+"""Convert a checkpoint, and prove the result.
+
+SRC is a folder or hub id of a standard LlavaViT (`llava_vit`), a OneVision encoder, a packing checkpoint, SigLIP2,
+AIMv2 or DINOv3, or a training checkpoint (.pt, .pth, .safetensors), which needs --model_name. What it is, and what it
+becomes, is found from SRC: standard to packing, packing back to standard. SRC is not touched; the output appears whole
+or not at all. Exit status 0 if all went well, 1 if anything did not fit or a test failed (then the output is moved to
+*.failed).
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from rich.console import Console
+
+from ..convert.pipeline import Options, Outcome, Progress, convert
+from ..convert.plan import Conversion, DoesNotFit, peak_memory
+from ..convert.report import (
+    announce,
+    make_console,
+    print_plan,
+    print_problems,
+    print_results,
+    print_written,
+    progress_bars,
+)
+from ..convert.verify import STEPS, THRESHOLDS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder, hub id or weight file")
+    parser.add_argument("--target_model_name", help="named sizes that the result must have, or its model_type")
+    parser.add_argument("--output_dir", help="folder to write (default: beside SRC, <name>_packing or <name>_standard)")
+    parser.add_argument(
+        "--dtype",
+        default="keep",
+        choices=("float32", "bfloat16", "float16", "keep"),
+        help="of the result (default: keep)",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
+    add_common_arguments(parser)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `convert` and `verify` share."""
+    parser.add_argument(
+        "--model_name", help="name of the model in a file that has no config.json, e.g. llava_vit_large_ln"
+    )
+    parser.add_argument("--num_attention_heads", type=int, help="for a training checkpoint whose sizes have no name")
+    parser.add_argument(
+        "--layer_norm_eps",
+        type=float,
+        help="for a training checkpoint: 1e-5 is what the training code used (default: 1e-6, as published conversions)",
+    )
+    parser.add_argument(
+        "--image_size", type=int, help="for a training checkpoint: nominal side in pixels (default: 448)"
+    )
+    parser.add_argument("--device", default="auto", help="where to verify: auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--images", help="folder of photos to verify with (default: those in scikit-learn, scikit-image)"
+    )
+
+
+def options_of(args: argparse.Namespace, **more: object) -> Options:
+    fields = {name: getattr(args, name) for name in ("num_attention_heads", "layer_norm_eps", "image_size")}
+    return Options(
+        model_name=args.model_name,
+        device=args.device,
+        images=args.images,
+        fields={name: value for name, value in fields.items() if value is not None},
+        **more,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    console = make_console()
+    try:
+        outcome = _convert(args, console)
+    except DoesNotFit as error:
+        print_problems(console, f"ERROR: {error.message}:", error.rows)
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
+        return 1
+    print_written(console, outcome.report)
+    if outcome.results:
+        print_results(console, outcome.results, THRESHOLDS[outcome.conversion.dtype])
+        peak = peak_memory() / 1e9
+        console.print(f"  verified in {outcome.verify_seconds:.1f} s, peak memory {peak:.2f} GB", soft_wrap=True)
+    if not outcome.passed:
+        console.print(
+            f"FAILED: the result does not do what the source does; it was moved to {outcome.folder}", markup=False
+        )
+        return 1
+    skipped = any(result.passed is None for result in outcome.results)
+    remark = " (not verified)" if not outcome.results else " (not compared with another model)" if skipped else ""
+    console.print(f"written to {outcome.folder}{remark}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _convert(args: argparse.Namespace, console: Console) -> Outcome:
+    options = options_of(args, target_model_name=args.target_model_name, dtype=args.dtype, verify=not args.no_verify)
+    with progress_bars(console) as bars:
+        writing = bars.add_task("converting", total=None)
+        verifying = bars.add_task("verifying", total=STEPS, visible=False)
+
+        def planned(conversion: Conversion) -> None:
+            print_plan(console, conversion)
+            bars.update(writing, total=conversion.nbytes)
+
+        progress = Progress(
+            planned, lambda nbytes: bars.advance(writing, nbytes), partial(announce, console, bars, verifying)
+        )
+        return convert(args.src, args.output_dir, options, progress)

@@ -1,0 +1,111 @@
+"""Evaluate a LLaVA checkpoint with a packing tower on lmms-eval's tasks, each in a process of its own.
+
+    llava-packing eval CHECKPOINT --tasks smoke
+    llava-packing eval CHECKPOINT --tasks ai2d,chartqa --num_gpus 8 --log_samples
+
+`--tasks` takes lmms-eval's task names and the groups image, video and smoke. What is done already for exactly these
+weights and options is not done again. The exit status is 1 if a task failed. Every other --flag goes to lmms-eval.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .main import UsageError
+
+TAKES_REST = True
+OURS = ("--model", "--tasks", "--config", "--output_path")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--tasks", required=True, help="names and groups, joined by commas")
+    parser.add_argument("--output_path", type=Path, help="(eval_results/<name of the checkpoint>)")
+    parser.add_argument("--num_gpus", type=int, help="one process on each (1)")
+    parser.add_argument("--num_processes", type=int, help="so many processes on the CPU")
+    parser.add_argument("--limit", help="samples of each task, to try things out")
+    parser.add_argument("--batch_size", type=int, default=8, help="requests answered together (8)")
+    parser.add_argument("--conv_template", help="LLaVA's conversation template (that of the training)")
+    parser.add_argument("--model_base", type=Path, help="what a LoRA was trained on")
+    parser.add_argument("--max_frames_num", type=int, help="frames of a video (32)")
+    parser.add_argument("--include_path", help="a folder with tasks of your own")
+    parser.add_argument("--force", action="store_true", help="run again what is done")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ..checkpoint.folder_hash import identity
+    from ..eval.preflight import check_checkpoint, check_installation
+    from ..eval.results import write_report
+    from ..eval.runner import Evaluation, run_tasks
+    from ..eval.task_groups import check_known, expand, registered
+    from ..eval.tasks import OWN_TASKS
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100
+    where = _where(args)
+    for word in args.rest:
+        if word.split("=")[0] in OURS:
+            raise UsageError(f"{word} is set by this command")
+    try:
+        tasks = expand(args.tasks)
+        check_installation()
+        check_checkpoint(args.checkpoint, args.model_base)
+        if not set(tasks) <= set(OWN_TASKS):
+            check_known(tasks, registered(args.include_path))
+        weights = identity(args.checkpoint, args.model_base)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    model = {
+        "pretrained": args.checkpoint,
+        "weights": weights,
+        "model_base": args.model_base,
+        "conv_template": args.conv_template,
+        "max_frames_num": args.max_frames_num,
+    }
+    model = {name: value for name, value in model.items() if value is not None}
+    output = args.output_path or Path("eval_results") / args.checkpoint.resolve().name
+    try:
+        evaluation = Evaluation(
+            model,
+            output,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            include=args.include_path,
+            rest=tuple(args.rest),
+            force=args.force,
+            **where,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    console.print(f"{args.checkpoint} (weights {weights}): {', '.join(tasks)}", soft_wrap=True)
+    results = run_tasks(evaluation, tasks, console)
+    written = write_report(output, {args.checkpoint.resolve().name: results})
+    console.print((output / "results.md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+    console.print(f"{', '.join(map(str, written))}", soft_wrap=True)
+    failed = [task for task, result in results.items() if result.error is not None]
+    if failed:
+        console.print(f"[bold red]{len(failed)} of {len(tasks)} tasks failed:[/] {', '.join(failed)}", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _where(args: argparse.Namespace) -> dict[str, object]:
+    """Processes and devices. Raises :class:`UsageError` for more GPUs than there are."""
+    if args.num_gpus is not None and args.num_processes is not None:
+        raise UsageError("--num_processes is for runs on the CPU; with --num_gpus leave it out")
+    if args.batch_size < 1:
+        raise UsageError(f"--batch_size {args.batch_size}: a batch has at least one request")
+    count = args.num_gpus if args.num_processes is None else args.num_processes
+    if count is not None and count < 1:
+        raise UsageError(f"{count} processes cannot evaluate anything")
+    if args.num_processes is not None:
+        return {"processes": count, "on_cpu": True, "environment": {"CUDA_VISIBLE_DEVICES": ""}}
+    if args.num_gpus is not None:
+        import torch
+
+        if args.num_gpus > torch.cuda.device_count():
+            raise UsageError(f"--num_gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
+    return {"processes": count or 1}

@@ -1,0 +1,40 @@
+"""Put the results of several evaluations into one table and one chart.
+
+    llava-packing eval-report eval_results/run1 eval_results/run2 --output_path comparison
+
+The folders are those of `llava-packing eval`, or of lmms-eval itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .main import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--output_path", type=Path, help="folder for results.md and results.png (nothing is written)")
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart. Raises :class:`UsageError` for one folder twice."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise UsageError("a folder is given twice")
+    count = next(n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts))
+    return ["/".join(p[-count:]) for p in parts]
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..eval.results import markdown, read_run, write_report
+
+    try:
+        runs = {name: read_run(folder) for name, folder in zip(names_of(args.folders), args.folders)}
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(markdown(runs), end="")
+    if args.output_path is not None:
+        print(", ".join(map(str, write_report(args.output_path, runs))))
+    return 0

@@ -1,0 +1,72 @@
+"""The `llava-packing` command. A command is one module under `commands/` and one line in COMMANDS."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a command lives and its one-line help. The module is imported only when the command is called."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "align": Command("align", "compare a packed encoder with transformers' own model on the same checkpoint"),
+    "train": Command("train", "train LLaVA through a packed vision tower, from a YAML file"),
+    "convert": Command("convert", "convert a checkpoint to packing (or back) and prove the result"),
+    "verify": Command("verify", "compare two LlavaViT checkpoints on real photographs"),
+    "doctor": Command("doctor", "which host, versions, defects and attention backends are here, and what mends them"),
+    "demo": Command("demo", "fine-tune a tiny LLaVA on real photographs, reload it and ask about each photo"),
+    "eval": Command("eval", "evaluate a checkpoint on lmms-eval's tasks"),
+    "eval-report": Command("eval_report", "results of several evaluations in one table and one chart"),
+    "probe": Command("probe", "compare towers without a decoder: linear and k-NN probe on an image folder"),
+    "run": Command("run", "run LLaVA's own scripts, or any other, with the packing tower"),
+    "bench": Command("bench", "measure the packed encoders beside what people use today"),
+}
+
+
+class UsageError(Exception):
+    """A mistake in what the user typed or configured: printed as one message, without a traceback (exit status 2)."""
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    return "commands:\n" + "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Each module has `add_arguments(parser)` and `run(args) -> int`, the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    top = argparse.ArgumentParser(
+        prog="llava-packing", epilog=_overview(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("command", choices=COMMANDS, metavar="command", help="one of: " + ", ".join(COMMANDS))
+    name = top.parse_args(argv[:1]).command
+    module = import_module(f".{COMMANDS[name].module}", __package__)
+    parser = argparse.ArgumentParser(
+        prog=f"llava-packing {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # `--key` belongs to the host's arguments as typed; an abbreviation must not be taken for one of ours.
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    try:
+        # A command that takes the host's own arguments says so by reading `args.rest`.
+        if getattr(module, "TAKES_REST", False):
+            args, args.rest = parser.parse_known_args(argv[1:])
+        else:
+            args = parser.parse_args(argv[1:])
+        return module.run(args)
+    except UsageError as error:
+        print(f"llava-packing {name}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Compare vision towers without a decoder: linear and k-NN probe on an image folder.
+
+    llava-packing probe checkpoints/llava_vit_large_packing google/siglip2-so400m-patch16-naflex --data photos
+
+`--data` is `photos/<class>/<image>`, of which a quarter is held out, or has `train/` and `val/` with the classes.
+Features are cached: a second run with other classifiers takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from .main import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("towers", nargs="+", metavar="TOWER", help="folders or hub ids, of any family")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--select_layer", type=int, default=-1, help="hidden state that is looked at (-1)")
+    parser.add_argument("--max_patches", type=int, help="most patches of an image (those of the nominal image)")
+    parser.add_argument("--square", action="store_true", help="images as the tower's own processor makes them")
+    parser.add_argument("--k", type=int, default=20, help="neighbours (20)")
+    parser.add_argument("--C", type=float, default=1.0, help="inverse regularisation of the linear probe (1.0)")
+    parser.add_argument("--test_share", type=float, default=0.25, help="held out of each class (0.25)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images of one packed pass (32)")
+    parser.add_argument("--device", help="(the GPU, or the CPU)")
+    parser.add_argument("--cache", type=Path, help="folder for features (~/.cache/llava_packing_tower/probe)")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from ..eval.probe import CACHE, probe, read_folder
+    from ..utils.files import write_text
+
+    if find_spec("sklearn") is None:
+        raise UsageError("the probes are those of scikit-learn: pip install scikit-learn")
+    if args.square and args.max_patches is not None:
+        raise UsageError("--max_patches is for images at their own shapes; with --square it has no effect")
+    if not 0 < args.test_share < 1 or args.k < 1 or args.batch_size < 1 or args.C <= 0:
+        raise UsageError("--test_share lies between 0 and 1; --k, --batch_size and --C are above 0")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    options = {"layer": args.select_layer, "square": args.square, "max_patches": args.max_patches}
+    results = []
+    try:
+        photos = read_folder(args.data, args.test_share)
+        counts = f"{len(photos.files)} images of {len(photos.classes)} classes, {int(photos.is_test.sum())} held out"
+        console.print(f"{args.data}: {counts}", soft_wrap=True)
+        for name in args.towers:
+            with Progress(console=console, transient=True) as bar:
+                task = bar.add_task(name, total=len(photos.files))
+                result = probe(
+                    *(name, photos, options, args.cache or CACHE, args.k, args.C),
+                    batch_size=args.batch_size,
+                    device=args.device,
+                    progress=lambda count, bar=bar, task=task: bar.advance(task, count),
+                )
+            took = f"{len(photos.files) / result.seconds:.1f} images/s" if result.seconds else "features from the cache"
+            console.print(f"{name}: {took}", soft_wrap=True)
+            results.append(result)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    table = Table("tower", "family", "hidden", "patches", "linear", f"{args.k}-NN", title="Accuracy on held-out images")
+    for r in results:
+        row = (r.tower, r.family, str(r.hidden_size), f"{r.patches:.0f}", f"{r.linear:.1%}", f"{r.knn:.1%}")
+        table.add_row(*row)
+    console.print(table)
+    if args.json is not None:
+        write_text(args.json, json.dumps([asdict(result) for result in results], indent=1))
+    return 0

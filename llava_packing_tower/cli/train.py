@@ -1,0 +1,60 @@
+"""Train LLaVA through a packed vision tower: the host's own training, started with DeepSpeed (or torchrun on a CPU).
+
+The keys of the YAML file are the host's own argument names; --key value on the command line takes precedence.
+
+  llava-packing train configs/llava_next_finetune.yaml --output_dir out/finetune --num_gpus 8
+  llava-packing train configs/llava_next_finetune.yaml --learning_rate 2e-5 --dry_run
+
+Started again with the same output_dir, it goes on from the last checkpoint that was saved completely. On several
+machines, give --hostfile on one of them (DeepSpeed starts the others over ssh), or start the same command on each with
+--nnodes and either --rdzv_endpoint or --node_rank, --master_addr and --master_port.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from ..train import multinode as nodes
+from ..train import resume
+from ..train.launcher import make_plan
+from ..train.launcher import run as run_plan
+from ..train.run_lock import RunLock
+
+TAKES_REST = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("--num_gpus", type=int, metavar="N", help="GPUs of each machine (default: all)")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="run on the CPU, in N processes")
+    parser.add_argument("--hostfile", metavar="F", help="DeepSpeed hostfile: train on several machines")
+    parser.add_argument("--master_port", type=int, metavar="P", help="port of the rendezvous (default: a free one)")
+    nodes.add_arguments(parser)
+    parser.add_argument("--dry_run", action="store_true", help="check the configuration, print the plan and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit status of the training processes."""
+    machines = nodes.Nodes(
+        args.nnodes, args.node_rank, args.master_addr, args.master_port, args.rdzv_endpoint, args.rdzv_id
+    )
+    plan = make_plan(
+        args.config, args.rest, args.num_gpus, args.num_processes, args.hostfile, args.master_port, machines
+    )
+    print(plan.describe(), flush=True)
+    if args.dry_run:
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan.environment.items())
+        print(f"  command: {settings} {shlex.join(plan.command)}")
+        return 0
+    if plan.finished is not None:
+        return 0
+    lock = RunLock(plan.values["output_dir"], machines.meeting_place)
+    try:
+        (Path(str(plan.values["output_dir"])).expanduser() / resume.FINISHED).unlink(missing_ok=True)
+        for line in resume.set_aside(plan.values["output_dir"]):
+            print(line, flush=True)
+        return run_plan(plan)
+    finally:
+        lock.release()

@@ -1,1 +1,0 @@
-"""One module per `llava-packing` command; see `llava_packing_tower.cli`."""

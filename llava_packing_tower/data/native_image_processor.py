@@ -1,0 +1,74 @@
+"""Photos and frames to pixels at their own size: the image processor of a tower at native resolution."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+from .image_processor import PackingImageProcessor
+from .images import UnreadableImage
+from .native_config import NativeSettings
+from .smart_resize import ResolutionRule
+
+_lists_are_videos: ContextVar[bool] = ContextVar("lists_are_videos", default=False)
+
+
+class NativeImageProcessor(PackingImageProcessor):
+    """``base`` (its mean, deviation, filter and scale), but every image at the size that the rule gives it, uncropped.
+
+    ``crop_size`` is one unit: LLaVA makes a blank image of this size for every sample without one.
+    """
+
+    def __init__(self, base: PackingImageProcessor, rule: ResolutionRule, settings: NativeSettings) -> None:
+        self.__dict__.update(base.__dict__)
+        self.base, self.rule, self.settings = base, rule, settings
+        self.do_center_crop = False
+        self.crop_size = {"height": rule.unit[0], "width": rule.unit[1]}
+
+    @contextlib.contextmanager
+    def reading(self, video: bool) -> Iterator[None]:
+        """In here, and in this thread, a list of images is one video (a folder of frames), if ``video``."""
+        token = _lists_are_videos.set(video)
+        try:
+            yield
+        finally:
+            _lists_are_videos.reset(token)
+
+    def to_dict(self) -> dict:
+        """That of ``base``: the rule belongs to the model's config, where the settings are."""
+        return self.base.to_dict()
+
+    def _resized(self, image: Image.Image, max_patches: int | None = None) -> Image.Image:
+        if max(image.size) > self.image_reading.max_aspect * min(image.size):
+            raise UnreadableImage(
+                f"an image of {image.width} x {image.height} pixels is longer than mm_packing_max_aspect "
+                f"{self.image_reading.max_aspect} times its width"
+            )
+        target = self.rule.size(*image.size, max_patches=max_patches)
+        return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image
+
+    def preprocess(self, images, return_tensors: str | None = None, **overrides) -> BatchFeature:
+        """As :meth:`PackingImageProcessor.preprocess`, at native resolution.
+
+        An array ``[T, H, W, C]`` is a video, and a list inside :meth:`reading`: all its frames get one size, within the
+        bound for the whole video.
+        """
+        if overrides:
+            base = PackingImageProcessor.from_dict({**self.base.to_dict(), **overrides})
+            base.image_reading = self.image_reading
+            return NativeImageProcessor(base, self.rule, self.settings).preprocess(images, return_tensors)
+        video = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+        video = video or (_lists_are_videos.get() and isinstance(images, list) and len(images) > 0)
+        limit = self.settings.frame_patches(len(images)) if video else None
+        return self._batch(images, return_tensors, limit)
+
+    __call__ = preprocess
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r}, {self.rule!r})"

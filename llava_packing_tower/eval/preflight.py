@@ -1,0 +1,86 @@
+"""What an evaluation needs, looked up before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..checkpoint.weights import CONFIG_NAME, read_json
+from ..integrations.llava.install import find_host
+from ..towers.names import PACKING, tower_kind
+from ..utils.versions import Run, filelock, impossible, installed, unmet
+from . import MODEL
+from . import __name__ as package
+
+PINNED = "lmms-eval==0.7.3"
+INSTALL = f"pip install --no-deps {PINNED}"
+# What lmms-eval's command and tasks import; some of it only after the whole run.
+MODULES = {
+    "datasets": "datasets",
+    "evaluate": "evaluate",
+    "loguru": "loguru",
+    "pytablewriter": "pytablewriter",
+    "sacrebleu": "sacrebleu",
+    "portalocker": "portalocker",
+    "lxml": "lxml",
+    "pytz": "pytz",
+    "tenacity": "tenacity",
+    "accelerate": "accelerate",
+    "pandas": "pandas",
+}
+
+
+def check_installation() -> None:
+    """Raises ``ValueError``, with the commands that mend it, where lmms-eval and the host cannot run together here."""
+    if find_spec("lmms_eval") is None:
+        raise ValueError(
+            f"lmms-eval is not installed:\n  {INSTALL}\n  pip install {' '.join(MODULES.values())}\n"
+            f"(or, in a clone of this repository: pip install --no-deps -r requirements/eval.txt)"
+        )
+    problems = []
+    missing = [name for module, name in MODULES.items() if find_spec(module) is None]
+    if missing:
+        problems.append(f"lmms-eval imports what is not installed:\n  pip install {' '.join(missing)}")
+    for need, found in unmet("lmms-eval"):
+        if need.startswith("transformers"):
+            problems.append(
+                f"lmms-eval {installed('lmms-eval')} needs {need}, and {found} is installed:\n  pip install '{need}'"
+            )
+    problems += map(str, [*filelock(), *impossible(Run())])
+    if problems:
+        raise ValueError("\n".join(problems))
+    find_host()
+
+
+def plugin_environment() -> dict[str, str]:
+    """The variables that make lmms-eval find the model: none where it reads entry points and ours is installed."""
+    known = any(entry.name == MODEL for entry in entry_points(group="lmms_eval.models"))
+    if known and find_spec("lmms_eval.models.registry_v2") is not None:
+        return {}
+    others = [name for name in os.environ.get("LMMS_EVAL_PLUGINS", "").split(",") if name and name != package]
+    return {"LMMS_EVAL_PLUGINS": ",".join([*others, package])}
+
+
+def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
+    """Raises ``ValueError`` for what is no LLaVA checkpoint with a packing tower, or lacks the tower's weights."""
+    from ..integrations.llava.checkpoint import names_in_files
+    from ..integrations.llava.model_class import check_host_has, class_name
+
+    if not (checkpoint / CONFIG_NAME).is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint: it has no {CONFIG_NAME}")
+    config = read_json(checkpoint / CONFIG_NAME)
+    tower = str(config.get("mm_vision_tower") or "")
+    if tower_kind(tower, config.get("mm_packing_config")) != PACKING:
+        raise ValueError(
+            f"{checkpoint} has no packing tower: its mm_vision_tower is {tower!r}. lmms-eval's own models take it "
+            f"(llava, llava_onevision)"
+        )
+    check_host_has(find_host().root, class_name(config), checkpoint)
+    in_checkpoint = (config.get("mm_packing_config") or {}).get("weights") == "checkpoint"
+    if in_checkpoint and not any("vision_tower." in name for name in names_in_files(checkpoint, base)):
+        raise ValueError(
+            f"{checkpoint} says that it holds the weights of its vision tower, but none of its files has a "
+            f"vision_tower tensor: an evaluation would look through random weights"
+        )

@@ -1,3 +1,0 @@
-"""What lmms-eval 0.5 reads with ``LMMS_EVAL_PLUGINS=llava_packing_tower.evaluation``."""
-
-AVAILABLE_MODELS = {"llava_packing": "LlavaPacking"}

@@ -1,0 +1,1 @@
+"""Projects that this package plugs into, one folder each."""

@@ -1,0 +1,5 @@
+"""The only place that touches LLaVA: which hosts there are, and what is changed in them in memory."""
+
+from .install import apply, find_host, is_active, undo
+
+__all__ = ["apply", "find_host", "is_active", "undo"]

@@ -1,0 +1,130 @@
+"""A reloaded LLaVA is whole: every tensor came from a file, none is left on the meta device."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ...checkpoint.weights import WeightFiles, resolve_folder
+from .model_class import ADAPTER, PROJECTOR
+from .patcher import Patches
+from .restore_frozen import adapter_has_tower, restore_frozen
+from .trainable_parts import LORA_EXTRAS, check_tower_weights, foreign_layers, has_weights, is_readable, refuse
+
+ADAPTER_PREFIX = "base_model.model."
+# transformers 5 stores the experts of a layer in one tensor, whatever the file calls them.
+RENAMED_BY_TRANSFORMERS = (".experts.",)
+
+
+def names_in_files(*folders: str | Path | None) -> set[str]:
+    """The names of all tensors of a LLaVA checkpoint and of what it is built on, as the model calls them."""
+    names: set[str] = set()
+    for folder in (resolve_folder(f) for f in folders if f):
+        if has_weights(folder):
+            names |= WeightFiles(folder).shapes().keys()
+        for extra in (LORA_EXTRAS, PROJECTOR):
+            if (folder / extra).is_file():
+                names |= torch.load(folder / extra, map_location="cpu", weights_only=True, mmap=True).keys()
+    return {name.removeprefix(ADAPTER_PREFIX) for name in names}
+
+
+def check_loaded(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
+    """Raises ``ValueError`` where a loaded LLaVA, or its tower, would not have the weights of its checkpoint."""
+    check_tower_weights(model.get_vision_tower(), model.config, model_path, model_base)
+    check_whole(model, model_path, model_base)
+
+
+def check_whole(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
+    """Raises ``ValueError`` with the names of tensors that no file has (they would be random), that are on meta, or
+    that a file has and the model does not.
+
+    The vision tower is not looked at, it has a check of its own; nor what the caller had offloaded to disk or CPU.
+    """
+    placed = getattr(model, "hf_device_map", None) or {}
+    offloaded = any(place in ("cpu", "disk") for place in placed.values()) and len(set(placed.values())) > 1
+    found = names_in_files(model_path, model_base)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    known = {id(parameter) for name, parameter in named.items() if name in found}  # a tied tensor is in the file once
+    problems = {"in no file": [], "on the meta device": [], "left over in the files": []}
+    for name, parameter in named.items():
+        if "vision_tower." in name or is_renamed(name):
+            continue
+        if parameter.is_meta and not offloaded:
+            problems["on the meta device"].append(name)
+        if name not in found and id(parameter) not in known:
+            problems["in no file"].append(name)
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
+    foreign = tuple(f"{name}." for name in foreign_layers(model))
+    for name in sorted(found - named.keys() - buffers.keys()):
+        expected = "vision_tower." in name or is_renamed(name) or name.startswith(foreign)
+        if not expected and not any(re.search(pattern, name) for pattern in ignored):
+            problems["left over in the files"].append(name)
+    where = model_path if model_base is None else f"{model_path} and {model_base}"
+    refuse(
+        problems,
+        f"the model is not whole after loading {where} as {type(model).__name__} (`architectures` in config.json say "
+        f"which class it is; a LoRA or a projector needs model_base, the folder that it was trained on)",
+    )
+
+
+def is_renamed(name: str) -> bool:
+    return any(word in name for word in RENAMED_BY_TRANSFORMERS)
+
+
+@torch.no_grad()
+def projector_in_full(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
+    """The values of ``mm_projector.bin`` as they are: LLaVA rounds them to float16 on their way into the model."""
+    file = resolve_folder(model_path) / PROJECTOR
+    if model_base is None or not file.is_file() or (file.parent / LORA_EXTRAS).is_file():
+        return
+    named = dict(model.named_parameters())
+    for name, value in torch.load(file, map_location="cpu", weights_only=True).items():
+        if name in named and is_readable(named[name]):
+            named[name].copy_(value)
+
+
+def strict_adapter(builder: ModuleType, patches: Patches) -> None:
+    """Have ``load_pretrained_model`` refuse a LoRA that does not fit: peft skips what has no place, without a word."""
+    original = builder.load_pretrained_model
+
+    @functools.wraps(original)
+    def load_pretrained_model(model_path, *args, **kwargs):
+        folder = Path(model_path).expanduser()
+        if not (folder / ADAPTER).is_file():
+            return original(model_path, *args, **kwargs)
+        from peft import PeftModel
+
+        kept = {name: vars(PeftModel)[name] for name in ("load_adapter", "from_pretrained")}
+        load, start = PeftModel.load_adapter, PeftModel.from_pretrained
+        base = kwargs.get("model_base", next(iter(args), None))
+
+        @functools.wraps(load)
+        def load_adapter(self, *words, **options):
+            result = load(self, *words, **options)
+            missing = [name for name in result.missing_keys if "lora_" in name and "vision_tower." not in name]
+            refuse(
+                {"in no file": missing, "left over in the files": list(result.unexpected_keys)},
+                f"the LoRA of {model_path} does not fit {type(self.get_base_model()).__name__}: model_base must be "
+                f"what it was trained on",
+            )
+            return result
+
+        def from_pretrained(model, *words, **options):
+            if adapter_has_tower(folder):  # it is merged into the weights that the tower has now
+                restore_frozen(model, model_path, base, even_adapted=True)
+            return start(model, *words, **options)
+
+        PeftModel.load_adapter, PeftModel.from_pretrained = load_adapter, staticmethod(from_pretrained)
+        try:
+            return original(model_path, *args, **kwargs)
+        finally:
+            for name, value in kept.items():
+                setattr(PeftModel, name, value)
+
+    patches.set(builder, "load_pretrained_model", load_pretrained_model)

@@ -1,0 +1,76 @@
+"""Compatibility patches of the decoder's attention: torch's own, and the one that the loader asks for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from types import ModuleType
+
+from ..patcher import Patches
+from . import mend
+
+logger = logging.getLogger(__name__)
+
+PREFERRED_ABOVE = (9, 15, 0)
+"""The version of cuDNN above which torch asks it first: check_prefer_cudnn_attention in aten's sdp_utils.cpp."""
+
+
+def _asks_cudnn_first(_: ModuleType) -> bool:
+    """By versions: to look at a GPU would start CUDA (``torch.backends.cudnn.version()`` does), before a launcher has
+    forked or said which one. On GPUs other than these two torch asks cuDNN last, and nothing is lost."""
+    import torch
+
+    cudnn = getattr(torch._C, "_cudnn", None)
+    if torch.version.cuda is None or cudnn is None or torch.__version__ < (2, 10):
+        return False
+    if os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1":  # torch's own switch
+        return False
+    return tuple(cudnn.getRuntimeVersion()) > PREFERRED_ABOVE and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@mend(
+    module="{package}.model.llava_arch",
+    reason="on Hopper and Blackwell, scaled_dot_product_attention asks cuDNN first, which makes a plan for every new "
+    "shape: for each token of an answer, and for each length of a batch",
+    issue="modelscope/FunASR#3704",
+    defect=_asks_cudnn_first,
+)
+def cudnn_plans(_: ModuleType, patches: Patches) -> None:
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    patches.on_undo(lambda: torch.backends.cuda.enable_cudnn_sdp(True))
+
+
+# ---------------------------------------------------------------- the loader
+
+
+def _loader_asks_for_flash(builder: ModuleType) -> bool:
+    asked = inspect.signature(builder.load_pretrained_model).parameters.get("attn_implementation")
+    return asked is not None and asked.default == "flash_attention_2"
+
+
+@mend(
+    module="{package}.model.builder",
+    reason="the loader asks for flash_attention_2 unless its caller names another, which no script of the host does; "
+    "where flash-attn or CUDA is missing, sdpa takes its place",
+    defect=_loader_asks_for_flash,
+)
+def loader_attention(builder: ModuleType, patches: Patches) -> None:
+    original = builder.load_pretrained_model
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_pretrained_model(*args: object, **kwargs: object) -> object:
+        # Asked now, not when the patch is applied: to look for a GPU starts CUDA.
+        from transformers.utils import is_flash_attn_2_available
+
+        named = "attn_implementation" in signature.bind_partial(*args, **kwargs).arguments
+        if not named and not is_flash_attn_2_available():
+            logger.warning("flash-attn cannot be used here: the decoder is loaded with sdpa attention")
+            kwargs["attn_implementation"] = "sdpa"
+        return original(*args, **kwargs)
+
+    patches.set(builder, "load_pretrained_model", load_pretrained_model)

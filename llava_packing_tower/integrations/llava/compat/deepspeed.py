@@ -1,0 +1,84 @@
+"""Mends of DeepSpeed. All but the last are for machines without a GPU and touch nothing where there is one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import ModuleType
+
+from ..patcher import Patches
+from . import mend
+
+
+def _on_cpu() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() == "cpu"
+
+
+def _backend_globals() -> dict:
+    """The globals of ``deepspeed/comm/torch.py`` (as an attribute, its name is taken by torch itself)."""
+    from deepspeed.comm.torch import TorchBackend
+
+    return TorchBackend.__init__.__globals__
+
+
+@mend(
+    module="deepspeed",
+    reason="a C++ operation that only inference uses is compiled when the process group starts: that takes a compiler",
+    defect=lambda deepspeed: _on_cpu() and "build_shm_op" in _backend_globals(),
+)
+def ds_shm_op(deepspeed: ModuleType, patches: Patches) -> None:
+    patches.set_item(_backend_globals(), "build_shm_op", lambda: None)
+
+
+def _waits_for_the_last_gather_only(deepspeed: ModuleType) -> bool:
+    from deepspeed.runtime.zero import partition_parameters
+
+    return _on_cpu() and "launch_handles[-1].wait()" in inspect.getsource(partition_parameters)
+
+
+@mend(
+    module="deepspeed",
+    reason="ZeRO-3 waits for the last of several all-gathers only; gloo does not finish them in order, and weights "
+    "that were just loaded are overwritten at random",
+    issue="deepspeedai/DeepSpeed#8539",
+    defect=_waits_for_the_last_gather_only,
+)
+def ds_agsync(deepspeed: ModuleType, patches: Patches) -> None:
+    for name in ("all_gather_into_tensor", "all_gather"):
+        gather = getattr(deepspeed.comm, name)
+
+        @functools.wraps(gather)
+        def waited(*args, _gather=gather, **kwargs):
+            handle = _gather(*args, **kwargs)
+            if handle is not None and hasattr(handle, "wait"):
+                handle.wait()
+            return handle
+
+        patches.set(deepspeed.comm, name, waited)
+
+
+def _leaves_plain_parameters_uncast(deepspeed: ModuleType) -> bool:
+    cast = getattr(deepspeed.DeepSpeedEngine, "_cast_module_mixed_precision", None)
+    return cast is not None and "not is_zero_init_model" in inspect.getsource(cast)
+
+
+@mend(
+    module="deepspeed",
+    reason="under ZeRO-3, DeepSpeed 0.19 no longer casts parameters that were made outside of zero.Init, as LLaVA's "
+    "projector is, and then fails on two dtypes",
+    defect=_leaves_plain_parameters_uncast,
+)
+def zero3_cast(deepspeed: ModuleType, patches: Patches) -> None:
+    original = deepspeed.DeepSpeedEngine._cast_module_mixed_precision
+
+    @functools.wraps(original)
+    def _cast_module_mixed_precision(self, param_dtype, buffer_dtype, is_zero_init_model, *args, **kwargs):
+        if param_dtype is not None and is_zero_init_model:
+            for parameter in self.module.parameters():
+                if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(param_dtype)
+        return original(self, param_dtype, buffer_dtype, is_zero_init_model, *args, **kwargs)
+
+    patches.set(deepspeed.DeepSpeedEngine, "_cast_module_mixed_precision", _cast_module_mixed_precision)

@@ -1,0 +1,158 @@
+"""Mends for FSDP in the hosts' own trainers. They are looked for in runs that are given ``--fsdp`` only."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from types import ModuleType
+
+from ..patcher import Patches
+from . import mend
+from .trainer import _source
+
+
+def _asked() -> bool:
+    return any(word.partition("=")[0] == "--fsdp" for word in sys.argv)
+
+
+def _cpu_is_left_out(accelerate: ModuleType) -> bool:
+    if not _asked():
+        return False
+    import torch
+    from accelerate.state import AcceleratorState
+
+    if torch.cuda.is_available():
+        return False
+    before, _, _ = _source(AcceleratorState.__init__).partition("DistributedType.FSDP")
+    return "MULTI_CPU" not in before
+
+
+@mend(
+    module="accelerate",
+    reason="without a GPU, accelerate takes DDP in place of FSDP without a word, or fails with 'no available devices'",
+    defect=_cpu_is_left_out,
+)
+def fsdp_on_cpu(accelerate: ModuleType, patches: Patches) -> None:
+    import torch
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    prepare, init = FullyShardedDataParallelPlugin.__post_init__, AcceleratorState.__init__
+    to_cpu = FlatParamHandle.to_cpu
+
+    @functools.wraps(prepare)
+    def __post_init__(self):
+        # torch copies weights from rank 0 on GPUs only. Every rank has read, or seeded, the same ones anyway.
+        os.environ["FSDP_SYNC_MODULE_STATES"] = "false"
+        prepare(self)
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
+            return
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
+        self.fsdp_plugin = plugin
+        # accelerate says "cpu:0", and to torch's FSDP that is another device than "cpu".
+        self.device = PartialState._shared_state["device"] = torch.device("cpu")
+
+    @functools.wraps(to_cpu)
+    def stay(self):
+        # From a CPU to itself nothing is copied, yet torch frees what it takes for the GPU's: reading it crashes.
+        return contextlib.nullcontext() if self.flat_param.device.type == "cpu" else to_cpu(self)
+
+    patches.set(FlatParamHandle, "to_cpu", stay)
+    patches.set(FullyShardedDataParallelPlugin, "__post_init__", __post_init__)
+    patches.set(AcceleratorState, "__init__", __init__)
+
+
+@mend(
+    module="{package}.model.llava_arch",
+    reason="under --fsdp the host keeps the tower in a list, outside of the model: it is neither trained nor saved, "
+    "and what the host then does with such a list, or with a tower that is none, fails",
+    defect=lambda arch: (
+        _asked() and "self.vision_tower = [vision_tower]" in _source(arch.LlavaMetaModel.initialize_vision_modules)
+    ),
+)
+def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
+    from ..tower_builder import tower_class
+
+    initialize = arch.LlavaMetaModel.initialize_vision_modules
+
+    @functools.wraps(initialize)
+    def initialize_vision_modules(self, model_args, fsdp=None):
+        # All that the host does with `fsdp` is to make that list.
+        ours = self.get_vision_tower() is not None or tower_class(model_args.vision_tower) is not None
+        initialize(self, model_args, None if ours else fsdp)
+
+    patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+
+
+@mend(
+    module="{package}.train.train",
+    reason="the projector is made in float32 beside a decoder in half precision, and FSDP takes one dtype only; it is "
+    "rounded, as DeepSpeed does, and what is trained goes on in float32",
+    defect=lambda train: _asked() and "fsdp=training_args.fsdp" in _source(train.train),
+)
+def fsdp_dtypes(train: ModuleType, patches: Patches) -> None:
+    init = train.LLaVATrainer.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        arguments, model = kwargs.get("args"), kwargs.get("model")
+        if model is not None and arguments is not None and arguments.fsdp and (arguments.bf16 or arguments.fp16):
+            model.to(model.dtype)
+        init(self, *args, **kwargs)
+
+    patches.set(train.LLaVATrainer, "__init__", __init__)
+
+
+@mend(
+    module="{package}.train.train",
+    reason="under FSDP the host gathers the whole model on every GPU to save it, or (transformers 5) cannot save its "
+    "pieces; the trainer's own save_model() gathers it on rank 0",
+    defect=lambda train: (
+        _asked() and "state_dict = trainer.model.state_dict()" in _source(train.safe_save_model_for_hf_trainer)
+    ),
+)
+def fsdp_save(train: ModuleType, patches: Patches) -> None:
+    save = train.safe_save_model_for_hf_trainer
+
+    @functools.wraps(save)
+    def safe_save_model_for_hf_trainer(trainer, output_dir):
+        if not trainer.args.fsdp or getattr(trainer.args, "tune_mm_mlp_adapter", False):
+            return save(trainer, output_dir)
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.set_state_dict_type("FULL_STATE_DICT")  # else transformers saves nothing here
+        return trainer.save_model(output_dir)
+
+    patches.set(train, "safe_save_model_for_hf_trainer", safe_save_model_for_hf_trainer)
+
+
+def _unwraps_before_gathering(accelerate: ModuleType) -> bool:
+    _, _, rest = _source(accelerate.Accelerator.get_state_dict).partition("FullStateDictConfig, ")
+    return _asked() and "unwrap_model" in rest.partition("FullStateDictConfig(")[0]
+
+
+@mend(
+    module="accelerate",
+    reason="accelerate unwraps a model before it gathers its weights under FSDP, and what FSDP's outermost wrapper "
+    "holds is then saved as the pieces of one rank: embeddings, projector, tower",
+    defect=_unwraps_before_gathering,
+)
+def fsdp_pieces(accelerate: ModuleType, patches: Patches) -> None:
+    from accelerate.utils import DistributedType
+
+    gather = accelerate.Accelerator.get_state_dict
+
+    @functools.wraps(gather)
+    def get_state_dict(self, model, unwrap=True):
+        return gather(self, model, unwrap and self.distributed_type != DistributedType.FSDP)
+
+    patches.set(accelerate.Accelerator, "get_state_dict", get_state_dict)

@@ -1,0 +1,158 @@
+"""Mends of LLaVA's own files. Each looks at one module of the host, right after it was imported."""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from ..arguments import current_training_arguments
+from ..patcher import Patches
+from . import mend
+
+
+def _source(thing: object) -> str:
+    try:
+        return inspect.getsource(thing)
+    except OSError:  # no source file: a frozen or generated module, which the hosts are not
+        return ""
+
+
+def _save_assumes_cuda(train: ModuleType) -> bool:
+    import torch
+
+    return not torch.cuda.is_available() and "torch.cuda.synchronize()" in _source(train.safe_save_model_for_hf_trainer)
+
+
+@mend(
+    module="{package}.train.train",
+    reason="the model is saved after torch.cuda.synchronize(), which fails on a machine without CUDA",
+    defect=_save_assumes_cuda,
+)
+def cuda_sync(train: ModuleType, patches: Patches) -> None:
+    import torch
+
+    save = train.safe_save_model_for_hf_trainer
+
+    @functools.wraps(save)
+    def safe_save_model_for_hf_trainer(*args: object, **kwargs: object) -> object:
+        # Only while the host saves: elsewhere a missing CUDA stays an error.
+        synchronize = torch.cuda.synchronize
+        torch.cuda.synchronize = lambda device=None: None
+        try:
+            return save(*args, **kwargs)
+        finally:
+            torch.cuda.synchronize = synchronize
+
+    patches.set(train, "safe_save_model_for_hf_trainer", safe_save_model_for_hf_trainer)
+
+
+def _strict_forwards(model: ModuleType) -> list[type]:
+    """The host's language models whose forward takes no ``cache_position`` though transformers' own one does."""
+    package = model.__name__.partition(".")[0]
+    found = []
+    for cls in vars(model).values():
+        if not (isinstance(cls, type) and cls.__module__.startswith(package) and "forward" in vars(cls)):
+            continue
+        taken = inspect.signature(cls.forward).parameters
+        if "cache_position" in taken or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+            continue
+        theirs = [base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")]
+        if theirs and "cache_position" in inspect.signature(theirs[0].forward).parameters:
+            found.append(cls)
+    return found
+
+
+@mend(
+    module="{package}.model",
+    reason="generate() passes cache_position, which the host's forward does not take",
+    issue="haotian-liu/LLaVA#1448",
+    defect=lambda model: bool(_strict_forwards(model)),
+)
+def fwd_kw(model: ModuleType, patches: Patches) -> None:
+    for cls in _strict_forwards(model):
+        forward = cls.forward
+        known = frozenset(inspect.signature(forward).parameters)
+
+        # generate() and the Trainer read the signature and must go on seeing the host's: hence wraps.
+        @functools.wraps(forward)
+        def wrapped(self, *args, _forward=forward, _known=known, **kwargs):
+            # The language model works cache_position out again by itself.
+            return _forward(self, *args, **{key: value for key, value in kwargs.items() if key in _known})
+
+        patches.set(cls, "forward", wrapped)
+
+
+def _undefined_globals(function: Callable, module: ModuleType) -> set[str]:
+    """Global names that a function reads and that neither its module nor Python defines."""
+    read = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
+    return read - vars(module).keys() - vars(builtins).keys()
+
+
+def _own_loop_is_broken(trainer: ModuleType) -> bool:
+    loop = vars(trainer.LLaVATrainer).get("_inner_training_loop")
+    return loop is not None and bool(_undefined_globals(loop, trainer))
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the trainer's own copy of transformers' training loop uses names that it does not import, such as "
+    "DebugOption; transformers' loop takes its place, and trainer_mode=zo is not available",
+    issue="LLaVA-VL/LLaVA-NeXT#504",
+    defect=_own_loop_is_broken,
+)
+def inner_loop(trainer: ModuleType, patches: Patches) -> None:
+    patches.delete(trainer.LLaVATrainer, "_inner_training_loop")
+
+
+@mend(
+    module="{package}.train.train",
+    reason="the vision tower is cast to float16 whenever bf16 is off, in float32 training too; it stays float32 then",
+    defect=lambda train: "torch.bfloat16 if training_args.bf16 else torch.float16" in _source(train.train),
+)
+def tower_fp32(train: ModuleType, patches: Patches) -> None:
+    arch = sys.modules[train.__name__.partition(".")[0] + ".model.llava_arch"]
+    initialize = arch.LlavaMetaModel.initialize_vision_modules
+
+    @functools.wraps(initialize)
+    def initialize_vision_modules(self, model_args, fsdp=None):
+        initialize(self, model_args, fsdp)
+        arguments = current_training_arguments()
+        if arguments is None or arguments.bf16 or arguments.fp16:
+            return
+        import torch
+
+        tower = self.get_vision_tower()
+
+        def to(*args, **kwargs):
+            del tower.to  # for the one call that train() makes next
+            if kwargs.get("dtype") is torch.float16:
+                kwargs["dtype"] = torch.float32
+            return tower.to(*args, **kwargs)
+
+        tower.to = to
+
+    patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="a learning rate of its own for a part that is frozen gives the optimizer an empty parameter group; "
+    "DeepSpeed drops it, and the learning-rate scheduler then misses it",
+    defect=lambda trainer: "optimizer_grouped_parameters" in _source(trainer.LLaVATrainer.create_optimizer),
+)
+def empty_groups(trainer: ModuleType, patches: Patches) -> None:
+    create = trainer.LLaVATrainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(self, *model):
+        optimizer = create(self, *model)
+        # In place: the optimizer has no state yet, and whoever holds it sees the same list.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    patches.set(trainer.LLaVATrainer, "create_optimizer", create_optimizer)

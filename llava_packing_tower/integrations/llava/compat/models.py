@@ -1,0 +1,202 @@
+"""Mends of the hosts' models, tokenisation and loader."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from ..patcher import Patches
+from ..tower_builder import holders, restore_copies
+from . import mend
+from .trainer import _source
+
+# ---------------------------------------------------------------- the rotary embedding
+
+
+def _rope_is_erased(model: ModuleType) -> bool:
+    from transformers import PretrainedConfig
+
+    if not isinstance(vars(PretrainedConfig).get("rope_scaling"), property):
+        return False
+    files = (Path(model.__file__).parent / "language_model").glob("*.py")
+    return any("config.rope_scaling = None" in file.read_text(encoding="utf-8") for file in files)
+
+
+@mend(
+    module="{package}.model",
+    reason="the host sets config.rope_scaling to None, which in transformers 5 erases the base frequency as well; it "
+    "means no scaling",
+    defect=_rope_is_erased,
+)
+def rope_scaling_none(model: ModuleType, patches: Patches) -> None:
+    from transformers import PretrainedConfig
+
+    original = vars(PretrainedConfig)["rope_scaling"]
+
+    def assign(self, value):
+        kept = getattr(self, "rope_parameters", None)
+        if value is None and isinstance(kept, dict) and "rope_theta" in kept:
+            unscaled = {key: kept[key] for key in ("rope_theta", "partial_rotary_factor") if key in kept}
+            value = {**unscaled, "rope_type": "default"}
+        original.fset(self, value)
+
+    patches.set(PretrainedConfig, "rope_scaling", property(original.fget, assign))
+
+
+# ---------------------------------------------------------------- tokenisation
+
+PREPROCESS = ("preprocess_qwen", "preprocess_llama3")
+
+
+def _chat_template_returns_a_dict(train: ModuleType) -> bool:
+    from transformers import PreTrainedTokenizerBase
+
+    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return taken["return_dict"].default is True and any(hasattr(train, name) for name in PREPROCESS)
+
+
+@functools.cache
+def _as_in_transformers_4(cls: type) -> type:
+    """A tokenizer class whose apply_chat_template returns a list of ids and that has additional_special_tokens_ids."""
+
+    def apply_chat_template(self, *args, **kwargs):
+        return cls.apply_chat_template(self, *args, **{"return_dict": False, **kwargs})
+
+    def ids(self):
+        tokens = self.extra_special_tokens or _additional_tokens(self.name_or_path)
+        return self.convert_tokens_to_ids([str(token) for token in tokens])
+
+    own = {"apply_chat_template": apply_chat_template, "additional_special_tokens_ids": property(ids)}
+    return type(cls.__name__, (cls,), own)
+
+
+@functools.cache
+def _additional_tokens(folder: str) -> tuple[str, ...]:
+    """What a tokenizer's own configuration calls additional special tokens.
+
+    Saved by transformers 4.47 to 4.57, it has an empty ``extra_special_tokens`` beside them, and 5.17 reads that alone.
+    """
+    from transformers.utils import cached_file
+
+    file = cached_file(folder, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return ()
+    tokens = json.loads(Path(file).read_text(encoding="utf-8")).get("additional_special_tokens") or ()
+    return tuple(token["content"] if isinstance(token, dict) else token for token in tokens)
+
+
+@mend(
+    module="{package}.train.train",
+    reason="the host tokenises with additional_special_tokens_ids, which transformers 5 has no more, and adds up the "
+    "results of apply_chat_template, which are dicts there and no lists",
+    defect=_chat_template_returns_a_dict,
+)
+def chat_template_ids(train: ModuleType, patches: Patches) -> None:
+    for name in PREPROCESS:
+        preprocess = getattr(train, name, None)
+        if preprocess is None:
+            continue
+
+        @functools.wraps(preprocess)
+        def wrapped(sources, tokenizer, *args, _preprocess=preprocess, **kwargs):
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.__class__ = _as_in_transformers_4(type(tokenizer))
+            return _preprocess(sources, tokenizer, *args, **kwargs)
+
+        patches.set(train, name, wrapped)
+
+
+# ---------------------------------------------------------------- images
+
+
+class _SizesAsDicts:
+    """An image processor whose sizes are dicts, as in transformers 4, and which is the given one in all else."""
+
+    def __init__(self, processor: object) -> None:
+        self._processor = processor
+
+    def __getattr__(self, name: str) -> object:
+        from transformers.image_utils import SizeDict
+
+        value = getattr(self._processor, name)
+        return dict(value) if isinstance(value, SizeDict) else value
+
+
+def _size_is_no_dict(mm_utils: ModuleType) -> bool:
+    import transformers.image_utils as image_utils
+
+    asks = "isinstance(processor.size, dict)" in _source(vars(mm_utils).get("process_anyres_image"))
+    return asks and hasattr(image_utils, "SizeDict") and not issubclass(image_utils.SizeDict, dict)
+
+
+@mend(
+    module="{package}.mm_utils",
+    reason="the host asks whether an image processor's size is a dict, and takes a SizeDict, which the processors of "
+    "transformers 5 have (CLIP's, for anyres), for a pair of numbers",
+    defect=_size_is_no_dict,
+)
+def size_dicts(mm_utils: ModuleType, patches: Patches) -> None:
+    package, name = mm_utils.__name__.partition(".")[0], "process_anyres_image"
+    original = vars(mm_utils)[name]
+
+    @functools.wraps(original)
+    def process_anyres_image(image, processor, grid_pinpoints):
+        return original(image, _SizesAsDicts(processor), grid_pinpoints)
+
+    # Modules that are imported already hold copies, and those that come later make them.
+    for holder in holders(package, name, original):
+        patches.set(holder, name, process_anyres_image)
+    patches.on_undo(lambda: restore_copies(package, name, process_anyres_image, original))
+
+
+# ---------------------------------------------------------------- the loader
+
+
+@contextlib.contextmanager
+def _tower_stays(tower_class: type) -> Iterator[None]:
+    """Within it, `tower.to(device="cuda", dtype=torch.float16)` does nothing for our towers."""
+    import torch
+
+    to = tower_class.to
+
+    def stay(self, *args, **kwargs):
+        if not args and kwargs == {"device": "cuda", "dtype": torch.float16}:
+            return self
+        return to(self, *args, **kwargs)
+
+    tower_class.to = stay
+    try:
+        yield
+    finally:
+        if tower_class.__dict__.get("to") is stay:
+            del tower_class.to
+
+
+@mend(
+    module="{package}.model.builder",
+    reason="unless device_map is 'auto', the loader moves the tower to the first GPU as float16, wherever and in "
+    "whatever dtype the model is: it fails without CUDA, and rounds a bfloat16 tower",
+    defect=lambda builder: (
+        'vision_tower.to(device="cuda", dtype=torch.float16)' in _source(builder.load_pretrained_model)
+    ),
+)
+def tower_half(builder: ModuleType, patches: Patches) -> None:
+    # Only here: `import builder_patch` must stay cheap.
+    from ....towers.packing_tower import HEVCViTPackingVisionTower
+    from ..after_load import after_load
+
+    def beside_projector(model, *_):
+        # A frozen tower may have come from its own folder, in that folder's dtype.
+        projector = next(model.get_model().mm_projector.parameters(), None)
+        if projector is not None and not projector.is_meta:
+            model.get_vision_tower().to(device=projector.device, dtype=projector.dtype)
+
+    stays = _tower_stays(HEVCViTPackingVisionTower)
+    patches.set(builder, "load_pretrained_model", stays(builder.load_pretrained_model))
+    after_load(builder, patches, beside_projector)

@@ -1,0 +1,217 @@
+"""Mends of the hosts' trainers against the Trainer of newer versions of transformers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from types import ModuleType
+
+from ..patcher import Patches
+from . import mend
+
+
+def _source(thing: object) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # no source file
+        return ""
+
+
+def _takes(function: object, name: str, unwrap: bool = True) -> bool:
+    """Whether a function takes an argument; without ``unwrap``, whether what is wrapped around it does."""
+    parameters = inspect.signature(function, follow_wrapped=unwrap).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _base(trainer: ModuleType) -> type:
+    """transformers' own Trainer, under the host's."""
+    return next(cls for cls in trainer.LLaVATrainer.__mro__ if cls.__module__ == "transformers.trainer")
+
+
+def _accelerator_is_made_wrongly(trainer: ModuleType) -> bool:
+    make = vars(trainer.LLaVATrainer).get("create_accelerator_and_postprocess")
+    if make is None or "dispatch_batches=self.args.dispatch_batches" not in _source(make):
+        return False
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    has_argument = "dispatch_batches" in TrainingArguments.__dataclass_fields__
+    return not (has_argument and _takes(Accelerator.__init__, "dispatch_batches"))
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the trainer makes its Accelerator with arguments that are gone; transformers' own method takes its place "
+    "(timeout: ddp_timeout)",
+    issue="LLaVA-VL/LLaVA-NeXT#388",
+    defect=_accelerator_is_made_wrongly,
+)
+def accelerator_arguments(trainer: ModuleType, patches: Patches) -> None:
+    patches.delete(trainer.LLaVATrainer, "create_accelerator_and_postprocess")
+
+
+def _save_passes_metrics(trainer: ModuleType) -> bool:
+    own = vars(trainer.LLaVATrainer).get("_save_checkpoint")
+    return own is not None and _takes(own, "metrics") and not _takes(_base(trainer)._save_checkpoint, "metrics")
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the trainer hands `metrics` on to transformers' _save_checkpoint, which takes them no more",
+    defect=_save_passes_metrics,
+)
+def save_metrics(trainer: ModuleType, patches: Patches) -> None:
+    save = _base(trainer)._save_checkpoint
+
+    @functools.wraps(save)
+    def _save_checkpoint(self, model, trial, metrics=None):
+        return save(self, model, trial)
+
+    patches.set(_base(trainer), "_save_checkpoint", _save_checkpoint)
+
+
+def _samplers_without_dataset(trainer: ModuleType) -> list[type]:
+    """The module's trainers whose own sampler transformers would call with a dataset that it does not take."""
+    base = _base(trainer)
+    if not _takes(base._get_train_sampler, "train_dataset"):
+        return []
+    return [
+        cls
+        for cls in vars(trainer).values()
+        if isinstance(cls, type) and issubclass(cls, base) and cls.__module__ == trainer.__name__
+        # With a data loader of its own, the host calls its sampler as it is.
+        if "_get_train_sampler" in vars(cls) and "get_train_dataloader" not in vars(cls)
+        if not _takes(cls._get_train_sampler, "train_dataset")
+    ]
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="transformers calls _get_train_sampler with the dataset, which the host's own does not take",
+    defect=lambda trainer: bool(_samplers_without_dataset(trainer)),
+)
+def sampler_dataset(trainer: ModuleType, patches: Patches) -> None:
+    for cls in _samplers_without_dataset(trainer):
+        sampler = cls._get_train_sampler
+
+        @functools.wraps(sampler)
+        def _get_train_sampler(self, train_dataset=None, _sampler=sampler):
+            return _sampler(self)  # it reads self.train_dataset, the same one
+
+        patches.set(cls, "_get_train_sampler", _get_train_sampler)
+
+
+def _seeds_workers_by_number_alone(trainer: ModuleType) -> bool:
+    seed = vars(trainer).get("seed_worker")
+    if seed is None:
+        return False
+    try:
+        inspect.signature(seed).bind(0)
+    except TypeError:
+        return True
+    return False
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the host hands seed_worker to its own DataLoader, which calls it with a worker's number alone; from "
+    "transformers 4.52 on it also takes the number of workers and the rank",
+    defect=_seeds_workers_by_number_alone,
+)
+def worker_seeds(trainer: ModuleType, patches: Patches) -> None:
+    patches.set(trainer, "seed_worker", seed_worker)
+
+
+def seed_worker(worker_id: int) -> None:
+    """Seed a worker as transformers' own DataLoader does. Runs in the worker, which knows how many there are.
+
+    A function of a module, without a closure: a worker that is spawned gets it by name. The rank is the launcher's.
+    """
+    from torch.utils.data import get_worker_info
+    from transformers.trainer_utils import seed_worker as seed
+
+    seed(worker_id, num_workers=get_worker_info().num_workers, rank=int(os.environ.get("RANK", "0")))
+
+
+def _optimizer_gets_the_model(trainer: ModuleType) -> bool:
+    own = vars(trainer.LLaVATrainer).get("create_optimizer")
+    return own is not None and _takes(_base(trainer).create_optimizer, "model") and not _takes(own, "model")
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="under FSDP 1 transformers 5 calls create_optimizer with the wrapped model, which the host's own does not "
+    "take",
+    defect=_optimizer_gets_the_model,
+)
+def optimizer_model(trainer: ModuleType, patches: Patches) -> None:
+    create = trainer.LLaVATrainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(self, model=None):
+        own = self.model
+        self.model = own if model is None else model  # the host reads self.model
+        try:
+            return create(self)
+        finally:
+            self.model = own
+
+    patches.set(trainer.LLaVATrainer, "create_optimizer", create_optimizer)
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the host gives its trainer a `tokenizer`, which transformers 5 calls `processing_class`",
+    # From 4.46 to the last 4.x, a decorator takes it and hands it on under its new name.
+    defect=lambda trainer: not _takes(_base(trainer).__init__, "tokenizer", unwrap=False),
+)
+def tokenizer_argument(trainer: ModuleType, patches: Patches) -> None:
+    init = trainer.LLaVATrainer.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        if "tokenizer" in kwargs:
+            kwargs["processing_class"] = kwargs.pop("tokenizer")
+        init(self, *args, **kwargs)
+
+    patches.set(trainer.LLaVATrainer, "__init__", __init__)
+
+
+def _group_by_length_is_gone(trainer: ModuleType) -> bool:
+    from transformers import TrainingArguments
+
+    sampler = vars(trainer.LLaVATrainer).get("_get_train_sampler")
+    gone = "group_by_length" not in TrainingArguments.__dataclass_fields__
+    return gone and "self.args.group_by_length" in _source(sampler)
+
+
+@mend(
+    module="{package}.train.llava_trainer",
+    reason="the sampler asks for the argument group_by_length, which is train_sampling_strategy in transformers 5",
+    defect=_group_by_length_is_gone,
+)
+def group_by_length(trainer: ModuleType, patches: Patches) -> None:
+    from transformers import TrainingArguments
+
+    asked = property(lambda self: self.train_sampling_strategy == "group_by_length")
+    patches.set(TrainingArguments, "group_by_length", asked)
+
+
+def _bf16_needs_a_gpu(arguments: ModuleType) -> bool:
+    import torch
+
+    if torch.cuda.is_available() or not hasattr(arguments, "is_torch_bf16_gpu_available"):
+        return False
+    # Earlier versions asked for the GPU's kind only where there is one.
+    guarded = "torch.cuda.is_available() and not is_torch_bf16_gpu_available()" in _source(arguments)
+    return not guarded and not arguments.is_torch_bf16_gpu_available()
+
+
+@mend(
+    module="transformers.training_args",
+    reason="without a GPU, bf16 is refused unless use_cpu is set, and use_cpu switches DeepSpeed off",
+    defect=_bf16_needs_a_gpu,
+)
+def bf16_on_cpu(arguments: ModuleType, patches: Patches) -> None:
+    patches.set(arguments, "is_torch_bf16_gpu_available", lambda: True)

@@ -1,0 +1,280 @@
+"""The class of a LLaVA checkpoint is that of its ``architectures``, whatever its folder is called.
+
+Of itself LLaVA looks for "qwen", "llama", "lora" and the like in names: a Qwen checkpoint in ``checkpoints/run1`` would
+become a Llama that lacks the biases of its attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...checkpoint.weights import CONFIG_NAME, read_json
+from .patcher import Patches
+from .self_contained import self_contained
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter_config.json"
+PROJECTOR = "mm_projector.bin"
+# The decoders that LLaVA's classes are built on: the word in Llava<Word>ForCausalLM, by the decoder's own name.
+DECODERS = {
+    "llama": "Llama",
+    "qwen2": "Qwen",
+    "qwen2moe": "QwenMoe",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "gemma": "Gemma",
+    "mpt": "Mpt",
+}
+_CLASS = re.compile(r"Llava(\w*)ForCausalLM")
+_dtype: ContextVar[torch.dtype | None] = ContextVar("dtype of a model that is being loaded", default=None)
+
+
+# ---------------------------------------------------------------- what a config says
+
+
+def class_name(config: Mapping[str, object], plain: bool = False) -> str | None:
+    """The LLaVA class of a checkpoint with this config.json content; None for one that is no LLaVA's.
+
+    Where training saved a LoRA or the projector alone, ``architectures`` are those of the plain decoder under it.
+
+    plain: take a plain decoder, too, for what LLaVA makes of it.
+    """
+    names = [str(name) for name in config.get("architectures") or ()]
+    if ours := [name for name in names if _CLASS.fullmatch(name)]:
+        return ours[0]
+    model_type = str(config.get("model_type") or "")
+    if not plain and "mm_vision_tower" not in config and not model_type.startswith("llava_"):
+        return None
+    model_type = "llama" if model_type == "llava" else model_type.removeprefix("llava_")
+    decoders = [name.removesuffix("ForCausalLM") for name in names] + [model_type]
+    for decoder in (name.lower().replace("_", "") for name in decoders):
+        for own, word in DECODERS.items():
+            if decoder in (own, word.lower()):
+                return f"Llava{word}ForCausalLM"
+    return None
+
+
+def module_name(cls: str) -> str:
+    """``LlavaQwenMoeForCausalLM`` to ``llava_qwen_moe``: the module of a class in LLaVA's ``language_model``."""
+    words = re.findall("[A-Z][a-z0-9]*", f"Llava{_CLASS.fullmatch(cls)[1]}")
+    return "_".join(words).lower()
+
+
+def read_config(name_or_path: str) -> dict | None:
+    """The config.json of a folder or hub id; None where there is none (an adapter of a language model, for example)."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else None
+    try:
+        return PretrainedConfig.get_config_dict(name_or_path)[0]
+    except OSError:  # the host reads it next, and says what is wrong
+        return None
+
+
+def find_class(package: str, name: str) -> type[PreTrainedModel]:
+    """A model class of the LLaVA in ``package``. Raises ``ValueError`` where this LLaVA does not have it."""
+    module = f"{package}.model.language_model.{module_name(name)}"
+    found = getattr(import_module(module), name, None) if find_spec(module) is not None else None
+    if found is None:
+        raise ValueError(
+            f"this is a {name} by its config.json, and the LLaVA that is installed has no such class. "
+            f"LLaVA-NeXT has those of Qwen, Mixtral and Gemma: clone it and set LLAVA_NEXT_DIR"
+        )
+    return found
+
+
+def check_host_has(root: Path, name: str | None, where: object) -> None:
+    """Raises ``ValueError`` where the LLaVA in folder ``root`` has no class of this name; imports nothing."""
+    if name is not None and not (root / "model" / "language_model" / f"{module_name(name)}.py").is_file():
+        raise ValueError(
+            f"{where} is a {name}, and the LLaVA in {root} has no such class. LLaVA-NeXT has those of Qwen, Mixtral "
+            f"and Gemma: clone it and set LLAVA_NEXT_DIR"
+        )
+
+
+# ---------------------------------------------------------------- loading
+
+
+@contextlib.contextmanager
+def loaded_as(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, models are loaded in this dtype: LLaVA 1.x always asks for float16, and LLaVA-NeXT by default."""
+    token = _dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _dtype.reset(token)
+
+
+class _Loader:
+    """Stands for a model class in a module of the host, and loads the class that a checkpoint's config names."""
+
+    def __init__(self, package: str, asked: type, target: type | None = None, config_of: str | None = None) -> None:
+        self._package, self._asked, self._target, self._config_of = package, asked, target, config_of
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._asked, name)
+
+    def from_pretrained(self, name_or_path: str, *args: object, **kwargs: object) -> PreTrainedModel:
+        target = self._target or self._class_of(str(name_or_path))
+        config, source = kwargs.get("config"), self._config_of or name_or_path
+        if isinstance(config, PretrainedConfig) and not isinstance(config, target.config_class):
+            kwargs["config"] = _as_class(config, target.config_class, source)
+        if _dtype.get() is not None:
+            kwargs["torch_dtype"] = _dtype.get()
+        return target.from_pretrained(name_or_path, *args, **kwargs)
+
+    def _class_of(self, name_or_path: str) -> type:
+        name = class_name(read_config(name_or_path) or {}, plain=True)
+        if name is None or name == self._asked.__name__:
+            return self._asked
+        logger.warning("%s: %s by its config.json, not %s as the name has it", name_or_path, name, self._asked.__name__)
+        return find_class(self._package, name)
+
+
+def _as_class(config: PretrainedConfig, cls: type[PretrainedConfig], source: str) -> PretrainedConfig:
+    """What ``source`` says, read as ``cls``, with the values that the caller has changed since he read it."""
+    read, given, right = type(config).from_pretrained(source).to_dict(), config.to_dict(), cls.from_pretrained(source)
+    for key, value in given.items():
+        if key != "model_type" and (key not in read or read[key] != value):
+            setattr(right, key, value)
+    return right
+
+
+class _Tokenizers:
+    """Stands for ``AutoTokenizer``: the tokenizers with which LLaVA-NeXT trains are the fast ones, unless of Llama."""
+
+    def __init__(self, original: type) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._original, name)
+
+    def from_pretrained(self, *args: object, use_fast: bool = True, **kwargs: object) -> object:
+        return self._original.from_pretrained(*args, **kwargs)
+
+
+def _model_classes(module: ModuleType) -> dict[str, type]:
+    return {name: value for name, value in vars(module).items() if _CLASS.fullmatch(name) and isinstance(value, type)}
+
+
+@contextlib.contextmanager
+def _classes_are(builder: ModuleType, target: type, model_path: str) -> Iterator[None]:
+    """Within it, whichever class the host's loader chooses, ``target`` is loaded."""
+    package = builder.__name__.split(".")[0]
+    kept = {**_model_classes(builder)}
+    stand_ins: dict[str, object] = {name: _Loader(package, cls, target, model_path) for name, cls in kept.items()}
+    for name in ("LlavaQwenMoeForCausalLM", "LlavaGemmaForCausalLM"):  # the loader knows them, but does not import them
+        if name not in kept and target.__name__ == name:
+            stand_ins[name] = _Loader(package, target, target, model_path)
+    if target.__name__ not in ("LlavaLlamaForCausalLM", "LlavaMptForCausalLM"):
+        kept["AutoTokenizer"] = builder.AutoTokenizer
+        stand_ins["AutoTokenizer"] = _Tokenizers(builder.AutoTokenizer)
+    vars(builder).update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins.keys() - kept.keys():
+            del vars(builder)[name]
+        vars(builder).update(kept)
+
+
+def loader_name(cls: str, asked: str, lora: bool, on_base: bool) -> str:
+    """The model name with which the host's loader goes the right way; it looks for these words in it."""
+    word = module_name(cls)
+    if on_base and not lora and word in ("llava_qwen", "llava_qwen_moe"):
+        word = "llava_mistral"  # LLaVA-NeXT knows no projector on a Qwen; this way is the same, whatever the class
+    marks = "_lora" if lora else "_v1.5" if "v1.5" in asked.lower() else ""
+    return word + marks
+
+
+def base_of(folder: Path, given: str | None) -> str | None:
+    """What a LoRA or a projector was trained on: as given, else as the adapter says.
+
+    Raises ``ValueError`` where neither tells.
+    """
+    if given is not None:
+        return given
+    if (folder / ADAPTER).is_file():
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base and Path(base).expanduser().is_dir():
+            logger.warning("%s is a LoRA, and is loaded on what it was trained on: %s", folder, base)
+            return base
+        raise ValueError(
+            f"{folder} is a LoRA: give model_base, the folder that it was trained on "
+            f"({f'{base}, which is not here' if base else 'the adapter names none'})"
+        )
+    if (folder / PROJECTOR).is_file() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_*")):
+        raise ValueError(f"{folder} holds the projector alone: give model_base, the folder that it was trained on")
+    return None
+
+
+def load_by_architectures(builder: ModuleType, patches: Patches) -> None:
+    """Have ``load_pretrained_model`` load the class that config.json names, LoRAs of every decoder among them."""
+    original = builder.load_pretrained_model
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_pretrained_model(model_path, model_base=None, model_name="", *args, **kwargs):
+        content = read_config(str(model_path)) or {}
+        name = class_name(content)
+        if name is None:
+            return original(model_path, model_base, model_name, *args, **kwargs)
+        target = find_class(builder.__name__.split(".")[0], name)
+        folder = Path(model_path).expanduser()
+        model_base = base_of(folder, model_base)
+        lora = (folder / ADAPTER).is_file() or (model_base is not None and "lora" in str(model_name).lower())
+        asked = loader_name(name, str(model_name), lora, model_base is not None)
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(self_contained(folder)) if folder.is_dir() else model_path
+            stack.enter_context(_classes_are(builder, target, str(place)))
+            result = original(str(place), model_base, asked, *args, **kwargs)
+            result[1].config._name_or_path = str(model_path)
+            return result
+
+    load_pretrained_model.__signature__ = signature
+    patches.set(builder, "load_pretrained_model", load_pretrained_model)
+
+
+def train_by_architectures(train: ModuleType, patches: Patches) -> None:
+    """The same for ``train.py``: the decoder's config.json decides, not the words in the path to it."""
+    package = train.__name__.split(".")[0]
+    for name, cls in _model_classes(train).items():
+        patches.set(train, name, _Loader(package, cls))
+
+
+# ---------------------------------------------------------------- the name that the host's scripts pass around
+
+
+def name_by_architectures(original):
+    """LLaVA's ``get_model_name_from_path``: for a checkpoint of a LLaVA the name says so, with its class.
+
+    The scripts look for "llava" in it to see whether a model takes images, and for "v1" to choose a conversation.
+    """
+
+    @functools.wraps(original)
+    def get_model_name_from_path(model_path):
+        name = original(model_path)
+        folder = Path(model_path).expanduser()
+        content = (read_config(str(folder)) or {}) if folder.is_dir() else {}
+        cls = class_name(content)
+        if cls is None or "llava" in name.lower():
+            return name
+        conversation = str(content.get("mm_packing_conversation") or "")
+        return f"{module_name(cls)}_{'v1_' if conversation in ('v1', 'vicuna_v1', 'llava_v1') else ''}{name}"
+
+    return get_model_name_from_path

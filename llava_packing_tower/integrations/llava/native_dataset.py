@@ -1,0 +1,282 @@
+"""The data's side of native resolution: images of a sample keep their own sizes, frames their places in the video, and
+both go where their ``<image>`` is."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from ...data.image_processor import PackingImageProcessor
+from ...data.images import HostImage, UnreadableImage, reading_as
+from ...data.native_config import asks_for_native
+from ...data.samples import check_places, drop_empty_media, images_of
+from ...data.video import Clip, read_clip
+from ...multimodal.dataset_report import measure
+from .arguments import current_arguments
+from .native_resolution import token_layout
+from .patcher import Patches
+
+logger = logging.getLogger(__name__)
+
+DETAILS = "packing_details"
+"""Where a sample carries, for each of its images, what LLaVA has no place for (see ``native.visuals.Detail``)."""
+POSITIONS = "positions_thw"
+SKIPS = 3
+"""How often a run goes on behind a sample, and the one after it, that cannot be read."""
+
+
+def into_training(train: ModuleType, patches: Patches) -> None:
+    """Wrap what a host's ``train.train`` makes batches with."""
+    dataset = train.LazySupervisedDataset
+    patches.set(train, "Image", HostImage())
+    _read_empty_media_as_text(dataset, patches)
+    if hasattr(dataset, "process_image"):
+        _keep_sizes(dataset, patches)
+    if hasattr(train, "process_video_with_decord"):
+        reader = ClipReader(train.process_video_with_decord)
+        patches.set(train, "process_video_with_decord", reader)
+    else:
+        reader = None
+    takes_the_next = hasattr(dataset, "_get_item")
+    _add_details(dataset, "_get_item" if takes_the_next else "__getitem__", reader, patches)
+    if takes_the_next:
+        _go_further(dataset, patches)
+
+    make = train.make_supervised_data_module
+
+    @functools.wraps(make)
+    def make_supervised_data_module(tokenizer, data_args):
+        module = make(tokenizer=tokenizer, data_args=data_args)
+        if asks_for_native(data_args):
+            limit, token = tokenizer.model_max_length, train.IMAGE_TOKEN_INDEX
+            module["data_collator"] = NativeCollator(module["data_collator"], limit, token)
+            report_tokens(train, module["train_dataset"].list_data_dict, tokenizer, data_args)
+        return module
+
+    patches.set(train, "make_supervised_data_module", make_supervised_data_module)
+
+
+def _read_empty_media_as_text(dataset: type, patches: Patches) -> None:
+    init = dataset.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        drop_empty_media(self.list_data_dict)
+
+    patches.set(dataset, "__init__", __init__)
+
+
+def _keep_sizes(dataset: type, patches: Patches) -> None:
+    process = dataset.process_image
+
+    @functools.wraps(process)
+    def process_image(self, image_file, overwrite_image_aspect_ratio=None):
+        # LLaVA-NeXT pads every image of a sample with several to a square.
+        native = asks_for_native(self.data_args)
+        return process(self, image_file, None if native else overwrite_image_aspect_ratio)
+
+    patches.set(dataset, "process_image", process_image)
+
+
+class ClipReader:
+    """LLaVA-NeXT's video reader, with PyAV where decord is missing; remembers where the last frames came from."""
+
+    def __init__(self, original: Callable) -> None:
+        self.original, self.last = original, None
+
+    def __call__(self, video_file: str, data_args: object) -> tuple:
+        if not asks_for_native(data_args):
+            return self.original(video_file, data_args)
+        wanted, force = data_args.video_fps, data_args.force_sample
+        clip = read_clip(video_file, wanted, data_args.frames_upbound, force)
+        self.last = clip
+        times = ",".join(f"{index / clip.fps:.2f}s" for index in clip.indices)
+        return clip.frames, clip.total / clip.fps, times, len(clip.indices)
+
+
+def _add_details(dataset: type, name: str, reader: ClipReader | None, patches: Patches) -> None:
+    """Have a dataset's samples carry the places of their frames and their own positions."""
+    get = getattr(dataset, name)
+
+    def read_item(self, i):
+        """The host's own sample, with its images read as the tower's image processor says."""
+        processor = self.data_args.image_processor
+        if not isinstance(processor, PackingImageProcessor):
+            return get(self, i)
+        entry = self.list_data_dict[i] if isinstance(i, int) else {}
+        several = isinstance(entry.get("image"), list)  # which LLaVA-NeXT pads
+        square = not asks_for_native(self.data_args) and (several or self.data_args.image_aspect_ratio == "pad")
+        try:
+            with reading_as(processor.image_reading, square):
+                return get(self, i)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"sample {entry.get('id', i)}: {error}") from error
+
+    @functools.wraps(get)
+    def get_item(self, i):
+        if not asks_for_native(self.data_args):
+            return read_item(self, i)
+        # LLaVA-NeXT goes on with the next sample where a video cannot be read, and there is none after the last.
+        i = i % len(self.list_data_dict) if isinstance(i, int) else i
+        if reader is not None:
+            reader.last = None
+        video = isinstance(i, int) and "video" in self.list_data_dict[i]
+        with self.data_args.image_processor.reading(video):
+            sample = read_item(self, i)
+        if DETAILS not in sample and "image" in sample:  # else it is another one, which has been here
+            sample[DETAILS] = make_details(sample["image"], self.list_data_dict[i], i, self.data_args, reader)
+        return sample
+
+    patches.set(dataset, name, get_item)
+
+
+def _go_further(dataset: type, patches: Patches) -> None:
+    """LLaVA-NeXT takes the next sample for one that cannot be read, and stops at two in a row and at the last one."""
+    fetch = dataset.__getitem__
+
+    @functools.wraps(fetch)
+    def __getitem__(self, i):
+        if not asks_for_native(self.data_args):
+            return fetch(self, i)
+        count, index = len(self.list_data_dict), i
+        for skips in range(SKIPS + 1):
+            try:
+                return fetch(self, index)
+            except Exception as error:
+                if skips == SKIPS:
+                    raise
+                further = (index + (1 if index == count - 1 else 2)) % count
+                logger.warning("sample %d cannot be read, going on with sample %d: %s", index, further, error)
+                index = further
+
+    patches.set(dataset, "__getitem__", __getitem__)
+
+
+def make_details(
+    images: object, source: Mapping, index: int, data_args: object, reader: ClipReader | None
+) -> list[dict | None]:
+    """The details of each image of a sample.
+
+    Raises ``ValueError`` for positions that do not fit the images.
+    """
+    tensors = [image[0] for image in images] if isinstance(images, list) else [images]
+    details: list[dict] = [{} for _ in tensors]
+    clip: Clip | None = reader.last if reader is not None and "video" in source else None
+    if clip is not None and len(clip.indices) == len(tensors[0]):
+        details[0] = {"frame_indices": torch.tensor(clip.indices), "total_frames": clip.total}
+    if POSITIONS in source:
+        patch = data_args.image_processor.rule.patch_size
+        counts = [t.shape[-2] * t.shape[-1] // patch**2 * (len(t) if t.dim() == 4 else 1) for t in tensors]
+        positions = read_positions(source, data_args)
+        if sum(counts) != len(positions):
+            raise ValueError(
+                f"{source[POSITIONS]} has {len(positions)} positions, but the images of the sample have {counts} "
+                f"patches: images with positions need sides of whole patches, and a size between "
+                f"mm_packing_min_patches and mm_packing_max_patches"
+            )
+        for detail, part in zip(details, positions.split(counts)):
+            detail.update(patch_positions=part, group=index)
+    return [detail or None for detail in details]
+
+
+def read_positions(source: Mapping, data_args: object) -> torch.Tensor:
+    """The sample's positions (frame, row, column), float32 ``[num_patches, 3]``, from its ``.npy`` file.
+
+    Its path is absolute, or relative to the folder of the sample's images or videos. Raises ``ValueError`` for an array
+    of another shape.
+    """
+    folder = getattr(data_args, "video_folder" if "video" in source else "image_folder", None) or ""
+    file = os.path.join(folder, source[POSITIONS])
+    positions = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+    if positions.dim() != 2 or positions.shape[1] != 3:
+        raise ValueError(f"{file}: positions must be [num_patches, 3], got {list(positions.shape)}")
+    return positions
+
+
+def report_tokens(train: ModuleType, samples: Sequence[Mapping], tokenizer: object, data_args: object) -> None:
+    """Print what the dataset costs, once; every rank refuses samples that do not fit together.
+
+    Raises ``ValueError`` for samples with more or fewer images than ``<image>`` in their text.
+    """
+    reads_videos = hasattr(train, "process_video_with_decord")
+    check_places(samples, reads_videos)
+    arguments = current_arguments("ModelArguments")
+    if arguments is None or os.environ.get("RANK", "0") != "0":
+        return
+
+    def to_ids(sample: Mapping) -> list[int]:
+        turns = train.preprocess_multimodal(copy.deepcopy([sample["conversations"]]), data_args)
+        has_image = bool(images_of(sample, reads_videos))
+        return train.preprocess(turns, tokenizer, has_image=has_image)["input_ids"][0].tolist()
+
+    processor, sampling = data_args.image_processor, None
+    if reads_videos:
+        sampling = {"wanted_fps": data_args.video_fps, "upbound": data_args.frames_upbound}
+        sampling["force"] = data_args.force_sample
+    report = measure(
+        samples,
+        processor,
+        token_layout(arguments, processor.settings),
+        to_ids,
+        train.IMAGE_TOKEN_INDEX,
+        tokenizer.model_max_length,
+        {kind: getattr(data_args, f"{kind}_folder", None) for kind in ("image", "video")},
+        sampling,
+    )
+    print("\n".join(report.lines()), flush=True)
+    for warning in report.warnings():
+        logger.warning("native resolution: %s", warning)
+
+
+class NativeCollator:
+    """The host's collator, given no more images than the text of a sample has places for.
+
+    The host cuts the text at ``limit`` tokens; images whose ``<image>`` goes with it would move into the next sample.
+    What samples carry beside their images reaches the model in ``image_sizes``.
+    """
+
+    def __init__(self, collate: Callable, limit: int, image_token: int) -> None:
+        self.collate, self.limit, self.image_token = collate, limit, image_token
+
+    def __call__(self, instances: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        instances = [self.fitted(instance) for instance in instances]
+        batch = self.collate(instances)
+        details = [d for i in instances for d in i.get(DETAILS) or [None] * self._count(i)]
+        if any(details):
+            sizes = batch.get("image_sizes") or [None] * len(details)
+            batch["image_sizes"] = [{"size": s, **(d or {})} for s, d in zip(sizes, details)]
+        return batch
+
+    @staticmethod
+    def _count(instance: Mapping) -> int:
+        images = instance.get("image")
+        return len(images) if isinstance(images, list) else int(images is not None)
+
+    def fitted(self, instance: Mapping) -> Mapping:
+        """Raises ``ValueError`` for a sample with more or fewer images than ``<image>`` in its text."""
+        if (count := self._count(instance)) == 0:
+            return instance
+        marks = instance["input_ids"] == self.image_token
+        places = int(marks.sum())
+        if max(places, 1) != count:
+            raise ValueError(f"sample {instance.get('id')} has {count} images, but {places} <image> in its text")
+        kept = max(int(marks[: self.limit].sum()), 1)
+        if kept == count:
+            return instance
+        logger.warning(
+            "sample %s: its text is cut at model_max_length %d, and %d of its %d images with it",
+            instance.get("id"),
+            self.limit,
+            count - kept,
+            count,
+        )
+        cut = {**instance, "image": instance["image"][:kept]}
+        return {**cut, DETAILS: cut[DETAILS][:kept]} if DETAILS in cut else cut

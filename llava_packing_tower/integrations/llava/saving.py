@@ -1,0 +1,227 @@
+"""What is saved of a model, and what its config says of its tower, follows ``requires_grad`` at the moment of saving.
+
+Arguments say what somebody meant to train. The hosts decide by them, and lose what was trained without saying so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from .patcher import Patches
+from .trainable_parts import LORA_EXTRAS, is_packing_tower
+
+logger = logging.getLogger(__name__)
+
+TOWER = "vision_tower."
+ADAPTER_WORD = "lora_"
+# What a checkpoint of the projector alone keeps; the second with mm_use_im_start_end.
+PROJECTOR_WORDS = ("mm_projector", "vision_resampler")
+TOKEN_WORDS = ("embed_tokens", "embed_in")
+
+_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+# ---------------------------------------------------------------- the config
+
+
+def is_trained(tower: nn.Module) -> bool:
+    """Whether any weight of the tower itself is trained. (A LoRA of it is saved with the LoRA.)"""
+    return any(p.requires_grad for name, p in tower.named_parameters() if ADAPTER_WORD not in name)
+
+
+def refresh_note(config: PretrainedConfig, tower: nn.Module) -> None:
+    """Have ``mm_packing_config`` say that the checkpoint has the tower's weights, if the tower is trained.
+
+    It is not taken back when the tower is frozen later: its folder has not had these weights since.
+    """
+    note = getattr(config, "mm_packing_config", None)
+    weights = "checkpoint" if is_trained(tower) else "folder"
+    if note is None:
+        config.mm_packing_config = tower.packing_config(weights)
+    elif weights == "checkpoint" and note.get("weights") != "checkpoint":
+        config.mm_packing_config = {
+            **{key: value for key, value in note.items() if key not in ("fingerprint", "folder")},
+            "weights": "checkpoint",
+        }
+
+
+def note_when_saving(arch: ModuleType, patches: Patches) -> None:
+    """Refresh the note whenever the config of a LLaVA is saved, with the model or without it.
+
+    The hosts save the config alone for a LoRA and for a projector. A config does not know its model: they are looked
+    up among the living ones.
+    """
+    init = arch.LlavaMetaModel.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        _models.add(self)
+
+    patches.set(arch.LlavaMetaModel, "__init__", __init__)
+    save = PretrainedConfig.save_pretrained
+    if hasattr(save, "_llava_packing_note"):  # another host's package was imported before
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self, *args, **kwargs):
+        for model in list(_models):
+            if model.config is self:
+                _refresh(model)
+        return save(self, *args, **kwargs)
+
+    save_pretrained._llava_packing_note = True
+    patches.set(PretrainedConfig, "save_pretrained", save_pretrained)
+
+
+def note_with_models(models: ModuleType, patches: Patches) -> None:
+    """The same for ``save_pretrained`` of the model classes of a host: a copy of a model was never made by a class."""
+    for cls in {id(c): c for c in vars(models).values() if isinstance(c, type)}.values():
+        if not (hasattr(cls, "prepare_inputs_labels_for_multimodal") and hasattr(cls, "save_pretrained")):
+            continue
+
+        def save_pretrained(self, *args, _cls=cls, **kwargs):
+            _refresh(self)
+            return super(_cls, self).save_pretrained(*args, **kwargs)
+
+        patches.set(cls, "save_pretrained", functools.wraps(cls.save_pretrained)(save_pretrained))
+
+
+def _refresh(model: nn.Module) -> None:
+    tower = model.get_vision_tower()
+    if is_packing_tower(tower) and tower.is_loaded:
+        refresh_note(model.config, tower)
+
+
+# ---------------------------------------------------------------- the weights
+
+
+def whole_tower(named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    """What is saved beside a LoRA: what is trained, and the whole tower if any of it is.
+
+    A reloaded tower comes from one place: the checkpoint, where a part of it was trained.
+    """
+    named = [(name, p) for name, p in named if ADAPTER_WORD not in name]
+    tower = any(TOWER in name and p.requires_grad for name, p in named)
+    return [(name, p) for name, p in named if p.requires_grad or (tower and TOWER in name)]
+
+
+def lost_in_projector(model: nn.Module, tokens: bool) -> list[str]:
+    """Names of trained parameters that a checkpoint of the projector alone does not keep; tokens: whether it keeps
+    those of the embedding."""
+    kept = PROJECTOR_WORDS + (TOKEN_WORDS if tokens else ())
+    return [name for name, p in model.named_parameters() if p.requires_grad and not any(word in name for word in kept)]
+
+
+@contextlib.contextmanager
+def saves_what_is_trained(trainer: object) -> Iterator[None]:
+    """Within it, the trainer's arguments ask for the projector alone only if nothing else is trained."""
+    args, changed = trainer.args, {}
+    if not getattr(args, "lora_enable", False) and _asks_for_the_projector(args):
+        lost = lost_in_projector(trainer.model, getattr(args, "use_im_start_end", False))
+        if lost:
+            _log_whole(len(lost), lost[0])
+            changed = {"tune_mm_mlp_adapter": False, "mm_tunable_parts": "mm_mlp_adapter,mm_language_model"}
+    before = {name: getattr(args, name) for name in changed if hasattr(args, name)}
+    for name in before:
+        setattr(args, name, changed[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+def _asks_for_the_projector(args: object) -> bool:
+    parts = [part.strip() for part in (getattr(args, "mm_tunable_parts", None) or "").split(",")]
+    alone = len(parts) == 1 and parts[0] in ("mm_mlp_adapter", "mm_vision_resampler")
+    return bool(getattr(args, "tune_mm_mlp_adapter", False)) or alone
+
+
+@functools.cache
+def _log_whole(count: int, example: str) -> None:
+    logger.warning(
+        "the arguments ask for the projector alone, but %d tensors outside of it are trained, for example %s: the "
+        "whole model is saved",
+        count,
+        example,
+    )
+
+
+def save_what_is_trained(train: ModuleType, patches: Patches) -> None:
+    """Have the host's train.py and trainer save what is trained, whatever the arguments say."""
+    trainer = train.LLaVATrainer
+    for name in ("_save_checkpoint", "_save"):
+        patches.set(trainer, name, _within(getattr(trainer, name)))
+    patches.set(train, "safe_save_model_for_hf_trainer", _within(train.safe_save_model_for_hf_trainer))
+    original = train.get_peft_state_non_lora_maybe_zero_3
+
+    @functools.wraps(original)
+    def get_peft_state_non_lora_maybe_zero_3(named_params, require_grad_only=True):
+        return original(whole_tower(named_params) if require_grad_only else named_params, require_grad_only=False)
+
+    patches.set(train, "get_peft_state_non_lora_maybe_zero_3", get_peft_state_non_lora_maybe_zero_3)
+    resume_extras(train, patches)
+
+
+def _within(save: Callable) -> Callable:
+    @functools.wraps(save)
+    def saved(trainer, *args, **kwargs):
+        with saves_what_is_trained(trainer):
+            return save(trainer, *args, **kwargs)
+
+    return saved
+
+
+def resume_extras(train: ModuleType, patches: Patches) -> None:
+    """In a checkpoint of a LoRA that DeepSpeed does not write: what is trained beside it, and back at a resume.
+
+    transformers' own Trainer saves and loads the adapter alone; the projector would start anew.
+    """
+    trainer = train.LLaVATrainer
+    save, load = trainer._save_checkpoint, trainer._load_from_checkpoint
+
+    def concerned(self) -> bool:
+        return getattr(self.args, "lora_enable", False) and not self.is_deepspeed_enabled and not self.args.fsdp
+
+    @functools.wraps(save)
+    def _save_checkpoint(self, *args, **kwargs):
+        result = save(self, *args, **kwargs)
+        if concerned(self) and self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            extras = {name: p.detach().cpu() for name, p in whole_tower(self.model.named_parameters())}
+            aside = folder / f".{LORA_EXTRAS}"
+            torch.save(extras, aside)
+            aside.replace(folder / LORA_EXTRAS)
+        return result
+
+    @functools.wraps(load)
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        result = load(self, resume_from_checkpoint, *args, **kwargs)
+        if not concerned(self):
+            return result
+        file = Path(resume_from_checkpoint) / LORA_EXTRAS
+        extras = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+        named = dict(whole_tower(self.model.named_parameters()))
+        if missing := sorted(named.keys() - extras.keys()):
+            raise ValueError(
+                f"{resume_from_checkpoint} cannot be gone on from: it has a LoRA, and not the {len(missing)} other "
+                f"tensors that are trained, for example {missing[0]}. Take another output_dir, or deepspeed"
+            )
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(extras[name])
+        return result
+
+    patches.set(trainer, "_save_checkpoint", _save_checkpoint)
+    patches.set(trainer, "_load_from_checkpoint", _load_from_checkpoint)

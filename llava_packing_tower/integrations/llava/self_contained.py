@@ -1,0 +1,64 @@
+"""A checkpoint with a frozen tower loads wherever it is read from, and where the tower's own folder is gone."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...checkpoint.weights import CONFIG_NAME, WeightFiles, read_json, write_json
+from ...towers.names import strip_prefix
+from ...towers.packing_tower import folder_fingerprint, frozen_folder
+from .trainable_parts import has_weights
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def self_contained(folder: Path) -> Iterator[Path]:
+    """The folder to load in place of ``folder``: itself, unless its frozen tower is not found under its name from here.
+
+    Then it is a view of ``folder``, with a config that says where the tower is: in the folder it was trained from
+    (also of a relative name, seen from where the checkpoint is), else in the checkpoint's own files. Nothing of
+    ``folder`` is changed.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    saved, name = config.get("mm_packing_config") or {}, str(config.get("mm_vision_tower"))
+    if saved.get("weights") != "folder" or frozen_folder(name, saved) is not None:
+        yield folder
+        return
+    if (found := _seen_from(folder, strip_prefix(name), saved.get("fingerprint"))) is not None:
+        logger.info("the frozen vision tower %s is read from %s", name, found)
+        changes: dict[str, object] = {"mm_vision_tower": str(found)}
+    elif has_weights(folder) and any("vision_tower." in key for key in WeightFiles(folder).shapes()):
+        logger.warning(
+            "%s is not here: the frozen tower has the weights that were saved in %s, in their precision", name, folder
+        )
+        # The second: LLaVA 1.x then leaves the tower to the checkpoint's files.
+        changes = {"mm_packing_config": {**saved, "weights": "checkpoint"}, "unfreeze_mm_vision_tower": True}
+    else:
+        yield folder  # loading it will name the folder that is missing
+        return
+    with tempfile.TemporaryDirectory(prefix="llava_packing_") as place:
+        view = Path(place)
+        for file in folder.iterdir():
+            if file.name != CONFIG_NAME:
+                (view / file.name).symlink_to(file.resolve())
+        write_json({**config, **changes}, view / CONFIG_NAME)
+        yield view
+
+
+def _seen_from(checkpoint: Path, name: str, fingerprint: str | None) -> Path | None:
+    """A relative tower folder, seen from the folders above the checkpoint: one of them is where training was started.
+
+    Only one that has the fingerprint that the checkpoint notes.
+    """
+    if Path(name).expanduser().is_absolute() or fingerprint is None:
+        return None
+    for parent in checkpoint.resolve().parents:
+        found = parent / name
+        if (found / CONFIG_NAME).is_file() and folder_fingerprint(found) == fingerprint:
+            return found.resolve()
+    return None

@@ -1,0 +1,65 @@
+"""No rank waits for another: the tower and the projector run in every step, on every rank.
+
+ZeRO and DDP run collectives for each module and each gradient. A rank whose batch has no image would leave out those of
+the tower, and the others would wait for it for ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import ModuleType
+
+import torch
+
+from ...checkpoint.weights import zero3_enabled
+from .patcher import Patches
+from .trainable_parts import is_packing_tower
+
+PREPARE = "prepare_inputs_labels_for_multimodal"
+
+
+def takes_part(model: torch.nn.Module) -> bool:
+    """Whether other ranks may be waiting: while training, and under ZeRO-3 in evaluation too."""
+    return (model.training and torch.is_grad_enabled()) or zero3_enabled()
+
+
+def blank_images(tower: torch.nn.Module, count: int) -> list[torch.Tensor]:
+    """``count`` small images ``[C, 2p, 2p]`` of zeros (two patches a side, which every projector can merge)."""
+    side = 2 * tower.config.patch_size
+    return [torch.zeros(tower.config.num_channels, side, side, device=tower.device, dtype=tower.dtype)] * count
+
+
+def into_model(arch: ModuleType, patches: Patches) -> None:
+    """Have a batch without images encode blanks, one per sample, as LLaVA's own data does for text-only samples.
+
+    LLaVA joins an empty slice of the features of such a sample to its text: all weights get gradients, of zeros. The
+    same is done for ``image_newline``, which LLaVA leaves out in a batch of text alone.
+    """
+    mixin = arch.LlavaMetaForCausalLM
+    prepare = getattr(mixin, PREPARE)
+    signature = inspect.signature(prepare)
+    embeds = 4  # of what it returns: ids, positions, mask, past, embeddings, labels (one more in some hosts)
+
+    @functools.wraps(prepare)
+    def prepare_inputs_labels_for_multimodal(self, *args, **kwargs):
+        tower = self.get_vision_tower()
+        call = signature.bind(self, *args, **kwargs)
+        given = call.arguments
+        ids, images = given["input_ids"], given.get("images")
+        if not is_packing_tower(tower) or ids is None or ids.shape[1] == 1 or not takes_part(self):
+            return prepare(self, *args, **kwargs)
+        if images is None or len(images) == 0:
+            if asked := int((ids == arch.IMAGE_TOKEN_INDEX).sum()):
+                raise ValueError(f"the text has {asked} <image>, but there are no images")
+            given["images"] = blank_images(tower, len(ids))
+            given["image_sizes"] = [tuple(given["images"][0].shape[-2:])] * len(ids)
+            if "modalities" in signature.parameters:
+                given["modalities"] = ["image"] * len(ids)
+        result = list(prepare(*call.args, **call.kwargs))
+        newline = getattr(self.get_model(), "image_newline", None)
+        if newline is not None and newline.requires_grad and result[embeds] is not None:
+            result[embeds] = result[embeds] + 0 * newline.sum()
+        return tuple(result)
+
+    patches.set(mixin, PREPARE, prepare_inputs_labels_for_multimodal)

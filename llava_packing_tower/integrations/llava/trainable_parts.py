@@ -1,0 +1,266 @@
+"""What is trained, how the checkpoint remembers its tower, and the check of both after a reload."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ...checkpoint.weights import WeightFiles, resolve_folder
+from ...towers.names import strip_prefix, tower_kind
+from ...towers.packing_tower import HEVCViTPackingVisionTower, folder_fingerprint
+from ...utils.tracing import is_plain
+from .arguments import host_lacks
+from .arguments_table import PARTS, tunable_parts
+from .patcher import Patches
+
+logger = logging.getLogger(__name__)
+
+QUANTISERS = ("bitsandbytes", "quanto", "optimum", "torchao", "hqq", "awq", "gptqmodel")
+LORA_EXTRAS = "non_lora_trainables.bin"
+
+
+def is_packing_tower(tower: object) -> bool:
+    return isinstance(tower, HEVCViTPackingVisionTower)
+
+
+# ---------------------------------------------------------------- while training starts
+
+
+def remember_tower(arch: ModuleType, patches: Patches) -> None:
+    """Have ``initialize_vision_modules`` note in the LLaVA config where the tower's weights will be found again."""
+    original = arch.LlavaMetaModel.initialize_vision_modules
+
+    @functools.wraps(original)
+    def initialize_vision_modules(self, model_args, fsdp=None):
+        parts = tunable_parts(getattr(model_args, "mm_tunable_parts", None))
+        train = _train_module(arch)
+        if train is not None and host_lacks(train, "mm_tunable_parts") and parts == ("mm_mlp_adapter",):
+            model_args.tune_mm_mlp_adapter = True  # this host's own word for it: it then saves the adapter alone
+        kept = self.get_vision_tower()
+        other = kept is not None and is_another_tower(kept, self.config, model_args.vision_tower)
+        original(self, model_args, fsdp)
+        if not is_packing_tower(self.get_vision_tower()):
+            return
+        if other:
+            self.config.mm_vision_tower = kept.vision_tower_name
+        tuned = "mm_vision_tower" in parts or getattr(model_args, "unfreeze_mm_vision_tower", False)
+        earlier = getattr(self.config, "mm_packing_config", None) or {}
+        # Tuned in an earlier stage: the folder has not had these weights since then, frozen or not today.
+        in_checkpoint = tuned or earlier.get("weights") == "checkpoint"
+        self.config.mm_packing_config = self.get_vision_tower().packing_config(
+            weights="checkpoint" if in_checkpoint else "folder"
+        )
+        for name, value in self.get_vision_tower().image_processor.image_reading.items().items():
+            setattr(self.config, name, value)
+        self.config.mm_packing_conversation = getattr(model_args, "version", None)  # an evaluation asks in it
+        for name in ("mm_tunable_parts", "unfreeze_mm_vision_tower"):
+            setattr(self.config, name, getattr(model_args, name, None))
+
+    patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+
+
+def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
+    """Whether training asks for another tower than the checkpoint that it starts from has: the host keeps that one.
+
+    Raises ``ValueError`` where LLaVA's own tower would be trained in place of ours; another packing tower is a warning.
+    """
+    if not is_packing_tower(kept):
+        if tower_kind(asked) is not None:
+            raise ValueError(
+                f"{asked} is a packing tower, but the checkpoint that training starts from has a "
+                f"{type(kept).__name__}, which LLaVA would keep. Start from the plain decoder (model_name_or_path)"
+            )
+        return False
+    here, there = (Path(strip_prefix(name)).expanduser() for name in (kept.vision_tower_name, asked))
+    noted = (getattr(config, "mm_packing_config", None) or {}).get("fingerprint")
+    if here == there or here.resolve() == there.resolve():
+        return False
+    if noted is not None and there.is_dir() and folder_fingerprint(there) == noted:
+        return False
+    logger.warning("the tower is the checkpoint's, %s; %s is not loaded", kept.vision_tower_name, asked)
+    return True
+
+
+def _train_module(arch: ModuleType) -> ModuleType | None:
+    import sys
+
+    return sys.modules.get(f"{arch.__name__.partition('.')[0]}.train.train")
+
+
+def set_trainable(model: nn.Module, lora: bool) -> None:
+    """Carry out ``mm_tunable_parts`` of the model's config, in the meaning that LLaVA-NeXT gave it."""
+    parts = tunable_parts(getattr(model.config, "mm_tunable_parts", None))
+    for name, parameter in model.named_parameters():
+        if parts:
+            parameter.requires_grad_("lora_" in name if lora and _part(name) == PARTS[3] else _part(name) in parts)
+        elif getattr(model.config, "unfreeze_mm_vision_tower", False) and _part(name) == PARTS[0]:
+            parameter.requires_grad_(True)
+
+
+def _part(name: str) -> str:
+    words = {"vision_tower": PARTS[0], "mm_projector": PARTS[1], "vision_resampler": PARTS[2]}
+    return next((part for word, part in words.items() if word in name), PARTS[3])
+
+
+def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Trained and all parameters of each part that the model has, in the order of PARTS."""
+    counts = {part: [0, 0] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        counts[_part(name)][0] += size * parameter.requires_grad
+        counts[_part(name)][1] += size
+    return {part: (trained, total) for part, (trained, total) in counts.items() if total}
+
+
+def tune_parts(train: ModuleType, patches: Patches) -> None:
+    """On a host without ``mm_tunable_parts`` and ``mm_vision_tower_lr``: carry them out as its trainer is made."""
+    trainer = train.LLaVATrainer
+    if host_lacks(train, "mm_tunable_parts"):
+        init = trainer.__init__
+
+        @functools.wraps(init)
+        def __init__(self, *args, **kwargs):
+            if kwargs.get("model") is not None:
+                set_trainable(kwargs["model"], lora=getattr(kwargs.get("args"), "lora_enable", False))
+            init(self, *args, **kwargs)
+
+        patches.set(trainer, "__init__", __init__)
+    if host_lacks(train, "mm_vision_tower_lr"):
+        create = trainer.create_optimizer
+
+        @functools.wraps(create)
+        def create_optimizer(self, *model):
+            optimizer = create(self, *model)
+            rate = getattr(self.args, "mm_vision_tower_lr", None)
+            if rate is not None:
+                split_groups(optimizer, {id(p) for n, p in self.model.named_parameters() if _part(n) == PARTS[0]}, rate)
+            return optimizer
+
+        patches.set(trainer, "create_optimizer", create_optimizer)
+
+
+def split_groups(optimizer: torch.optim.Optimizer, ids: set[int], rate: float) -> None:
+    """Give the parameters with these ids groups of their own with learning rate ``rate``, other options unchanged."""
+    for group in list(optimizer.param_groups):
+        chosen = [p for p in group["params"] if id(p) in ids]
+        if chosen:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            optimizer.param_groups.append({**group, "params": chosen, "lr": rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+# ---------------------------------------------------------------- after a reload
+
+
+def check_tower_weights(
+    tower: HEVCViTPackingVisionTower, config: object, model_path: str, model_base: str | None = None
+) -> None:
+    """Compare a tower in memory with the LLaVA checkpoint it was loaded from.
+
+    Raises ``ValueError`` with the names of tensors that are missing there, have no place in the tower, or differ (by
+    anything but the cast to the tower's dtype); nothing to compare where the checkpoint says that the weights are in
+    the tower's own folder.
+    """
+    saved = getattr(config, "mm_packing_config", None) or {}
+    state = tower.state_dict()
+    sentence = "the vision tower does not have the weights of"
+    if saved.get("weights") != "checkpoint":
+        nan = [name for name, tensor in state.items() if is_readable(tensor) and tensor.isnan().any()]
+        refuse({"without a value": nan}, f"{sentence} its own folder")
+        return
+    found = tower_tensors(model_path, model_base)
+    # What a quantised layer keeps beside its weight, or in place of it, comes from that weight in the file.
+    made = tuple(f"{name}." for name in foreign_layers(tower) if f"{name}.weight" in found)
+    problems = {
+        "not in the checkpoint": sorted(name for name in state.keys() - found.keys() if not name.startswith(made)),
+        "with no place in the tower": sorted(n for n in found.keys() - state.keys() if not n.startswith(made)),
+        "different from the checkpoint": [],
+    }
+    for name in state.keys() & found.keys():
+        here = state[name]
+        # Offloaded or quantised by the caller's own wish: there is nothing here that could be compared.
+        if is_readable(here) and not torch.equal(here.cpu(), found[name].to(here.dtype)):
+            problems["different from the checkpoint"].append(name)
+    refuse(problems, f"{sentence} {model_path}")
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds weights that can be read here: in memory, floating-point, no library's own kind."""
+    return is_plain(tensor) and not tensor.is_meta and tensor.is_floating_point()
+
+
+def foreign_layers(module: nn.Module) -> list[str]:
+    """The names of layers that keep their weight in another form than it has in a file: quantised ones.
+
+    By what they hold (integers, a library's own tensors) or by having no parameter ``weight`` in the state at all.
+    """
+    names = []
+    for name, layer in module.named_modules():
+        own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        quantised = any(not tensor.is_floating_point() or not is_plain(tensor) for tensor in own.values())
+        if own and (quantised or _is_foreign(layer)):
+            names.append(name)
+    return names
+
+
+def _is_foreign(layer: nn.Module) -> bool:
+    """A layer of a quantisation library, by its package."""
+    return type(layer).__module__.split(".")[0] in QUANTISERS
+
+
+def refuse(problems: Mapping[str, list[str]], sentence: str) -> None:
+    """Raises ``ValueError``: the sentence, then how many and which names have each problem; nothing if none has any."""
+    lines = [
+        f"  {len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(f"{sentence}:\n" + "\n".join(lines))
+
+
+class _TowerTensors(Mapping):
+    """The tower's tensors of one weight file or folder, under the names they have in the tower."""
+
+    def __init__(self, names: Mapping[str, str], source: object) -> None:
+        self._names, self._source = names, source
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._source[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch.Tensor]:
+    """Those of the first of: what LoRA training saved beside its adapter, the model's own files, the base's files."""
+    word = "vision_tower."
+    for folder in filter(None, (model_path, model_base)):
+        folder = resolve_folder(folder)
+        extras = folder / LORA_EXTRAS
+        sources: list[tuple[object, list[str]]] = []
+        if extras.is_file():
+            tensors = torch.load(extras, map_location="cpu", weights_only=True)
+            sources.append((tensors, list(tensors)))
+        if has_weights(folder):
+            files = WeightFiles(folder)
+            sources.append((files, list(files.shapes())))
+        for source, keys in sources:
+            names = {key.split(word, 1)[1]: key for key in keys if word in key}
+            if names:
+                return _TowerTensors(names, source)
+    return {}
+
+
+def has_weights(folder: Path) -> bool:
+    bases = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / base).is_file() or (folder / f"{base}.index.json").is_file() for base in bases)

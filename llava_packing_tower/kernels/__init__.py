@@ -1,0 +1,1 @@
+"""The operations of a fused encoder block: plain torch in `reference`, Triton in `triton/`."""

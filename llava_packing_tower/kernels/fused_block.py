@@ -1,0 +1,299 @@
+"""A fused block: the two halves around its attention, each a node of the autograd graph, or all of it as one node.
+
+Forward and backward are written out, so that Python calls nine kernels per block forward and sixteen backward without
+a compiler's wrappers around them, and what memory bounds is read once: bias gradients fall out of the kernels that
+write what they sum, and the input of both norms' products is computed again by the kernels of the norms' backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from types import ModuleType
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..data.patches import PackedSegments
+from . import reference
+
+try:
+    from . import triton as kernels
+except ImportError:  # no Triton: torch's CPU builds, macOS
+    kernels = None
+
+Tensor = torch.Tensor
+
+
+def operations(x: Tensor) -> ModuleType:
+    """The module whose operations take such tensors: Triton's kernels on a GPU, else plain torch."""
+    return kernels if x.is_cuda and kernels is not None else reference
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is constant in a block. rotation: a key of ``ROTATIONS`` or None; activation: of ``ACTIVATIONS``."""
+
+    heads: int
+    eps: float
+    rms: bool
+    rotation: str | None
+    activation: str
+
+
+def _remember(grad: Tensor, sums: Tensor) -> None:
+    """Let the column sums of a gradient, which its kernel made on the way, travel with it to the block below."""
+    grad.packing_column_sums = (grad._version, sums)
+
+
+def _remembered(grad: Tensor) -> Tensor | None:
+    """The column sums that came with this very tensor, unless it was changed meanwhile."""
+    version, sums = getattr(grad, "packing_column_sums", (None, None))
+    return sums if version == grad._version else None
+
+
+class _Part:
+    """What stands for the context of one of the functions: saved tensors are asked for once only, which is all that a
+    checkpoint allows."""
+
+    saved_tensors: tuple = ()
+    needs_input_grad: tuple = (True, True, True)
+    kind: Kind
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+def _half_backward(function: type, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward of one of the two functions as a node of its own."""
+    part = _Part()
+    part.kind, part.saved_tensors, part.needs_input_grad = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
+    columns = function.columns(part, *grads)
+    partials = operations(grads[0]).partials(sum(columns), grads[0])
+    products = function.products(part, partials, 0, *grads)
+    return None, *function.gradients(part, products, _added(partials, columns, grads[0]))
+
+
+def _added(partials: Tensor, columns: list[int], like: Tensor) -> tuple[Tensor, ...]:
+    """All sums over tokens, added up at once."""
+    return operations(like).finish(partials, like.dtype).split(columns)
+
+
+class BeforeAttention(torch.autograd.Function):
+    """``total = x + pending``; rotated q, k and v of its norm. Returns total ``[N, hidden]``, and q, k, v ``[N, heads,
+    head_dim]``, views of one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        kind: Kind,
+        x: Tensor,
+        pending: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        run = operations(x)
+        total, normed, stats = run.add_norm(x, pending, norm_weight, norm_bias, kind.eps, kind.rms)
+        qkv = F.linear(normed, qkv_weight, qkv_bias).view(x.shape[0], 3, kind.heads, -1)
+        if kind.rotation is not None:
+            run.rotate_(qkv, cos, sin, kind.rotation)
+        ctx.kind = kind
+        ctx.save_for_backward(total, stats, norm_weight, norm_bias, qkv_weight, cos, sin)
+        return total, *qkv.unbind(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor, *grads: Tensor):
+        return _half_backward(BeforeAttention, ctx, grad_total, *grads)
+
+    @staticmethod
+    def columns(ctx, *_: Tensor) -> list[int]:
+        """How wide the gradients are that are sums over tokens: of the qkv bias, and of the norm's weight and bias; and
+        the column sums of the total's gradient."""
+        wide, width = ctx.saved_tensors[4].shape
+        return [wide, width, width, width]
+
+    @staticmethod
+    def products(ctx, partials: Tensor, offset: int, grad_total: Tensor, *grads: Tensor):
+        """The other gradients: of total and qkv weight. The sums go into ``partials`` from ``offset`` on."""
+        total, stats, norm_weight, norm_bias, qkv_weight, cos, sin = ctx.saved_tensors
+        kind, run = ctx.kind, operations(total)
+        rotary = None if kind.rotation is None else (cos, sin)
+        grad_qkv = run.qkv_backward(grads, rotary, kind.rotation, partials, offset)
+        grad, normed = run.norm_backward(
+            *(total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms),
+            *(partials, offset + qkv_weight.shape[0]),
+        )
+        return grad, grad_qkv.t() @ normed if ctx.needs_input_grad[5] else None
+
+    @staticmethod
+    def gradients(ctx, products: tuple, sums: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of all inputs but the first."""
+        (grad, grad_weight), (qkv_bias, scale, shift, of_grad) = products, sums
+        needs = ctx.needs_input_grad
+        _remember(grad, of_grad)
+        return (
+            grad if needs[1] else None,
+            grad if needs[2] else None,
+            scale if needs[3] else None,
+            shift if needs[4] else None,
+            grad_weight,
+            qkv_bias if needs[6] else None,
+            None,
+            None,
+        )
+
+
+class AfterAttention(torch.autograd.Function):
+    """``total = residual + proj(attended)`` and the MLP of its norm, the next pending sum: two of ``[N, hidden]``."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        kind: Kind,
+        residual: Tensor,
+        attended: Tensor,
+        proj_weight: Tensor,
+        proj_bias: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        gate_weight: Tensor | None,
+        gate_bias: Tensor | None,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        run = operations(residual)
+        attended = attended.flatten(1)
+        # Biases are added by the kernels that follow: products without one are launched faster.
+        total, normed, stats = run.add_norm(
+            *(residual, F.linear(attended, proj_weight), norm_weight, norm_bias, kind.eps, kind.rms),
+            pending_bias=proj_bias,
+        )
+        inner, inner_bias, factor, factor_bias = F.linear(normed, fc1_weight), fc1_bias, None, None
+        if gate_weight is not None:
+            inner, inner_bias, factor, factor_bias = F.linear(normed, gate_weight), gate_bias, inner, fc1_bias
+        ctx.kind = kind
+        ctx.save_for_backward(
+            attended, total, stats, inner, inner_bias, factor, factor_bias,
+            proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
+        )  # fmt: skip
+        active = run.act(kind.activation, inner, inner_bias, factor, factor_bias)
+        return total, F.linear(active, fc2_weight, fc2_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor, grad_out: Tensor):
+        return _half_backward(AfterAttention, ctx, grad_total, grad_out)
+
+    @staticmethod
+    def columns(ctx, grad_total: Tensor, grad_out: Tensor) -> list[int]:
+        """As in :class:`BeforeAttention`: of the biases inside of the MLP, of the norm, of the projection's bias; and
+        the column sums of ``grad_out``, if they did not come with it."""
+        width, wide = ctx.saved_tensors[-1].shape
+        gated = ctx.saved_tensors[-3] is not None
+        return [wide * (1 + gated), width, width, width, width * (_remembered(grad_out) is None)]
+
+    @staticmethod
+    def products(ctx, partials: Tensor, offset: int, grad_total: Tensor, grad_out: Tensor):
+        """As in :class:`BeforeAttention`: of the residual, what was attended, and the weights."""
+        (
+            attended, total, stats, inner, inner_bias, factor, factor_bias,
+            proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
+        ) = ctx.saved_tensors  # fmt: skip
+        kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
+        *sizes, last = AfterAttention.columns(ctx, grad_total, grad_out)
+        if last:
+            run.column_sums(grad_out, partials, offset + sum(sizes))
+        # The MLP.
+        grad_inner, grad_factor, active = run.act_backward(
+            kind.activation, inner, inner_bias, factor, factor_bias, grad_out @ fc2_weight, partials, offset
+        )
+        grad_fc2 = grad_out.t() @ active if needs[11] else None
+        if gate_weight is not None:
+            grad_normed = torch.addmm(grad_factor @ fc1_weight, grad_inner, gate_weight)
+        else:
+            grad_normed = grad_inner @ fc1_weight
+        # The norm, with the gradient that passes it by.
+        grad, normed = run.norm_backward(
+            total, stats, grad_normed, grad_total, norm_weight, norm_bias, kind.rms, partials, offset + sizes[0]
+        )
+        grad_gate = grad_inner.t() @ normed if needs[7] else None
+        grad_fc1 = (grad_inner if gate_weight is None else grad_factor).t() @ normed if needs[9] else None
+        # The projection.
+        grad_attended = (grad @ proj_weight).view(grad.shape[0], kind.heads, -1) if needs[2] else None
+        grad_proj = grad.t() @ attended if needs[3] else None
+        return grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2, _remembered(grad_out)
+
+    @staticmethod
+    def gradients(ctx, products: tuple, sums: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of all inputs but the first."""
+        grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2, fc2_bias = products
+        inner_bias, scale, shift, proj_bias, last = sums
+        needs, wide = ctx.needs_input_grad, ctx.saved_tensors[-1].shape[1]
+        gate_bias, fc1_bias = inner_bias.split(wide) if inner_bias.shape[0] > wide else (None, inner_bias)
+        fc2_bias = last if fc2_bias is None else fc2_bias
+        return (
+            grad if needs[1] else None,
+            grad_attended,
+            grad_proj,
+            proj_bias if needs[4] else None,
+            scale if needs[5] else None,
+            shift if needs[6] else None,
+            grad_gate,
+            gate_bias if needs[8] else None,
+            grad_fc1,
+            fc1_bias if needs[10] else None,
+            grad_fc2,
+            fc2_bias if needs[12] else None,
+        )
+
+
+class Block(torch.autograd.Function):
+    """:class:`BeforeAttention`, ``attention`` and :class:`AfterAttention` as one node: each node of the graph costs the
+    host as much as two kernels."""
+
+    @staticmethod
+    def forward(
+        ctx, kind: Kind, attention: type, segments: PackedSegments, scale: float, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        before, inner, after = parts = _Part(), _Part(), _Part()
+        total, *heads = BeforeAttention.forward(before, kind, *tensors[:INPUTS_BEFORE])
+        attended = attention.forward(inner, *heads, segments, scale)
+        out = AfterAttention.forward(after, kind, total, attended, *tensors[INPUTS_BEFORE:])
+        ctx.attention, ctx.parts = attention, parts
+        ctx.counts = [len(part.saved_tensors) for part in parts]
+        ctx.save_for_backward(*before.saved_tensors, *inner.saved_tensors, *after.saved_tensors)
+        for part in parts:
+            part.saved_tensors = ()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor, grad_out: Tensor):
+        saved, (before, inner, after) = iter(ctx.saved_tensors), ctx.parts
+        for part, count in zip(ctx.parts, ctx.counts):
+            part.saved_tensors = tuple(islice(saved, count))
+        needs = ctx.needs_input_grad[4:]
+        before.needs_input_grad = (False, *needs[:INPUTS_BEFORE])
+        after.needs_input_grad = (False, True, True, *needs[INPUTS_BEFORE:])
+        columns, more = AfterAttention.columns(after, grad_total, grad_out), BeforeAttention.columns(before)
+        partials = operations(grad_out).partials(sum(columns) + sum(more), grad_out)
+        after_products = AfterAttention.products(after, partials, 0, grad_total, grad_out)
+        heads = ctx.attention.backward(inner, after_products[1])[:3]
+        products = BeforeAttention.products(before, partials, sum(columns), after_products[0], *heads)
+        sums = _added(partials, columns + more, grad_out)
+        grads_after = AfterAttention.gradients(after, after_products, sums[: len(columns)])[2:]
+        grads_before = BeforeAttention.gradients(before, products, sums[len(columns) :])
+        for part in ctx.parts:
+            part.saved_tensors = ()
+        return None, None, None, None, *grads_before, *grads_after
+
+
+INPUTS_BEFORE = 8  # of BeforeAttention, without the kind

@@ -1,0 +1,122 @@
+"""The encoder core: a stack of blocks over one packed sequence. All families run through this file."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..data.patches import PackedSegments
+from ..utils.tracing import traced
+from .layers import BlockConfig, EncoderBlock, Rotary
+from .runtime.cuda_graphs import run_blocks
+from .runtime.execution import FUSED, ExecutionPlan, compute_dtype, is_autocast, make_plan
+from .runtime.fused import fused_block, kind_of, settled
+from .runtime.module_state import Snapshot, addresses, state_of
+from .unused_parameters import checkpoint_input
+
+
+@functools.cache
+def _fresh_block(config: BlockConfig) -> EncoderBlock:
+    with torch.device("meta"):
+        return EncoderBlock(config)
+
+
+class PackedEncoder(nn.Module):
+    """``num_layers`` blocks.
+
+    ``attention_backend`` is a backend's name or ``auto``; ``fused`` is False (eager blocks), True (fused ones wherever
+    that can be) or None for the default (see :func:`execution.make_plan`). ``last_plan`` is how the last call ran.
+    """
+
+    def __init__(self, config: BlockConfig, num_layers: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attention_backend = "auto"
+        self.fused: bool | None = None
+        self.last_plan: ExecutionPlan | None = None  # for reports
+        self.config = config
+        self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(num_layers))
+        # The two names that transformers' gradient_checkpointing_enable() looks for and sets.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        segments: PackedSegments,
+        rotary: Rotary | None,
+        keep: Iterable[int],
+    ) -> tuple[torch.Tensor, ...]:
+        """Run as many blocks as ``keep`` asks for and return the wanted states.
+
+        Args:
+            hidden_states: ``[N, hidden]`` input of block 0.
+            segments: metadata of the packed sequence.
+            rotary: cosines and sines ``[N, 1, head_dim]``, or None.
+            keep: indices of the states to return; 0 is the input of block 0, i the output of block i.
+
+        Returns:
+            ``[N, hidden]`` for each index of ``keep``, in its order: a tuple, because the hooks of DeepSpeed's ZeRO-3
+            look for tensors in tuples and not in a dict by number. Blocks above the highest index are not run.
+        """
+        keep, device = tuple(keep), hidden_states.device
+        if traced(hidden_states):
+            state = Snapshot(list(self.parameters()), False, "traced", 0)
+        else:
+            state = state_of(self).snapshot()
+        # (The copies that DataParallel makes hold no parameters.)
+        trained = hidden_states.requires_grad or not state.weights or any(p.requires_grad for p in state.weights)
+        grad = torch.is_grad_enabled() and trained
+        plan = make_plan(self.config, hidden_states, segments.lengths, state, grad, self.attention_backend, self.fused)
+        self.last_plan, dtype = plan, hidden_states.dtype
+        if plan.path == FUSED:
+            hidden_states = hidden_states.to(compute_dtype(hidden_states))
+        run = functools.partial(self.run, path=plan.path, cast=is_autocast(device))
+        with torch.set_grad_enabled(grad):
+            if plan.graph:
+                place = hash((addresses(state.weights), state.version))
+                states = run_blocks(self, run, hidden_states, segments, rotary, keep, plan.backend, place)
+            else:
+                states = run(hidden_states, segments, rotary, keep, plan.backend)
+        return tuple(states[index].to(device, dtype) for index in keep)  # (the blocks may lie on several devices)
+
+    def fresh_block(self) -> EncoderBlock:
+        """What each block was when it was made, without values (see :func:`module_state.foreign_part`)."""
+        return _fresh_block(self.config)
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        segments: PackedSegments,
+        rotary: Rotary | None,
+        keep: Sequence[int],
+        backend: str,
+        path: str,
+        cast: bool = False,
+    ) -> dict[int, torch.Tensor]:
+        """The blocks, one after the other, by number of the wanted states; see :meth:`forward`.
+
+        path: of the plan; cast: whether fused blocks read their weights in the dtype of the states.
+        """
+        states = {0: hidden_states} if 0 in keep else {}
+        pending = None
+        body, settle, grad = None, torch.add, torch.is_grad_enabled()
+        if path == FUSED:
+            body = functools.partial(fused_block, kind_of(self.config), grad, cast)
+            settle = functools.partial(settled, grad)
+            if not grad:
+                hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)  # blocks write into it
+        for index, layer in enumerate(self.layers[: max(keep)], start=1):
+            run = layer if body is None else functools.partial(layer, body=body)
+            if self.gradient_checkpointing and self.training:
+                hidden_states = checkpoint_input(layer, hidden_states)
+                if hidden_states.requires_grad:  # else there is nothing to compute again
+                    run = functools.partial(self._gradient_checkpointing_func, run)
+            hidden_states, pending = run(hidden_states, pending, segments, rotary, backend)
+            if index in keep:
+                states[index] = settle(hidden_states, pending)
+        return states

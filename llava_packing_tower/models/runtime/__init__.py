@@ -1,0 +1,1 @@
+"""How encoder blocks are run: fused or eager, with or without CUDA graphs."""

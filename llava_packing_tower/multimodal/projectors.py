@@ -1,0 +1,96 @@
+"""Projectors that merge neighbouring patches into one visual token, on grids of any shape.
+
+Weights and their names are those of Qwen2-VL's patch merger (``ln_q``, ``mlp.0``, ``mlp.2``; arXiv:2409.12191), so that
+a projector trained with OneVision-Encoder's LLaVA fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from ..data.patches import Grid
+from ..data.smart_resize import MERGES, merged
+
+
+class MergingProjector(nn.Module):
+    """LayerNorm of each patch, concatenation of the patches of a cell, linear, GELU, linear.
+
+    A cell is ``merge`` (rows, columns) of neighbouring patches. Where the grid does not divide into cells, its last
+    row or column is repeated until it does: no patch is dropped and no zero is mixed in.
+
+    Args:
+        vision_size: width of a patch feature. text_size: width of the decoder. merge: rows and columns of a cell.
+    """
+
+    def __init__(self, vision_size: int, text_size: int, merge: tuple[int, int]) -> None:
+        super().__init__()
+        self.merge = merge
+        width = vision_size * merge[0] * merge[1]
+        self.ln_q = nn.LayerNorm(vision_size, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, text_size))
+
+    def forward(self, features: torch.Tensor, grids: Sequence[Grid] | None = None) -> torch.Tensor:
+        """Merge.
+
+        Args:
+            features: ``[N, vision_size]``, the patches of all grids one after the other; without grids
+                ``[..., side * side, vision_size]``, square images as LLaVA passes them.
+            grids: (frames, rows, columns) of each image or clip, in patches.
+
+        Returns:
+            ``[tokens, text_size]``, grid by grid, frame by frame, row by row; without grids ``[..., tokens, width]``.
+
+        Raises:
+            ValueError: grids that do not add up to N; without grids, a number of patches that is no square.
+        """
+        if grids is None:
+            side = math.isqrt(features.shape[-2])
+            if side * side != features.shape[-2]:
+                raise ValueError(f"{features.shape[-2]} patches without a grid: only square images can be merged so")
+            leading = features.shape[:-2]
+            tokens = self._merge(features.flatten(0, -2), [(1, side, side)] * math.prod(leading))
+            return tokens.unflatten(0, (*leading, -1))
+        if (total := sum(t * h * w for t, h, w in grids)) != features.shape[0]:
+            raise ValueError(f"the grids have {total} patches, the features {features.shape[0]}")
+        return self._merge(features, grids)
+
+    def _merge(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        features = self.ln_q(features)
+        cells, start = [], 0
+        for run in _runs(grids):
+            (_, h, w), frames = run[0], sum(grid[0] for grid in run)
+            cells.append(self._cells(features[start : start + frames * h * w], (frames, h, w)))
+            start += frames * h * w
+        return self.mlp(cells[0] if len(cells) == 1 else torch.cat(cells))
+
+    def _cells(self, features: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """``[t*h*w, C]`` as ``[cells, merge * C]``."""
+        (t, h, w), (down, across) = grid, self.merge
+        features = features.view(t, h, w, -1)
+        rows, columns = merged((h, w), self.merge)
+        if (missing := rows * down - h) > 0:
+            features = torch.cat([features, features[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+        if (missing := columns * across - w) > 0:
+            features = torch.cat([features, features[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+        return rearrange(features, "t (h a) (w b) c -> (t h w) (a b c)", a=down, b=across)
+
+
+def _runs(grids: Sequence[Grid]) -> list[list[Grid]]:
+    """Consecutive grids with equal rows and columns, together: they are merged in one step."""
+    runs: list[list[Grid]] = []
+    for grid in grids:
+        if runs and runs[-1][-1][1:] == grid[1:]:
+            runs[-1].append(grid)
+        else:
+            runs.append([grid])
+    return runs
+
+
+def make_projector(projector_type: str | None, vision_size: int, text_size: int) -> MergingProjector | None:
+    """The projector of this name; None for the names that are LLaVA's own."""
+    return MergingProjector(vision_size, text_size, MERGES[projector_type]) if projector_type in MERGES else None

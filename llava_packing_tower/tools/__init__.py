@@ -1,0 +1,1 @@
+"""Programs around the package: doctor, bench and demo. Nothing but the command line imports them."""

@@ -1,0 +1,132 @@
+"""Where the time of our encoder goes: kernels by kind, per layer, and what no kernel fills."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from .systems import Setting, System
+from .timing import WARM_UPS, Clock, PeakMatmul, compiled_so_far, prepared, turn_of
+from .workloads import Workload, attention_flops, reordered, useful_flops
+
+# The first rule that finds its pattern in a kernel's name counts: attention kernels are built on matmul libraries.
+KINDS: tuple[tuple[str, str], ...] = (
+    ("attention", r"flash|fmha|attention|attn|sdpa|fort_native"),
+    ("matmuls", r"gemm|nvjet|cutlass|xmma|wgmma|cublas|splitk|matmul|\bmm\b|addmm|aten::bmm"),
+    ("copies", r"memcpy|memset|(?<!_to_)copy_|catarray|direct_copy|aten::(copy|cat|clone|contiguous|fill)"),
+    ("norms and elementwise", r""),
+)
+PROFILED = 5
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel (or of a CPU operator) by its name."""
+    return next(kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE))
+
+
+def busy_time(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (start, end) spans."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def kernels(run, device: torch.device, times: int = PROFILED) -> tuple[Counter, float]:
+    """Milliseconds per call by kernel name, and the milliseconds in which any kernel ran."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+        for _ in range(times):
+            run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    names: Counter = Counter()
+    if not cuda:  # operators by the time that they spend themselves
+        for event in profiler.key_averages():
+            names[event.key] += event.self_cpu_time_total / 1e3 / times
+        return names, sum(names.values())
+    spans = []
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not _is_range(event):
+            spans.append((event.time_range.start, event.time_range.end))
+            names[event.name] += event.time_range.elapsed_us() / 1e3 / times
+    return names, busy_time(spans) / 1e3 / times
+
+
+def _is_range(event) -> bool:
+    """Whether it is no kernel but a named stretch of them (compiled regions are reported as such)."""
+    return getattr(event, "is_user_annotation", False) or event.name.startswith(
+        ("Torch-Compiled", "## Call", "Profiler")
+    )
+
+
+def measure_breakdown(setting: Setting, work: Workload, system: System, clock: Clock, rounds: int) -> dict:
+    """Milliseconds of one call by kind, the gaps between kernels, and what the peak matmul rate would need.
+
+    Gaps are the time of an unprofiled call (median) less the time in which kernels run.
+    """
+    images = work.images(setting.config.patch_size, setting.device, setting.dtype)
+    with torch.set_grad_enabled(work.train):
+        for turn in range(WARM_UPS[1]):
+            graphs = compiled_so_far()
+            clock(prepared(setting, work, system, system.prepare(reordered(images, -1 - turn))))
+            if turn + 1 >= WARM_UPS[0] and compiled_so_far() == graphs:
+                break
+        run = prepared(setting, work, system, system.prepare(images))
+        peak, peak_ms, ms = PeakMatmul(setting.device), [], []
+        for _ in range(max(rounds, 1)):
+            ms += turn_of(clock, run)
+            peak_ms.append(clock(peak.run))
+        names, busy = kernels(run, setting.device)
+    by_kind = {kind: 0.0 for kind, _ in KINDS}
+    for name, spent in names.items():
+        by_kind[kind_of(name)] += spent
+    factor = 3 if work.train else 1
+    attention = attention_flops(setting.config.hidden_size, work.lengths) * setting.layers * factor
+    rate = peak.flops_per_second(statistics.median(peak_ms))
+    linear = useful_flops(setting.config, work.lengths, setting.layers, work.train) - attention
+    total = statistics.median(ms)
+    return {
+        "family": setting.family,
+        "work": work.label,
+        "tokens": work.tokens,
+        "layers": setting.layers,
+        "ms": total,
+        "ms_by_kind": {**by_kind, "gaps": max(0.0, total - busy)},
+        "peak_matmul_flops_per_second": rate,
+        "ms_at_peak": {"matmuls": linear / rate * 1e3, "attention": attention / rate * 1e3},
+        "kernels": [{"name": name, "kind": kind_of(name), "ms": spent} for name, spent in names.most_common(20)],
+    }
+
+
+def show_breakdown(found: dict, out: Console) -> None:
+    """Per layer and as a share of the whole; at peak: what the useful operations would take at the peak matmul rate."""
+    out.print(
+        f"\n[bold]{found['family']}, {found['work']}[/bold]: {found['tokens']} tokens, {found['ms']:.2f} ms, "
+        f"{found['layers']} layers (what is outside of the layers is spread over them)"
+    )
+    table = Table("kind", box=None, pad_edge=False)
+    for heading in ("ms per layer", "share", "at peak ms", "of peak"):
+        table.add_column(heading, justify="right")
+    for kind, spent in found["ms_by_kind"].items():
+        ideal = found["ms_at_peak"].get(kind)
+        table.add_row(
+            kind,
+            f"{spent / found['layers']:.4f}",
+            f"{spent / found['ms']:.1%}",
+            "-" if ideal is None else f"{ideal / found['layers']:.4f}",
+            "-" if ideal is None or not spent else f"{ideal / spent:.2f}",
+        )
+    out.print(table)
+    for kernel in found["kernels"][:8]:
+        out.print(
+            f"  {kernel['ms'] / found['layers']:.4f} ms  {kernel['kind']:<22} {kernel['name'][:100]}", markup=False
+        )

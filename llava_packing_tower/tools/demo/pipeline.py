@@ -1,0 +1,239 @@
+"""The demo from start to end: data, models, answers before, training, answers after, verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+from ...data.sample_photos import PHOTOS, QUESTION, Photo, write_dataset
+from ...integrations.llava import install as hosts
+from ...integrations.llava.inference import build_prompt
+from ...train.deepspeed_config import check_deepspeed
+from ...train.history import TOWER_RECORD
+from ...train.launcher import ALIASES, read_overrides, read_yaml
+from . import OUTPUT, report
+from .scoring import score
+from .tiny_models import make_decoder, make_tokenizer, make_tower
+from .train_process import Engine, TrainingFailed, launch
+
+MARK = ".llava_packing_demo"
+UNTRAINED = "llava_llama_packing_untrained"
+PATHS = ("vision_tower", "model_name_or_path", "data_path", "image_folder", "output_dir")
+PROCESSES = 2
+
+
+class DemoFailed(Exception):
+    """The demo could not be run to its end; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run of the demo does: the config, all its values after overrides, and where things go."""
+
+    config: Path
+    values: Mapping[str, object]
+    overrides: tuple[str, ...]
+    output: Path
+    gpus: int
+
+    def path(self, name: str) -> Path:
+        return Path(str(self.values[name]))
+
+    @property
+    def steps(self) -> int:
+        return int(self.values["max_steps"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.values.get("seed", 42))
+
+    @property
+    def engine(self) -> Engine:
+        """What the training has to run in."""
+        stage = check_deepspeed(dict(self.values), self.config.resolve().parent)
+        if stage is None:
+            raise DemoFailed(f"{self.config} has no `deepspeed:`, and the demo is about a DeepSpeed run")
+        return Engine("DeepSpeedEngine", stage, self.processes)
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.gpus == 1 else PROCESSES
+
+    def train_command(self, *more: str) -> list[str]:
+        """`llava-packing train` as a user would type it; two processes, on the CPU where there is no GPU."""
+        where = ["--num_gpus", str(self.processes)] if self.gpus else ["--num_processes", str(self.processes)]
+        # A single GPU takes the batch of both processes in two halves.
+        alone = ["--gradient_accumulation_steps", str(PROCESSES)] if self.gpus == 1 else []
+        command = [sys.executable, "-m", "llava_packing_tower", "train", str(self.config)]
+        return [*command, *where, *alone, *self.overrides, *more]
+
+
+def make_plan(config: Path, output: Path, words: Sequence[str]) -> Plan:
+    """Read the config, apply the overrides, move its `demo_output/...` paths to `output`.
+
+    Raises ``DemoFailed`` for a path elsewhere: the demo writes its data, models and checkpoints there.
+    """
+    values = {ALIASES.get(key, key): value for key, value in read_yaml(config).items()}
+    given = {ALIASES.get(key, key): value for key, value in read_overrides(words).items()}
+    values.update(given)
+    overrides = list(words)
+    for name in PATHS:
+        path = Path(str(values.get(name)))
+        if name not in given and path.is_relative_to(OUTPUT) and output != Path(OUTPUT):
+            path = output / path.relative_to(OUTPUT)
+            values[name] = str(path)
+            overrides += [f"--{name}", str(path)]
+        if not path.is_relative_to(output):
+            raise DemoFailed(f"{name}: {path} is not inside {output}, where the demo makes it")
+    return Plan(config, values, tuple(overrides), output, torch.cuda.device_count())
+
+
+def clear(output: Path) -> None:
+    """An empty output folder. Raises ``DemoFailed`` for one with files that no demo made."""
+    if output.exists() and any(output.iterdir()) and not (output / MARK).is_file():
+        raise DemoFailed(f"{output} exists and was not made by this demo: give another folder with --output")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARK).touch()
+
+
+def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
+    """Run everything; returns the exit status (1 when a check failed). Raises ``DemoFailed``."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100  # a log file; 80 columns would cut the table
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def stage(number: int, text: str) -> None:
+        console.print(f"[bold]\\[{number}/6][/] {text}", soft_wrap=True)
+
+    plan = make_plan(config, output, words)
+    clear(output)
+    hosts.apply()
+    host = hosts.find_host()
+
+    stage(1, f"{len(PHOTOS)} photographs to {plan.path('image_folder')}")
+    photos = write_dataset(plan.path("data_path"), plan.path("image_folder"))
+
+    stage(2, f"a tower and a decoder with random weights to {plan.path('vision_tower').parent}")
+    make_models(plan)
+    engine = plan.engine
+
+    stage(3, "the untrained model: saved by LLaVA after 0 steps, loaded in a new process, asked")
+    mark = time.monotonic()
+    untrained = output / UNTRAINED
+    zero_steps = ("--max_steps", "-1", "--num_train_epochs", "0", "--output_dir", str(untrained))
+    try:
+        launch(plan.train_command(*zero_steps), 0, output / "logs" / "untrained.log", console)
+        before = ask(plan, untrained, "before")
+        seconds["before"] = time.monotonic() - mark
+
+        stage(4, f"fine-tuning with {host.host.title} {host.version}: {plan.steps} steps, {engine}")
+        mark = time.monotonic()
+        trained = launch(plan.train_command(), plan.steps, output / "logs" / "training.log", console)
+        seconds["training"] = time.monotonic() - mark
+    except TrainingFailed as failure:
+        raise DemoFailed(str(failure)) from failure
+
+    stage(5, f"the checkpoint {plan.path('output_dir')}: loaded in a new process, asked")
+    mark = time.monotonic()
+    after = ask(plan, plan.path("output_dir"), "after")
+    seconds["after"] = time.monotonic() - mark
+
+    in_memory = json.loads((plan.path("output_dir") / TOWER_RECORD).read_text(encoding="utf-8"))["tensors"]
+    rows = make_rows(photos, before, after)
+    checks = [
+        report.check_answers(rows),
+        report.check_reload(in_memory, after["tower"]),
+        report.check_trained(before["tower"], in_memory),
+        report.check_engine(trained.engine, engine),
+    ]
+    stage(6, "the task `smoke` of lmms-eval, by its own command line")
+    if scored := score(plan.path("output_dir"), output / "evaluation", str(plan.values["version"]), console):
+        checks.append(scored)
+    draw(plan, photos, after["patch_size"], trained.history)
+    seconds["total"] = time.monotonic() - started
+    facts = {
+        "host": f"{host.host.title} {host.version}",
+        "config": str(config),
+        "steps": plan.steps,
+        "seed": plan.seed,
+        "loss": f"{trained.history[0][1]:.3f} at the first step, {trained.history[-1][1]:.3f} at the last",
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    report.write_tables(output, rows, checks, facts)
+
+    console.print(report.rich_table(rows))
+    for check in checks:
+        console.print(f"{'[green]ok    [/]' if check.passed else '[bold red]FAILED[/]'} {check.name}: {check.detail}")
+    console.print(f"{seconds['total']:.0f} s. Table, loss curve and patch grids: {output}/")
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def make_models(plan: Plan) -> None:
+    """Tokenizer, decoder and tower, from the config's seed."""
+    version = str(plan.values["version"])
+    answers = [photo.answer for photo in PHOTOS]
+    prompts = [build_prompt(version, f"\n{QUESTION}", answer) for answer in answers]
+    tokenizer = make_tokenizer(plan.path("model_name_or_path"), prompts, answers)
+    make_decoder(plan.path("model_name_or_path"), len(tokenizer), plan.seed)
+    make_tower(plan.path("vision_tower"), plan.seed)
+
+
+def ask(plan: Plan, checkpoint: Path, name: str) -> dict:
+    """What `demo.ask` finds out in a process of its own. Raises ``DemoFailed`` with the end of its log."""
+    result, log = plan.output / f"answers_{name}", plan.output / "logs" / f"ask_{name}.log"
+    command = [sys.executable, "-m", "llava_packing_tower.tools.demo.ask", str(checkpoint), "--output", str(result)]
+    command += ["--data", str(plan.path("data_path")), "--images", str(plan.path("image_folder"))]
+    command += ["--version", str(plan.values["version"])]
+    with log.open("w", encoding="utf-8") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if status:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+        raise DemoFailed("\n".join([f"asking {checkpoint} failed with exit status {status}; log: {log}", *tail]))
+    return json.loads(result.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def make_rows(photos: Sequence[tuple[Photo, tuple[int, int]]], before: Mapping, after: Mapping) -> list[report.Row]:
+    return [
+        report.Row(
+            photo=photo.name,
+            width=width,
+            height=height,
+            grid=tuple(after["grids"][photo.name]),
+            tokens=after["tokens"][photo.name],
+            expected=photo.answer,
+            before=before["answers"][photo.name],
+            after=after["answers"][photo.name],
+        )
+        for photo, (width, height) in photos
+    ]
+
+
+def draw(
+    plan: Plan,
+    photos: Sequence[tuple[Photo, tuple[int, int]]],
+    patch: int,
+    history: Sequence[tuple[int, float]],
+) -> None:
+    """`loss.png`, and in `patches/` one PNG per photo."""
+    report.draw_loss(plan.output / "loss.png", history)
+    with np.load(plan.output / "answers_after.npz") as inputs:
+        for photo, _ in photos:
+            with Image.open(plan.path("image_folder") / photo.name) as image:
+                target = plan.output / "patches" / f"{Path(photo.name).stem}.png"
+                report.draw_grid(target, image, inputs[photo.name], patch, photo.name)

@@ -1,0 +1,1 @@
+"""What LLaVA sees: the packing tower, the standard tower, and the selection of features."""

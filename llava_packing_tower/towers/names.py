@@ -1,0 +1,116 @@
+"""Which vision tower a name means. The one rule, for the launcher, the builder hook, evaluation and reloading.
+
+In this order:
+
+1. the prefix ``packing:``: the packing tower;
+2. the note that a LLaVA checkpoint keeps of its tower (``mm_packing_config``): the tower it was trained with;
+3. a local folder with a config.json: what that says. A packing folder (``model_type`` ``*_packing``) is ours whatever
+   its name; the published folder of a family is ours if "packing" (or "hevc_vit": the standard LlavaViT) is in the
+   folder's own name; every other model type is LLaVA's own;
+4. with nothing to look at, the whole name: "packing", else "hevc_vit", else LLaVA's own.
+
+No torch here: the launcher asks before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..models.registry import FAMILIES
+
+logger = logging.getLogger(__name__)
+
+PACKING = "packing"
+STANDARD = "hevc_vit"
+NAME_PREFIX = "packing:"
+PACKING_SUFFIX = "_packing"
+STANDARD_TYPES = ("llava_vit", "onevision_encoder", "llava_vit_packing")
+"""``model_type`` of the folders that the standard tower reads."""
+
+
+def strip_prefix(name: str) -> str:
+    """A folder or hub id without the optional ``packing:`` in front."""
+    return name[len(NAME_PREFIX) :] if name.lower().startswith(NAME_PREFIX) else name
+
+
+def folder_model_type(name: str) -> str | None:
+    """The ``model_type`` in the config.json of a local folder; None without folder, file or such a key.
+
+    Raises ``ValueError`` for a file that is no JSON object.
+    """
+    file = Path(strip_prefix(name)).expanduser() / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}")
+    found = content.get("model_type")
+    return found if isinstance(found, str) else None
+
+
+def tower_kind(name: object, note: Mapping | None = None) -> str | None:
+    """``"packing"``, ``"hevc_vit"``, or None where LLaVA is to decide; see the rule above.
+
+    Args:
+        name: the value of ``mm_vision_tower``.
+        note: ``mm_packing_config`` of the LLaVA checkpoint that names this tower, if there is one.
+
+    Raises:
+        ValueError: the folder's config.json is no JSON object.
+    """
+    if not isinstance(name, str):
+        return None
+    if name.lower().startswith(NAME_PREFIX):
+        return PACKING
+    noted = ((note or {}).get("config") or {}).get("model_type")
+    if isinstance(noted, str):
+        return PACKING if noted.endswith(PACKING_SUFFIX) or noted not in STANDARD_TYPES else STANDARD
+    model_type = folder_model_type(name)
+    if model_type is None:
+        return _by_words(name)
+    own_name = os.path.basename(os.path.abspath(os.path.expanduser(name)))
+    found = _by_words(own_name)
+    if model_type in STANDARD_TYPES and found == STANDARD:
+        return STANDARD
+    if model_type.endswith(PACKING_SUFFIX) or (model_type in FAMILIES and found == PACKING):
+        return PACKING
+    if PACKING in name.lower():
+        _log_not_ours(name, model_type)
+    return None
+
+
+def _by_words(name: str) -> str | None:
+    return next((word for word in (PACKING, STANDARD) if word in name.lower()), None)
+
+
+@functools.cache
+def _log_not_ours(name: str, model_type: str) -> None:
+    logger.warning(
+        "%s: its config.json says model_type %s, so LLaVA builds its own tower, although 'packing' is in the path",
+        name,
+        model_type,
+    )
+
+
+def random_clip(name: object) -> str | None:
+    """Why LLaVA must not be left a name: it would build a CLIP with random weights for a local folder of a family.
+
+    None where there is nothing to object to.
+    """
+    if not isinstance(name, str) or tower_kind(name) is not None:
+        return None
+    model_type = folder_model_type(name)
+    if model_type not in FAMILIES:
+        return None
+    return (
+        f"vision tower {name}: its config.json says model_type {model_type}, which LLaVA takes for a CLIP and fills "
+        f"with random weights. Write {NAME_PREFIX}{name}"
+    )

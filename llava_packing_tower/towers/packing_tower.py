@@ -1,0 +1,398 @@
+"""The vision tower that LLaVA sees: pixels in, features per image out, one packed pass for the whole batch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..checkpoint.pretrained import StrictPreTrainedModel
+from ..checkpoint.weights import CONFIG_NAME, construction, read_json, resolve_folder, zero3_enabled
+from ..data.image_processor import PackingImageProcessor
+from ..data.images import reading_of
+from ..data.native_config import NativeSettings, settings_of
+from ..data.native_image_processor import NativeImageProcessor
+from ..data.patches import Grid, batch_images_to_packing_input, longest_first, read_grid, split_packed
+from ..data.smart_resize import ResolutionRule, merge_of
+from ..models.registry import family_for
+from ..models.runtime.cuda_graphs import encode_images
+from ..models.runtime.offloading import execution_device, offloaded_weights
+from ..utils import environment
+from ..utils.tracing import is_plain
+from .feature_select import selected_layers
+from .names import strip_prefix
+
+logger = logging.getLogger(__name__)
+
+
+def folder_fingerprint(folder: str | os.PathLike) -> str:
+    """sha256 over config.json and the weight files of a checkpoint folder (about a second per GB)."""
+    digest = hashlib.sha256()
+    files = (f for f in Path(folder).iterdir() if f.name == CONFIG_NAME or f.suffix in (".safetensors", ".bin"))
+    for file in sorted(files):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def frozen_folder(name: str, note: Mapping) -> Path | None:
+    """The folder of a frozen tower: what its name is from here, else where it was in training; None for neither.
+
+    note: ``mm_packing_config``. A relative name may be another tower's from here: where training noted the folder, that
+    one comes first, and a fingerprint that differs counts as absent.
+    """
+    typed, noted = strip_prefix(name), note.get("folder")
+    relative = not Path(typed).expanduser().is_absolute()
+    places = [Path(place).expanduser() for place in ((noted, typed) if relative else (typed, noted)) if place]
+    there = [place for place in places if place.is_dir()]
+    if not there and relative and note.get("folder") is None:
+        try:
+            return resolve_folder(typed)  # a hub id
+        except ValueError:
+            return None
+    if not relative or (expected := note.get("fingerprint")) is None:
+        return next(iter(there), None)
+    return next((place for place in there if folder_fingerprint(place) == expected), None)
+
+
+def wants_loading(args: object) -> bool:
+    """Whether LLaVA's arguments say that the tower is trained (then it is loaded even if loading may be delayed)."""
+    parts = getattr(args, "mm_tunable_parts", None) or ""
+    return bool(getattr(args, "unfreeze_mm_vision_tower", False)) or "mm_vision_tower" in parts
+
+
+class HEVCViTPackingVisionTower(nn.Module):
+    """LLaVA vision tower over a packed encoder of any family.
+
+    Args:
+        vision_tower: checkpoint folder or hub id, with or without a ``packing:`` prefix.
+        args: LLaVA's model arguments or config. Read: ``mm_vision_select_layer`` (required),
+            ``mm_vision_select_feature`` ("patch"), ``mm_projector_type``, ``mm_packing_attention`` ("auto"),
+            ``mm_packing_compile`` (False: eager blocks; the key is older than fused blocks),
+            ``mm_packing_config`` (written into a LLaVA checkpoint; lets a tower whose weights are in that checkpoint
+            be rebuilt without its folder), ``unfreeze_mm_vision_tower``, ``mm_tunable_parts``, and for native
+            resolution ``image_aspect_ratio`` with the ``mm_packing_*`` keys of :mod:`.native.settings`.
+        delay_load: read only the config now, unless the arguments say that the tower is trained.
+
+    Features keep the tower's own dtype, whatever the dtype of the images.
+    """
+
+    def __init__(self, vision_tower: str, args: object, delay_load: bool = False) -> None:
+        super().__init__()
+        self.is_loaded = False
+        self.vision_tower_name = vision_tower
+        self.select_layer = args.mm_vision_select_layer
+        self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
+        self.projector_type = getattr(args, "mm_projector_type", None) or "patch_merger"
+        self.attention = (
+            getattr(args, "mm_packing_attention", None) or environment.read(environment.ATTENTION) or "auto"
+        )
+        self.fused = None if getattr(args, "mm_packing_compile", True) else False
+        self._saved = getattr(args, "mm_packing_config", None)
+        self._native = settings_of(args)
+        self._reading = reading_of(args, is_checkpoint=bool(self._saved))
+        self._unfilled = False
+        if not delay_load or wants_loading(args):
+            self.load_model()
+        else:
+            self.cfg_only = self._read_config()
+        _ = self.feature_layers  # a selection that does not exist is an error now, not at the first step
+
+    # ---------------------------------------------------------------- loading
+
+    @property
+    def _in_checkpoint(self) -> bool:
+        """Whether the weights come from the LLaVA checkpoint that is being loaded around this tower."""
+        return bool(self._saved) and self._saved.get("weights") == "checkpoint"
+
+    def _model_class(self, model_type: str | None) -> type[StrictPreTrainedModel]:
+        """What a checkpoint of this ``model_type`` is loaded as. Raises ``ValueError`` for an unknown one."""
+        return family_for(model_type)
+
+    def _read_config(self) -> PretrainedConfig:
+        if self._in_checkpoint:
+            raw = self._saved["config"]
+            return self._model_class(raw.get("model_type")).config_class.from_dict(raw)
+        raw = read_json(self._folder() / CONFIG_NAME)
+        family = self._model_class(raw.get("model_type"))
+        own = raw.get("model_type") == family.config_class.model_type
+        return family.config_class.from_dict(raw) if own else family.config_from_source(raw)
+
+    def load_model(self, device_map: object = None) -> None:
+        """Load weights and image processor and freeze the weights; the trainer unfreezes what it trains.
+
+        Called a second time it does nothing. ``device_map`` is what LLaVA passes: None, "auto" or a device (the
+        weights go there), or a dict (its entry for the vision tower).
+
+        Raises ``ValueError`` for a folder without config, or with weights that do not fit.
+        """
+        if self.is_loaded:
+            logger.info("%s is already loaded", self.vision_tower_name)
+            return
+        if self._in_checkpoint:
+            model, processor = self._from_saved_config()
+        else:
+            model, processor = self._from_folder(_device_of(device_map))
+        model.set_attention_backend(self.attention)
+        model.set_fused(self.fused)
+        processor.image_reading = self._reading
+        self.image_processor = self._fitting(processor, model.config.patch_size)
+        self.vision_tower = model.requires_grad_(False)
+        self.is_loaded = True
+        self.set_native(self._native)
+
+    @staticmethod
+    def _fitting(processor: PackingImageProcessor, patch_size: int) -> PackingImageProcessor:
+        """The processor, or one like it whose images have sides of whole patches (384 pixels and patch 14: 378)."""
+        if getattr(processor, "patch_size", None) is not None:
+            return processor
+        sides = processor.crop_size if processor.do_center_crop else processor.size
+        if all(side % patch_size == 0 for name, side in sides.items() if name != "shortest_edge"):
+            return processor
+        fitting = type(processor).from_dict({**processor.to_dict(), "patch_size": patch_size})
+        fitting.image_reading = processor.image_reading
+        return fitting
+
+    def set_native(self, settings: NativeSettings | None) -> None:
+        """Prepare images at native resolution as the settings say, or (None) as the tower's own processor does."""
+        self._native = settings
+        if not self.is_loaded:
+            return
+        base = getattr(self.image_processor, "base", self.image_processor)
+        self.image_processor = base
+        if settings is not None:
+            merge = merge_of(self.projector_type)
+            rule = ResolutionRule(self.config.patch_size, merge, settings.min_patches, settings.max_patches)
+            self.image_processor = NativeImageProcessor(base, rule, settings)
+
+    def _folder(self) -> Path:
+        """The tower's own folder. Raises ``ValueError`` where it is not found."""
+        found = frozen_folder(self.vision_tower_name, self._saved) if self._saved else None
+        return found or resolve_folder(strip_prefix(self.vision_tower_name))
+
+    def read_folder(self, device: torch.device | str = "cpu") -> StrictPreTrainedModel:
+        """A model with the weights of the tower's own folder; ``ValueError`` where they do not fit."""
+        folder = self._folder()
+        family = self._model_class(read_json(folder / CONFIG_NAME).get("model_type"))
+        return family.from_pretrained(folder, device=device)
+
+    def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
+        folder, model = self._folder(), self.read_folder(device)
+        family = type(model)
+        processor = family.load_image_processor(folder, model.config)
+        if self._saved and (expected := self._saved.get("fingerprint")) and folder_fingerprint(folder) != expected:
+            raise ValueError(
+                f"{folder} has changed since this LLaVA checkpoint was trained with it as a frozen tower: its "
+                f"fingerprint is not {expected[:12]}... any more. Restore the folder."
+            )
+        return model, processor
+
+    def _from_saved_config(self) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
+        """The bare structure, for the loader around us to fill. NaN until then, so that a gap cannot go unseen."""
+        config = self._read_config()
+        dtype = torch.get_default_dtype()
+        with construction(dtype):
+            model = self._model_class(config.model_type)(config)
+        if not zero3_enabled():
+            with torch.device("cpu"):
+                for module in model.modules():
+                    for name, parameter in module._parameters.items():
+                        if parameter is not None:
+                            hollow = torch.full(parameter.shape, torch.nan, dtype=dtype)
+                            module._parameters[name] = nn.Parameter(hollow)
+            self._unfilled = True
+        return model.eval(), PackingImageProcessor.from_dict(self._saved["image_processor"])
+
+    def _require_weights(self) -> None:
+        if not self.is_loaded:
+            raise ValueError(f"vision tower {self.vision_tower_name} is not loaded: call load_model() first")
+        if not self._unfilled:
+            return
+        # (Quantised weights are no plain tensors any more, and were not made of ours: ours were NaN.)
+        here = {name: p for name, p in self.vision_tower.named_parameters() if is_plain(p)}
+        gaps = {name for name, p in here.items() if p.is_meta or p.isnan().any()}
+        for name, value in offloaded_weights(self.vision_tower):
+            if name in gaps and here[name].is_meta and not value.isnan().any():
+                gaps.remove(name)
+        if gaps:
+            raise ValueError(
+                f"{len(gaps)} tensors of the vision tower were not in the LLaVA checkpoint (or hold NaN), "
+                f"for example {min(gaps)}: its tower weights are lost or damaged"
+            )
+        self._unfilled = False
+
+    def packing_config(self, weights: str = "checkpoint") -> dict:
+        """What a LLaVA checkpoint must remember of this tower (JSON types only), for ``config.mm_packing_config``.
+
+        weights: "checkpoint" if the LLaVA checkpoint holds the (tuned) weights, "folder" if they are to be taken from
+        the tower's own folder again; then a fingerprint of the folder is included, and where it was.
+        """
+        if weights not in ("checkpoint", "folder"):
+            raise ValueError(f"weights must be 'checkpoint' or 'folder', got {weights!r}")
+        content = {
+            "weights": weights,
+            "config": self.config.to_dict(),
+            "image_processor": self.image_processor.to_dict(),
+        }
+        if weights == "folder":
+            folder = self._folder()
+            content["fingerprint"] = folder_fingerprint(folder)
+            if Path(strip_prefix(self.vision_tower_name)).expanduser().is_dir():  # no hub id
+                content["folder"] = str(folder.resolve())
+        return content
+
+    # ---------------------------------------------------------------- forward
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        # ZeRO-3's hooks would count each returned image as a step of the backward pass, and DeepSpeed compares the
+        # steps of all ranks, which have other numbers of images. Here is nothing to gather: the weights are further in.
+        partitioned = self.is_loaded and hasattr(next(self.vision_tower.parameters()), "ds_id")
+        return self.forward(*args, **kwargs) if partitioned else super().__call__(*args, **kwargs)
+
+    def _encode(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        patch_positions: torch.Tensor | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, list[Grid]]:
+        """Packed features ``[N, hidden_size]`` of all images, and the grid of each; ``numbers``: names for errors."""
+        # ============================================================================================
+        # INPUT CONVERSION: [B, C, H, W], or a ragged list of [C, H, W]
+        #                -> hidden_states [N, patch_dim] + grid_thw [B, 3]
+        # ============================================================================================
+        model = self.vision_tower
+        hidden_states, grid_thw = batch_images_to_packing_input(
+            images,
+            model.config.patch_size,
+            model.patch_layout,
+            num_channels=model.config.num_channels,
+            device=self.device,
+            dtype=self.dtype,
+            numbers=numbers,
+        )
+
+        # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
+        given = {} if patch_positions is None else {"patch_positions": patch_positions}
+        states = model(hidden_states=hidden_states, grid_thw=grid_thw, feature_layers=self.feature_layers, **given)
+        packed = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+        return packed, read_grid(grid_thw)
+
+    def forward(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        return_spatial_dims: bool = False,
+        patch_positions: torch.Tensor | None = None,
+    ) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor | list[torch.Tensor], int, int]:
+        """Features of images, all of them in one packed pass.
+
+        Args:
+            images: ``[B, C, H, W]``, or a list of ``[C, H, W]`` of any sizes (multiples of the patch size), with clips
+                ``[C, T, H, W]`` among them if the family knows time.
+            return_spatial_dims: also return rows and columns, in patches, of the first image.
+            patch_positions: ``[N, 3]`` (frame, row, column) of all patches in place of those of the grids.
+
+        Returns:
+            ``[B, h*w, hidden_size]`` for a tensor, a list of ``[t_i*h_i*w_i, hidden_size]`` for a list, in the tower's
+            dtype.
+
+        Raises:
+            ValueError: not loaded, no images, a wrong channel count, a size that is no multiple of the patch size, or
+                clips or positions for a family that takes images only.
+        """
+        self._require_weights()
+        if patch_positions is not None and self.vision_tower.image_only:
+            raise ValueError(f"{type(self.vision_tower).__name__} takes images only and no patch_positions")
+
+        # Pixels to packed features: see _encode, which is called, or replayed as a CUDA graph.
+        order = None
+        if patch_positions is not None:
+            packed, grids = self._encode(images, patch_positions)
+        elif isinstance(images, torch.Tensor):
+            packed, grids = encode_images(self.vision_tower, images, self.feature_layers, self._encode)
+        else:
+            order = longest_first(images)
+            encode = functools.partial(self._encode, numbers=order)
+            packed, grids = encode_images(self.vision_tower, [images[i] for i in order], self.feature_layers, encode)
+
+        # ============================================================================================
+        # OUTPUT CONVERSION: [N, hidden_size]
+        #                 -> [B, tokens, hidden_size], or a list of [tokens_i, hidden_size]
+        # ============================================================================================
+        if isinstance(images, torch.Tensor):
+            features = packed.unflatten(0, (len(grids), -1))
+        else:
+            features = split_packed(packed, grids)
+        if order is not None:  # back to the order of the images
+            places = sorted(range(len(order)), key=order.__getitem__)
+            features, grids = [features[i] for i in places], [grids[i] for i in places]
+        return (features, grids[0][1], grids[0][2]) if return_spatial_dims else features
+
+    # ---------------------------------------------------------------- what LLaVA reads
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.vision_tower.config if self.is_loaded else self.cfg_only
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Indices of the hidden states that make up the features. Raises ``ValueError`` for a bad selection."""
+        return selected_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a feature: the encoder's width times the number of selected layers."""
+        return self.config.hidden_size * len(self.feature_layers)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the nominal square image."""
+        return self.config.image_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Patches per side of the nominal image; half of them (rounded down) if the projector merges 2 x 2."""
+        side = self.image_size // self.config.patch_size
+        return side // 2 if self.projector_type == "spatial_merge" else side
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of the nominal image; a quarter (rounded down) if the projector merges 2 x 2."""
+        count = (self.image_size // self.config.patch_size) ** 2
+        return count // 4 if self.projector_type == "spatial_merge" else count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype if self.is_loaded else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are to go: where the first weight lies, or where accelerate's hooks bring it."""
+        if not self.is_loaded:
+            return torch.device("cpu")
+        device = self.vision_tower.device
+        return device if device.type != "meta" else execution_device(self.vision_tower) or device
+
+    @property
+    def dummy_feature(self) -> torch.Tensor:
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+
+def _device_of(device_map: object) -> torch.device:
+    """Where the weights go for what LLaVA passes as ``device_map``."""
+    if isinstance(device_map, dict):
+        hits = [value for key, value in device_map.items() if key == "" or key.endswith("vision_tower")]
+        device_map = hits[0] if hits else None
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device_map if not isinstance(device_map, int) else f"cuda:{device_map}")

@@ -1,0 +1,1 @@
+"""`llava-packing train`: the configuration, the launcher, and what runs on each rank."""

@@ -1,0 +1,242 @@
+"""What runs inside a training process beside the host: the second half of the plan, the check of the engine, progress,
+marks on complete checkpoints, an orderly end."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from ..attention.dispatch import resolve_backend
+from ..integrations.llava import compat as mends
+from ..integrations.llava.patcher import Patches
+from ..integrations.llava.trainable_parts import count_parts
+from ..towers.packing_tower import HEVCViTPackingVisionTower
+from .deepspeed_config import zero_stage
+from .history import TowerRecord
+from .resume import mark_complete, mark_finished
+
+
+def asked_stage(deepspeed: str | Mapping | None) -> int | None:
+    """The ZeRO stage in the ``deepspeed`` training argument (a file, JSON text or a mapping); None without one."""
+    if not deepspeed:
+        return None
+    if isinstance(deepspeed, str):
+        file = Path(deepspeed)
+        deepspeed = json.loads(file.read_text(encoding="utf-8") if file.is_file() else deepspeed)
+    return zero_stage(deepspeed)
+
+
+def check_engine(wrapped: nn.Module, stage: int | None, fsdp: bool = False) -> str:
+    """One line about what wraps the model for training.
+
+    Raises ``RuntimeError`` if ZeRO ``stage`` was asked for and ``wrapped`` is not a DeepSpeed engine at that stage, or
+    ``fsdp`` and it is none of FSDP's: a CPU run can be plain DDP without a word (accelerate leaves DeepSpeed out when
+    ``use_cpu`` is set, and FSDP without a GPU).
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if distributed else 1
+    backend = torch.distributed.get_backend() if distributed else "none"
+    kind = type(wrapped).__name__
+    line = f"engine: {kind}, world size {world}, backend {backend}"
+    if fsdp and not kind.startswith(("FullyShardedDataParallel", "FSDP")):
+        raise RuntimeError(f"FSDP was asked for, but the model is wrapped in {kind}: refusing to train")
+    if stage is None:
+        return line
+    from deepspeed import DeepSpeedEngine
+
+    if not isinstance(wrapped, DeepSpeedEngine):
+        raise RuntimeError(
+            f"DeepSpeed ZeRO-{stage} was asked for, but the model is wrapped in {kind}: refusing to train"
+        )
+    actual = wrapped.zero_optimization_stage()
+    if actual != stage:
+        raise RuntimeError(
+            f"DeepSpeed ZeRO-{stage} was asked for, but the engine runs stage {actual}: refusing to train"
+        )
+    return f"engine: {kind}, ZeRO stage {actual}, world size {world}, backend {backend}"
+
+
+def describe_tower(tower: nn.Module, args: object) -> list[str]:
+    """Lines of the plan about a packing tower: how its attention is computed, and how many tokens it makes.
+
+    args: the training arguments. Raises what :func:`resolve_backend` raises for a backend that cannot run here.
+    """
+    model, lines = tower.vision_tower, []
+    if asked := getattr(model.encoder, "attention_backend", None):
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
+        trained = any(p.requires_grad for p in model.parameters())
+        backend = resolve_backend(asked, args.device, dtype, model.encoder.head_dim, needs_grad=trained)
+        lines.append(f"tower attention: {backend} (asked: {asked})")
+    rule = getattr(tower.image_processor, "rule", None)
+    if rule is not None:
+        each = rule.merge[0] * rule.merge[1]
+        lines.append(f"tokens per image: {max(1, rule.min_patches // each)} to {rule.max_patches // each} (native)")
+    else:
+        pixels = f"{tower.image_size} x {tower.image_size} pixels, patch {model.config.patch_size}"
+        lines.append(f"tokens per image, or per crop of one: {tower.num_patches} ({pixels})")
+    return lines
+
+
+def describe_run(trainer: Trainer, parts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The lines of the plan that are known only now: mends, what is trained (``count_parts``), the tower."""
+    counted = ", ".join(f"{part} {trained:,} of {total:,}" for part, (trained, total) in parts.items())
+    trained, total = (sum(column) for column in zip(*parts.values()))
+    lines = [f"mends: {', '.join(mends.applied()) or 'none'}"]
+    lines.append(f"trained: {trained:,} of {total:,} parameters ({counted})")
+    for module in trainer.model.modules():
+        if isinstance(module, HEVCViTPackingVisionTower):
+            lines += describe_tower(module, trainer.args)
+    return lines
+
+
+class EngineCheck(TrainerCallback):
+    """Runs :func:`check_engine` when training starts, on every rank; the first one prints the rest of the plan."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.parts = count_parts(trainer.model)  # now: FSDP leaves every rank with pieces of the parameters
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine = check_engine(self.trainer.model_wrapped, asked_stage(args.deepspeed), bool(args.fsdp))
+        lines = describe_run(self.trainer, self.parts)
+        if state.is_world_process_zero:
+            print("\n".join([*lines, engine]), flush=True)
+
+
+class _NothingLeft(Exception):
+    """All steps were done before the run was interrupted."""
+
+
+class StopWhereNothingIsLeft(TrainerCallback):
+    """A checkpoint of the last step: the trainer would take one step more, and only the host's last save is due."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if 0 < state.max_steps <= state.global_step:
+            raise _NothingLeft
+
+
+class Progress(TrainerCallback):
+    """A line per log of the trainer, and at least one every ``interval`` seconds: step, loss, time left."""
+
+    def __init__(self, interval: float = 10.0) -> None:
+        self.interval = interval
+        self.loss = None
+        self.rate = None
+        self.began = self.printed = 0.0
+        self.first = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = self.printed = time.monotonic()
+        self.first = state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and time.monotonic() - self.printed >= self.interval and not control.should_log:
+            self._print(state)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        self.loss, self.rate = logs["loss"], logs.get("learning_rate")
+        self._print(state)
+
+    def _print(self, state) -> None:
+        self.printed = time.monotonic()
+        done = state.global_step - self.first
+        left = (self.printed - self.began) / done * (state.max_steps - state.global_step) if done else float("nan")
+        width = len(str(state.max_steps))
+        words = [f"step {state.global_step:>{width}}/{state.max_steps}"]
+        words += [f"loss {float(self.loss):.4f}"] if self.loss is not None else []
+        words += [f"lr {float(self.rate):.1e}"] if self.rate is not None else []
+        words += [f"{int(left) // 60}:{int(left) % 60:02d} left"] if done else []
+        print("  ".join(words), flush=True)
+
+
+def mark_checkpoints(trainer_class: type[Trainer], patches: Patches) -> None:
+    """Mark each checkpoint as complete when every rank has written its part; only then are older ones deleted."""
+    save = trainer_class._save_checkpoint
+
+    @functools.wraps(save)
+    def _save_checkpoint(self, *args, **kwargs):
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            save(self, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        barrier()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.local_process_index == 0 and folder.is_dir():  # on every machine that has a folder of its own
+            mark_complete(folder)
+        barrier()
+        if self.args.should_save:
+            _rotate(self)
+
+    patches.set(trainer_class, "_save_checkpoint", _save_checkpoint)
+
+
+def _rotate(trainer: Trainer) -> None:
+    if hasattr(trainer, "_rotate_checkpoints"):
+        trainer._rotate_checkpoints(use_mtime=False, output_dir=trainer.args.output_dir)
+        return
+    from transformers.trainer_utils import rotate_checkpoints  # transformers 5
+
+    args, best = trainer.args, trainer.state.best_model_checkpoint
+    rotate_checkpoints(args.output_dir, save_total_limit=args.save_total_limit, best_model_checkpoint=best)
+
+
+def barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def install(train: ModuleType, patches: Patches) -> list[Trainer]:
+    """Give every trainer that the host's ``train.train`` makes the check, marks on its checkpoints, and our progress in
+    place of a bar. Returns the list in which these trainers will be."""
+    trainer_class, trainers = train.LLaVATrainer, []
+    init, run = trainer_class.__init__, trainer_class.train
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        # In place of transformers' bar; its log lines (disable_tqdm) stay for the programs that read them.
+        self.remove_callback(ProgressCallback)
+        self.add_callback(EngineCheck(self))
+        self.add_callback(Progress())
+        self.add_callback(TowerRecord())
+        self.add_callback(StopWhereNothingIsLeft())
+        trainers.append(self)
+
+    @functools.wraps(run)
+    def train_to_the_end(self, *args, **kwargs):
+        try:
+            return run(self, *args, **kwargs)
+        except _NothingLeft:
+            if self.state.is_world_process_zero:
+                print(f"all {self.state.global_step} steps were done before: the model is saved", flush=True)
+
+    patches.set(trainer_class, "__init__", __init__)
+    patches.set(trainer_class, "train", train_to_the_end)
+    mark_checkpoints(trainer_class, patches)
+    return trainers
+
+
+def finish(trainers: Sequence[Trainer]) -> None:
+    """Wait until every rank has written what it writes, note that the run has ended, leave the process group.
+
+    The hosts do not wait: a rank with nothing to save ends first, and the launcher kills the one that is still writing.
+    """
+    barrier()
+    for trainer in trainers:
+        state = trainer.state
+        if state.is_world_process_zero and 0 < state.max_steps <= state.global_step:
+            mark_finished(trainer.args.output_dir, state.global_step, state.max_steps, trainer.args.num_train_epochs)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,408 @@
+"""From a YAML file to the processes that train: reading, checking, and the command line of the launcher.
+
+Everything here happens before torch or the host is imported, so that a typo costs a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..cli.main import UsageError
+from ..data.native_config import KEYS, NATIVE, PREFIX, check_settings
+from ..integrations.llava.arguments_table import PLUGIN_ARGUMENTS
+from ..integrations.llava.host import Argument, FoundHost, host_arguments
+from ..integrations.llava.install import all_hosts, find_host
+from ..towers.names import PACKING, STANDARD, random_clip, strip_prefix, tower_kind
+from ..utils.versions import Run, impossible, install_command
+from .config import read_overrides, read_yaml
+from .deepspeed_config import check_deepspeed
+from .hostfile import check_hostfile, pack
+from .multinode import Nodes, free_port
+from .preflight import check_precision, check_samples, check_values
+from .resume import finished, last_complete, misfit, read_saved
+from .run_lock import LOCK, LOCK_ENV
+from .supervise import supervise
+
+ENTRY = "llava_packing_tower.train.entrypoint"
+ALIASES = {"mm_vision_tower": "vision_tower"}
+# Names that transformers changed: either is taken, whichever of the two the installed version knows.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "eval_strategy": "evaluation_strategy",
+    "no_cuda": "use_cpu",
+    "use_cpu": "no_cuda",
+}
+TOWER_WORDS = {PACKING: "packing tower", STANDARD: "standard LlavaViT", None: "LLaVA's own"}
+REQUIRED = ("model_name_or_path", "vision_tower", "data_path", "output_dir")
+TRUE, FALSE = ("true", "yes", "1", "y", "t"), ("false", "no", "0", "n", "f")
+
+
+@dataclass
+class Plan:
+    """What will run. ``values``: the host's arguments by name; ``processes`` on each machine (None: every GPU)."""
+
+    host: FoundHost
+    values: dict[str, object]
+    zero_stage: int | None
+    device: str
+    processes: int | None
+    hostfile: str | None = None
+    nodes: Nodes = field(default_factory=Nodes)
+    samples: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """The plan as the lines that are printed before it runs."""
+        count = self.processes or "all"
+        if self.device == "gpu":
+            where = "1 GPU" if count == 1 else f"{count} GPUs"
+        else:
+            where = "1 process on the CPU" if count == 1 else f"{count} processes on the CPU"
+        if self.nodes.count > 1:
+            where = f"{self.nodes.count} machines x {where}"
+        if self.processes:
+            where += f", world size {self.world_size}"
+        engine = "no DeepSpeed" if self.zero_stage is None else f"DeepSpeed ZeRO-{self.zero_stage}"
+        engine = "FSDP" if self.values.get("fsdp") else engine
+        rows = {
+            "host": str(self.host),
+            "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "deepspeed")),
+            "decoder": self.values["model_name_or_path"],
+            "tower": f"{self.values['vision_tower']} ({TOWER_WORDS[tower_kind(self.values['vision_tower'])]})",
+            "data": f"{self.values['data_path']} ({self.samples} samples)",
+            "trained": self.values.get("mm_tunable_parts") or "as the host's own arguments say",
+            "engine": f"{engine}, {where}" + (f" on the hosts of {self.hostfile}" if self.hostfile else ""),
+            "output": self.values["output_dir"],
+            "start": self.start(),
+        }
+        return "\n".join(f"{key:>9}: {value}" for key, value in rows.items())
+
+    @property
+    def world_size(self) -> int | None:
+        """Processes on all machines; None where only DeepSpeed's launcher will know."""
+        return self.processes and self.processes * self.nodes.count
+
+    @property
+    def finished(self) -> int | None:
+        """The steps that were done, where an earlier run in the same folder did all of them."""
+        return finished(self.values["output_dir"], self.values)
+
+    def start(self) -> str:
+        """Where the run begins, in words."""
+        if (steps := self.finished) is not None:
+            return f"finished already, after {steps} steps: nothing will be done"
+        checkpoint = last_complete(self.values["output_dir"])
+        if checkpoint is None:
+            return "from the beginning"
+        saved, asked = read_saved(checkpoint), int(str(self.values.get("max_steps") or -1))
+        changed = f" (its schedule was for {saved.max_steps} steps)" if 0 < asked != saved.max_steps else ""
+        return f"goes on from {checkpoint.name}{changed}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+# ---------------------------------------------------------------- checking
+
+
+def known_arguments(found: FoundHost) -> dict[str, Argument]:
+    """The host's own arguments and those that the plugin adds where the host lacks them."""
+    known = {a.name: Argument(a.name, a.group, a.annotation, repr(a.default)) for a in PLUGIN_ARGUMENTS}
+    return {**known, **host_arguments(found)}
+
+
+def resolve(values: Mapping[str, object], known: Mapping[str, Argument], found: FoundHost) -> dict[str, object]:
+    """``values`` under the host's names, nulls left out.
+
+    Raises :class:`UsageError` for a key that the host does not know (with the nearest that it does), a value of the
+    wrong type, or a required key that is missing.
+    """
+    resolved: dict[str, object] = {}
+    for key, value in values.items():
+        name = _known_name(key, known)
+        if name is None:
+            others = [host.title for host in all_hosts() if host != found.host and key in host.own_arguments]
+            hint = f" ({', '.join(others)} has it)" if others else ""
+            raise UsageError(
+                f"unknown key {key!r}: {found.host.title} {found.version} has no such argument{hint}; "
+                f"the nearest is {nearest(key, known)!r}"
+            )
+        if name in resolved:
+            raise UsageError(f"{key!r} is given twice, also as {name!r}")
+        if value is not None:
+            resolved[name] = _checked(key, value, known[name])
+    for name in REQUIRED:
+        if name not in resolved:
+            raise UsageError(f"{name} is missing")
+    return resolved
+
+
+def _known_name(key: str, known: Mapping[str, Argument]) -> str | None:
+    """The name under which the installed versions know a key of the YAML."""
+    name = ALIASES.get(key, key)
+    if name in known:
+        return name
+    if name == "warmup_ratio" and "float" in known["warmup_steps"].annotation:
+        return "warmup_steps"  # transformers 5: below 1, it is the ratio
+    return RENAMED[name] if RENAMED.get(name) in known else None
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known key that looks most like ``key``."""
+    return max((*known, *ALIASES), key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
+
+
+def _checked(key: str, value: object, argument: Argument) -> object:
+    kind = argument.annotation.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
+    if kind == "bool":
+        if str(value).lower() not in TRUE + FALSE:
+            raise UsageError(f"{key}: expected true or false, got {value!r}")
+        return str(value).lower() in TRUE
+    if isinstance(value, bool) and "bool" not in argument.annotation:
+        raise UsageError(f"{key}: YAML reads yes, no, on and off as true and false; put the word in quotes")
+    if kind in ("int", "float"):
+        try:
+            return {"int": int, "float": float}[kind](str(value))
+        except ValueError:
+            raise UsageError(f"{key}: expected {'a whole ' if kind == 'int' else 'a '}number, got {value!r}") from None
+    return value
+
+
+def check_files(values: dict[str, object], beside: Path) -> int | None:
+    """Check what can be checked on disk; returns the ZeRO stage that is asked for (None: no DeepSpeed)."""
+    for name in ("data_path", "image_folder", "video_folder"):
+        path = values.get(name)
+        if isinstance(path, str) and path and "{" not in path and not Path(path).expanduser().exists():
+            raise UsageError(f"{name}: {path} does not exist")
+    tower, decoder = str(values["vision_tower"]), str(values["model_name_or_path"])
+    for name, path in (("vision_tower", strip_prefix(tower)), ("model_name_or_path", decoder)):
+        # A hub id is owner/name; where there is a folder of the owner's name, it is meant.
+        is_path = (
+            path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+        )
+        if is_path and not Path(path).expanduser().is_dir():
+            raise UsageError(f"{name}: folder {path} does not exist")
+    try:
+        reason = random_clip(tower)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if reason is not None:
+        raise UsageError(reason)
+    if values.get("lora_enable") and find_spec("peft") is None:
+        raise UsageError(f"lora_enable needs peft: {install_command('peft')}")
+    return check_deepspeed(values, beside)
+
+
+def check_fsdp(values: Mapping[str, object]) -> None:
+    """Raises :class:`UsageError` for what the hosts cannot save, or go on from, under FSDP."""
+    if not values.get("fsdp"):
+        return
+    if values.get("deepspeed"):
+        raise UsageError("fsdp and deepspeed exclude each other: leave one of them out")
+    if values.get("lora_enable"):
+        raise UsageError("fsdp: the hosts would save one rank's pieces of a LoRA; use `deepspeed:` for it")
+    parts = {part.strip() for part in str(values.get("mm_tunable_parts") or "mm_language_model").split(",")}
+    if values.get("tune_mm_mlp_adapter") or parts <= {"mm_mlp_adapter", "mm_vision_resampler"}:
+        raise UsageError("fsdp: the hosts would save one rank's pieces of the projector; use `deepspeed:` for it")
+    if start := last_complete(values["output_dir"]):
+        raise UsageError(
+            f"fsdp: a run does not go on from {start} as if it had never stopped; take another output_dir, or deepspeed"
+        )
+
+
+def check_resolution(values: Mapping[str, object]) -> None:
+    """Raises :class:`UsageError` for settings of native resolution that cannot be carried out or would be ignored."""
+    given = [PREFIX + key for key in KEYS if values.get(PREFIX + key) is not None]
+    if values.get("image_aspect_ratio") != NATIVE:
+        if given:
+            raise UsageError(f"{given[0]} has no effect without image_aspect_ratio: {NATIVE}")
+        return
+    try:
+        check_settings(values)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+# ---------------------------------------------------------------- launching
+
+
+def to_argv(values: Mapping[str, object]) -> list[str]:
+    """The values as command-line words for the host's own parser."""
+    words: list[str] = []
+    for name, value in values.items():
+        words.append(f"--{name}")
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        else:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return words
+
+
+def make_plan(
+    config: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    num_gpus: int | None = None,
+    num_processes: int | None = None,
+    hostfile: str | None = None,
+    master_port: int | None = None,
+    nodes: Nodes | None = None,
+) -> Plan:
+    """Read and check a configuration and work out how it is launched.
+
+    Args:
+        config: YAML file; its keys are argument names of the host.
+        overrides: words ``--key value`` that take precedence.
+        num_gpus: GPUs of each machine (default: all there are).
+        num_processes: this many processes on the CPU of this machine, GPU or not.
+        hostfile: DeepSpeed hostfile for several machines.
+        master_port: port of the rendezvous (default: a free one).
+        nodes: several machines that torchrun brings together, in place of a hostfile.
+
+    Raises:
+        UsageError: for anything wrong in the configuration.
+    """
+    try:
+        found = find_host()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    given = read_yaml(config)
+    for key, value in read_overrides(overrides).items():
+        given.pop(next((k for k in given if ALIASES.get(k, k) == ALIASES.get(key, key)), key), None)
+        given[key] = value
+    known = known_arguments(found)
+    values = resolve(given, known, found)
+    check_values(values, found)
+    check_resolution(values)
+    check_fsdp(values)
+    stage = check_files(values, Path(config).resolve().parent)
+    if num_processes is not None and (num_gpus is not None or hostfile is not None):
+        raise UsageError("--num_processes is for runs on the CPU; with --num_gpus or --hostfile leave it out")
+    device = "cpu"
+    if num_processes is None:
+        gpus = _gpus()
+        if num_gpus is not None and num_gpus > gpus and hostfile is None:
+            raise UsageError(f"--num_gpus {num_gpus}, but this machine has {gpus}")
+        if num_gpus is not None or hostfile is not None or gpus:
+            device, num_processes = "gpu", num_gpus or (gpus or None if hostfile is None else None)
+    check_precision(values, device)
+    nodes = nodes or Nodes(port=master_port)
+    if hostfile is not None and nodes.count > 1:
+        raise UsageError("--hostfile and --nnodes are two ways to the same end: give one of them")
+    if hostfile is not None:
+        check_hostfile(hostfile)
+    plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
+    check_versions(plan, known)
+    check_resume(plan)
+    plan.samples = check_samples(values, found)
+    plan.environment = _environment(plan)
+    plan.command = _command(plan)
+    return plan
+
+
+def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
+    """Raises :class:`UsageError`, with the commands that mend it, where the installed versions cannot run the plan."""
+    config = plan.values.get("deepspeed")
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    attention = plan.values.get("attn_implementation")
+    if attention is None and "flash_attention_2" in known["attn_implementation"].default:
+        attention = "flash_attention_2"
+    file = Path(str(plan.values["model_name_or_path"])).expanduser() / "config.json"
+    decoder = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    problems = impossible(
+        Run(
+            zero_stage=plan.zero_stage,
+            on_cpu=plan.device == "cpu",
+            processes=plan.processes and plan.processes * plan.nodes.count,
+            attention=attention,
+            deepspeed=config,
+            hidden_size=decoder.get("hidden_size"),
+        )
+    )
+    if problems:
+        raise UsageError("these versions cannot run this:\n" + "\n".join(str(problem) for problem in problems))
+
+
+def check_resume(plan: Plan) -> None:
+    """Raises :class:`UsageError` where the run would go on from a checkpoint that was saved by another kind of run."""
+    checkpoint = last_complete(plan.values["output_dir"])
+    try:
+        if plan.finished is not None or checkpoint is None:
+            return
+        reason = misfit(checkpoint, plan.world_size, plan.zero_stage)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if reason is not None:
+        raise UsageError(f"output_dir: this run cannot go on from {checkpoint}: {reason}")
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _environment(plan: Plan) -> dict[str, str]:
+    """What the processes need in their environment; what the user has set stays."""
+    wanted = {
+        "TOKENIZERS_PARALLELISM": "false",
+        LOCK_ENV: str(Path(str(plan.values["output_dir"])).expanduser().resolve() / LOCK),
+    }
+    # torchrun would give each process one thread, also to an optimizer that runs on the CPU.
+    if plan.processes is not None:
+        wanted["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // plan.processes))
+    if plan.device == "cpu":
+        wanted |= {
+            # DeepSpeed counts CPU sockets with the numactl program unless it is told how many processes there are.
+            "LOCAL_SIZE": str(plan.processes),
+        }
+        if plan.nodes.on_this_machine:  # then nothing must depend on how its host name resolves
+            wanted["GLOO_SOCKET_IFNAME"] = "lo"
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _alone(plan: Plan) -> bool:
+    """One process and no DeepSpeed: then nothing is to be wrapped around the model."""
+    return plan.processes == 1 and plan.zero_stage is None and plan.hostfile is None and plan.nodes.count == 1
+
+
+def _command(plan: Plan) -> list[str]:
+    words = [sys.executable, "-m"]
+    if plan.hostfile:
+        if plan.zero_stage is None:
+            raise UsageError("--hostfile needs DeepSpeed: give a `deepspeed:` configuration")
+        words += ["deepspeed.launcher.runner", "--master_port", str(plan.nodes.port or free_port())]
+        words += ["--num_gpus", str(plan.processes)] if plan.processes else []
+        words += ["--hostfile", plan.hostfile, "--module", ENTRY]
+        return [*words, pack(to_argv(plan.values), {**os.environ, **plan.environment})]
+    if _alone(plan):
+        # Not through torchrun: in its environment even one process trains in DDP, which refuses unused parameters.
+        words += [ENTRY]
+    else:
+        # Through torchrun, one process with DeepSpeed included: on a CPU it does not start without its environment. On
+        # GPUs too: DeepSpeed's own launcher counts GPUs from 0 and overrides CUDA_VISIBLE_DEVICES.
+        words += ["torch.distributed.run", *plan.nodes.torchrun(plan.processes), "--module", ENTRY]
+    return words + to_argv(plan.values)
+
+
+def run(plan: Plan) -> int:
+    """Run the plan to its end and return the exit status of the launcher."""
+    environment = {**os.environ, **plan.environment}
+    if plan.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif _alone(plan):  # with more GPUs in sight, transformers would use DataParallel
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return supervise(plan.command, environment)

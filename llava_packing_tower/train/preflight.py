@@ -1,0 +1,125 @@
+"""Values of a training configuration that would fail, or be ignored, only after the model is loaded. No torch here.
+
+Each check raises :class:`UsageError` that names the key. They run for ``--dry_run`` and before every start.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ..cli.main import UsageError
+from ..data.samples import check_data
+from ..integrations.llava.arguments_table import tunable_parts
+from ..integrations.llava.host import FoundHost
+from ..towers.feature_select import SELECT_FEATURES, selected_layers
+from ..towers.names import PACKING, strip_prefix, tower_kind
+
+ASPECTS = re.compile(r"^(square|pad|native|highres|anyres|anyres_max_\d+|crop_split)$")
+PROJECTORS = re.compile(r"^(linear|identity|pooler|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu|spatial_merge|patch_merger)$")
+MERGES = re.compile(r"^(flat|spatial\w*)$")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+UNLISTED_VERSIONS = ("v0", "v0.5")  # which LLaVA's train.py knows beside those of its conversation.py
+
+
+def check_values(values: Mapping[str, object], found: FoundHost) -> None:
+    """Check what LLaVA takes without a look: an unknown word is ignored there, or fails late."""
+    try:
+        tunable_parts(values.get("mm_tunable_parts"))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    for name, pattern, examples in (
+        ("image_aspect_ratio", ASPECTS, "native, square, pad, anyres, anyres_max_9, highres, crop_split"),
+        ("mm_projector_type", PROJECTORS, "linear, mlp2x_gelu, spatial_merge, patch_merger"),
+        ("mm_patch_merge_type", MERGES, "flat, spatial, spatial_unpad"),
+    ):
+        value = values.get(name)
+        if value is not None and not pattern.match(str(value)):
+            raise UsageError(f"{name}: {value!r} is not known; some that are: {examples}")
+    attention = values.get("attn_implementation")
+    if attention is not None and "/" not in str(attention):  # owner/name is a kernel of the hub
+        _one_of("attn_implementation", attention, ATTENTIONS)
+    if (version := values.get("version")) is not None:
+        _one_of("version", version, (*conversations(found.root), *UNLISTED_VERSIONS))
+    if (adapter := values.get("pretrain_mm_mlp_adapter")) and not Path(str(adapter)).expanduser().is_file():
+        raise UsageError(f"pretrain_mm_mlp_adapter: {adapter} does not exist")
+    check_tower(values)
+
+
+def _one_of(key: str, value: object, known: Collection[str]) -> None:
+    if value not in known:
+        nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0)
+        raise UsageError(f"{key}: {value!r} is not known; the nearest is {nearest[0]!r}, of {', '.join(sorted(known))}")
+
+
+def conversations(root: Path) -> tuple[str, ...]:
+    """The names in ``conv_templates`` of a host's conversation.py, read without running it."""
+    file = root / "conversation.py"
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if any(isinstance(t, ast.Name) and t.id == "conv_templates" for t in targets) and isinstance(
+            node.value, ast.Dict
+        ):
+            return tuple(key.value for key in node.value.keys if isinstance(key, ast.Constant))
+    raise UsageError(f"{file} defines no conv_templates")
+
+
+def check_tower(values: Mapping[str, object]) -> None:
+    """The selection of features against the tower's own config, where its folder is here."""
+    name = str(values["vision_tower"])
+    try:
+        kind = tower_kind(name)
+    except ValueError as error:
+        raise UsageError(f"vision_tower: {error}") from error
+    if kind != PACKING:
+        return
+    feature = values.get("mm_vision_select_feature") or "patch"
+    _one_of("mm_vision_select_feature", feature, SELECT_FEATURES)
+    attention = values.get("mm_packing_attention")
+    if attention not in (None, "auto"):
+        from ..attention.dispatch import BACKENDS
+
+        _one_of("mm_packing_attention", attention, ("auto", *BACKENDS))
+    file = Path(strip_prefix(name)).expanduser() / "config.json"
+    layer = values.get("mm_vision_select_layer")
+    if layer is None or not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = config.get("vision_config") or config
+        layers = config.get("num_hidden_layers")
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"vision_tower: {file} is damaged: {error}") from error
+    if isinstance(layers, int):
+        try:
+            selected_layers(str(feature), int(str(layer)), layers)
+        except ValueError as error:
+            raise UsageError(f"vision_tower {name}: {error}") from error
+
+
+def check_precision(values: Mapping[str, object], device: str) -> None:
+    """``tf32`` without the hardware for it: transformers refuses it after everything is loaded."""
+    if not values.get("tf32"):
+        return
+    reason = "and this run is on the CPU"
+    if device == "gpu":
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return
+        reason = f"and this GPU has compute capability {major}.{minor}"
+    raise UsageError(f"tf32: needs an NVIDIA GPU of Ampere or newer, {reason}: --tf32 null")
+
+
+def check_samples(values: Mapping[str, object], found: FoundHost) -> int:
+    """Check the data; returns the number of samples. Raises :class:`UsageError` that names file and sample."""
+    folders = {kind: values.get(f"{kind}_folder") for kind in ("image", "video")}
+    try:
+        return check_data(str(values["data_path"]), folders, reads_videos=found.host.name == "llava_next")
+    except ValueError as error:
+        raise UsageError(f"data_path: {error}") from error
