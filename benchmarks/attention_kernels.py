@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from llava_packing_tower.attention.dispatch import BACKENDS, attend, resolve_backend
-from llava_packing_tower.data.patches import make_segments
+from llava_packing_tower.data.segments import make_segments
 from llava_packing_tower.tools.bench.report import environment, write_json
 from llava_packing_tower.tools.bench.timing import Clock
 from llava_packing_tower.tools.bench.workloads import ragged_grids

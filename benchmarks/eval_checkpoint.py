@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION, Photo, source_of
+from llava_packing_tower.data.sample_photos import PHOTOS, Photo, source_of
+from llava_packing_tower.tools.demo.dataset import QUESTION
 
 CONVERSATION = "v1"
 LONG_QUESTION = "What does this photo show? Answer with one sentence."

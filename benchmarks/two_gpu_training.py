@@ -145,7 +145,7 @@ def reload(args: argparse.Namespace, size: dict, device: str) -> None:
     import torch
 
     from llava_packing_tower.checkpoint.hashing import differing, tensor_digest
-    from llava_packing_tower.integrations.llava.trainable_parts import check_tower_weights
+    from llava_packing_tower.integrations.llava.checkpoint import check_tower_weights
 
     trained = json.loads((args.folder / f"{args.name}.json").read_text())
     model_class = host_classes()[2]

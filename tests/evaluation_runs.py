@@ -10,8 +10,8 @@ from typing import NamedTuple
 import yaml
 from host_runs import REPOSITORY, environment, execute
 
-from llava_packing_tower.data.sample_photos import write_dataset
 from llava_packing_tower.tools.demo import pipeline
+from llava_packing_tower.tools.demo.dataset import write_dataset
 
 FINISHED = "LLAVA_PACKING_TEST_DEMO"
 """A folder that `llava-packing demo` left behind: taken instead of training, while one works on these tests."""

@@ -3,7 +3,8 @@
 import torch
 
 from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, LlavaViTPackingModel, Siglip2NaflexPacking
-from llava_packing_tower.data.patches import batch_images_to_packing_input, read_grid, split_packed
+from llava_packing_tower.data.patches import batch_images_to_packing_input, split_packed
+from llava_packing_tower.data.segments import read_grid
 
 GOLDEN_FAMILIES = {
     "siglip2": Siglip2NaflexPacking,

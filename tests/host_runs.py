@@ -18,7 +18,7 @@ from conftest import FIVE
 from PIL import Image
 
 from llava_packing_tower.tools.demo.tiny_models import make_decoder, make_tokenizer, make_tower
-from llava_packing_tower.train.multinode import free_port
+from llava_packing_tower.utils.net import free_port
 
 REPOSITORY = Path(__file__).parent.parent
 NEXT = os.environ.get("LLAVA_NEXT_DIR") or ""

@@ -176,7 +176,8 @@ def test_losses_are_those_of_the_hosts_own_forward(loaded):
 
 
 def test_a_trained_model_is_greedy_about_what_it_learned(demo):
-    from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION
+    from llava_packing_tower.data.sample_photos import PHOTOS
+    from llava_packing_tower.tools.demo.dataset import QUESTION
 
     hosts.apply()
     loaded = load_checkpoint(demo.trained)

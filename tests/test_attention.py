@@ -14,7 +14,7 @@ from llava_packing_tower.attention.dispatch import (
     resolve_backend,
     varlen_attention,
 )
-from llava_packing_tower.data.patches import make_segments
+from llava_packing_tower.data.segments import make_segments
 
 LENGTHS = (5, 1, 12, 5, 7)
 CPU_BACKENDS = ("eager", "sdpa")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llava_packing_tower.attention import dispatch as attention
 from llava_packing_tower.data import cached_metadata, positions
 from llava_packing_tower.data.cached_metadata import CachedMetadata, kept
-from llava_packing_tower.data.patches import PackedSegments, _segments, make_segments
+from llava_packing_tower.data.segments import PackedSegments, _segments, make_segments
 from llava_packing_tower.models import siglip2
 from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.tools.bench.models import PRESETS

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_launch import need_a_host
 
-from llava_packing_tower.cli.main import UsageError
-from llava_packing_tower.integrations.llava.install import find_host
+from llava_packing_tower.integrations.llava.registry import find_host
 from llava_packing_tower.train import launcher as launch
+from llava_packing_tower.utils.errors import UsageError
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

@@ -11,7 +11,7 @@ import torch
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
 from llava_packing_tower.data.cached_metadata import CachedMetadata, kept, once
-from llava_packing_tower.data.patches import make_segments
+from llava_packing_tower.data.segments import make_segments
 from llava_packing_tower.models.runtime import cuda_graphs
 
 ADAPTER = type("Adapter", (torch.nn.GELU,), {"__module__": "peft.tuners.lora.layer"})

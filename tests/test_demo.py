@@ -17,9 +17,10 @@ from rich.console import Console
 
 from llava_packing_tower.checkpoint.hashing import differing, tensor_digest
 from llava_packing_tower.data import sample_photos as demo_photos
-from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION, Photo, source_of, write_dataset
+from llava_packing_tower.data.sample_photos import PHOTOS, Photo, source_of
 from llava_packing_tower.tools.demo import pipeline, report
 from llava_packing_tower.tools.demo import train_process as training
+from llava_packing_tower.tools.demo.dataset import QUESTION, write_dataset
 from llava_packing_tower.tools.demo.train_process import Engine
 
 REPOSITORY = Path(__file__).parent.parent

@@ -15,12 +15,13 @@ import torch
 from test_launch import files, need_a_host  # noqa: F401  (files is a fixture)
 
 from llava_packing_tower.attention import dispatch as attention
-from llava_packing_tower.cli.main import UsageError, main
-from llava_packing_tower.tools.doctor import ERROR, WARNING
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.tools.doctor import checks as probes
 from llava_packing_tower.tools.doctor import run as examination
 from llava_packing_tower.train import launcher as launch
 from llava_packing_tower.utils import versions
+from llava_packing_tower.utils.errors import UsageError
+from llava_packing_tower.utils.findings import ERROR, WARNING
 from llava_packing_tower.utils.versions import Run, impossible
 
 REPOSITORY = Path(__file__).parent.parent

@@ -14,12 +14,14 @@ from rich.console import Console
 
 from llava_packing_tower.checkpoint.folder_hash import identity
 from llava_packing_tower.cli.eval_report import names_of
-from llava_packing_tower.cli.main import UsageError, main
-from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.data.sample_photos import PHOTOS
 from llava_packing_tower.eval import preflight as needs
 from llava_packing_tower.eval import results, runner
 from llava_packing_tower.eval import task_groups as groups
 from llava_packing_tower.eval.tasks import FOLDER
+from llava_packing_tower.tools.demo.dataset import QUESTION
+from llava_packing_tower.utils.errors import UsageError
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -16,7 +16,8 @@ from host_runs import environment, execute
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION
+from llava_packing_tower.data.sample_photos import PHOTOS
+from llava_packing_tower.tools.demo.dataset import QUESTION
 
 pytestmark = [
     pytest.mark.timeout(900),

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, HEVCViTPackingVisionTower, Siglip2NaflexPacking
-from llava_packing_tower.checkpoint.weights import WeightFiles, read_json
+from llava_packing_tower.checkpoint.weights import WeightFiles
 from llava_packing_tower.models.registry import FAMILIES, family_for
+from llava_packing_tower.utils.files import read_json
 
 pytestmark = pytest.mark.newest
 NAMES = list(GOLDEN_FAMILIES)

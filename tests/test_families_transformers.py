@@ -15,11 +15,13 @@ from conftest import assert_close
 from families import pack, ragged
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.checkpoint.weights import CONFIG_NAME, WeightFiles, read_json
+from llava_packing_tower.checkpoint.weights import WeightFiles
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.convert.hf_reference import IN_TRANSFORMERS, Reference
-from llava_packing_tower.data.patches import read_grid, split_packed
+from llava_packing_tower.data.patches import split_packed
+from llava_packing_tower.data.segments import read_grid
 from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.utils.files import CONFIG_NAME, read_json
 
 HAS_FAMILIES = all(hasattr(transformers, names.vision) for names in IN_TRANSFORMERS.values())
 newest = [

@@ -2,7 +2,7 @@
 
 import torch
 
-from llava_packing_tower.data.patches import make_segments
+from llava_packing_tower.data.segments import make_segments
 from llava_packing_tower.models.activations import activation
 from llava_packing_tower.models.layers import BlockConfig, EncoderBlock
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from llava_packing_tower.attention import dispatch as attention
 from llava_packing_tower.data.cached_metadata import CachedMetadata
-from llava_packing_tower.data.patches import batch_images_to_packing_input, read_grid
+from llava_packing_tower.data.patches import batch_images_to_packing_input
+from llava_packing_tower.data.segments import read_grid
 from llava_packing_tower.models import encoder
 from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.models.runtime import cuda_graphs, execution

@@ -16,8 +16,8 @@ from host_runs import HOSTS, execute
 
 from llava_packing_tower.integrations.llava import tower_builder as builder_hook
 from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
-from llava_packing_tower.integrations.llava.install import find_host
 from llava_packing_tower.integrations.llava.patcher import Patches
+from llava_packing_tower.integrations.llava.registry import find_host
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 BUILDER = """

@@ -21,7 +21,7 @@ import pytest
 from host_runs import NEEDS_NEXT, NEXT, REPOSITORY, environment, execute
 from PIL import Image
 
-from llava_packing_tower.train.multinode import free_port
+from llava_packing_tower.utils.net import free_port
 
 pytestmark = [*NEEDS_NEXT, pytest.mark.timeout(600)]
 RUN = [sys.executable, "-m", "llava_packing_tower", "run", "--", "python"]

@@ -13,13 +13,14 @@ import yaml
 from conftest import only_four
 from host_runs import HOSTS, NEXT
 
-from llava_packing_tower.cli.main import UsageError, main
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.integrations.llava.host import FoundHost, host_arguments
-from llava_packing_tower.integrations.llava.install import find_host
-from llava_packing_tower.integrations.llava.llava_next import HOST as NEXT_HOST
-from llava_packing_tower.integrations.llava.llava_v1 import HOST as V1_HOST
+from llava_packing_tower.integrations.llava.hosts.llava_next import HOST as NEXT_HOST
+from llava_packing_tower.integrations.llava.hosts.llava_v1 import HOST as V1_HOST
+from llava_packing_tower.integrations.llava.registry import find_host
 from llava_packing_tower.train import deepspeed_config, resume
 from llava_packing_tower.train import launcher as launch
+from llava_packing_tower.utils.errors import UsageError
 
 REPOSITORY = Path(__file__).parent.parent
 

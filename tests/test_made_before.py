@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from llava_packing_tower.checkpoint.weights import read_json
 from llava_packing_tower.data.image_processor import PackingImageProcessor
 from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.utils.files import read_json
 
 pytestmark = pytest.mark.newest
 FOLDERS = sorted(folder for folder in (Path(__file__).parent / "made_before").iterdir() if folder.is_dir())

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from host_runs import HOSTS, environment, execute
 
-from llava_packing_tower.checkpoint.weights import write_json
 from llava_packing_tower.eval.preflight import check_checkpoint
 from llava_packing_tower.integrations.llava import model_class
+from llava_packing_tower.utils.files import write_json
 
 needs_llava = pytest.mark.skipif(find_spec("llava") is None, reason="no LLaVA is installed")
 HERE = Path(__file__).parent

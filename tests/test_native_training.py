@@ -11,8 +11,8 @@ from native_data_checks import write_video
 from native_runs import make_workspace, reload, train
 from PIL import Image
 
-from llava_packing_tower.cli.main import UsageError
 from llava_packing_tower.train.launcher import make_plan
+from llava_packing_tower.utils.errors import UsageError
 
 OPTIONS = {
     "mm_projector_type": "spatial_merge",

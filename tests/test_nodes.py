@@ -12,9 +12,9 @@ import host_runs
 import pytest
 import torch
 
-from llava_packing_tower.cli.main import UsageError
 from llava_packing_tower.train.hostfile import check_hostfile, pack, unpack
 from llava_packing_tower.train.multinode import Nodes
+from llava_packing_tower.utils.errors import UsageError
 
 FIXED = {"count": 3, "rank": 2, "address": "10.0.0.7", "port": 29500}
 

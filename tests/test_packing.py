@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_packing_tower import PatchLayout, batch_images_to_packing_input, image_to_packing_input, patchify, unpatchify
-from llava_packing_tower.data.patches import longest_first, make_segments, read_grid, split_packed
+from llava_packing_tower.data.patches import longest_first, split_packed
 from llava_packing_tower.data.positions import prefix_indices
+from llava_packing_tower.data.segments import make_segments, read_grid
 
 LAYOUTS = list(PatchLayout)
 

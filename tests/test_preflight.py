@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 from test_launch import files, need_a_host  # noqa: F401  (files is a fixture)
 
-from llava_packing_tower.cli.main import UsageError, main
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.data import samples as data
-from llava_packing_tower.integrations.llava.install import find_host
+from llava_packing_tower.integrations.llava.registry import find_host
 from llava_packing_tower.train import launcher as launch
 from llava_packing_tower.train import preflight
 from llava_packing_tower.train.deepspeed_config import check_zero_keys
+from llava_packing_tower.utils.errors import UsageError
 
 
 def turns(*texts: str) -> list[dict]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from llava_packing_tower.integrations.llava.trainable_parts import check_tower_weights
+from llava_packing_tower.integrations.llava.checkpoint import check_tower_weights
 from llava_packing_tower.tools.demo.tiny_models import make_tower
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from llava_packing_tower.attention import flash_attention_4 as backend
 from llava_packing_tower.attention import sdpa
 from llava_packing_tower.attention.recorded_launches import Launches, watched
-from llava_packing_tower.data.patches import make_segments
+from llava_packing_tower.data.segments import make_segments
 
 LENGTHS = (5, 9, 3)
 

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 import pytest
 from host_runs import REPOSITORY, environment, execute
 
-from llava_packing_tower.cli.main import UsageError
 from llava_packing_tower.cli.run import command
-from llava_packing_tower.data.sample_photos import PHOTOS, QUESTION
+from llava_packing_tower.data.sample_photos import PHOTOS
+from llava_packing_tower.tools.demo.dataset import QUESTION
+from llava_packing_tower.utils.errors import UsageError
 
 ENTRY = ["-m", "llava_packing_tower.run"]
 

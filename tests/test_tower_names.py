@@ -8,11 +8,11 @@ import logging
 import pytest
 from test_launch import files  # noqa: F401
 
-from llava_packing_tower.cli.main import UsageError
 from llava_packing_tower.integrations.llava.tower_builder import hooked, tower_class
 from llava_packing_tower.towers import names as tower_names
 from llava_packing_tower.towers.names import tower_kind
 from llava_packing_tower.train import launcher as launch
+from llava_packing_tower.utils.errors import UsageError
 
 CLONE = "llava-packing-tower/checkpoints"  # a clone of this project: "packing" is in the name of a parent
 

@@ -9,10 +9,10 @@ from families import GOLDEN_FAMILIES, TINY, pack, ragged, tiny
 from safetensors.torch import load_file, save_file
 
 from llava_packing_tower.checkpoint.pretrained import _warn_once
-from llava_packing_tower.checkpoint.weights import read_json
 from llava_packing_tower.data.image_processor import PackingImageProcessor
 from llava_packing_tower.models.llava_vit.config import LlavaViTConfig
 from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
+from llava_packing_tower.utils.files import read_json
 
 pytestmark = pytest.mark.newest
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 
 VARLEN = True
 EQUAL_LENGTHS_ONLY = True

@@ -31,7 +31,7 @@ from types import ModuleType
 
 import torch
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 from ..utils.tracing import traced
 from .self_check import why_wrong
 

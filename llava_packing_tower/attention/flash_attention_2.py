@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 from .flash_varlen import plain_function
 
 VARLEN = CHECKED = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 from . import flash_attention_2
 from .flash_varlen import plain_function
 

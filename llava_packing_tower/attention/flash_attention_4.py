@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 from . import eager
 from .recorded_launches import Launches, watched
 from .self_check import apart, close, random_segments, results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 
 VARLEN = False
 

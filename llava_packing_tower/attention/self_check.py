@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from ..data.patches import PackedSegments, make_segments
+from ..data.segments import PackedSegments, make_segments
 from . import eager
 
 PARTS = ("results", "gradients of q", "gradients of k", "gradients of v")

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 
 VARLEN = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from .weights import CONFIG_NAME
+from ..utils.files import CONFIG_NAME
 
 SUFFIXES = (".safetensors", ".bin", ".model", ".json")
 # Written by trainings beside a model; they say nothing about what it answers.

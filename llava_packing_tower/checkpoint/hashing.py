@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+
+from ..utils.files import CONFIG_NAME
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -18,3 +22,15 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 def differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:
     """Names whose digests differ or that only one side has, sorted."""
     return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+
+
+def folder_fingerprint(folder: str | os.PathLike) -> str:
+    """sha256 over config.json and the weight files of a checkpoint folder (about a second per GB)."""
+    digest = hashlib.sha256()
+    files = (f for f in Path(folder).iterdir() if f.name == CONFIG_NAME or f.suffix in (".safetensors", ".bin"))
+    for file in sorted(files):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

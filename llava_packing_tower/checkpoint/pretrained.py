@@ -12,22 +12,19 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..utils.files import CONFIG_NAME, atomic_folder, read_json, write_json
 from .config_check import DROPOUTS, check_config
 from .weights import (
-    CONFIG_NAME,
     Recipe,
     WeightFiles,
     WeightPlan,
-    atomic_folder,
     construction,
     describe_problems,
     is_weight_file,
     load_weights,
     parameter_shapes,
     plan_problems,
-    read_json,
     resolve_folder,
-    write_json,
 )
 
 logger = logging.getLogger(__name__)

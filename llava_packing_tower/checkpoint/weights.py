@@ -7,11 +7,8 @@ checks the whole plan (missing, unexpected, mis-shaped) before the first byte of
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import shutil
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-CONFIG_NAME = "config.json"
+from ..utils.files import read_json
+
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
 
@@ -60,19 +58,6 @@ def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", **hub: 
     if not (local / subfolder).is_dir():
         raise ValueError(f"{name!r} has no subfolder {subfolder!r}")
     return local / subfolder
-
-
-def read_json(file: Path) -> dict:
-    """Raises ``ValueError`` if the file is missing or holds no JSON object."""
-    if not file.is_file():
-        raise ValueError(f"{file.parent} has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}")
-    return content
 
 
 def open_weights(path: Path) -> object:
@@ -315,45 +300,3 @@ def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, devic
     for name in shapes:
         recipe = plan.recipes[name]
         assign(module, name, recipe.build(*(source[key] for key in recipe.sources)), torch.device(device))
-
-
-def open_to_others(folder: Path) -> None:
-    """The permissions that files made in the usual way have: temporary ones are for their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: str | os.PathLike, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder``; on success its files appear in ``folder`` by rename, else nothing does.
-
-    A file of the same name is replaced; other files of an existing folder stay, but those whose names ``replaces`` is
-    true of are removed. (Where several files make up a save the old ones go before the new ones come: what is left by
-    an interruption cannot be read, and is never of two saves.) A folder that does not exist yet, or is empty, appears
-    whole in one step.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield aside
-        open_to_others(aside)
-        if folder.is_dir() and any(folder.iterdir()):
-            old = {file.name for file in folder.iterdir() if replaces(file.name)}
-            new = {file.name for file in aside.iterdir()}
-            if len(old | {name for name in new if replaces(name)}) == 1:
-                old -= new
-            for name in sorted(old, key=lambda n: not n.endswith(".index.json")):
-                (folder / name).unlink()
-            for file in sorted(aside.iterdir(), key=lambda f: (f.name == CONFIG_NAME, f.name.endswith(".index.json"))):
-                os.replace(file, folder / file.name)
-        else:
-            os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_json(content: dict, file: Path) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

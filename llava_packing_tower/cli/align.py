@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 from ..attention.dispatch import BACKENDS
-from ..checkpoint.weights import CONFIG_NAME, read_json, resolve_folder
+from ..checkpoint.weights import resolve_folder
 from ..convert.hf_reference import NoReference, Reference, require_reference
 from ..convert.parity import Row, compare, comparison_packs, fixed_size, real_images
 from ..data.images import open_image
 from ..models.registry import family_for
-from ..utils.files import write_text
-from .main import UsageError
+from ..utils.errors import UsageError
+from ..utils.files import CONFIG_NAME, read_json, write_text
 
 PHOTO_COUNT = 10
 PASSED, FAILED = "ALL TESTS PASSED", "SOME TESTS FAILED"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .main import UsageError
+from ..utils.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

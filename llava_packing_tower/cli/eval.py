@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .main import UsageError
+from ..utils.errors import UsageError
 
 TAKES_REST = True
 OURS = ("--model", "--tasks", "--config", "--output_path")

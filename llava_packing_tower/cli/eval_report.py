@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .main import UsageError
+from ..utils.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from typing import NamedTuple
 
+from ..utils.errors import UsageError
+
 
 class Command(NamedTuple):
     """Where a command lives and its one-line help. The module is imported only when the command is called."""
@@ -28,10 +30,6 @@ COMMANDS: dict[str, Command] = {
     "run": Command("run", "run LLaVA's own scripts, or any other, with the packing tower"),
     "bench": Command("bench", "measure the packed encoders beside what people use today"),
 }
-
-
-class UsageError(Exception):
-    """A mistake in what the user typed or configured: printed as one message, without a traceback (exit status 2)."""
 
 
 def _overview() -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from .main import UsageError
+from ..utils.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

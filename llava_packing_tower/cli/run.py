@@ -12,7 +12,7 @@ import os
 import re
 import sys
 
-from .main import UsageError
+from ..utils.errors import UsageError
 
 ENTRY = ["-m", "llava_packing_tower.run"]
 # Options of the interpreter that take no value.

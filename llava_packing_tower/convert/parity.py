@@ -11,7 +11,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..data.image_processor import PackingImageProcessor
-from ..data.patches import batch_images_to_packing_input, read_grid, split_packed
+from ..data.patches import batch_images_to_packing_input, split_packed
+from ..data.segments import read_grid
 from ..models.base import PackedVisionModel
 
 SINGLE_SIZES = (224, 336, 448)

@@ -18,10 +18,10 @@ import transformers
 from .. import __version__
 from ..checkpoint.hashing import tensor_digest
 from ..checkpoint.pretrained import StrictPreTrainedModel
-from ..checkpoint.weights import open_to_others, write_json
 from ..models.llava_vit.key_map import SOURCE_TYPE
 from ..models.llava_vit.packed import LlavaViTPackingModel
 from ..models.llava_vit.standard import LlavaViTModel
+from ..utils.files import open_to_others, write_json
 from .plan import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
 from .sources import Source, read_source
 from .test_images import Photographer, find_photos

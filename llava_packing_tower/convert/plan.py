@@ -15,14 +15,12 @@ from transformers import PretrainedConfig
 
 from ..checkpoint.pretrained import StrictPreTrainedModel, config_content
 from ..checkpoint.weights import (
-    CONFIG_NAME,
     WeightPlan,
     construction,
     describe_problems,
     dtype_problems,
     parameter_shapes,
     plan_problems,
-    write_json,
 )
 from ..data.image_processor import PROCESSOR_NAME, PackingImageProcessor
 from ..models.llava_vit.key_map import SOURCE_TYPE
@@ -30,6 +28,7 @@ from ..models.llava_vit.packed import LlavaViTPackingModel
 from ..models.llava_vit.presets import PACKING, STANDARD, preset
 from ..models.llava_vit.standard import LlavaViTModel, OneVisionEncoderModel
 from ..models.registry import FAMILIES, family_for
+from ..utils.files import CONFIG_NAME, write_json
 from .sources import Source, check_preset
 from .writer import TensorSpec, write_weights
 

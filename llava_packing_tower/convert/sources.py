@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.weights import CONFIG_NAME, WeightFiles, open_weights, read_json, resolve_folder
+from ..checkpoint.weights import WeightFiles, open_weights, resolve_folder
 from ..models.llava_vit.key_map import SOURCE_TYPE
 from ..models.llava_vit.presets import PRESETS, SIZE_FIELDS, Preset, mismatches, names_that_fit, preset
+from ..utils.files import CONFIG_NAME, read_json
 
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..checkpoint.weights import SAFETENSORS, write_json
+from ..checkpoint.weights import SAFETENSORS
+from ..utils.files import write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

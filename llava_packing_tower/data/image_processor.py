@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
-from ..checkpoint.weights import atomic_folder, read_json, write_json
+from ..utils.files import atomic_folder, read_json, write_json
 from .images import ImageReading, to_rgb
 
 logger = logging.getLogger(__name__)

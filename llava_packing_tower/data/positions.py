@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 
 from .cached_metadata import kept
-from .patches import Grid, read_grid, to_device
+from .segments import Grid, read_grid, to_device
 
 
 @kept(1024)

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-
-from PIL import Image
-
-from ..utils.files import write_aside, write_text
-
-QUESTION = "What does this photo show? Answer with one word."
 
 
 class Photo(NamedTuple):
@@ -63,30 +54,3 @@ def source_of(photo: Photo) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: this version of {photo.package} does not carry {photo.name}")
     return path
-
-
-def conversation(photo: Photo) -> dict:
-    """One entry of a LLaVA training file."""
-    return {
-        "id": photo.answer,
-        "image": photo.name,
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{QUESTION}"},
-            {"from": "gpt", "value": photo.answer},
-        ],
-    }
-
-
-def write_dataset(data_path: Path, image_folder: Path) -> list[tuple[Photo, tuple[int, int]]]:
-    """Write the original files into `image_folder` and LLaVA's training JSON to `data_path`.
-
-    Returns the photos with their (width, height) in pixels.
-    """
-    sizes = []
-    for photo in PHOTOS:
-        target = image_folder / photo.name
-        write_aside(target, partial(shutil.copyfile, source_of(photo)))
-        with Image.open(target) as image:
-            sizes.append((photo, image.size))
-    write_text(data_path, json.dumps([conversation(photo) for photo in PHOTOS], indent=1))
-    return sizes

@@ -7,9 +7,9 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..checkpoint.weights import CONFIG_NAME, read_json
-from ..integrations.llava.install import find_host
+from ..integrations.llava.registry import find_host
 from ..towers.names import PACKING, tower_kind
+from ..utils.files import CONFIG_NAME, read_json
 from ..utils.versions import Run, filelock, impossible, installed, unmet
 from . import MODEL
 from . import __name__ as package
@@ -65,7 +65,7 @@ def plugin_environment() -> dict[str, str]:
 
 def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
     """Raises ``ValueError`` for what is no LLaVA checkpoint with a packing tower, or lacks the tower's weights."""
-    from ..integrations.llava.checkpoint import names_in_files
+    from ..integrations.llava.checkpoint_files import names_in_files
     from ..integrations.llava.model_class import check_host_has, class_name
 
     if not (checkpoint / CONFIG_NAME).is_file():

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.weights import resolve_folder
 from ..data.images import open_image
 from ..data.native_config import NativeSettings
 from ..towers.names import strip_prefix
-from ..towers.packing_tower import HEVCViTPackingVisionTower, folder_fingerprint
+from ..towers.packing_tower import HEVCViTPackingVisionTower
 from ..utils.files import write_aside
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")

@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import __version__
-from ..train.multinode import free_port
 from ..utils.files import write_text
+from ..utils.net import free_port
 from ..utils.versions import installed
 from . import MODEL
 from .preflight import plugin_environment

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 from . import reference
 
 try:

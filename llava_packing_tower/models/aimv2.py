@@ -18,8 +18,9 @@ from ..checkpoint.config_check import check_rate, one_side
 from ..checkpoint.key_map import KeyMap, carried
 from ..checkpoint.weights import WeightPlan
 from ..data.image_processor import PackingImageProcessor
-from ..data.patches import Grid, PackedSegments, PatchLayout
+from ..data.patches import PatchLayout
 from ..data.positions import frequency_ladder, positions_of_grids
+from ..data.segments import Grid, PackedSegments
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, RMSNorm, Rotary

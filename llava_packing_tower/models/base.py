@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 
 from ..checkpoint.pretrained import StrictPreTrainedModel
 from ..data.image_processor import PackingImageProcessor, processor_content
-from ..data.patches import Grid, PackedSegments, PatchLayout, make_segments, read_grid
+from ..data.patches import PatchLayout
+from ..data.segments import Grid, PackedSegments, make_segments, read_grid
 from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
 from .unused_parameters import join_idle

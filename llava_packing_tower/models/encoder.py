@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.patches import PackedSegments
+from ..data.segments import PackedSegments
 from ..utils.tracing import traced
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .runtime.cuda_graphs import run_blocks

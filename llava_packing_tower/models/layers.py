@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..attention.dispatch import attend
-from ..data.patches import PackedSegments, PatchLayout
+from ..data.patches import PatchLayout
+from ..data.segments import PackedSegments
 from ..kernels.rotary import ROTATIONS, rotated
 from .activations import activation
 

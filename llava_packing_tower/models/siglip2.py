@@ -22,8 +22,9 @@ from ..checkpoint.key_map import KeyMap, carried
 from ..checkpoint.weights import WeightPlan
 from ..data.cached_metadata import kept
 from ..data.image_processor import PackingImageProcessor
-from ..data.patches import Grid, PackedSegments, PatchLayout, to_device
+from ..data.patches import PatchLayout
 from ..data.positions import per_token, positions_of_grids
+from ..data.segments import Grid, PackedSegments, to_device
 from .activations import HALF
 from .base import PackedVisionModel
 from .encoder import PackedEncoder

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from ..data.patches import Grid
+from ..data.segments import Grid
 from ..data.smart_resize import MERGES, merged
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..data.patches import Grid
 from ..data.positions import (
     compute_patch_positions_with_interpolated_temporal,
     grid_positions,
     interpolate_frame_indices,
 )
+from ..data.segments import Grid
 from ..data.smart_resize import merged
 from .projectors import MergingProjector
 from .visual_inputs import Visual

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,35 +11,26 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.pretrained import StrictPreTrainedModel
-from ..checkpoint.weights import CONFIG_NAME, construction, read_json, resolve_folder, zero3_enabled
+from ..checkpoint.weights import construction, resolve_folder, zero3_enabled
 from ..data.image_processor import PackingImageProcessor
 from ..data.images import reading_of
 from ..data.native_config import NativeSettings, settings_of
 from ..data.native_image_processor import NativeImageProcessor
-from ..data.patches import Grid, batch_images_to_packing_input, longest_first, read_grid, split_packed
+from ..data.patches import batch_images_to_packing_input, longest_first, split_packed
+from ..data.segments import Grid, read_grid
 from ..data.smart_resize import ResolutionRule, merge_of
 from ..models.registry import family_for
 from ..models.runtime.cuda_graphs import encode_images
 from ..models.runtime.offloading import execution_device, offloaded_weights
 from ..utils import environment
+from ..utils.files import CONFIG_NAME, read_json
 from ..utils.tracing import is_plain
 from .feature_select import selected_layers
 from .names import strip_prefix
 
 logger = logging.getLogger(__name__)
-
-
-def folder_fingerprint(folder: str | os.PathLike) -> str:
-    """sha256 over config.json and the weight files of a checkpoint folder (about a second per GB)."""
-    digest = hashlib.sha256()
-    files = (f for f in Path(folder).iterdir() if f.name == CONFIG_NAME or f.suffix in (".safetensors", ".bin"))
-    for file in sorted(files):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def frozen_folder(name: str, note: Mapping) -> Path | None:

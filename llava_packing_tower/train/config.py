@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import yaml
 
-from ..cli.main import UsageError
+from ..utils.errors import UsageError
 
 
 class _Loader(yaml.SafeLoader):

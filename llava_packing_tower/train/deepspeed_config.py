@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..cli.main import UsageError
+from ..utils.errors import UsageError
 from ..utils.versions import install_command
 
 CONFIGS = Path(__file__).parent / "configs"

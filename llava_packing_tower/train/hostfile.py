@@ -15,7 +15,7 @@ import shutil
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
-from ..cli.main import UsageError
+from ..utils.errors import UsageError
 
 FLAG = "--packed="
 # What the other machines need to do the same as this one. No keys and tokens: a command line can be seen by everyone.

@@ -15,17 +15,18 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..cli.main import UsageError
 from ..data.native_config import KEYS, NATIVE, PREFIX, check_settings
 from ..integrations.llava.arguments_table import PLUGIN_ARGUMENTS
 from ..integrations.llava.host import Argument, FoundHost, host_arguments
-from ..integrations.llava.install import all_hosts, find_host
+from ..integrations.llava.registry import all_hosts, find_host
 from ..towers.names import PACKING, STANDARD, random_clip, strip_prefix, tower_kind
+from ..utils.errors import UsageError
+from ..utils.net import free_port
 from ..utils.versions import Run, impossible, install_command
 from .config import read_overrides, read_yaml
 from .deepspeed_config import check_deepspeed
 from .hostfile import check_hostfile, pack
-from .multinode import Nodes, free_port
+from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
 from .resume import finished, last_complete, misfit, read_saved
 from .run_lock import LOCK, LOCK_ENV

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import socket
 from dataclasses import dataclass
 
-from ..cli.main import UsageError
+from ..utils.errors import UsageError
+from ..utils.net import free_port
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--master_addr", metavar="HOST", help="machine 0, as the others reach it")
     parser.add_argument("--rdzv_endpoint", metavar="HOST:PORT", help="in place of the two: where the machines meet")
     parser.add_argument("--rdzv_id", metavar="ID", help="name of the meeting (default: llava-packing)")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)

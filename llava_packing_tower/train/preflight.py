@@ -12,12 +12,12 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from ..cli.main import UsageError
 from ..data.samples import check_data
 from ..integrations.llava.arguments_table import tunable_parts
 from ..integrations.llava.host import FoundHost
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
 from ..towers.names import PACKING, strip_prefix, tower_kind
+from ..utils.errors import UsageError
 
 ASPECTS = re.compile(r"^(square|pad|native|highres|anyres|anyres_max_\d+|crop_split)$")
 PROJECTORS = re.compile(r"^(linear|identity|pooler|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu|spatial_merge|patch_merger)$")

@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from ..cli.main import UsageError
+from ..utils.errors import UsageError
 
 LOCK = ".packing_run.lock"
 LOCK_ENV = "LLAVA_PACKING_RUN_LOCK"

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..tools.doctor import ERROR, Finding
+from .findings import ERROR, Finding
 
 OLDEST_TRANSFORMERS = "4.40"
 NEWEST_RUN = "5.23"

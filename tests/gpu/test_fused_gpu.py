@@ -10,7 +10,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from llava_packing_tower.attention.dispatch import backend_module
-from llava_packing_tower.data.patches import PackedSegments, batch_images_to_packing_input
+from llava_packing_tower.data.patches import batch_images_to_packing_input
+from llava_packing_tower.data.segments import PackedSegments
 from llava_packing_tower.kernels import reference
 from llava_packing_tower.kernels import triton as kernels
 from llava_packing_tower.models.registry import family_for

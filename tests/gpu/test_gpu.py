@@ -8,7 +8,8 @@ from conftest import unusable
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
 from llava_packing_tower.attention.dispatch import BACKENDS, backend_module, resolve_backend, varlen_attention
-from llava_packing_tower.data.patches import batch_images_to_packing_input, make_segments
+from llava_packing_tower.data.patches import batch_images_to_packing_input
+from llava_packing_tower.data.segments import make_segments
 from llava_packing_tower.models.runtime.cuda_graphs import BLOCKS, PIXELS, memory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -1,4 +1,4 @@
-"""A reloaded LLaVA is whole: every tensor came from a file, none is left on the meta device."""
+"""A reloaded LLaVA is complete: every tensor came from a file, none is left on the meta device."""
 
 from __future__ import annotations
 
@@ -10,36 +10,24 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ...checkpoint.weights import WeightFiles, resolve_folder
-from .model_class import ADAPTER, PROJECTOR
+from ...checkpoint.weights import resolve_folder
+from ...towers.packing_tower import HEVCViTPackingVisionTower
+from .checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, names_in_files, refuse, tower_tensors
 from .patcher import Patches
 from .restore_frozen import adapter_has_tower, restore_frozen
-from .trainable_parts import LORA_EXTRAS, check_tower_weights, foreign_layers, has_weights, is_readable, refuse
+from .trainable_parts import foreign_layers, is_readable
 
-ADAPTER_PREFIX = "base_model.model."
 # transformers 5 stores the experts of a layer in one tensor, whatever the file calls them.
 RENAMED_BY_TRANSFORMERS = (".experts.",)
-
-
-def names_in_files(*folders: str | Path | None) -> set[str]:
-    """The names of all tensors of a LLaVA checkpoint and of what it is built on, as the model calls them."""
-    names: set[str] = set()
-    for folder in (resolve_folder(f) for f in folders if f):
-        if has_weights(folder):
-            names |= WeightFiles(folder).shapes().keys()
-        for extra in (LORA_EXTRAS, PROJECTOR):
-            if (folder / extra).is_file():
-                names |= torch.load(folder / extra, map_location="cpu", weights_only=True, mmap=True).keys()
-    return {name.removeprefix(ADAPTER_PREFIX) for name in names}
 
 
 def check_loaded(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
     """Raises ``ValueError`` where a loaded LLaVA, or its tower, would not have the weights of its checkpoint."""
     check_tower_weights(model.get_vision_tower(), model.config, model_path, model_base)
-    check_whole(model, model_path, model_base)
+    check_complete(model, model_path, model_base)
 
 
-def check_whole(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
+def check_complete(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
     """Raises ``ValueError`` with the names of tensors that no file has (they would be random), that are on meta, or
     that a file has and the model does not.
 
@@ -68,7 +56,7 @@ def check_whole(model: nn.Module, model_path: str, model_base: str | None = None
     where = model_path if model_base is None else f"{model_path} and {model_base}"
     refuse(
         problems,
-        f"the model is not whole after loading {where} as {type(model).__name__} (`architectures` in config.json say "
+        f"the model is incomplete after loading {where} as {type(model).__name__} (`architectures` in config.json say "
         f"which class it is; a LoRA or a projector needs model_base, the folder that it was trained on)",
     )
 
@@ -128,3 +116,35 @@ def strict_adapter(builder: ModuleType, patches: Patches) -> None:
                 setattr(PeftModel, name, value)
 
     patches.set(builder, "load_pretrained_model", load_pretrained_model)
+
+
+def check_tower_weights(
+    tower: HEVCViTPackingVisionTower, config: object, model_path: str, model_base: str | None = None
+) -> None:
+    """Compare a tower in memory with the LLaVA checkpoint it was loaded from.
+
+    Raises ``ValueError`` with the names of tensors that are missing there, have no place in the tower, or differ (by
+    anything but the cast to the tower's dtype); nothing to compare where the checkpoint says that the weights are in
+    the tower's own folder.
+    """
+    saved = getattr(config, "mm_packing_config", None) or {}
+    state = tower.state_dict()
+    sentence = "the vision tower does not have the weights of"
+    if saved.get("weights") != "checkpoint":
+        nan = [name for name, tensor in state.items() if is_readable(tensor) and tensor.isnan().any()]
+        refuse({"without a value": nan}, f"{sentence} its own folder")
+        return
+    found = tower_tensors(model_path, model_base)
+    # What a quantised layer keeps beside its weight, or in place of it, comes from that weight in the file.
+    made = tuple(f"{name}." for name in foreign_layers(tower) if f"{name}.weight" in found)
+    problems = {
+        "not in the checkpoint": sorted(name for name in state.keys() - found.keys() if not name.startswith(made)),
+        "with no place in the tower": sorted(n for n in found.keys() - state.keys() if not n.startswith(made)),
+        "different from the checkpoint": [],
+    }
+    for name in state.keys() & found.keys():
+        here = state[name]
+        # Offloaded or quantised by the caller's own wish: there is nothing here that could be compared.
+        if is_readable(here) and not torch.equal(here.cpu(), found[name].to(here.dtype)):
+            problems["different from the checkpoint"].append(name)
+    refuse(problems, f"{sentence} {model_path}")

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ...checkpoint.weights import CONFIG_NAME, read_json
 from ...data.images import to_rgb
+from ...utils.files import CONFIG_NAME, read_json
 from .model_class import loaded_as
 
 

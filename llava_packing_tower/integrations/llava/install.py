@@ -6,39 +6,20 @@ back. A host is one module here and one line in HOSTS.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 
-from ...utils import environment
 from . import compat as mends
 from . import native_install as native
 from . import refused
 from . import tower_builder as builder_hook
-from .host import FoundHost, Host
 from .import_hooks import ImportHooks
 from .patcher import Patches
-
-# Looked for in this order; modules with a HOST.
-HOSTS: tuple[str, ...] = ("llava_next", "llava_v1", "llavaction")
-NEXT_DIR_ENV = environment.NEXT_DIR
+from .registry import packages, put_next_on_path, take_off_path
 
 _hooks = ImportHooks()
 _patches = Patches()
 _active = False
-
-
-def all_hosts() -> tuple[Host, ...]:
-    return tuple(import_module(f".{name}", __package__).HOST for name in HOSTS)
-
-
-def packages() -> tuple[str, ...]:
-    """The names under which hosts are imported."""
-    return tuple(dict.fromkeys(host.package for host in all_hosts()))
 
 
 def apply() -> None:
@@ -51,7 +32,7 @@ def apply() -> None:
         return
     _active = True
     try:
-        _put_next_on_path()
+        put_next_on_path()
         _hooks.install()
         for package in packages():
             mends.install(package, _hooks, _patches)
@@ -69,6 +50,7 @@ def undo() -> None:
     global _active
     _hooks.remove()
     _patches.undo()
+    take_off_path()
     _active = False
 
 
@@ -127,58 +109,3 @@ def _extend(package: str) -> None:
     _hooks.after(f"{package}.model", on_models)
     _hooks.after(f"{package}.model.builder", on_builder)
     _hooks.after(f"{package}.train.train", on_train)
-
-
-def _put_next_on_path() -> None:
-    folder = environment.read(NEXT_DIR_ENV)
-    if not folder:
-        return
-    path = Path(folder).expanduser().resolve()
-    next_host = import_module(".llava_next", __package__).HOST
-    if not next_host.recognises(path / next_host.package):
-        raise ValueError(
-            f"{NEXT_DIR_ENV}={folder} is not a clone of LLaVA-NeXT: it has no llava/model/multimodal_resampler"
-        )
-    loaded = sys.modules.get(next_host.package)
-    if loaded is not None and Path(loaded.__file__).parent != path / next_host.package:
-        raise ValueError(f"{NEXT_DIR_ENV}={folder}, but llava was imported already, from {loaded.__file__}")
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
-        _patches.on_undo(lambda: str(path) in sys.path and sys.path.remove(str(path)))
-
-
-def find_host(package: str = "llava") -> FoundHost:
-    """The host that ``import <package>`` would give, found without importing it.
-
-    Raises ``ValueError`` if there is none, or one of a kind that is not in HOSTS; it says what to install.
-    """
-    if package == "llava":
-        _put_next_on_path()
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"no LLaVA is installed (package {package!r}). One of:\n" + _how_to_install(package))
-    root = Path(next(iter(spec.submodule_search_locations)))
-    for host in all_hosts():
-        if host.package == package and host.recognises(root):
-            return FoundHost(host, root, _version(host, root))
-    raise ValueError(f"{root} is not a LLaVA that is laid out like one of these:\n" + _how_to_install(package))
-
-
-def _how_to_install(package: str) -> str:
-    hosts = [host for host in all_hosts() if host.package == package] or all_hosts()
-    return "\n".join(f"  {host.title}: {host.install}" for host in hosts)
-
-
-def _version(host: Host, root: Path) -> str:
-    """As the clone's pyproject.toml or the installed distribution states it."""
-    project = root.parent / "pyproject.toml"
-    if project.is_file():
-        for line in project.read_text(encoding="utf-8").splitlines():
-            if line.startswith("version"):
-                return line.partition("=")[2].strip().strip("\"'")
-    for distribution in dict.fromkeys((host.distribution or host.package, host.package)):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return "(unknown version)"

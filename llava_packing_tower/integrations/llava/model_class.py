@@ -22,14 +22,13 @@ from types import ModuleType
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...checkpoint.weights import CONFIG_NAME, read_json
+from ...utils.files import CONFIG_NAME, read_json
+from .checkpoint_files import ADAPTER, PROJECTOR
 from .patcher import Patches
 from .self_contained import self_contained
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "adapter_config.json"
-PROJECTOR = "mm_projector.bin"
 # The decoders that LLaVA's classes are built on: the word in Llava<Word>ForCausalLM, by the decoder's own name.
 DECODERS = {
     "llama": "Llama",

@@ -16,7 +16,8 @@ from torch import nn
 
 from ...checkpoint.weights import open_weights
 from ...towers.packing_tower import HEVCViTPackingVisionTower
-from .trainable_parts import is_packing_tower, is_readable, tower_tensors
+from .checkpoint_files import tower_tensors
+from .trainable_parts import is_packing_tower, is_readable
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from .checkpoint_files import LORA_EXTRAS
 from .patcher import Patches
-from .trainable_parts import LORA_EXTRAS, is_packing_tower
+from .trainable_parts import is_packing_tower
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...checkpoint.weights import CONFIG_NAME, WeightFiles, read_json, write_json
+from ...checkpoint.hashing import folder_fingerprint
+from ...checkpoint.weights import WeightFiles
 from ...towers.names import strip_prefix
-from ...towers.packing_tower import folder_fingerprint, frozen_folder
-from .trainable_parts import has_weights
+from ...towers.packing_tower import frozen_folder
+from ...utils.files import CONFIG_NAME, read_json, write_json
+from .checkpoint_files import has_weights
 
 logger = logging.getLogger(__name__)
 

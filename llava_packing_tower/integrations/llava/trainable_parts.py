@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from ...checkpoint.weights import WeightFiles, resolve_folder
+from ...checkpoint.hashing import folder_fingerprint
 from ...towers.names import strip_prefix, tower_kind
-from ...towers.packing_tower import HEVCViTPackingVisionTower, folder_fingerprint
+from ...towers.packing_tower import HEVCViTPackingVisionTower
 from ...utils.tracing import is_plain
 from .arguments import host_lacks
 from .arguments_table import PARTS, tunable_parts
@@ -22,7 +21,6 @@ from .patcher import Patches
 logger = logging.getLogger(__name__)
 
 QUANTISERS = ("bitsandbytes", "quanto", "optimum", "torchao", "hqq", "awq", "gptqmodel")
-LORA_EXTRAS = "non_lora_trainables.bin"
 
 
 def is_packing_tower(tower: object) -> bool:
@@ -158,38 +156,6 @@ def split_groups(optimizer: torch.optim.Optimizer, ids: set[int], rate: float) -
 # ---------------------------------------------------------------- after a reload
 
 
-def check_tower_weights(
-    tower: HEVCViTPackingVisionTower, config: object, model_path: str, model_base: str | None = None
-) -> None:
-    """Compare a tower in memory with the LLaVA checkpoint it was loaded from.
-
-    Raises ``ValueError`` with the names of tensors that are missing there, have no place in the tower, or differ (by
-    anything but the cast to the tower's dtype); nothing to compare where the checkpoint says that the weights are in
-    the tower's own folder.
-    """
-    saved = getattr(config, "mm_packing_config", None) or {}
-    state = tower.state_dict()
-    sentence = "the vision tower does not have the weights of"
-    if saved.get("weights") != "checkpoint":
-        nan = [name for name, tensor in state.items() if is_readable(tensor) and tensor.isnan().any()]
-        refuse({"without a value": nan}, f"{sentence} its own folder")
-        return
-    found = tower_tensors(model_path, model_base)
-    # What a quantised layer keeps beside its weight, or in place of it, comes from that weight in the file.
-    made = tuple(f"{name}." for name in foreign_layers(tower) if f"{name}.weight" in found)
-    problems = {
-        "not in the checkpoint": sorted(name for name in state.keys() - found.keys() if not name.startswith(made)),
-        "with no place in the tower": sorted(n for n in found.keys() - state.keys() if not n.startswith(made)),
-        "different from the checkpoint": [],
-    }
-    for name in state.keys() & found.keys():
-        here = state[name]
-        # Offloaded or quantised by the caller's own wish: there is nothing here that could be compared.
-        if is_readable(here) and not torch.equal(here.cpu(), found[name].to(here.dtype)):
-            problems["different from the checkpoint"].append(name)
-    refuse(problems, f"{sentence} {model_path}")
-
-
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds weights that can be read here: in memory, floating-point, no library's own kind."""
     return is_plain(tensor) and not tensor.is_meta and tensor.is_floating_point()
@@ -212,55 +178,3 @@ def foreign_layers(module: nn.Module) -> list[str]:
 def _is_foreign(layer: nn.Module) -> bool:
     """A layer of a quantisation library, by its package."""
     return type(layer).__module__.split(".")[0] in QUANTISERS
-
-
-def refuse(problems: Mapping[str, list[str]], sentence: str) -> None:
-    """Raises ``ValueError``: the sentence, then how many and which names have each problem; nothing if none has any."""
-    lines = [
-        f"  {len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in problems.items()
-        if names
-    ]
-    if lines:
-        raise ValueError(f"{sentence}:\n" + "\n".join(lines))
-
-
-class _TowerTensors(Mapping):
-    """The tower's tensors of one weight file or folder, under the names they have in the tower."""
-
-    def __init__(self, names: Mapping[str, str], source: object) -> None:
-        self._names, self._source = names, source
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._source[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch.Tensor]:
-    """Those of the first of: what LoRA training saved beside its adapter, the model's own files, the base's files."""
-    word = "vision_tower."
-    for folder in filter(None, (model_path, model_base)):
-        folder = resolve_folder(folder)
-        extras = folder / LORA_EXTRAS
-        sources: list[tuple[object, list[str]]] = []
-        if extras.is_file():
-            tensors = torch.load(extras, map_location="cpu", weights_only=True)
-            sources.append((tensors, list(tensors)))
-        if has_weights(folder):
-            files = WeightFiles(folder)
-            sources.append((files, list(files.shapes())))
-        for source, keys in sources:
-            names = {key.split(word, 1)[1]: key for key in keys if word in key}
-            if names:
-                return _TowerTensors(names, source)
-    return {}
-
-
-def has_weights(folder: Path) -> bool:
-    bases = ("model.safetensors", "pytorch_model.bin")
-    return any((folder / base).is_file() or (folder / f"{base}.index.json").is_file() for base in bases)

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...checkpoint.weights import WeightPlan
-from ...data.patches import Grid, PackedSegments, PatchLayout, to_device
+from ...data.patches import PatchLayout
 from ...data.positions import batch_positions, rotary_3d, rotary_3d_of_grids
+from ...data.segments import Grid, PackedSegments, to_device
 from ..base import PackedVisionModel
 from ..encoder import PackedEncoder
 from ..layers import MLP, BlockConfig, PatchEmbed, RMSNorm, Rotary, make_norm

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ...attention.dispatch import backend_module
 from ...data.cached_metadata import CachedMetadata
-from ...data.patches import Grid, PackedSegments
+from ...data.segments import Grid, PackedSegments
 from ...utils import environment
 from ...utils.tracing import traced
 from ..layers import Rotary

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...attention.dispatch import attend, backend_module
-from ...data.patches import PackedSegments
+from ...data.segments import PackedSegments
 from ...kernels.fused_block import AfterAttention, BeforeAttention, Block, Kind, kernels, operations
 from ...utils.tracing import is_plain
 from ..activations import HALF

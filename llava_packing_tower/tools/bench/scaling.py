@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...attention.dispatch import varlen_attention
-from ...data.patches import make_segments
+from ...data.segments import make_segments
 from .systems import Setting, System, recorded_backend
 from .timing import LEAST_ROUNDS, Clock, Deadline
 from .workloads import Workload, uniform

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ...data.patches import batch_images_to_packing_input, read_grid, split_packed
+from ...data.patches import batch_images_to_packing_input, split_packed
+from ...data.segments import read_grid
 from ...models.encoder import PackedEncoder
 from ...models.registry import family_for
 from .models import Preset

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ...data.sample_photos import PHOTOS, QUESTION, Photo, write_dataset
+from ...data.sample_photos import PHOTOS, Photo
 from ...integrations.llava import install as hosts
 from ...integrations.llava.inference import build_prompt
 from ...train.deepspeed_config import check_deepspeed
 from ...train.history import TOWER_RECORD
 from ...train.launcher import ALIASES, read_overrides, read_yaml
 from . import OUTPUT, report
+from .dataset import QUESTION, write_dataset
 from .scoring import score
 from .tiny_models import make_decoder, make_tokenizer, make_tower
 from .train_process import Engine, TrainingFailed, launch

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 from ...utils import environment
+from ...utils.findings import ERROR, WARNING, Finding
 from ...utils.versions import install_command
-from . import ERROR, WARNING, Finding
 
 TIMEOUT = 300
 # What the hosts import under another name than that of the package to install.
@@ -87,7 +87,7 @@ def _try_backend(name, device, dtype) -> Backend:
     from ...attention import eager
     from ...attention.dispatch import backend_module
     from ...attention.self_check import apart, results
-    from ...data.patches import make_segments
+    from ...data.segments import make_segments
 
     heads, width = 2, 64
     module = backend_module(name)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 
+from ...utils.findings import ERROR, WARNING, Finding
 from ...utils.versions import (
     NEWEST_RUN,
     Run,
@@ -16,7 +17,6 @@ from ...utils.versions import (
     install_command,
     installed,
 )
-from . import ERROR, WARNING, Finding
 from . import checks as probes
 
 # What this package itself imports, by module.
@@ -93,7 +93,7 @@ def _finished(report: dict[str, object], findings: list[Finding]) -> dict[str, o
 
 
 def _host(report: dict[str, object]) -> list[Finding]:
-    from ...integrations.llava.install import find_host
+    from ...integrations.llava.registry import find_host
 
     try:
         report["host"] = str(find_host())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .host import Host
+from ..host import Host
 
 
 def recognises(root: Path) -> bool:

@@ -1,0 +1,79 @@
+"""The files of a LLaVA checkpoint: which tensors they hold, and under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from ...checkpoint.weights import WeightFiles, resolve_folder
+
+ADAPTER = "adapter_config.json"
+PROJECTOR = "mm_projector.bin"
+LORA_EXTRAS = "non_lora_trainables.bin"
+ADAPTER_PREFIX = "base_model.model."
+
+
+def names_in_files(*folders: str | Path | None) -> set[str]:
+    """The names of all tensors of a LLaVA checkpoint and of what it is built on, as the model calls them."""
+    names: set[str] = set()
+    for folder in (resolve_folder(f) for f in folders if f):
+        if has_weights(folder):
+            names |= WeightFiles(folder).shapes().keys()
+        for extra in (LORA_EXTRAS, PROJECTOR):
+            if (folder / extra).is_file():
+                names |= torch.load(folder / extra, map_location="cpu", weights_only=True, mmap=True).keys()
+    return {name.removeprefix(ADAPTER_PREFIX) for name in names}
+
+
+def refuse(problems: Mapping[str, list[str]], sentence: str) -> None:
+    """Raises ``ValueError``: the sentence, then how many and which names have each problem; nothing if none has any."""
+    lines = [
+        f"  {len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(f"{sentence}:\n" + "\n".join(lines))
+
+
+class _TowerTensors(Mapping):
+    """The tower's tensors of one weight file or folder, under the names they have in the tower."""
+
+    def __init__(self, names: Mapping[str, str], source: object) -> None:
+        self._names, self._source = names, source
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._source[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch.Tensor]:
+    """Those of the first of: what LoRA training saved beside its adapter, the model's own files, the base's files."""
+    word = "vision_tower."
+    for folder in filter(None, (model_path, model_base)):
+        folder = resolve_folder(folder)
+        extras = folder / LORA_EXTRAS
+        sources: list[tuple[object, list[str]]] = []
+        if extras.is_file():
+            tensors = torch.load(extras, map_location="cpu", weights_only=True)
+            sources.append((tensors, list(tensors)))
+        if has_weights(folder):
+            files = WeightFiles(folder)
+            sources.append((files, list(files.shapes())))
+        for source, keys in sources:
+            names = {key.split(word, 1)[1]: key for key in keys if word in key}
+            if names:
+                return _TowerTensors(names, source)
+    return {}
+
+
+def has_weights(folder: Path) -> bool:
+    bases = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / base).is_file() or (folder / f"{base}.index.json").is_file() for base in bases)

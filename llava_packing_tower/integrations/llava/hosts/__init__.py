@@ -1,0 +1,1 @@
+"""The kinds of LLaVA, one file each; :mod:`..registry` lists them."""

@@ -1,0 +1,90 @@
+"""Which hosts there are, and which of them is here. A host is one file and one line in HOSTS."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...utils import environment
+from .host import FoundHost, Host
+
+# Looked for in this order; modules with a HOST.
+HOSTS: tuple[str, ...] = ("llava_next", "llava_v1", "llavaction")
+NEXT_DIR_ENV = environment.NEXT_DIR
+_on_path: list[str] = []
+
+
+def all_hosts() -> tuple[Host, ...]:
+    return tuple(import_module(f".hosts.{name}", __package__).HOST for name in HOSTS)
+
+
+def packages() -> tuple[str, ...]:
+    """The names under which hosts are imported."""
+    return tuple(dict.fromkeys(host.package for host in all_hosts()))
+
+
+def put_next_on_path() -> None:
+    """Put ``LLAVA_NEXT_DIR`` in front of ``sys.path``. Raises ``ValueError`` where it is no LLaVA-NeXT."""
+    folder = environment.read(NEXT_DIR_ENV)
+    if not folder:
+        return
+    path = Path(folder).expanduser().resolve()
+    next_host = import_module(".hosts.llava_next", __package__).HOST
+    if not next_host.recognises(path / next_host.package):
+        raise ValueError(
+            f"{NEXT_DIR_ENV}={folder} is not a clone of LLaVA-NeXT: it has no llava/model/multimodal_resampler"
+        )
+    loaded = sys.modules.get(next_host.package)
+    if loaded is not None and Path(loaded.__file__).parent != path / next_host.package:
+        raise ValueError(f"{NEXT_DIR_ENV}={folder}, but llava was imported already, from {loaded.__file__}")
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+        _on_path.append(str(path))
+
+
+def take_off_path() -> None:
+    """Undo :func:`put_next_on_path`."""
+    while _on_path:
+        path = _on_path.pop()
+        if path in sys.path:
+            sys.path.remove(path)
+
+
+def find_host(package: str = "llava") -> FoundHost:
+    """The host that ``import <package>`` would give, found without importing it.
+
+    Raises ``ValueError`` if there is none, or one of a kind that is not in HOSTS; it says what to install.
+    """
+    if package == "llava":
+        put_next_on_path()
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"no LLaVA is installed (package {package!r}). One of:\n" + _how_to_install(package))
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for host in all_hosts():
+        if host.package == package and host.recognises(root):
+            return FoundHost(host, root, _version(host, root))
+    raise ValueError(f"{root} is not a LLaVA that is laid out like one of these:\n" + _how_to_install(package))
+
+
+def _how_to_install(package: str) -> str:
+    hosts = [host for host in all_hosts() if host.package == package] or all_hosts()
+    return "\n".join(f"  {host.title}: {host.install}" for host in hosts)
+
+
+def _version(host: Host, root: Path) -> str:
+    """As the clone's pyproject.toml or the installed distribution states it."""
+    project = root.parent / "pyproject.toml"
+    if project.is_file():
+        for line in project.read_text(encoding="utf-8").splitlines():
+            if line.startswith("version"):
+                return line.partition("=")[2].strip().strip("\"'")
+    for distribution in dict.fromkeys((host.distribution or host.package, host.package)):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "(unknown version)"

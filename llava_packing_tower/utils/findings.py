@@ -1,0 +1,23 @@
+"""What a check of versions and files finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ERROR, WARNING = "error", "warning"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong. An ``error`` keeps something from working at all; a ``warning`` costs time or memory.
+
+    command: what the user types to mend it.
+    """
+
+    level: str
+    topic: str
+    text: str
+    command: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.text}\n  mended by: {self.command}" if self.command else self.text
