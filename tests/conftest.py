@@ -11,6 +11,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each of them 
 import pytest
 import torch
 import transformers
+from launch_files import files  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 BENCHMARK = REPOSITORY / "benchmarks" / "shipped_configs.py"
 spec = importlib.util.spec_from_file_location("shipped_configs", BENCHMARK)
 shipped_configs = importlib.util.module_from_spec(spec)

@@ -13,7 +13,7 @@ import pytest
 from llava_packing_tower.data.smart_resize import ResolutionRule
 
 pytestmark = pytest.mark.newest
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "native_vs_anyres.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "native_vs_anyres.py"
 
 
 @pytest.fixture(scope="module")

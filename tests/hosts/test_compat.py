@@ -6,10 +6,11 @@ import importlib
 import inspect
 import logging
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from compat_modules import mended, module_from
 from conftest import only_four
 from torch import nn
 
@@ -20,29 +21,6 @@ from llava_packing_tower.integrations.llava.compat import llava as llava_mends
 from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 from llava_packing_tower.integrations.llava.patcher import Patches
 from llava_packing_tower.train import callbacks as training
-
-
-def module_from(tmp_path, monkeypatch, name: str, text: str) -> ModuleType:
-    """A module with a source file, imported under ``name``."""
-    file = tmp_path / (name.replace(".", "/") + ".py")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def mended(name: str, module: ModuleType) -> Patches | None:
-    """Apply one mend where its defect is detected; None where it is not."""
-    item = mends.load_all()[name]
-    if not item.defect(module):
-        return None
-    patches = Patches()
-    item.apply(module, patches)
-    return patches
-
 
 # ---------------------------------------------------------------- the machinery
 

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_launch import need_a_host
+from launch_files import need_a_host
 
 from llava_packing_tower.integrations.llava.registry import find_host
 from llava_packing_tower.train import launcher as launch
 from llava_packing_tower.utils.errors import UsageError
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 SCRIPTS = sorted(s for s in (REPOSITORY / "train_scripts").glob("*.sh") if s.name != "eval_lmms.sh")
 FAMILIES = {

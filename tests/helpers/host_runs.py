@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import FIVE
 from PIL import Image
@@ -20,11 +22,15 @@ from PIL import Image
 from llava_packing_tower.tools.demo.tiny_models import make_decoder, make_tokenizer, make_tower
 from llava_packing_tower.utils.net import free_port
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 NEXT = os.environ.get("LLAVA_NEXT_DIR") or ""
 # The values of LLAVA_NEXT_DIR that give each real host; to parametrise a test with.
 NEEDS_NEXT = [pytest.mark.next, pytest.mark.skipif(not NEXT, reason="LLAVA_NEXT_DIR is not set")]
 HOSTS = [pytest.param("", id="llava_v1"), pytest.param(NEXT, id="llava_next", marks=NEEDS_NEXT)]
+needs_host = pytest.mark.skipif(
+    find_spec("llava") is None or find_spec("deepspeed") is None or torch.cuda.is_available(),
+    reason="needs LLaVA and DeepSpeed on a machine without a GPU",
+)
 WORDS = ("cat", "moon", "cup")
 QUESTION = "What is in the photo?"
 SYSTEM = (

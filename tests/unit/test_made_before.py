@@ -13,7 +13,7 @@ from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.utils.files import read_json
 
 pytestmark = pytest.mark.newest
-FOLDERS = sorted(folder for folder in (Path(__file__).parent / "made_before").iterdir() if folder.is_dir())
+FOLDERS = sorted(folder for folder in (Path(__file__).parents[1] / "made_before").iterdir() if folder.is_dir())
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

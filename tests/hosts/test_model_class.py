@@ -15,7 +15,7 @@ from llava_packing_tower.integrations.llava import model_class
 from llava_packing_tower.utils.files import write_json
 
 needs_llava = pytest.mark.skipif(find_spec("llava") is None, reason="no LLaVA is installed")
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_an_evaluation_asks_first_whether_the_host_has_the_class(tmp_path, monke
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_every_decoder_loads_from_any_folder_or_is_refused(tmp_path, next_dir):
-    env = {**environment(next_dir), "PYTHONPATH": f"{HERE.parent}"}
-    result = execute([sys.executable, str(HERE / "model_class_checks.py"), str(tmp_path)], env)
+    env = {**environment(next_dir), "PYTHONPATH": f"{HELPERS.parents[1]}"}
+    result = execute([sys.executable, str(HELPERS / "model_class_checks.py"), str(tmp_path)], env)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
     assert result.stdout.count("checked") == (2 if next_dir else 3)

@@ -16,7 +16,7 @@ from llava_packing_tower.models.runtime.execution import ExecutionPlan, make_pla
 from llava_packing_tower.models.runtime.module_state import Snapshot
 from llava_packing_tower.utils import environment
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = BlockConfig(32, 48, 2, "gelu")
 WEIGHT = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16), requires_grad=False)
 

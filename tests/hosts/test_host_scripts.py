@@ -37,7 +37,9 @@ def needs(module: str):
 def root(tmp_path_factory):
     """Checkpoints, a photo and empty modules for what the video demo imports and does not use here."""
     folder = tmp_path_factory.mktemp("scripts")
-    result = execute([sys.executable, str(Path(__file__).parent / "host_scripts.py"), str(folder)], env_of(folder))
+    result = execute(
+        [sys.executable, str(Path(__file__).parents[1] / "helpers" / "host_scripts.py"), str(folder)], env_of(folder)
+    )
     assert result.returncode == 0, result.stderr
     pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "a.png")

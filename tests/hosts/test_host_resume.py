@@ -5,21 +5,17 @@ from __future__ import annotations
 
 import json
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 
 import host_runs
 import pytest
 import torch
 from conftest import FIVE
+from host_runs import needs_host
 from safetensors.torch import load_file
 
 from llava_packing_tower.train import resume
 
-needs_host = pytest.mark.skipif(
-    find_spec("llava") is None or find_spec("deepspeed") is None or torch.cuda.is_available(),
-    reason="needs LLaVA and DeepSpeed on a machine without a GPU",
-)
 # Loaded by Python itself in every process of the run: kills the one that writes a certain file. Weights are written by
 # the safetensors library, outside of Python's own open(): half of them come onto the disk.
 KILLER = """

@@ -14,7 +14,7 @@ from llava_packing_tower.data.sample_photos import PHOTOS
 from llava_packing_tower.tools.demo import pipeline, report
 from llava_packing_tower.train.history import TOWER_RECORD
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(600)

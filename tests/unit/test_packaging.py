@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_launch import need_a_host
+from launch_files import need_a_host
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

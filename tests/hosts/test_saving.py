@@ -20,15 +20,15 @@ from llava_packing_tower.integrations.llava.restore_frozen import is_cast_of
 from llava_packing_tower.tools.demo.tiny_models import make_tower
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.mark.skipif(find_spec("llava") is None, reason="no LLaVA is installed")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_what_is_reloaded_is_what_was_trained(tmp_path, next_dir):
-    env = {**environment(next_dir), "PYTHONPATH": f"{HERE.parent}"}
-    result = execute([sys.executable, str(HERE / "saving_checks.py"), str(tmp_path)], env)
+    env = {**environment(next_dir), "PYTHONPATH": f"{HELPERS.parents[1]}"}
+    result = execute([sys.executable, str(HELPERS / "saving_checks.py"), str(tmp_path)], env)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
     assert {"full", "config alone", "unmarked", "lora", "elsewhere"} <= set(result.stdout.split("\n"))
 

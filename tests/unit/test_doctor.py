@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_launch import files, need_a_host  # noqa: F401  (files is a fixture)
+from launch_files import need_a_host
 
 from llava_packing_tower.attention import dispatch as attention
 from llava_packing_tower.cli.main import main
@@ -24,7 +24,7 @@ from llava_packing_tower.utils.errors import UsageError
 from llava_packing_tower.utils.findings import ERROR, WARNING
 from llava_packing_tower.utils.versions import Run, impossible
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_flash_attention_of_the_decoder(monkeypatch):
     assert impossible(Run(attention="sdpa")) == []
 
 
-def test_the_launcher_refuses_before_anything_loads(files, pretend, monkeypatch):  # noqa: F811
+def test_the_launcher_refuses_before_anything_loads(files, pretend, monkeypatch):
     monkeypatch.setattr(launch, "_gpus", lambda: 0)
     monkeypatch.setattr(versions, "find_spec", lambda name: None)
     file = files(attn_implementation="flash_attention_2")
@@ -260,7 +260,7 @@ def test_the_launcher_refuses_before_anything_loads(files, pretend, monkeypatch)
     assert launch.make_plan(files(deepspeed="-"), num_processes=2).zero_stage is None
 
 
-def test_the_launcher_imports_nothing_to_tell(files):  # noqa: F811
+def test_the_launcher_imports_nothing_to_tell(files):
     file = files(attn_implementation="flash_attention_2")
     script = (
         "import sys\nfrom llava_packing_tower.cli import main\n"

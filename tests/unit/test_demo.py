@@ -23,7 +23,7 @@ from llava_packing_tower.tools.demo import train_process as training
 from llava_packing_tower.tools.demo.dataset import QUESTION, write_dataset
 from llava_packing_tower.tools.demo.train_process import Engine
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 # ---------------------------------------------------------------- data

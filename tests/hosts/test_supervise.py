@@ -11,14 +11,14 @@ from pathlib import Path
 
 import host_runs
 import pytest
-from test_host_resume import needs_host
+from host_runs import needs_host
 
 from llava_packing_tower.train import run_lock
 from llava_packing_tower.train.run_lock import RunLock
 from llava_packing_tower.train.supervise import identity, is_alive, supervise, watch_launcher
 from llava_packing_tower.utils.errors import UsageError
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 # An agent in between that knows nothing of the launcher and ignores SIGTERM, and two ranks in sessions of their own, as
 # torchrun has them; each rank has a child, as data loaders are. Each writes its pid and lives for a minute.
 RANK = """

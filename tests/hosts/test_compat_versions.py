@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import transformers.pytorch_utils
-from test_mends import mended, module_from
+from compat_modules import mended, module_from
 from transformers import Trainer, TrainingArguments
 
 from llava_packing_tower.integrations.llava import compat as mends
@@ -321,7 +321,7 @@ def test_bf16_on_cpu(tmp_path, monkeypatch):
 
 
 def test_the_documentation_names_every_mend():
-    text = (Path(__file__).parent.parent / "docs" / "hosts.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
     for name, item in mends.load_all().items():
         assert name in rows, f"docs/hosts.md has no row for mend {name}"

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch_files import need_a_host
 from PIL import Image
-from test_launch import files, need_a_host  # noqa: F401  (files is a fixture)
 
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.data import samples as data
@@ -43,7 +43,7 @@ def turns(*texts: str) -> list[dict]:
         ("data_path", "/no/data.json", "data_path: /no/data.json does not exist"),
     ],
 )
-def test_a_value_that_would_fail_late_or_be_ignored(files, tmp_path, key, value, said):  # noqa: F811
+def test_a_value_that_would_fail_late_or_be_ignored(files, tmp_path, key, value, said):
     tower = tmp_path / "vit_packing"
     tower.mkdir()
     (tower / "config.json").write_text('{"model_type": "llava_vit_packing", "num_hidden_layers": 4}')
@@ -53,7 +53,7 @@ def test_a_value_that_would_fail_late_or_be_ignored(files, tmp_path, key, value,
     assert said in str(caught.value)
 
 
-def test_what_is_right_passes(files):  # noqa: F811
+def test_what_is_right_passes(files):
     need_a_host()
     for words in (
         ["--image_aspect_ratio", "anyres_max_9"],

@@ -6,7 +6,6 @@ import json
 import logging
 
 import pytest
-from test_launch import files  # noqa: F401
 
 from llava_packing_tower.integrations.llava.tower_builder import hooked, tower_class
 from llava_packing_tower.towers import names as tower_names
@@ -88,7 +87,7 @@ def test_llava_never_makes_a_random_clip_of_an_encoder_of_ours(tmp_path):
     assert built(type("Config", (), {"mm_vision_tower": clip})) == "LLaVA's own"
 
 
-def test_the_launcher_reads_the_folder(tmp_path, files):  # noqa: F811
+def test_the_launcher_reads_the_folder(tmp_path, files):
     ours = make_folder(tmp_path, "my_tower", "siglip2_packing")
     plan = launch.make_plan(files(mm_vision_tower=ours), num_processes=1)
     assert f"{ours} (packing tower)" in plan.describe()

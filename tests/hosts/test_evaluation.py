@@ -23,7 +23,7 @@ from llava_packing_tower.eval.tasks import FOLDER
 from llava_packing_tower.tools.demo.dataset import QUESTION
 from llava_packing_tower.utils.errors import UsageError
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_groups_expand_in_order_and_once():

@@ -20,7 +20,7 @@ from llava_packing_tower.models import registry as families
 from llava_packing_tower.models.registry import FAMILIES, family_for
 
 pytestmark = pytest.mark.newest
-PAGE = Path(__file__).parent.parent / "docs" / "adding_a_family.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding_a_family.md"
 MODULE, D, HEADS, P = "a_users_toy_vit", 32, 2, 4
 GRIDS = ((3, 5), (1, 7), (5, 3), (3, 5))
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import only_four
 from host_runs import HOSTS, NEXT
 
@@ -22,53 +21,12 @@ from llava_packing_tower.train import deepspeed_config, resume
 from llava_packing_tower.train import launcher as launch
 from llava_packing_tower.utils.errors import UsageError
 
-REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A YAML that passes, and the files it names."""
-    for name in ("tower_packing", "llama", "images"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "data.json").write_text(
-        json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
-    )
-    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    content = {
-        "mm_vision_tower": f"packing:{tmp_path / 'tower_packing'}",
-        "model_name_or_path": str(tmp_path / "llama"),
-        "data_path": str(tmp_path / "data.json"),
-        "image_folder": str(tmp_path / "images"),
-        "output_dir": str(tmp_path / "out"),
-        "deepspeed": "zero.json",
-        "mm_vision_select_layer": -2,
-        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",
-        "bf16": True,
-        "attn_implementation": "sdpa",  # LLaVA-NeXT's default needs flash-attn
-        "learning_rate": "1e-4",
-        "num_train_epochs": 3,
-        "report_to": None,
-    }
-
-    def write(**changes):
-        file = tmp_path / "config.yaml"
-        file.write_text(yaml.safe_dump({k: v for k, v in {**content, **changes}.items() if v != "-"}))
-        return file
-
-    return write
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
     monkeypatch.setattr(launch, "_gpus", lambda: 0)
-
-
-def need_a_host() -> None:
-    """Skip where there is none; it is not imported, for that prints."""
-    try:
-        find_host()
-    except ValueError as error:
-        pytest.skip(str(error).splitlines()[0])
 
 
 def words_of(plan):

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     """What the worker reports of each engine. A rank that waits for ever fails this by the time limit."""
-    script = Path(__file__).parent / "distributed_worker.py"
+    script = Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(host_runs.free_port()), str(script), str(folder), *ENGINES]
     extra = {"LOCAL_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(host_runs.REPOSITORY)}

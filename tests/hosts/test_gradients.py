@@ -20,7 +20,7 @@ from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
 from llava_packing_tower.tools.demo.tiny_models import make_tower
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 needs_host = pytest.mark.skipif(
     find_spec("llava") is None or torch.cuda.is_available(), reason="needs a LLaVA and a machine without a GPU"
 )
@@ -151,7 +151,7 @@ def run(workspace, output, words):
     start = plan.command.index(launch.ENTRY)
     command = [*plan.command[:start], "gradient_worker", *plan.command[start + 1 :]]
     env = {**os.environ, **plan.environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return host_runs.execute(command, {**env, "PYTHONPATH": f"{host_runs.REPOSITORY}:{HERE}"})
+    return host_runs.execute(command, {**env, "PYTHONPATH": f"{host_runs.REPOSITORY}:{HELPERS}"})
 
 
 @needs_host

@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import transformers
+from compat_modules import mended, module_from
 from conftest import FIVE, only_five, only_four
-from test_mends import mended, module_from
 from torch.torch_version import TorchVersion
 from transformers import PretrainedConfig
 

@@ -1,0 +1,32 @@
+"""Modules with a defect, and one compatibility patch applied to them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+from llava_packing_tower.integrations.llava import compat as mends
+from llava_packing_tower.integrations.llava.patcher import Patches
+
+
+def module_from(tmp_path, monkeypatch, name: str, text: str) -> ModuleType:
+    """A module with a source file, imported under ``name``."""
+    file = tmp_path / (name.replace(".", "/") + ".py")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mended(name: str, module: ModuleType) -> Patches | None:
+    """Apply one mend where its defect is detected; None where it is not."""
+    item = mends.load_all()[name]
+    if not item.defect(module):
+        return None
+    patches = Patches()
+    item.apply(module, patches)
+    return patches
