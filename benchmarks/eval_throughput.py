@@ -59,10 +59,10 @@ def load(model_name: str, checkpoint: Path) -> tuple[object, list[str]]:
     from lmms_eval.models import get_model
 
     from llava_packing_tower.eval.models.llava_packing import LlavaPacking
-    from llava_packing_tower.integrations.llava import install as hosts
+    from llava_packing_tower.integrations.llava import install
     from llava_packing_tower.integrations.llava.batched_inference import conversation_name
 
-    hosts.apply()  # the stock model needs it to build the tower at all
+    install.apply()  # the stock model needs it to build the tower at all
     if model_name == OURS:
         return LlavaPacking(pretrained=str(checkpoint)), []
     missing = stand_in_for_video_readers()
@@ -81,7 +81,7 @@ def measure(model_name: str, checkpoint: Path, count: int, size: int) -> dict:
     from eval_checkpoint import asked, photographs
     from lmms_eval.api.instance import Instance
 
-    from llava_packing_tower.integrations.llava import compat as mends
+    from llava_packing_tower.integrations.llava import compat
 
     model, missing = load(model_name, checkpoint)
 
@@ -120,7 +120,7 @@ def measure(model_name: str, checkpoint: Path, count: int, size: int) -> dict:
         "dtype": str(model.model.dtype),
         "right": right,
         "stand_ins": missing,
-        "mends": mends.applied(),
+        "mends": compat.applied(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "answers": answers,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import builder_patch  # noqa: F401
 from llava_packing_tower.checkpoint.hashing import tensor_digest
-from llava_packing_tower.integrations.llava import compat as mends
+from llava_packing_tower.integrations.llava import compat
 
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is in the photo?"
@@ -72,7 +72,7 @@ def main() -> None:
             logits[model.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens does
             tokens.append(int(logits.argmax()))
             again = torch.cat([again, torch.tensor([tokens[-1:]])], dim=1)
-    result |= {"answer": answer[0].tolist(), "without cache": tokens, "mends": mends.applied()}
+    result |= {"answer": answer[0].tolist(), "without cache": tokens, "mends": compat.applied()}
     print(json.dumps(result))
 
 

@@ -51,7 +51,7 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
 
     from llava_packing_tower.attention.dispatch import resolve_backend
     from llava_packing_tower.checkpoint.hashing import tensor_digest
-    from llava_packing_tower.integrations.llava import compat as mends
+    from llava_packing_tower.integrations.llava import compat
     from llava_packing_tower.train.history import gathered
 
     clock = {"imported": time.time()}
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
             "decoder attention": model.config._attn_implementation,
             "tower attention": resolve_backend("auto", device, torch.bfloat16, encoder.head_dim, needs_grad=True),
             "tower blocks": str(plan),
-            "mends": mends.applied(),
+            "mends": compat.applied(),
             "losses": losses,
             "samples/s": MICRO * SLOTS * (size["steps"] - first) / seconds,
             "visual tokens of rank 0": tokens,

@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before the hook, which puts LLAVA_NEXT_DIR in front of it.
     sys.path[0] = str(Path.cwd() if is_module else Path(target[0]).resolve().parent)
 
-    from .integrations.llava import install as hosts
+    from .integrations.llava import install
 
-    hosts.apply()
+    install.apply()
     without_cuda()
     sys.argv = words[is_module:]
     if is_module:

@@ -16,8 +16,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from ..train import multinode as nodes
-from ..train import resume
+from ..train import multinode, resume
 from ..train.launcher import make_plan
 from ..train.launcher import run as run_plan
 from ..train.run_lock import RunLock
@@ -31,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_processes", type=int, metavar="N", help="run on the CPU, in N processes")
     parser.add_argument("--hostfile", metavar="F", help="DeepSpeed hostfile: train on several machines")
     parser.add_argument("--master_port", type=int, metavar="P", help="port of the rendezvous (default: a free one)")
-    nodes.add_arguments(parser)
+    multinode.add_arguments(parser)
     parser.add_argument("--dry_run", action="store_true", help="check the configuration, print the plan and stop")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status of the training processes."""
-    machines = nodes.Nodes(
+    machines = multinode.Nodes(
         args.nnodes, args.node_rank, args.master_addr, args.master_port, args.rdzv_endpoint, args.rdzv_id
     )
     plan = make_plan(

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from ..attention.dispatch import resolve_backend
-from ..integrations.llava import compat as mends
+from ..integrations.llava import compat
 from ..integrations.llava.patcher import Patches
 from ..integrations.llava.trainable_parts import count_parts
 from ..towers.packing_tower import HEVCViTPackingVisionTower
@@ -89,7 +89,7 @@ def describe_run(trainer: Trainer, parts: Mapping[str, tuple[int, int]]) -> list
     """The lines of the plan that are known only now: mends, what is trained (``count_parts``), the tower."""
     counted = ", ".join(f"{part} {trained:,} of {total:,}" for part, (trained, total) in parts.items())
     trained, total = (sum(column) for column in zip(*parts.values()))
-    lines = [f"mends: {', '.join(mends.applied()) or 'none'}"]
+    lines = [f"mends: {', '.join(compat.applied()) or 'none'}"]
     lines.append(f"trained: {trained:,} of {total:,} parameters ({counted})")
     for module in trainer.model.modules():
         if isinstance(module, HEVCViTPackingVisionTower):

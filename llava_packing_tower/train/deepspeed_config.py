@@ -12,7 +12,7 @@ from pathlib import Path
 from ..utils.errors import UsageError
 from ..utils.versions import install_command
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 """The configurations that the package brings."""
 
 

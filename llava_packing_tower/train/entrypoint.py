@@ -11,7 +11,7 @@ import os
 import sys
 from importlib import import_module
 
-from ..integrations.llava import install as hosts
+from ..integrations.llava import install, registry
 from ..integrations.llava.patcher import Patches
 from .hostfile import unpack
 from .run_lock import LOCK_ENV, hold
@@ -26,18 +26,18 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("llava_packing_tower").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.basicConfig(format="%(message)s")
-    hosts.apply()
-    train = import_module(f"{hosts.find_host().package}.train.train")
+    install.apply()
+    train = import_module(f"{registry.find_host().package}.train.train")
 
     from transformers import TrainingArguments, set_seed
 
-    from . import callbacks as training
+    from . import callbacks
 
-    trainers = training.install(train, Patches())
+    trainers = callbacks.install(train, Patches())
     # The host seeds when it makes its trainer, after the projector got its random weights: runs would differ.
     set_seed(int(_argument("seed") or TrainingArguments.seed))
     train.train(attn_implementation=_argument("attn_implementation"))
-    training.finish(trainers)
+    callbacks.finish(trainers)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         leave()
 

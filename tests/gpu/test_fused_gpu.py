@@ -12,8 +12,7 @@ if not torch.cuda.is_available():
 from llava_packing_tower.attention.dispatch import backend_module
 from llava_packing_tower.data.patches import batch_images_to_packing_input
 from llava_packing_tower.data.segments import PackedSegments
-from llava_packing_tower.kernels import reference
-from llava_packing_tower.kernels import triton as kernels
+from llava_packing_tower.kernels import reference, triton
 from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.tools.bench.models import PRESETS
 
@@ -39,11 +38,11 @@ def check(got, want, tolerance=0.02):
 
 def filled(x, columns):
     """Partial sums of both sides; NaN where nothing is written."""
-    return [module.partials(columns, x).fill_(torch.nan) for module in (kernels, reference)]
+    return [module.partials(columns, x).fill_(torch.nan) for module in (triton, reference)]
 
 
 def check_sums(ours, theirs, start, stop):
-    got, want = (m.finish(p, torch.float32) for m, p in ((kernels, ours), (reference, theirs)))
+    got, want = (m.finish(p, torch.float32) for m, p in ((triton, ours), (reference, theirs)))
     check(got[start:stop], want[start:stop], 1e-3)
     assert got[:start].isnan().all() and got[stop:].isnan().all()  # nobody else's columns
 
@@ -57,12 +56,12 @@ def test_norms(shape, rms, dtype):
     weight, shift = noise(width, dtype=dtype), noise(width, dtype=dtype)
     bias = None if rms else noise(width, dtype=dtype)
     for more, also in ((pending, None), (pending, shift), (None, None)):
-        sides = [m.add_norm(x, more, weight, bias, 1e-6, rms, pending_bias=also) for m in (kernels, reference)]
+        sides = [m.add_norm(x, more, weight, bias, 1e-6, rms, pending_bias=also) for m in (triton, reference)]
         for got, want in zip(*sides):
             check(got, want)
     row = noise(width, dtype=torch.float32)
     for added, following in ((row, shift), (None, shift), (row, None), (None, None)):
-        sides = [m.row_norm(x, added, weight, bias, 1e-6, rms, following) for m in (kernels, reference)]
+        sides = [m.row_norm(x, added, weight, bias, 1e-6, rms, following) for m in (triton, reference)]
         for got, want in zip(*sides):
             check(got, want)
     total, _, stats = reference.add_norm(x, pending, weight, bias, 1e-6, rms)
@@ -70,7 +69,7 @@ def test_norms(shape, rms, dtype):
         sums = filled(x, 3 * width + 7)
         sides = [
             m.norm_backward(total, stats, grad.clone(), passing, weight, bias, rms, s, 4)
-            for m, s in zip((kernels, reference), sums)
+            for m, s in zip((triton, reference), sums)
         ]
         for got, want in zip(*sides):
             check(got, want)
@@ -87,14 +86,14 @@ def test_activations(shape, name, gated):
     for biased in (False, True):
         biases = [noise(width) if biased and x is not None else None for x in (inner, factor)]
         inputs = (inner, biases[0], factor, biases[1])
-        check(kernels.act(name, *inputs), reference.act(name, *inputs), 0.005)
+        check(triton.act(name, *inputs), reference.act(name, *inputs), 0.005)
         sums = filled(inner, 2 * width + 8)
-        sides = [m.act_backward(name, *inputs, grad.clone(), s, 4) for m, s in zip((kernels, reference), sums)]
+        sides = [m.act_backward(name, *inputs, grad.clone(), s, 4) for m, s in zip((triton, reference), sums)]
         for got, want in zip(*sides):
             check(got, want, 0.005)
         check_sums(*sums, 4, 4 + width * (1 + gated))
     sums = filled(inner, width + 4)
-    for module, partials in zip((kernels, reference), sums):
+    for module, partials in zip((triton, reference), sums):
         module.column_sums(grad, partials, 4)
     check_sums(*sums, 4, 4 + width)
 
@@ -102,7 +101,7 @@ def test_activations(shape, name, gated):
 def test_more_tokens_than_a_grid_is_high():
     """65 535 is the limit of a grid's second axis; four tokens go into one program."""
     inner, factor = noise(300_000, 64), noise(300_000, 64)
-    check(kernels.act("silu", inner, None, factor), reference.act("silu", inner, None, factor), 0.005)
+    check(triton.act("silu", inner, None, factor), reference.act("silu", inner, None, factor), 0.005)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "halves", None])
@@ -114,14 +113,14 @@ def test_rotation(shape, kind):
     if kind is not None:
         ours = noise(tokens, 3, heads, head_dim)
         before, theirs = ours.clone(), ours.clone()
-        kernels.rotate_(ours, cos, sin, kind)
+        triton.rotate_(ours, cos, sin, kind)
         reference.rotate_(theirs, cos, sin, kind)
         check(ours, theirs)
         assert torch.equal(ours[:, 2], before[:, 2])
     grads = (noise(*shape), noise(*shape), noise(tokens, 2, heads, head_dim)[:, 1])  # one with other strides
     sums = filled(grads[0], width + 4)
     rotary = None if kind is None else (cos, sin)
-    check(*(m.qkv_backward(grads, rotary, kind, s, 4) for m, s in zip((kernels, reference), sums)))
+    check(*(m.qkv_backward(grads, rotary, kind, s, 4) for m, s in zip((triton, reference), sums)))
     check_sums(*sums, 4, 4 + width)
 
 

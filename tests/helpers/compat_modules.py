@@ -6,7 +6,7 @@ import importlib
 import sys
 from types import ModuleType
 
-from llava_packing_tower.integrations.llava import compat as mends
+from llava_packing_tower.integrations.llava import compat
 from llava_packing_tower.integrations.llava.patcher import Patches
 
 
@@ -24,7 +24,7 @@ def module_from(tmp_path, monkeypatch, name: str, text: str) -> ModuleType:
 
 def mended(name: str, module: ModuleType) -> Patches | None:
     """Apply one mend where its defect is detected; None where it is not."""
-    item = mends.load_all()[name]
+    item = compat.load_all()[name]
     if not item.defect(module):
         return None
     patches = Patches()

@@ -21,7 +21,7 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from torch import nn
 
 from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
-from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.attention import dispatch
 from llava_packing_tower.checkpoint.hashing import tensor_digest
 from llava_packing_tower.train.history import gathered
 
@@ -168,9 +168,9 @@ def fsdp(model: nn.Module) -> nn.Module:
 
 def fuse(encoder: nn.Module) -> None:
     """Fused blocks, as on a GPU, around an attention that runs on a CPU."""
-    sdpa = attention.backend_module("sdpa")
-    attention.BACKENDS["cpu_varlen"] = "cpu_varlen"
-    attention._LOADED["cpu_varlen"] = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
+    sdpa = dispatch.backend_module("sdpa")
+    dispatch.BACKENDS["cpu_varlen"] = "cpu_varlen"
+    dispatch._LOADED["cpu_varlen"] = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
     encoder.attention_backend, encoder.fused = "cpu_varlen", True
     run = encoder.run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
-from llava_packing_tower.train import entrypoint as train_entry
+from llava_packing_tower.train import entrypoint
 
 forward = HEVCViTPackingVisionTower.forward
 
@@ -14,4 +14,4 @@ def cut_off(self, *args, **kwargs):
 
 
 HEVCViTPackingVisionTower.forward = cut_off
-train_entry.main()
+entrypoint.main()

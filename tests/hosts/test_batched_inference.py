@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.integrations.llava import batched_inference as answering
-from llava_packing_tower.integrations.llava import install as hosts
+from llava_packing_tower.integrations.llava import batched_inference, install
 from llava_packing_tower.integrations.llava.inference import build_prompt, load_checkpoint
 
 pytestmark = [
@@ -31,7 +30,7 @@ FRAMES = 5
 @pytest.fixture(scope="module")
 def loaded(demo):
     """The untrained model in float32: its answers are long and differ with everything that it sees."""
-    hosts.apply()
+    install.apply()
     checkpoint = load_checkpoint(demo.untrained)
     checkpoint.model.float()
     with torch.no_grad():
@@ -95,8 +94,8 @@ def process(loaded, images: list[Image.Image]):
 
 
 def batched(loaded, asked) -> list[list[int]]:
-    questions = [answering.prepare(loaded, text, visuals, "v1", FRAMES) for text, visuals in asked]
-    return answering.generate(loaded, questions, do_sample=False, max_new_tokens=NEW_TOKENS)
+    questions = [batched_inference.prepare(loaded, text, visuals, "v1", FRAMES) for text, visuals in asked]
+    return batched_inference.generate(loaded, questions, do_sample=False, max_new_tokens=NEW_TOKENS)
 
 
 @pytest.mark.parametrize("mode", ["native", "pad", "anyres"])
@@ -150,8 +149,10 @@ def test_videos_and_images_in_one_batch(loaded, videos):
     assert together == apart
     # Time matters: the same frames in reverse are another video.
     shown = [Image.fromarray(frame) for frame in clips[1].frames]
-    orders = [answering.prepare(loaded, "Then?", [order], "v1", answer="moon") for order in (shown, shown[::-1])]
-    (forwards, _), (backwards, _) = answering.losses(loaded, orders)
+    orders = [
+        batched_inference.prepare(loaded, "Then?", [order], "v1", answer="moon") for order in (shown, shown[::-1])
+    ]
+    (forwards, _), (backwards, _) = batched_inference.losses(loaded, orders)
     assert abs(forwards - backwards) > 1e-4
 
 
@@ -159,8 +160,10 @@ def test_losses_are_those_of_the_hosts_own_forward(loaded):
     utilities, constants = import_module("llava.mm_utils"), import_module("llava.constants")
     asked = [("What?", [photo(0, 90, 200)], "moon"), ("A longer one?", [photo(1, 200, 60)], "a cup of coffee")]
     asked.append(("Without?", [], "cat"))
-    questions = [answering.prepare(loaded, text, visuals, "v1", answer=answer) for text, visuals, answer in asked]
-    found = answering.losses(loaded, questions)
+    questions = [
+        batched_inference.prepare(loaded, text, visuals, "v1", answer=answer) for text, visuals, answer in asked
+    ]
+    found = batched_inference.losses(loaded, questions)
     for (text, visuals, answer), (loss, greedy) in zip(asked, found):
         text = f"<image>\n{text}" if visuals else text
         question, whole = build_prompt("v1", text), build_prompt("v1", text, answer)
@@ -179,38 +182,38 @@ def test_a_trained_model_is_greedy_about_what_it_learned(demo):
     from llava_packing_tower.data.sample_photos import PHOTOS
     from llava_packing_tower.tools.demo.dataset import QUESTION
 
-    hosts.apply()
+    install.apply()
     loaded = load_checkpoint(demo.trained)
     image = Image.open(demo.images / PHOTOS[0].name)
     answers = (PHOTOS[0].answer, PHOTOS[1].answer)
-    questions = [answering.prepare(loaded, QUESTION, [image], "v1", answer=answer) for answer in answers]
-    (right, greedy), (wrong, other) = answering.losses(loaded, questions)
+    questions = [batched_inference.prepare(loaded, QUESTION, [image], "v1", answer=answer) for answer in answers]
+    (right, greedy), (wrong, other) = batched_inference.losses(loaded, questions)
     assert right < wrong and greedy and not other
 
 
 def test_what_cannot_be_asked_is_refused(loaded, videos):
     with pytest.raises(ValueError, match="has 2 <image>, and there are 1 images"):
-        answering.prepare(loaded, "<image> and <image>", [photo(0, 30, 30)], "v1")
+        batched_inference.prepare(loaded, "<image> and <image>", [photo(0, 30, 30)], "v1")
     with pytest.raises(ValueError, match="no conversation template 'v9'"):
-        answering.conversation_name(loaded.model.config, "v9")
+        batched_inference.conversation_name(loaded.model.config, "v9")
     with pytest.raises(ValueError, match="one size"):
-        answering.prepare(loaded, "?", [[photo(0, 30, 30), photo(1, 30, 40)]], "v1")
+        batched_inference.prepare(loaded, "?", [[photo(0, 30, 30), photo(1, 30, 40)]], "v1")
     with pytest.raises(ValueError, match=r"nothing\.mp4"):
-        answering.prepare(loaded, "?", ["nothing.mp4"], "v1")
+        batched_inference.prepare(loaded, "?", ["nothing.mp4"], "v1")
     if not takes_videos(loaded):
         with pytest.raises(ValueError, match="takes no videos"):
-            answering.prepare(in_mode(loaded, "pad"), "?", [videos[0]], "v1")
+            batched_inference.prepare(in_mode(loaded, "pad"), "?", [videos[0]], "v1")
 
 
 def test_the_conversation_is_the_trainings_or_the_decoders(demo, loaded):
     config = copy.copy(loaded.model.config)
-    assert answering.conversation_name(config, "plain") == "plain"
+    assert batched_inference.conversation_name(config, "plain") == "plain"
     config.mm_packing_conversation = "llava_llama_2"
-    assert answering.conversation_name(config) == "llava_llama_2"
+    assert batched_inference.conversation_name(config) == "llava_llama_2"
     config.mm_packing_conversation = None
-    assert answering.conversation_name(config) == "v1"
+    assert batched_inference.conversation_name(config) == "v1"
     config.architectures = ["LlavaMistralForCausalLM"]  # LLaVA-NeXT's configs say model_type qwen2, mistral ...
-    assert answering.conversation_name(config) == "mistral_instruct"
+    assert batched_inference.conversation_name(config) == "mistral_instruct"
 
 
 def test_a_frozen_towers_folder_may_be_gone_where_the_checkpoint_has_its_weights(demo, tmp_path, caplog):
@@ -222,7 +225,7 @@ def test_a_frozen_towers_folder_may_be_gone_where_the_checkpoint_has_its_weights
     config["mm_packing_config"].update(weights="folder", fingerprint="0" * 64)
     config["mm_tunable_parts"] = "mm_mlp_adapter,mm_language_model"
     (folder / "config.json").write_text(json.dumps(config))
-    hosts.apply()
+    install.apply()
     found = load_checkpoint(folder).model.get_vision_tower().state_dict()
     assert "is not here" in caplog.text
     saved = load_file(folder / "model.safetensors")

@@ -14,13 +14,12 @@ from compat_modules import mended, module_from
 from conftest import only_four
 from torch import nn
 
-from llava_packing_tower.integrations.llava import compat as mends
-from llava_packing_tower.integrations.llava import trainable_parts as tuning
+from llava_packing_tower.integrations.llava import compat, trainable_parts
 from llava_packing_tower.integrations.llava.compat import deepspeed as ds_mends
-from llava_packing_tower.integrations.llava.compat import llava as llava_mends
+from llava_packing_tower.integrations.llava.compat import llava
 from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 from llava_packing_tower.integrations.llava.patcher import Patches
-from llava_packing_tower.train import callbacks as training
+from llava_packing_tower.train import callbacks
 
 # ---------------------------------------------------------------- the machinery
 
@@ -32,11 +31,11 @@ def one_mend(tmp_path, monkeypatch):
     (tmp_path / "sickhost" / "__init__.py").write_text("")
     (tmp_path / "sickhost" / "part.py").write_text("VALUE = 'sick'")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(mends, "MENDS", {})
-    monkeypatch.setattr(mends, "MEND_MODULES", ())
-    monkeypatch.setattr(mends, "_applied", {})
+    monkeypatch.setattr(compat, "MENDS", {})
+    monkeypatch.setattr(compat, "MEND_MODULES", ())
+    monkeypatch.setattr(compat, "_applied", {})
 
-    @mends.mend(module="{package}.part", reason="it is sick", issue="a/b#1", defect=lambda part: part.VALUE == "sick")
+    @compat.mend(module="{package}.part", reason="it is sick", issue="a/b#1", defect=lambda part: part.VALUE == "sick")
     def cure(part, patches):
         patches.set(part, "VALUE", "well")
 
@@ -50,46 +49,46 @@ def one_mend(tmp_path, monkeypatch):
 
 def test_applied_once_logged_once_and_undone(one_mend, caplog):
     caplog.set_level(logging.INFO, "llava_packing_tower")
-    mends.install("sickhost", one_mend.hooks, one_mend.patches)
-    assert mends.applied() == ()
+    compat.install("sickhost", one_mend.hooks, one_mend.patches)
+    assert compat.applied() == ()
     part = importlib.import_module("sickhost.part")
-    assert part.VALUE == "well" and mends.applied() == ("cure",)
+    assert part.VALUE == "well" and compat.applied() == ("cure",)
     importlib.reload(part)
     assert part.VALUE == "well"
     assert [r.getMessage() for r in caplog.records] == ["mend cure: it is sick (a/b#1)"]
     one_mend.hooks.remove()
     one_mend.patches.undo()
-    assert part.VALUE == "sick" and mends.applied() == ()
+    assert part.VALUE == "sick" and compat.applied() == ()
 
 
 def test_a_module_that_is_imported_already_is_mended_at_once(one_mend):
     part = importlib.import_module("sickhost.part")
-    mends.install("sickhost", one_mend.hooks, one_mend.patches)
+    compat.install("sickhost", one_mend.hooks, one_mend.patches)
     assert part.VALUE == "well"
 
 
 def test_nothing_is_done_where_there_is_no_defect(one_mend, caplog):
     caplog.set_level(logging.INFO, "llava_packing_tower")
     one_mend.file.write_text("VALUE = 'healthy'")
-    mends.install("sickhost", one_mend.hooks, one_mend.patches)
+    compat.install("sickhost", one_mend.hooks, one_mend.patches)
     assert importlib.import_module("sickhost.part").VALUE == "healthy"
-    assert mends.applied() == () and not caplog.records
+    assert compat.applied() == () and not caplog.records
 
 
 def test_switched_off_by_name(one_mend, monkeypatch):
-    monkeypatch.setenv(mends.DISABLE_ENV, " cure ,")
-    mends.install("sickhost", one_mend.hooks, one_mend.patches)
-    assert importlib.import_module("sickhost.part").VALUE == "sick" and mends.applied() == ()
+    monkeypatch.setenv(compat.DISABLE_ENV, " cure ,")
+    compat.install("sickhost", one_mend.hooks, one_mend.patches)
+    assert importlib.import_module("sickhost.part").VALUE == "sick" and compat.applied() == ()
 
 
 def test_a_name_that_no_mend_has_is_an_error(one_mend, monkeypatch):
-    monkeypatch.setenv(mends.DISABLE_ENV, "cur")
+    monkeypatch.setenv(compat.DISABLE_ENV, "cur")
     with pytest.raises(ValueError, match="'cur', which is no mend; the nearest is 'cure'"):
-        mends.install("sickhost", one_mend.hooks, one_mend.patches)
+        compat.install("sickhost", one_mend.hooks, one_mend.patches)
 
 
 def test_every_mend_says_what_and_why():
-    for name, item in mends.load_all().items():
+    for name, item in compat.load_all().items():
         assert name.isidentifier() and len(item.reason) > 30
         assert item.issue is None or "#" in item.issue
 
@@ -163,7 +162,7 @@ def test_inner_loop(tmp_path, monkeypatch):
     assert "_inner_training_loop" in vars(broken.LLaVATrainer)
     sound = module_from(tmp_path, monkeypatch, "fake.train.other", TRAINER.format(loop="len([self])"))
     assert mended("inner_loop", sound) is None
-    assert llava_mends._undefined_globals(broken.LLaVATrainer._inner_training_loop, broken) == {"DebugOption"}
+    assert llava._undefined_globals(broken.LLaVATrainer._inner_training_loop, broken) == {"DebugOption"}
 
 
 def test_empty_groups(tmp_path, monkeypatch):
@@ -199,7 +198,7 @@ def test_tower_fp32(tmp_path, monkeypatch, bf16, fp16, expected):
     arch = module_from(tmp_path, monkeypatch, "fake.model.llava_arch", ARCH)
     train = module_from(tmp_path, monkeypatch, "fake.train.train", TRAIN)
     arguments = SimpleNamespace(bf16=bf16, fp16=fp16)
-    monkeypatch.setattr(llava_mends, "current_training_arguments", lambda: arguments)
+    monkeypatch.setattr(llava, "current_training_arguments", lambda: arguments)
     assert mended("tower_fp32", train) is not None
     tower, model = nn.Linear(2, 2), arch.LlavaMetaModel()
     model.initialize_vision_modules(SimpleNamespace(tower=tower))
@@ -251,13 +250,13 @@ class Parts(nn.Module):
 )
 def test_set_trainable(config, lora, trained):
     model = Parts(**config)
-    tuning.set_trainable(model, lora)
+    trainable_parts.set_trainable(model, lora)
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == trained
 
 
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match=r"'mm_tower'.*mm_vision_tower, mm_mlp_adapter"):
-        tuning.tunable_parts("mm_tower")
+        trainable_parts.tunable_parts("mm_tower")
 
 
 def test_the_tower_gets_its_own_learning_rate():
@@ -265,7 +264,7 @@ def test_the_tower_gets_its_own_learning_rate():
     optimizer = torch.optim.AdamW(
         [{"params": [a, b], "weight_decay": 0.1}, {"params": [c], "weight_decay": 0.0}], lr=1.0
     )
-    tuning.split_groups(optimizer, {id(b), id(c)}, 0.25)
+    trainable_parts.split_groups(optimizer, {id(b), id(c)}, 0.25)
     groups = [([id(p) for p in g["params"]], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     assert groups == [([id(a)], 1.0, 0.1), ([id(b)], 0.25, 0.1), ([id(c)], 0.25, 0.0)]
 
@@ -275,10 +274,10 @@ def test_the_tower_gets_its_own_learning_rate():
 
 def test_asked_stage(tmp_path):
     (tmp_path / "z.json").write_text('{"zero_optimization": {"stage": 3}}')
-    assert training.asked_stage(str(tmp_path / "z.json")) == 3
-    assert training.asked_stage({"zero_optimization": {"stage": 2}}) == 2
-    assert training.asked_stage({"bf16": {}}) == 0
-    assert training.asked_stage(None) is None
+    assert callbacks.asked_stage(str(tmp_path / "z.json")) == 3
+    assert callbacks.asked_stage({"zero_optimization": {"stage": 2}}) == 2
+    assert callbacks.asked_stage({"bf16": {}}) == 0
+    assert callbacks.asked_stage(None) is None
 
 
 def test_plain_ddp_is_refused(tmp_path):
@@ -289,10 +288,10 @@ def test_plain_ddp_is_refused(tmp_path):
         with pytest.raises(
             RuntimeError, match="ZeRO-2 was asked for, but the model is wrapped in DistributedDataParallel"
         ):
-            training.check_engine(wrapped, 2)
+            callbacks.check_engine(wrapped, 2)
         with pytest.raises(RuntimeError, match="FSDP was asked for, but the model is wrapped in DistributedDataPara"):
-            training.check_engine(wrapped, None, fsdp=True)
-        line = training.check_engine(wrapped, None)
+            callbacks.check_engine(wrapped, None, fsdp=True)
+        line = callbacks.check_engine(wrapped, None)
         assert line == "engine: DistributedDataParallel, world size 1, backend gloo"
     finally:
         torch.distributed.destroy_process_group()
@@ -316,14 +315,14 @@ def test_another_stage_is_refused():
             pass
 
     with pytest.raises(RuntimeError, match="ZeRO-3 was asked for, but the engine runs stage 2"):
-        training.check_engine(Engine(2), 3)
-    assert training.check_engine(Engine(3), 3).startswith("engine: Engine, ZeRO stage 3, world size 1")
+        callbacks.check_engine(Engine(2), 3)
+    assert callbacks.check_engine(Engine(3), 3).startswith("engine: Engine, ZeRO stage 3, world size 1")
 
 
 def test_progress_says_step_loss_and_time_left(capsys, monkeypatch):
     now = iter([100.0, 110.0, 111.0, 123.5])
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(now))
-    progress, state = training.Progress(), SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=True)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(now))
+    progress, state = callbacks.Progress(), SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=True)
     progress.on_train_begin(None, state, None)
     state.global_step = 2
     progress.on_log(None, state, None, {"loss": 1.25, "learning_rate": 1e-3})

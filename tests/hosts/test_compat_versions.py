@@ -21,8 +21,8 @@ import transformers.pytorch_utils
 from compat_modules import mended, module_from
 from transformers import Trainer, TrainingArguments
 
-from llava_packing_tower.integrations.llava import compat as mends
-from llava_packing_tower.integrations.llava.compat import transformers_imports as names
+from llava_packing_tower.integrations.llava import compat
+from llava_packing_tower.integrations.llava.compat import transformers_imports
 from llava_packing_tower.integrations.llava.patcher import Patches
 
 pytestmark = pytest.mark.newest
@@ -72,8 +72,10 @@ def test_a_name_that_went_nowhere_known_is_an_error_that_says_so(unrun):
 
 
 def test_every_moved_name_is_found():
-    for (_, name), places in names.MOVED.items():
-        assert callable(names._found(name, places)) or isinstance(names._found(name, places), list)
+    for (_, name), places in transformers_imports.MOVED.items():
+        assert callable(transformers_imports._found(name, places)) or isinstance(
+            transformers_imports._found(name, places), list
+        )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_every_moved_name_is_found():
     ],
 )
 def test_heads_to_prune(heads, n_heads, pruned, left, rows):
-    found, index = names.find_pruneable_heads_and_indices(heads, n_heads, 2, pruned)
+    found, index = transformers_imports.find_pruneable_heads_and_indices(heads, n_heads, 2, pruned)
     assert found == left and index.tolist() == [2 * row + i for row in rows for i in (0, 1)]
     theirs = getattr(transformers.pytorch_utils, "find_pruneable_heads_and_indices", None)
     if theirs is not None:
@@ -323,7 +325,7 @@ def test_bf16_on_cpu(tmp_path, monkeypatch):
 def test_the_documentation_names_every_mend():
     text = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
-    for name, item in mends.load_all().items():
+    for name, item in compat.load_all().items():
         assert name in rows, f"docs/hosts.md has no row for mend {name}"
         assert item.reason in rows[name] and (item.issue or "| - |") in rows[name]
 
@@ -334,24 +336,24 @@ def test_the_documentation_names_every_mend():
 def test_a_defect_that_is_left_is_known(tmp_path, monkeypatch):
     from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 
-    monkeypatch.setattr(mends, "MENDS", {})
-    monkeypatch.setattr(mends, "MEND_MODULES", ())
-    monkeypatch.setattr(mends, "_applied", {})
-    monkeypatch.setattr(mends, "_left", {})
+    monkeypatch.setattr(compat, "MENDS", {})
+    monkeypatch.setattr(compat, "MEND_MODULES", ())
+    monkeypatch.setattr(compat, "_applied", {})
+    monkeypatch.setattr(compat, "_left", {})
     for name, sick in (("one", True), ("two", False)):
         function = lambda module, patches: pytest.fail("applied")  # noqa: E731
         function.__name__ = name
-        mends.mend(module="left_host.part", reason="x", defect=lambda module, sick=sick: sick)(function)
-    monkeypatch.setenv(mends.DISABLE_ENV, "one,two")
+        compat.mend(module="left_host.part", reason="x", defect=lambda module, sick=sick: sick)(function)
+    monkeypatch.setenv(compat.DISABLE_ENV, "one,two")
     hooks, patches = ImportHooks(), Patches()
-    mends.install("left_host", hooks, patches)
+    compat.install("left_host", hooks, patches)
     monkeypatch.setitem(sys.modules, "left_host.part", ModuleType("left_host.part"))
     sys.modules["left_host.part"].__spec__ = None
     for callback in hooks._after["left_host.part"]:
         callback(sys.modules["left_host.part"])
-    assert mends.left() == ("one",) and mends.applied() == ()
+    assert compat.left() == ("one",) and compat.applied() == ()
     patches.undo()
-    assert mends.left() == ()
+    assert compat.left() == ()
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -363,9 +365,9 @@ def test_a_library_is_mended_once_for_all_hosts(tmp_path, monkeypatch, loaded):
         (tmp_path / f"{name}.py").write_text("VALUE = [1]" if name == "sicklibrary" else "import sicklibrary")
     monkeypatch.syspath_prepend(str(tmp_path))
     for attribute, value in (("MENDS", {}), ("MEND_MODULES", ()), ("_applied", {}), ("_watched", set())):
-        monkeypatch.setattr(mends, attribute, value)
+        monkeypatch.setattr(compat, attribute, value)
 
-    @mends.mend(module="sicklibrary", reason="x", defect=lambda module: True)
+    @compat.mend(module="sicklibrary", reason="x", defect=lambda module: True)
     def cure(module, patches):
         patches.set(module, "VALUE", [*module.VALUE, 2])
 
@@ -376,7 +378,7 @@ def test_a_library_is_mended_once_for_all_hosts(tmp_path, monkeypatch, loaded):
             assert importlib.import_module("sicklibrary").VALUE == [1]
         for _ in range(2):  # and again after everything was taken back
             for host in ("firsthost", "secondhost"):
-                mends.install(host, hooks, patches)
+                compat.install(host, hooks, patches)
             importlib.import_module("firsthost")
             importlib.import_module("secondhost")
             assert sys.modules["sicklibrary"].VALUE == [1, 2]

@@ -12,7 +12,7 @@ import pytest
 from launch_files import need_a_host
 
 from llava_packing_tower.integrations.llava.registry import find_host
-from llava_packing_tower.train import launcher as launch
+from llava_packing_tower.train import launcher
 from llava_packing_tower.utils.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ import json, sys
 import builder_patch
 import llava.train.train as train
 from transformers import HfArgumentParser
-from llava_packing_tower import launch
+from llava_packing_tower.train import launcher
 from llava_packing_tower.integrations.llava.install import find_host
 found, parsed = find_host(), {}
 for name in sys.argv[1:]:
@@ -62,12 +62,12 @@ def fits(config: Path) -> bool:
 def test_each_family_has_both_stages():
     for ending, tower in FAMILIES.items():
         for stage in ("pretrain", "finetune"):
-            values = launch.read_yaml(REPOSITORY / "configs" / f"llava_next_{stage}{ending}.yaml")
+            values = launcher.read_yaml(REPOSITORY / "configs" / f"llava_next_{stage}{ending}.yaml")
             assert values["mm_vision_tower"] == tower
             trained = values["mm_tunable_parts"].split(",")
             assert ("mm_vision_tower" in trained) == (stage == "finetune")
         # Stage 2 starts from the projector of stage 1.
-        first = launch.read_yaml(REPOSITORY / "configs" / f"llava_next_pretrain{ending}.yaml")
+        first = launcher.read_yaml(REPOSITORY / "configs" / f"llava_next_pretrain{ending}.yaml")
         assert values["pretrain_mm_mlp_adapter"] == f"{first['output_dir']}/mm_projector.bin"
         assert values["mm_projector_type"] == first["mm_projector_type"]
         assert values["mm_vision_select_layer"] == first["mm_vision_select_layer"]
@@ -81,8 +81,8 @@ def test_the_hosts_own_parser_takes_every_configuration():
     assert result.returncode == 0, result.stderr
     parsed = json.loads(result.stdout.splitlines()[-1])
     for file in files:
-        for key, value in launch.read_yaml(file).items():
-            name = launch.ALIASES.get(key, key)
+        for key, value in launcher.read_yaml(file).items():
+            name = launcher.ALIASES.get(key, key)
             if name in parsed[file] and isinstance(value, bool | int | float):
                 assert parsed[file][name] == value, (file, name)
     tower = parsed[str(REPOSITORY / "configs" / "llava_lora.yaml")]
@@ -92,12 +92,12 @@ def test_the_hosts_own_parser_takes_every_configuration():
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
 def test_the_launchers_checks(config):
     found = find_host()
-    values = launch.read_yaml(config)
+    values = launcher.read_yaml(config)
     if not fits(config):
         with pytest.raises(UsageError, match="LLaVA-NeXT has it"):
-            launch.resolve(values, launch.known_arguments(found), found)
+            launcher.resolve(values, launcher.known_arguments(found), found)
         return
-    resolved = launch.resolve(values, launch.known_arguments(found), found)
+    resolved = launcher.resolve(values, launcher.known_arguments(found), found)
     assert "packing" in resolved["vision_tower"] and "llava" in resolved["output_dir"]
     if "lora" in config.stem:
         assert "lora" in resolved["output_dir"]
@@ -154,7 +154,7 @@ def test_words_are_passed_on_and_the_exit_status_comes_back(shell, script):
     assert (result.stdout, result.returncode) == (f"train|a b.yaml|{nodes}--key|v w|", 3)
     words = shell(script, "--key", "v", **more).stdout.split("|")
     assert Path(words[1]).resolve() in CONFIGS and words[-3:] == ["--key", "v", ""]
-    assert launch.read_yaml(words[1])["mm_tunable_parts"] == {
+    assert launcher.read_yaml(words[1])["mm_tunable_parts"] == {
         "pretrain_projector.sh": "mm_mlp_adapter",
         "finetune_lora.sh": "mm_mlp_adapter,mm_language_model",
     }.get(script, "mm_vision_tower,mm_mlp_adapter,mm_language_model")

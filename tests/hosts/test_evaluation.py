@@ -16,9 +16,7 @@ from llava_packing_tower.checkpoint.folder_hash import identity
 from llava_packing_tower.cli.eval_report import names_of
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.data.sample_photos import PHOTOS
-from llava_packing_tower.eval import preflight as needs
-from llava_packing_tower.eval import results, runner
-from llava_packing_tower.eval import task_groups as groups
+from llava_packing_tower.eval import preflight, results, runner, task_groups
 from llava_packing_tower.eval.tasks import FOLDER
 from llava_packing_tower.tools.demo.dataset import QUESTION
 from llava_packing_tower.utils.errors import UsageError
@@ -27,10 +25,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_groups_expand_in_order_and_once():
-    assert groups.expand("smoke, mme,image")[:3] == ["smoke", "mme", "ai2d"]
-    assert len(groups.expand("image,mme")) == 11 and len(groups.expand("video")) == 8
+    assert task_groups.expand("smoke, mme,image")[:3] == ["smoke", "mme", "ai2d"]
+    assert len(task_groups.expand("image,mme")) == 11 and len(task_groups.expand("video")) == 8
     with pytest.raises(ValueError, match="groups: image, video, smoke"):
-        groups.expand(" , ")
+        task_groups.expand(" , ")
 
 
 def test_smoke_asks_about_the_photos_of_the_demo():
@@ -228,15 +226,15 @@ def test_processes_and_own_tasks_are_in_the_command(tmp_path):
 
 
 def test_what_is_missing_is_named_with_its_installation(monkeypatch):
-    monkeypatch.setattr(needs, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps lmms-eval=="):
-        needs.check_installation()
-    monkeypatch.setattr(needs, "find_spec", lambda name: None if name == "pytablewriter" else object())
-    monkeypatch.setattr(needs, "unmet", lambda name: [("transformers>=4.50", "4.40.2"), ("numpy<1", "2.0")])
-    monkeypatch.setattr(needs, "impossible", lambda run: ["accelerate is too new:\n  pip install accelerate==1"])
-    monkeypatch.setattr(needs, "filelock", lambda: ["filelock is too new"])
+        preflight.check_installation()
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "pytablewriter" else object())
+    monkeypatch.setattr(preflight, "unmet", lambda name: [("transformers>=4.50", "4.40.2"), ("numpy<1", "2.0")])
+    monkeypatch.setattr(preflight, "impossible", lambda run: ["accelerate is too new:\n  pip install accelerate==1"])
+    monkeypatch.setattr(preflight, "filelock", lambda: ["filelock is too new"])
     with pytest.raises(ValueError) as caught:
-        needs.check_installation()
+        preflight.check_installation()
     text = str(caught.value)
     assert "pip install pytablewriter" in text and "pip install 'transformers>=4.50'" in text
     assert "accelerate is too new" in text and "filelock is too new" in text and "numpy" not in text
@@ -244,8 +242,8 @@ def test_what_is_missing_is_named_with_its_installation(monkeypatch):
 
 def test_lmms_eval_without_entry_points_gets_the_plugin_variable(monkeypatch):
     monkeypatch.setenv("LMMS_EVAL_PLUGINS", "theirs")
-    monkeypatch.setattr(needs, "find_spec", lambda name: None)
-    assert needs.plugin_environment() == {"LMMS_EVAL_PLUGINS": "theirs,llava_packing_tower.eval"}
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    assert preflight.plugin_environment() == {"LMMS_EVAL_PLUGINS": "theirs,llava_packing_tower.eval"}
 
 
 def test_wrong_words_cost_nothing(tmp_path, capsys):

@@ -231,17 +231,17 @@ def test_the_cache_is_refused_without_the_identity_of_the_weights(demo, monkeypa
 def test_lmms_eval_finds_the_model_by_both_of_its_ways(monkeypatch):
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-    from llava_packing_tower import eval as evaluation
+    from llava_packing_tower import eval
     from llava_packing_tower.eval import models
     from llava_packing_tower.eval.models.llava_packing import LlavaPacking
 
     registry = ModelRegistryV2()
-    for manifest in evaluation.manifests():
+    for manifest in eval.manifests():
         registry.register_manifest(manifest)
     assert registry.get_model_class("llava_packing") is LlavaPacking
     assert {"llava_packing": LlavaPacking.__name__} == models.AVAILABLE_MODELS
     monkeypatch.setitem(sys.modules, "lmms_eval.models.registry_v2", None)  # as in 0.5
-    assert evaluation.manifests() == []
+    assert eval.manifests() == []
 
 
 def test_every_task_of_the_groups_is_registered():

@@ -26,7 +26,8 @@ TRAIN_AND_RELOAD = """
 import inspect, json, os, sys
 from importlib import import_module
 from pathlib import Path
-from llava_packing_tower import hosts, train_entry
+from llava_packing_tower.integrations import llava as hosts
+from llava_packing_tower.train import entrypoint as train_entry
 from llava_packing_tower.train.launcher import make_plan, to_argv
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 

@@ -144,11 +144,11 @@ def workspace(tmp_path_factory):
 
 def run(workspace, output, words):
     """Two processes as the launcher starts them, with a tower that is cut off from the loss."""
-    from llava_packing_tower.train import launcher as launch
+    from llava_packing_tower.train import launcher
 
     config = workspace / "config.yaml"
-    plan = launch.make_plan(config, [*words, "--output_dir", str(output)], num_processes=2)
-    start = plan.command.index(launch.ENTRY)
+    plan = launcher.make_plan(config, [*words, "--output_dir", str(output)], num_processes=2)
+    start = plan.command.index(launcher.ENTRY)
     command = [*plan.command[:start], "gradient_worker", *plan.command[start + 1 :]]
     env = {**os.environ, **plan.environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return host_runs.execute(command, {**env, "PYTHONPATH": f"{host_runs.REPOSITORY}:{HELPERS}"})

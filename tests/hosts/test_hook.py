@@ -14,7 +14,7 @@ import pytest
 from conftest import FIVE
 from host_runs import HOSTS, execute
 
-from llava_packing_tower.integrations.llava import tower_builder as builder_hook
+from llava_packing_tower.integrations.llava import tower_builder
 from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 from llava_packing_tower.integrations.llava.patcher import Patches
 from llava_packing_tower.integrations.llava.registry import find_host
@@ -56,7 +56,7 @@ def host(tmp_path, monkeypatch, request):
         (root / path).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     towers = (("packing", __name__, "StubTower"), ("hevc_vit", "no_such_module", "X"))
-    monkeypatch.setattr(builder_hook, "TOWERS", towers)
+    monkeypatch.setattr(tower_builder, "TOWERS", towers)
     hooks, patches = ImportHooks(), Patches()
     hooks.install()
     yield SimpleNamespace(name=name, root=root, hooks=hooks, patches=patches)
@@ -81,8 +81,8 @@ def config(name):
 def test_both_copies_are_hooked_in_either_order_and_undone(host, late):
     if late:
         originals = [m.build_vision_tower for m in modules(host)]
-    builder_hook.install(host.name, host.hooks, host.patches)
-    builder_hook.install(host.name, host.hooks, host.patches)  # twice is as good as once
+    tower_builder.install(host.name, host.hooks, host.patches)
+    tower_builder.install(host.name, host.hooks, host.patches)  # twice is as good as once
     builder, arch = modules(host)
     assert builder.build_vision_tower is arch.build_vision_tower
     for module in (builder, arch):
@@ -97,7 +97,7 @@ def test_both_copies_are_hooked_in_either_order_and_undone(host, late):
 
 
 def test_a_reloaded_builder_is_hooked_again(host):
-    builder_hook.install(host.name, host.hooks, host.patches)
+    tower_builder.install(host.name, host.hooks, host.patches)
     builder, _ = modules(host)
     importlib.reload(builder)
     assert type(builder.build_vision_tower(config("packing:x"))) is StubTower
@@ -105,14 +105,14 @@ def test_a_reloaded_builder_is_hooked_again(host):
 
 @pytest.mark.parametrize("name", ["x_packing", "org/Model-PACKING-l", "packing:org/model", "hevc_vit_packing"])
 def test_packing_in_any_case_selects_the_packing_tower(host, name):
-    builder_hook.install(host.name, host.hooks, host.patches)
+    tower_builder.install(host.name, host.hooks, host.patches)
     _, arch = modules(host)
     tower = arch.build_vision_tower(config(name), delay_load=True)
     assert type(tower) is StubTower and tower.name == name and tower.delay_load is True
 
 
 def test_a_local_folder_does_not_fall_to_the_rule_that_a_path_means_clip(host, tmp_path):
-    builder_hook.install(host.name, host.hooks, host.patches)
+    tower_builder.install(host.name, host.hooks, host.patches)
     builder, _ = modules(host)
     folder = tmp_path / "My_Packing_Tower"
     folder.mkdir()
@@ -123,7 +123,7 @@ def test_a_local_folder_does_not_fall_to_the_rule_that_a_path_means_clip(host, t
 
 
 def test_every_other_name_is_left_to_the_host(host):
-    builder_hook.install(host.name, host.hooks, host.patches)
+    tower_builder.install(host.name, host.hooks, host.patches)
     builder, _ = modules(host)
     tower = builder.build_vision_tower(config("openai/clip"), delay_load=True)
     assert type(tower) is builder.CLIPVisionTower and tower.kwargs == {"delay_load": True}
@@ -132,14 +132,14 @@ def test_every_other_name_is_left_to_the_host(host):
 
 
 def test_a_tower_that_this_version_lacks_is_named_with_what_to_use(host):
-    builder_hook.install(host.name, host.hooks, host.patches)
+    tower_builder.install(host.name, host.hooks, host.patches)
     builder, _ = modules(host)
     with pytest.raises(ValueError, match="packing:a/HEVC_ViT"):
         builder.build_vision_tower(config("a/HEVC_ViT"))
 
 
 def test_weights_in_the_checkpoint_are_never_delayed(host):
-    builder_hook.install(host.name, host.hooks, host.patches)
+    tower_builder.install(host.name, host.hooks, host.patches)
     builder, _ = modules(host)
     cfg = SimpleNamespace(mm_vision_tower="x_packing", mm_packing_config={"weights": "checkpoint"})
     assert builder.build_vision_tower(cfg, delay_load=True).delay_load is False
@@ -150,7 +150,7 @@ def test_weights_in_the_checkpoint_are_never_delayed(host):
 def test_a_failure_of_the_hook_is_seen_although_the_host_swallows_it(host):
     (host.root / "model" / "multimodal_encoder" / "builder.py").write_text("def build_tower(): pass")
     (host.root / "model" / "llava_arch.py").write_text("from .multimodal_encoder import builder\nModel = 1")
-    builder_hook.install(host.name, host.hooks, host.patches)
+    tower_builder.install(host.name, host.hooks, host.patches)
     with pytest.raises(AttributeError, match="not laid out as expected"):
         importlib.import_module(host.name)
 
@@ -163,10 +163,10 @@ def test_to_import_the_hook_is_cheap():
 
 
 def test_the_table_of_towers_resolves():
-    assert builder_hook.tower_class("X/Packing") is HEVCViTPackingVisionTower
-    assert builder_hook.tower_class("openai/clip-vit-large-patch14") is None
-    assert builder_hook.tower_class(None) is None
-    for word, module, cls in builder_hook.TOWERS:
+    assert tower_builder.tower_class("X/Packing") is HEVCViTPackingVisionTower
+    assert tower_builder.tower_class("openai/clip-vit-large-patch14") is None
+    assert tower_builder.tower_class(None) is None
+    for word, module, cls in tower_builder.TOWERS:
         assert isinstance(getattr(importlib.import_module(module), cls), type), word
 
 

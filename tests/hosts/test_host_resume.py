@@ -198,10 +198,10 @@ def test_a_run_that_would_be_plain_ddp_is_refused(trainings, tmp_path):
 
     With transformers 5 it is not left out.
     """
-    from llava_packing_tower.train import launcher as launch
+    from llava_packing_tower.train import launcher
 
     words = ["--deepspeed", "configs/zero2.json", "--output_dir", str(tmp_path / "llava_llama")]
-    plan = launch.make_plan(trainings.config, words, num_processes=1)
+    plan = launcher.make_plan(trainings.config, words, num_processes=1)
     result = host_runs.execute(
         [*plan.command, "--use_cpu", "True"], {**host_runs.environment(host_runs.NEXT), **plan.environment}
     )

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 
 from llava_packing_tower.checkpoint.hashing import tensor_digest
-from llava_packing_tower.integrations.llava import install as hosts
+from llava_packing_tower.integrations.llava import install, registry
 from llava_packing_tower.tools.demo.tiny_models import make_tower
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
@@ -33,10 +33,10 @@ def model_class():
     """The fork's own class, with the hook in place; all of it is taken back afterwards."""
     for name in [m for m in sys.modules if m.split(".")[0] == "llavaction"]:
         del sys.modules[name]
-    hosts.undo()
-    hosts.apply()
+    install.undo()
+    install.apply()
     yield importlib.import_module("llavaction.model").LlavaQwenForCausalLM
-    hosts.undo()
+    install.undo()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def inputs():
 
 
 def test_it_is_found():
-    found = hosts.find_host("llavaction")
+    found = registry.find_host("llavaction")
     assert found.host.title == "LLaVAction" and found.version == "0.0.1"
     assert found.root == Path(importlib.util.find_spec("llavaction").submodule_search_locations[0])
 

@@ -54,11 +54,11 @@ def test_the_hosts_scripts_get_a_name_that_says_what_it_is(tmp_path):
 
 @needs_llava
 def test_an_evaluation_asks_first_whether_the_host_has_the_class(tmp_path, monkeypatch):
-    from llava_packing_tower.eval import preflight as needs
+    from llava_packing_tower.eval import preflight
 
     host = tmp_path / "host"
     (host / "model" / "language_model").mkdir(parents=True)
-    monkeypatch.setattr(needs, "find_host", lambda: SimpleNamespace(root=host))
+    monkeypatch.setattr(preflight, "find_host", lambda: SimpleNamespace(root=host))
     write_json({"architectures": ["LlavaQwenForCausalLM"], "mm_vision_tower": "packing:x"}, tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"is a LlavaQwenForCausalLM, and the LLaVA in .* has no such class"):
         check_checkpoint(tmp_path, None)

@@ -38,7 +38,7 @@ def test_what_cannot_have_the_hook_is_refused(words):
 def test_a_script_runs_as_main_with_its_arguments_and_status(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, torch, beside\nfrom llava_packing_tower import hosts\n"
+        "import sys, torch, beside\nfrom llava_packing_tower.integrations import llava as hosts\n"
         "assert __name__ == '__main__' and hosts.is_active() and beside.HERE\n"
         "kept = torch.nn.Linear(1, 1).to('cuda:0', torch.float64)\n"
         "sent = torch.ones(2).to(device=torch.device('cuda'), dtype=torch.half, non_blocking=True)\n"

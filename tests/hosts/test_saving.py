@@ -13,8 +13,7 @@ import torch
 from host_runs import HOSTS, environment, execute
 from torch import nn
 
-from llava_packing_tower.integrations.llava import saving
-from llava_packing_tower.integrations.llava import trainable_parts as tuning
+from llava_packing_tower.integrations.llava import saving, trainable_parts
 from llava_packing_tower.integrations.llava.patcher import Patches
 from llava_packing_tower.integrations.llava.restore_frozen import is_cast_of
 from llava_packing_tower.tools.demo.tiny_models import make_tower
@@ -118,9 +117,9 @@ def test_a_tower_that_the_host_would_not_load_is_said(tmp_path, caplog):
     first, other, moved = (str(tmp_path / name) for name in ("a_packing", "b_packing", "moved_packing"))
     tower = HEVCViTPackingVisionTower(first, SimpleNamespace(mm_vision_select_layer=-1))
     config = SimpleNamespace(mm_packing_config=tower.packing_config("folder"))
-    assert not tuning.is_another_tower(tower, config, f"packing:{first}/")
-    assert not tuning.is_another_tower(tower, config, moved)
-    assert tuning.is_another_tower(tower, config, other) and f"{other} is not loaded" in caplog.text
+    assert not trainable_parts.is_another_tower(tower, config, f"packing:{first}/")
+    assert not trainable_parts.is_another_tower(tower, config, moved)
+    assert trainable_parts.is_another_tower(tower, config, other) and f"{other} is not loaded" in caplog.text
     with pytest.raises(ValueError, match="has a Linear, which LLaVA would keep"):
-        tuning.is_another_tower(nn.Linear(1, 1), config, first)
-    assert not tuning.is_another_tower(nn.Linear(1, 1), config, "openai/clip-vit-large-patch14-336")
+        trainable_parts.is_another_tower(nn.Linear(1, 1), config, first)
+    assert not trainable_parts.is_another_tower(nn.Linear(1, 1), config, "openai/clip-vit-large-patch14-336")

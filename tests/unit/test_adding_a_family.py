@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from llava_packing_tower import HEVCViTPackingVisionTower, register_family
 from llava_packing_tower.cli.main import main
-from llava_packing_tower.models import registry as families
+from llava_packing_tower.models import registry
 from llava_packing_tower.models.registry import FAMILIES, family_for
 
 pytestmark = pytest.mark.newest
@@ -32,7 +32,7 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / f"{MODULE}.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr(registry, "FAMILIES", dict(FAMILIES))
     yield MODULE
     sys.modules.pop(MODULE, None)
 
@@ -143,6 +143,6 @@ def test_entry_point_of_an_installed_package(module, published, tmp_path, monkey
     lines = [f"toy_vit = {module}:ToyViTPacking", "siglip2 = nowhere:X"]
     (info / "entry_points.txt").write_text("\n".join(["[llava_packing_tower.families]", *lines]))
     importlib.invalidate_caches()
-    families.add_installed()
+    registry.add_installed()
     assert family_for("toy_vit").from_pretrained(published).config.hidden_size == D
     assert family_for("siglip2").__name__ == "Siglip2NaflexPacking"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.attention import dispatch
 from llava_packing_tower.attention.dispatch import (
     BACKENDS,
     auto_order,
@@ -140,12 +140,12 @@ class Built:
 @pytest.fixture
 def built(monkeypatch):
     def install(**modules):
-        attention._choose.cache_clear(), attention._verdicts.clear()
+        dispatch._choose.cache_clear(), dispatch._verdicts.clear()
         for name, module in modules.items():
-            monkeypatch.setitem(attention._LOADED, name, module)
+            monkeypatch.setitem(dispatch._LOADED, name, module)
 
     yield install
-    attention._choose.cache_clear(), attention._verdicts.clear()
+    dispatch._choose.cache_clear(), dispatch._verdicts.clear()
 
 
 def test_a_build_that_raises_is_not_used(built, caplog):
@@ -255,10 +255,10 @@ def test_a_build_is_looked_at_when_all_around_it_is_compiled(built):
 
     def model(q, k, v):
         name = resolve_backend("auto", "cpu", q.dtype, q.shape[-1], lengths=segments.lengths)
-        return attention.attend(q * 1, k, v, segments, backend=name, resolved=True)
+        return dispatch.attend(q * 1, k, v, segments, backend=name, resolved=True)
 
     compiled = torch.compile(model, backend="eager")(q, k, v)
-    torch.testing.assert_close(compiled, attention.attend(q, k, v, segments, backend="sdpa"))
+    torch.testing.assert_close(compiled, dispatch.attend(q, k, v, segments, backend="sdpa"))
 
 
 def test_every_backend_of_the_table_loads():
@@ -301,7 +301,7 @@ def test_auto_asks_cudnn_for_no_plan_per_image():
 
 
 def test_auto_logs_its_choice_once(caplog):
-    for cached in (attention._choose, attention._log_choice):
+    for cached in (dispatch._choose, dispatch._log_choice):
         cached.cache_clear()
     q, k, v = qkv()
     segments = make_segments(LENGTHS)

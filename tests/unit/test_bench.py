@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_packing_tower.tools.bench import targets
-from llava_packing_tower.tools.bench import timing as measure
+from llava_packing_tower.tools.bench import targets, timing
 from llava_packing_tower.tools.bench.breakdown import busy_time, kind_of
 from llava_packing_tower.tools.bench.models import PRESETS
 from llava_packing_tower.tools.bench.systems import Setting, Step, System, lowest_cosine
@@ -114,14 +113,14 @@ def scripted_system(name, ours=False, fails=False):
 
 @pytest.fixture
 def small_peak(monkeypatch):
-    monkeypatch.setattr(measure.PeakMatmul, "run", lambda self: None)
+    monkeypatch.setattr(timing.PeakMatmul, "run", lambda self: None)
 
 
 def test_systems_take_turns_and_medians_count(small_peak):
     clock = Scripted({"ours": [1.0, 5.0, 2.0], "other": [30.0], "peak": [4.0]})
     systems = [scripted_system("other"), scripted_system("ours", ours=True)]
     work = Workload("uni1", ((8, 8),))
-    result = measure.measure(setting(), work, systems, clock, rounds=6, until=math.inf)
+    result = timing.measure(setting(), work, systems, clock, rounds=6, until=math.inf)
     assert clock.log[-18:] == ["ours", "other", "peak", "other", "ours", "peak"] * 3
     ours, other = result.systems
     assert result.rounds == 6 and len(ours.ms) == 6 and ours.median == 2.0 and other.median == 30.0
@@ -132,8 +131,8 @@ def test_systems_take_turns_and_medians_count(small_peak):
 def test_rounds_end_at_the_time_limit(small_peak):
     clock = Scripted({"ours": [1.0], "peak": [4.0]})
     work = Workload("uni1", ((8, 8),))
-    result = measure.measure(setting(), work, [scripted_system("ours", True)], clock, rounds=50, until=-1.0)
-    assert result.rounds == measure.LEAST_ROUNDS
+    result = timing.measure(setting(), work, [scripted_system("ours", True)], clock, rounds=50, until=-1.0)
+    assert result.rounds == timing.LEAST_ROUNDS
     deadline = Deadline(0.0)
     assert deadline.left <= 0
 
@@ -142,11 +141,11 @@ def test_a_failing_peer_is_a_note_and_ours_an_error(small_peak, caplog):
     clock = Scripted({"ours": [1.0], "peak": [4.0]})
     work = Workload("uni1", ((8, 8),))
     systems = [scripted_system("ours", True), scripted_system("other", fails=True)]
-    result = measure.measure(setting(), work, systems, clock, rounds=3, until=math.inf)
+    result = timing.measure(setting(), work, systems, clock, rounds=3, until=math.inf)
     assert result.systems[1].note == "failed: RuntimeError: no kernel for this" and not result.systems[1].ms
     assert "other on uni1 failed" in caplog.text
     with pytest.raises(RuntimeError, match="no kernel"):
-        measure.measure(setting(), work, [scripted_system("ours", True, fails=True)], clock, 3, math.inf)
+        timing.measure(setting(), work, [scripted_system("ours", True, fails=True)], clock, 3, math.inf)
 
 
 def test_cosine_finds_one_wrong_token():

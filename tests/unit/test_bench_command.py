@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava_packing_tower.cli.main import main
-from llava_packing_tower.tools.bench import original_tower as original
+from llava_packing_tower.tools.bench import original_tower
 from llava_packing_tower.tools.bench.availability import Unavailable
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def fresh_modules(monkeypatch):
     before = dict(sys.modules)
     yield
     for name in set(sys.modules) - set(before):
-        if name.partition(".")[0] == original.PACKAGE:
+        if name.partition(".")[0] == original_tower.PACKAGE:
             del sys.modules[name]
 
 
@@ -63,8 +63,8 @@ def flash_attn(monkeypatch):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_original_from_a_folder_of_two_files(tmp_path, fresh_modules, flash_attn, nested):
-    for name, text in ((original.MODEL, MODEL_FILE), (original.TOWER, TOWER_FILE)):
-        file = tmp_path / (original.SOURCES[name][1] if nested else f"{name}.py")
+    for name, text in ((original_tower.MODEL, MODEL_FILE), (original_tower.TOWER, TOWER_FILE)):
+        file = tmp_path / (original_tower.SOURCES[name][1] if nested else f"{name}.py")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     outside = {name: sys.modules.get(name) for name in ("timm", "timm.models", "llava", "llava.utils")}
@@ -72,7 +72,7 @@ def test_original_from_a_folder_of_two_files(tmp_path, fresh_modules, flash_attn
     import transformers.utils
 
     check = transformers.utils.is_flash_attn_2_available
-    tower = original.original_tower(tmp_path, {"hidden_size": 4}, -2, CPU, torch.bfloat16)
+    tower = original_tower.original_tower(tmp_path, {"hidden_size": 4}, -2, CPU, torch.bfloat16)
     assert tower(1) == (1, -2)
     assert tower.vision_tower.linear.weight.dtype == torch.bfloat16
     assert tower.vision_tower.frequencies.dtype == torch.float32
@@ -82,12 +82,12 @@ def test_original_from_a_folder_of_two_files(tmp_path, fresh_modules, flash_attn
 
 def test_original_says_what_is_missing(tmp_path, fresh_modules, flash_attn, monkeypatch):
     with pytest.raises(Unavailable, match="no folder"):
-        original.original_tower(tmp_path / "nothing", {}, -2, CPU, torch.float32)
+        original_tower.original_tower(tmp_path / "nothing", {}, -2, CPU, torch.float32)
     with pytest.raises(Unavailable, match="28efa3a"):
-        original.original_tower(tmp_path, {}, -2, CPU, torch.float32)
+        original_tower.original_tower(tmp_path, {}, -2, CPU, torch.float32)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(Unavailable, match="flash-attn"):
-        original.original_tower(tmp_path, {}, -2, CPU, torch.float32)
+        original_tower.original_tower(tmp_path, {}, -2, CPU, torch.float32)
 
 
 # ---------------------------------------------------------------- the command

@@ -10,7 +10,7 @@ from conftest import assert_close
 from families import pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.attention import dispatch
 from llava_packing_tower.data import cached_metadata, positions
 from llava_packing_tower.data.cached_metadata import CachedMetadata, kept
 from llava_packing_tower.data.segments import PackedSegments, _segments, make_segments
@@ -30,8 +30,8 @@ FAMILIES = [("llava_vit", {}), ("siglip2", {}), ("aimv2", {"is_native": True}), 
 def empty_caches():
     for cache in CACHES:
         cache.cache_clear()
-    attention._choose.cache_clear()
-    attention._verdicts.clear()
+    dispatch._choose.cache_clear()
+    dispatch._verdicts.clear()
 
 
 def make(family, more):
@@ -247,11 +247,11 @@ def test_no_verdict_on_a_backend_is_made_of_fake_tensors(monkeypatch):
 
     asked = []
     module = SimpleNamespace(VARLEN=True, CHECKED=True, why_not=lambda *_: None, attend=None)
-    monkeypatch.setitem(attention.BACKENDS, "tried", "tried")
-    monkeypatch.setitem(attention._LOADED, "tried", module)
-    monkeypatch.setattr(attention, "why_wrong", lambda *given: asked.append(given) and None)
+    monkeypatch.setitem(dispatch.BACKENDS, "tried", "tried")
+    monkeypatch.setitem(dispatch._LOADED, "tried", module)
+    monkeypatch.setattr(dispatch, "why_wrong", lambda *given: asked.append(given) and None)
     with FakeTensorMode():
-        assert attention.resolve_backend("tried", "cpu", torch.float32, 8) == "tried"
-    assert not asked and not attention._verdicts
-    attention.resolve_backend("tried", "cpu", torch.float32, 8)
+        assert dispatch.resolve_backend("tried", "cpu", torch.float32, 8) == "tried"
+    assert not asked and not dispatch._verdicts
+    dispatch.resolve_backend("tried", "cpu", torch.float32, 8)
     assert len(asked) == 1

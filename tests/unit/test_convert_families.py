@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from llava_packing_tower import HEVCViTPackingVisionTower
 from llava_packing_tower.checkpoint.key_map import KeyMap
 from llava_packing_tower.cli.main import main
-from llava_packing_tower.convert import pipeline
-from llava_packing_tower.convert import verify_against_hf as verification
+from llava_packing_tower.convert import pipeline, verify_against_hf
 from llava_packing_tower.convert.hf_reference import IN_TRANSFORMERS, NoReference
 from llava_packing_tower.data.image_processor import PackingImageProcessor
 
@@ -116,7 +115,7 @@ def test_a_transformers_without_the_family_is_said_and_the_rest_tested(source, m
     def missing(model_type):
         raise NoReference("this transformers has none")
 
-    monkeypatch.setattr(verification, "require_reference", missing)
+    monkeypatch.setattr(verify_against_hf, "require_reference", missing)
     assert convert(source) == 0
     text = capsys.readouterr().out
     assert "SKIPPED" in text and "(not compared with another model)" in text
@@ -144,14 +143,14 @@ class TestAgainstTransformers:
     @pytest.fixture(autouse=True)
     def _small_pictures(self, monkeypatch):
         """Patches of 4 pixels would make thousands of tokens of each picture."""
-        packs = verification.comparison_packs
+        packs = verify_against_hf.comparison_packs
 
         def small(model, photos):
             yield from (
                 (name, [image[:, :64, :64] for image in images]) for name, images in packs(model, photos=photos)
             )
 
-        monkeypatch.setattr(verification, "comparison_packs", small)
+        monkeypatch.setattr(verify_against_hf, "comparison_packs", small)
 
     def test_sound(self, source, name, dtype):
         assert convert(source, "--dtype", dtype) == 0

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingModel, create_model
 from llava_packing_tower.cli.main import main
-from llava_packing_tower.convert import pipeline
-from llava_packing_tower.convert import test_images as photos
+from llava_packing_tower.convert import pipeline, test_images
 from llava_packing_tower.data.patches import batch_images_to_packing_input
-from llava_packing_tower.integrations.llava import tower_builder as builder_hook
+from llava_packing_tower.integrations.llava import tower_builder
 from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
 from llava_packing_tower.towers.standard_tower import HEVCViTVisionTower
 
@@ -74,8 +73,8 @@ def test_the_users_own_photos(standard, tmp_path, monkeypatch, capsys):
         Image.fromarray(array[..., 0] if name == "grey.bmp" else array).save(folder / name)
     (folder / "notes.txt").write_text("no photo")
     opened = []
-    open_photo = photos.open_photo
-    monkeypatch.setattr(photos, "open_photo", lambda file: opened.append(file.name) or open_photo(file))
+    open_photo = test_images.open_photo
+    monkeypatch.setattr(test_images, "open_photo", lambda file: opened.append(file.name) or open_photo(file))
     assert convert(standard, "--images", folder, "--output_dir", tmp_path / "out") == 0
     assert set(opened) == {"a.png", "b.JPG", "grey.bmp"}
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval sets it
@@ -92,7 +91,7 @@ def test_without_any_photos_the_way_out_is_said(standard, tmp_path, monkeypatch,
     def missing(photo):
         raise FileNotFoundError
 
-    monkeypatch.setattr(photos, "source_of", missing)
+    monkeypatch.setattr(test_images, "source_of", missing)
     assert convert(standard, "--output_dir", tmp_path / "out") == 1
     assert "pip install scikit-learn" in (text := capsys.readouterr().out) and "--images" in text
     assert os.listdir(tmp_path) == ["standard"]
@@ -170,7 +169,7 @@ class Args:
 
 def test_the_hooks_hevc_vit_rule_is_the_standard_tower(standard):
     """A name with "hevc_vit" and without "packing" selects it, and it gives the packing tower's features."""
-    rule = builder_hook.tower_class
+    rule = tower_builder.tower_class
     assert rule("lab/hevc_vit_large") is HEVCViTVisionTower
     assert rule("lab/hevc_vit_large_packing") is HEVCViTPackingVisionTower
     images = torch.randn(2, 3, 64, 96)

@@ -16,10 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from llava_packing_tower.checkpoint.hashing import differing, tensor_digest
-from llava_packing_tower.data import sample_photos as demo_photos
 from llava_packing_tower.data.sample_photos import PHOTOS, Photo, source_of
-from llava_packing_tower.tools.demo import pipeline, report
-from llava_packing_tower.tools.demo import train_process as training
+from llava_packing_tower.tools.demo import pipeline, report, train_process
 from llava_packing_tower.tools.demo.dataset import QUESTION, write_dataset
 from llava_packing_tower.tools.demo.train_process import Engine
 
@@ -74,7 +72,7 @@ def test_a_failed_copy_leaves_nothing(tmp_path, monkeypatch):
         Path(target).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(demo_photos.shutil, "copyfile", half)
+    monkeypatch.setattr("llava_packing_tower.tools.demo.dataset.shutil.copyfile", half)
     with pytest.raises(OSError, match="disk full"):
         write_dataset(tmp_path / "photos.json", tmp_path / "images")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -195,7 +193,7 @@ def test_what_counts_as_the_same_answer():
 
 def test_engine_check_needs_deepspeed_its_stage_and_every_process():
     wanted = Engine("DeepSpeedEngine", 2, 2)
-    real = training.read_engine("engine: DeepSpeedEngine, ZeRO stage 2, world size 2, backend gloo\n")
+    real = train_process.read_engine("engine: DeepSpeedEngine, ZeRO stage 2, world size 2, backend gloo\n")
     assert report.check_engine(real, wanted).passed
     for line in (
         "engine: DistributedDataParallel, world size 2, backend gloo",
@@ -203,14 +201,14 @@ def test_engine_check_needs_deepspeed_its_stage_and_every_process():
         "engine: DeepSpeedEngine, ZeRO stage 2, world size 1, backend gloo",
         "",
     ):
-        assert not report.check_engine(training.read_engine(line), wanted).passed
+        assert not report.check_engine(train_process.read_engine(line), wanted).passed
 
 
 def test_engine_line_is_the_one_that_training_prints():
     from llava_packing_tower.train.callbacks import check_engine
 
     line = check_engine(torch.nn.Linear(1, 1), None)
-    assert training.read_engine(line) == Engine("Linear", None, 1)
+    assert train_process.read_engine(line) == Engine("Linear", None, 1)
 
 
 # ---------------------------------------------------------------- running the launcher
@@ -224,8 +222,8 @@ def test_progress_lines_are_the_ones_that_training_prints(capsys):
     progress.on_train_begin(None, state, None)
     state.global_step = 7
     progress.on_log(None, state, None, logs={"loss": 3.0241, "learning_rate": 1.9e-3})
-    assert training.read_step(capsys.readouterr().out) == (7, 3.0241)
-    assert training.read_step("{'loss': 3.0241, 'epoch': 7.0}") is None
+    assert train_process.read_step(capsys.readouterr().out) == (7, 3.0241)
+    assert train_process.read_step("{'loss': 3.0241, 'epoch': 7.0}") is None
 
 
 def script(tmp_path: Path, text: str) -> list[str]:
@@ -243,25 +241,25 @@ ENGINE = "print('engine: DeepSpeedEngine, ZeRO stage 2, world size 2, backend gl
 
 def test_launch_collects_steps_and_engine_and_keeps_the_log(tmp_path):
     code = ENGINE + "for i in range(1, 4): print(f'step {i}/3  loss {4 / i:.4f}  lr 1.0e-03  0:01 left')"
-    done = training.launch(script(tmp_path, code), 3, tmp_path / "logs" / "train.log", quiet())
+    done = train_process.launch(script(tmp_path, code), 3, tmp_path / "logs" / "train.log", quiet())
     assert done == ([(1, 4.0), (2, 2.0), (3, 1.3333)], Engine("DeepSpeedEngine", 2, 2))
     assert (tmp_path / "logs" / "train.log").read_text().count("\n") == 4
 
 
 def test_launch_fails_with_the_cause_or_when_steps_are_missing(tmp_path):
     code = "import sys\nprint('[rank1]: ValueError: 1 is wrong')\nprint('torchrun says a lot')\nsys.exit(3)"
-    with pytest.raises(training.TrainingFailed, match=r"(?s)exit status 3.*ValueError: 1 is wrong") as caught:
-        training.launch(script(tmp_path, code), 3, tmp_path / "log", quiet())
+    with pytest.raises(train_process.TrainingFailed, match=r"(?s)exit status 3.*ValueError: 1 is wrong") as caught:
+        train_process.launch(script(tmp_path, code), 3, tmp_path / "log", quiet())
     assert "torchrun" not in str(caught.value)
     one = "print('step 1/3  loss 2.0')"
-    with pytest.raises(training.TrainingFailed, match="3 steps were asked for, 1 were reported"):
-        training.launch(script(tmp_path, one), 3, tmp_path / "log", quiet())
+    with pytest.raises(train_process.TrainingFailed, match="3 steps were asked for, 1 were reported"):
+        train_process.launch(script(tmp_path, one), 3, tmp_path / "log", quiet())
 
 
 @pytest.mark.parametrize(("words", "seed"), [(["--seed", "7"], 7), (["--seed=9"], 9), ([], 42)])
 def test_the_seed_is_set_before_the_host_makes_its_projector(monkeypatch, words, seed):
-    from llava_packing_tower.integrations.llava import install as hosts
-    from llava_packing_tower.train import entrypoint as train_entry
+    from llava_packing_tower.integrations.llava import install, registry
+    from llava_packing_tower.train import entrypoint
 
     seen = []
 
@@ -273,12 +271,12 @@ def test_the_seed_is_set_before_the_host_makes_its_projector(monkeypatch, words,
             pass
 
     host = SimpleNamespace(LLaVATrainer=Trainer, train=lambda attn_implementation: seen.append(torch.initial_seed()))
-    monkeypatch.setattr(hosts, "apply", lambda: None)
-    monkeypatch.setattr(hosts, "find_host", lambda: SimpleNamespace(package="llava"))
-    monkeypatch.setattr(train_entry, "import_module", lambda name: host)
+    monkeypatch.setattr(install, "apply", lambda: None)
+    monkeypatch.setattr(registry, "find_host", lambda: SimpleNamespace(package="llava"))
+    monkeypatch.setattr(entrypoint, "import_module", lambda name: host)
     monkeypatch.setattr(sys, "argv", ["train", *words])
     torch.manual_seed(0)
-    train_entry.main()
+    entrypoint.main()
     assert seen == [seed]
 
 

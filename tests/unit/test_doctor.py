@@ -14,9 +14,9 @@ import pytest
 import torch
 from launch_files import need_a_host
 
-from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.attention import dispatch
 from llava_packing_tower.cli.main import main
-from llava_packing_tower.tools.doctor import checks as probes
+from llava_packing_tower.tools.doctor import checks
 from llava_packing_tower.tools.doctor import run as examination
 from llava_packing_tower.train import launcher as launch
 from llava_packing_tower.utils import versions
@@ -263,9 +263,9 @@ def test_the_launcher_refuses_before_anything_loads(files, pretend, monkeypatch)
 def test_the_launcher_imports_nothing_to_tell(files):
     file = files(attn_implementation="flash_attention_2")
     script = (
-        "import sys\nfrom llava_packing_tower.cli import main\n"
-        "from llava_packing_tower import launch\nfrom llava_packing_tower.tools.doctor import versions\n"
-        "launch._gpus = lambda: 0\nversions.find_spec = lambda name: None\n"
+        "import sys\nfrom llava_packing_tower.cli.main import main\n"
+        "from llava_packing_tower.train import launcher\nfrom llava_packing_tower.utils import versions\n"
+        "launcher._gpus = lambda: 0\nversions.find_spec = lambda name: None\n"
         f"status = main(['train', {str(file)!r}, '--num_processes', '2'])\n"
         "print(status, [m for m in ('torch', 'transformers', 'llava', 'deepspeed') if m in sys.modules])"
     )
@@ -277,16 +277,16 @@ def test_the_launcher_imports_nothing_to_tell(files):
 
 
 def test_backends_are_run_and_compared(monkeypatch):
-    results, findings = probes.attention_backends()
+    results, findings = checks.attention_backends()
     by_name = {result.name: result for result in results}
-    assert list(by_name) == list(attention.BACKENDS)
+    assert list(by_name) == list(dispatch.BACKENDS)
     assert by_name["sdpa"].runs and by_name["sdpa"].backward and by_name["sdpa"].error < 1e-4 and not findings
     if not torch.cuda.is_available():
         assert not by_name["cudnn"].runs and by_name["cudnn"].reason == "needs a CUDA GPU"
 
-    real = attention.backend_module("sdpa").attend
-    monkeypatch.setattr(attention.backend_module("sdpa"), "attend", lambda *args: real(*args) + 0.3)
-    results, findings = probes.attention_backends()
+    real = dispatch.backend_module("sdpa").attend
+    monkeypatch.setattr(dispatch.backend_module("sdpa"), "attend", lambda *args: real(*args) + 0.3)
+    results, findings = checks.attention_backends()
     assert [f.text for f in findings] == [
         "attention backend sdpa does not work here: its results differ from eager by 3.0e-01"
     ]
@@ -295,46 +295,46 @@ def test_backends_are_run_and_compared(monkeypatch):
     def crash(*args):
         raise RuntimeError("no kernel image is available\nfor this device")
 
-    monkeypatch.setattr(attention.backend_module("sdpa"), "attend", crash)
-    results, findings = probes.attention_backends()
+    monkeypatch.setattr(dispatch.backend_module("sdpa"), "attend", crash)
+    results, findings = checks.attention_backends()
     assert findings[0].level == ERROR and "RuntimeError: no kernel image is available" in findings[0].text
 
 
 def test_a_backward_that_is_wrong_is_seen(monkeypatch):
-    real = attention.backend_module("sdpa").attend
+    real = dispatch.backend_module("sdpa").attend
 
     def no_gradient_for_k(q, k, v, segments, scale):
         return real(q, k.detach(), v, segments, scale) + 0 * k
 
-    monkeypatch.setattr(attention.backend_module("sdpa"), "attend", no_gradient_for_k)
-    _, findings = probes.attention_backends()
+    monkeypatch.setattr(dispatch.backend_module("sdpa"), "attend", no_gradient_for_k)
+    _, findings = checks.attention_backends()
     assert findings and "differ from eager" in findings[0].text
 
 
 def test_a_build_without_float16_is_a_warning(monkeypatch):
-    real = attention.backend_module("sdpa").attend
+    real = dispatch.backend_module("sdpa").attend
     turned = lambda q, *rest: real(q.flip(0) if q.dtype == torch.float16 else q, *rest)  # noqa: E731
-    monkeypatch.setattr(attention.backend_module("sdpa"), "attend", turned)
-    monkeypatch.setattr(probes, "_device", lambda: (torch.device("cpu"), torch.bfloat16))
-    results, findings = probes.attention_backends()
+    monkeypatch.setattr(dispatch.backend_module("sdpa"), "attend", turned)
+    monkeypatch.setattr(checks, "_device", lambda: (torch.device("cpu"), torch.bfloat16))
+    results, findings = checks.attention_backends()
     assert next(r for r in results if r.name == "sdpa").runs
     (finding,) = findings
     assert finding.level == WARNING and "sdpa does not work here in float16: its results differ" in finding.text
 
 
 def test_the_plans_of_a_tower_are_shown():
-    result, findings = probes.tower()
+    result, findings = checks.tower()
     assert result["inference"] == result["training"] and result["finite"] and not findings
     assert result["inference"] == "eager (sdpa goes segment by segment), no CUDA graphs, attention by sdpa"
 
 
 def test_an_import_that_fails_names_the_package():
-    finding = probes._import_failure("ModuleNotFoundError: No module named 'datasets.arrow'")
+    finding = checks._import_failure("ModuleNotFoundError: No module named 'datasets.arrow'")
     here = find_spec("datasets") is not None  # then a part of it is missing, and no command brings that
     assert "datasets.arrow" in finding.text and (finding.command is None) == here
-    assert probes._import_failure("ModuleNotFoundError: No module named 'nowhere.x'").command == "pip install nowhere"
-    assert probes._import_failure("ModuleNotFoundError: No module named 'torch.nowhere'").command is None
-    assert probes._import_failure("ImportError: cannot import name 'x'").command is None
+    assert checks._import_failure("ModuleNotFoundError: No module named 'nowhere.x'").command == "pip install nowhere"
+    assert checks._import_failure("ModuleNotFoundError: No module named 'torch.nowhere'").command is None
+    assert checks._import_failure("ImportError: cannot import name 'x'").command is None
 
 
 # ---------------------------------------------------------------- the command
@@ -344,8 +344,8 @@ def quick(monkeypatch, findings=(), host="LLaVA 1.2.2 (somewhere)"):
     """The slow parts replaced by what they would report."""
     collectives = {"backend": "gloo", "processes": 2, "works": True}
     mend = {"name": "cure", "reason": "it is sick", "issue": "a/b#1", "applied": True}
-    monkeypatch.setattr(probes, "collectives", lambda: (collectives, []))
-    monkeypatch.setattr(probes, "host", lambda: ({"mends": [mend], "deepspeed": None}, list(findings)))
+    monkeypatch.setattr(checks, "collectives", lambda: (collectives, []))
+    monkeypatch.setattr(checks, "host", lambda: ({"mends": [mend], "deepspeed": None}, list(findings)))
     monkeypatch.setattr(examination, "impossible", lambda run: [])
     monkeypatch.setattr(examination, "_host", lambda report: report.update(host=host) or [])
 
@@ -370,17 +370,17 @@ def test_nothing_is_imported_where_versions_forbid_it(monkeypatch, capsys):
     quick(monkeypatch)
     bad = versions.Finding(ERROR, "transformers", "too old", "pip install transformers==4.40.2")
     monkeypatch.setattr(examination, "impossible", lambda run: [bad])
-    monkeypatch.setattr(probes, "attention_backends", lambda: pytest.fail("tried"))
+    monkeypatch.setattr(checks, "attention_backends", lambda: pytest.fail("tried"))
     assert main(["doctor"]) == 1 and "too old" in capsys.readouterr().out
 
 
 def test_no_host(monkeypatch, capsys):
-    from llava_packing_tower.integrations.llava import install as hosts
+    from llava_packing_tower.integrations.llava import registry
 
     def nothing():
         raise ValueError("no LLaVA is installed")
 
-    monkeypatch.setattr(hosts, "find_host", nothing)
+    monkeypatch.setattr(registry, "find_host", nothing)
     report = {}
     assert "no LLaVA is installed" in examination._host(report)[0].text and report["host"] is None
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.attention import dispatch
 from llava_packing_tower.models.layers import BlockConfig
 from llava_packing_tower.models.runtime import cuda_graphs, execution
 from llava_packing_tower.models.runtime.execution import ExecutionPlan, make_plan
@@ -25,8 +25,8 @@ WEIGHT = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16), requires_gr
 def gpu(monkeypatch):
     """A GPU as far as the decision goes: states that say so, a backend for them, kernels that run."""
     module = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=None)
-    monkeypatch.setitem(attention.BACKENDS, "gpu_varlen", "gpu_varlen")
-    monkeypatch.setitem(attention._LOADED, "gpu_varlen", module)
+    monkeypatch.setitem(dispatch.BACKENDS, "gpu_varlen", "gpu_varlen")
+    monkeypatch.setitem(dispatch._LOADED, "gpu_varlen", module)
     monkeypatch.setattr(execution, "kernels_work", lambda device: True)
     monkeypatch.setattr(cuda_graphs.torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(execution, "resolve_backend", lambda name, *_, **__: "gpu_varlen" if name == "auto" else name)

@@ -218,7 +218,9 @@ def test_one_encoder_core(golden):
         assert type(model).forward is PackedVisionModel.forward or model.config.model_type == "llava_vit_packing"
         assert type(model).encode is PackedVisionModel.encode and type(model.encoder) is PackedEncoder
         ours = {type(m).__module__ for m in model.encoder.modules() if type(m).__module__.startswith("llava_packing")}
-        assert ours <= {f"llava_packing_tower.{name}" for name in ("encoder", "layers", "activations")}
+        assert ours <= {
+            f"llava_packing_tower.{name}" for name in ("models.encoder", "models.layers", "models.activations")
+        }
 
 
 def test_rope_augmentation_only_if_asked_for(golden, monkeypatch):

@@ -13,7 +13,7 @@ from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPac
 from llava_packing_tower.checkpoint.weights import construction, parameter_shapes, plan_problems
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.convert.hf_reference import IN_TRANSFORMERS
-from llava_packing_tower.integrations.llava import tower_builder as builder_hook
+from llava_packing_tower.integrations.llava import tower_builder
 from llava_packing_tower.models.registry import family_for
 
 pytestmark = pytest.mark.newest
@@ -288,7 +288,7 @@ def test_hub_id_in_the_yaml_selects_the_family(hub, golden_case, name):
     def never(*_args, **_kwargs):
         raise AssertionError("LLaVA's own builder was asked")
 
-    build = builder_hook.hooked(never)
+    build = tower_builder.hooked(never)
     tower = build(SimpleNamespace(mm_vision_tower=f"packing:{HUB_IDS[name]}", mm_vision_select_layer=-1))
     expected = golden_case(name, "images")
     images = [expected[f"pixels.{i}"] for i in range(len(expected["grid_thw"]))]

@@ -10,7 +10,7 @@ import torch
 from foreign_kinds import CALLABLE, LINEAR, MODEL, NEUTRAL, OUTSIDE, PLACES
 from torch import nn
 
-from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.attention import dispatch
 from llava_packing_tower.data.cached_metadata import CachedMetadata
 from llava_packing_tower.data.patches import batch_images_to_packing_input
 from llava_packing_tower.data.segments import read_grid
@@ -29,10 +29,10 @@ def paths(monkeypatch):
     """All ways of running on a CPU: the operations of the fused blocks are plain torch there; what would be captured of
     the blocks is run as it is, and counted; what is captured from pixels on stays as it was captured."""
     taken = dict.fromkeys(("fused", "graphs", "pixels"), 0)
-    sdpa = attention.backend_module("sdpa")
+    sdpa = dispatch.backend_module("sdpa")
     backend = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
-    monkeypatch.setitem(attention.BACKENDS, "cpu_varlen", "cpu_varlen")
-    monkeypatch.setitem(attention._LOADED, "cpu_varlen", backend)
+    monkeypatch.setitem(dispatch.BACKENDS, "cpu_varlen", "cpu_varlen")
+    monkeypatch.setitem(dispatch._LOADED, "cpu_varlen", backend)
 
     def spy(name, function):
         def call(*arguments, **options):

@@ -12,10 +12,9 @@ from families import BLOCK_VARIANTS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_packing_tower.attention import dispatch as attention
+from llava_packing_tower.attention import dispatch
 from llava_packing_tower.data.patches import batch_images_to_packing_input
-from llava_packing_tower.kernels import fused_block as functions
-from llava_packing_tower.kernels import reference
+from llava_packing_tower.kernels import fused_block, reference
 from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.models.runtime import fused
 from llava_packing_tower.tools.bench.models import PRESETS
@@ -30,25 +29,25 @@ class WithOwnBackward(torch.autograd.Function):
     def forward(ctx, q, k, v, segments, scale):
         ctx.save_for_backward(q, k, v)
         ctx.rest = segments, scale
-        return attention.backend_module("sdpa").attend(q, k, v, segments, scale)
+        return dispatch.backend_module("sdpa").attend(q, k, v, segments, scale)
 
     @staticmethod
     def backward(ctx, grad):
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
-            out = attention.backend_module("sdpa").attend(*inputs, *ctx.rest)
+            out = dispatch.backend_module("sdpa").attend(*inputs, *ctx.rest)
         return *torch.autograd.grad(out, inputs, grad), None, None
 
 
 @pytest.fixture(params=["three nodes", "one node"])
 def varlen(monkeypatch, request):
     """The name of a backend that takes packed batches on a CPU: sdpa, said to be one kernel."""
-    sdpa = attention.backend_module("sdpa")
+    sdpa = dispatch.backend_module("sdpa")
     module = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
     if request.param == "one node":
         module.Attention = WithOwnBackward
-    monkeypatch.setitem(attention.BACKENDS, "cpu_varlen", "cpu_varlen")
-    monkeypatch.setitem(attention._LOADED, "cpu_varlen", module)
+    monkeypatch.setitem(dispatch.BACKENDS, "cpu_varlen", "cpu_varlen")
+    monkeypatch.setitem(dispatch._LOADED, "cpu_varlen", module)
     return "cpu_varlen"
 
 
@@ -191,12 +190,12 @@ def test_gradients_of_several_batches_add_up(varlen):
 
 def test_column_sums_travel_with_an_unchanged_gradient_only():
     grad, sums = torch.randn(3, 2), torch.randn(2)
-    assert functions._remembered(grad) is None
-    functions._remember(grad, sums)
-    assert functions._remembered(grad) is sums
-    assert functions._remembered(grad.clone()) is None
+    assert fused_block._remembered(grad) is None
+    fused_block._remember(grad, sums)
+    assert fused_block._remembered(grad) is sums
+    assert fused_block._remembered(grad.clone()) is None
     grad.mul_(2)
-    assert functions._remembered(grad) is None
+    assert fused_block._remembered(grad) is None
 
 
 def test_column_sums_are_made_once_per_kept_state(varlen, monkeypatch):
@@ -245,10 +244,10 @@ MATMULS = {"aten::mm", "aten::addmm", "aten::addmm_"}
 @pytest.mark.parametrize("grad", [False, True])
 def test_products_and_calls_per_block(varlen, monkeypatch, grad):
     """What the host does per block, as counts: four products forward, eight more backward, and nothing that grows."""
-    monkeypatch.setattr(functions, "operations", lambda x: stand_ins())
+    monkeypatch.setattr(fused_block, "operations", lambda x: stand_ins())
     monkeypatch.setattr(fused, "operations", lambda x: stand_ins())
     plain = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=lambda q, k, v, segments, scale: q + k + v)
-    monkeypatch.setitem(attention._LOADED, varlen, plain)
+    monkeypatch.setitem(dispatch._LOADED, varlen, plain)
     counts = []
     for layers in (2, 6):
         model = tiny("llava_vit", torch.float32, num_hidden_layers=layers).requires_grad_(grad)

@@ -17,8 +17,7 @@ from llava_packing_tower.integrations.llava.host import FoundHost, host_argument
 from llava_packing_tower.integrations.llava.hosts.llava_next import HOST as NEXT_HOST
 from llava_packing_tower.integrations.llava.hosts.llava_v1 import HOST as V1_HOST
 from llava_packing_tower.integrations.llava.registry import find_host
-from llava_packing_tower.train import deepspeed_config, resume
-from llava_packing_tower.train import launcher as launch
+from llava_packing_tower.train import deepspeed_config, launcher, resume
 from llava_packing_tower.utils.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -26,13 +25,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
-    monkeypatch.setattr(launch, "_gpus", lambda: 0)
+    monkeypatch.setattr(launcher, "_gpus", lambda: 0)
 
 
 def words_of(plan):
     """The host's arguments in a command, as a mapping."""
-    words = plan.command[plan.command.index(launch.ENTRY) + 1 :]
-    return launch.read_overrides(words)
+    words = plan.command[plan.command.index(launcher.ENTRY) + 1 :]
+    return launcher.read_overrides(words)
 
 
 # ---------------------------------------------------------------- what is read
@@ -60,14 +59,14 @@ print(json.dumps(groups))
 def test_yaml_key_given_twice(tmp_path):
     (tmp_path / "x.yaml").write_text("bf16: true\nfp16: false\nbf16: false\n")
     with pytest.raises(UsageError, match="line 3: bf16 is given twice"):
-        launch.read_yaml(tmp_path / "x.yaml")
+        launcher.read_yaml(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "", "a: [1\n"])
 def test_yaml_that_is_no_mapping(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"x\.yaml"):
-        launch.read_yaml(tmp_path / "x.yaml")
+        launcher.read_yaml(tmp_path / "x.yaml")
 
 
 def test_overrides():
@@ -82,7 +81,7 @@ def test_overrides():
         "--version",
         "plain",
     ]
-    assert launch.read_overrides(words) == {
+    assert launcher.read_overrides(words) == {
         "mm_vision_select_layer": "-2",
         "learning_rate": "1e-3",
         "bf16": True,
@@ -90,7 +89,7 @@ def test_overrides():
         "version": "plain",
     }
     with pytest.raises(UsageError, match="unexpected 'bf16'"):
-        launch.read_overrides(["bf16", "true"])
+        launcher.read_overrides(["bf16", "true"])
 
 
 # ---------------------------------------------------------------- what is checked
@@ -109,14 +108,14 @@ def test_overrides():
 )
 def test_unknown_key_names_the_nearest(files, key, nearest):
     with pytest.raises(UsageError, match=f"unknown key '{key}'.*the nearest is '{nearest}'"):
-        launch.make_plan(files(**{key: 1}))
+        launcher.make_plan(files(**{key: 1}))
     with pytest.raises(UsageError, match=f"the nearest is '{nearest}'"):
-        launch.make_plan(files(), [f"--{key}", "1"])
+        launcher.make_plan(files(), [f"--{key}", "1"])
 
 
 def test_an_unknown_key_costs_no_import_of_torch(files):
     script = (
-        "import sys\nfrom llava_packing_tower.cli import main\n"
+        "import sys\nfrom llava_packing_tower.cli.main import main\n"
         f"status = main(['train', {str(files(learnig_rate=1))!r}])\n"
         "print(status, [m for m in ('torch', 'transformers', 'llava', 'deepspeed') if m in sys.modules])"
     )
@@ -152,23 +151,23 @@ def test_what_is_wrong_is_said(files, changes, message, tmp_path):
         resume.mark_complete(tmp_path / "out" / "checkpoint-2")
         changes = {**changes, "output_dir": str(tmp_path / "out")}
     with pytest.raises(UsageError) as caught:
-        launch.make_plan(files(**changes))
+        launcher.make_plan(files(**changes))
     assert message in str(caught.value)
 
 
 def test_use_cpu_is_fine_without_deepspeed(files):
-    assert launch.make_plan(files(use_cpu=True, deepspeed="-")).zero_stage is None
+    assert launcher.make_plan(files(use_cpu=True, deepspeed="-")).zero_stage is None
 
 
 def test_an_argument_of_another_host_says_so(files):
     v1 = FoundHost(V1_HOST, Path("x"), "1.2.2")
     with pytest.raises(UsageError, match=r"LLaVA 1\.2\.2 has no such argument \(LLaVA-NeXT has it\)"):
-        launch.resolve({"image_grid_pinpoints": "(1x1)"}, {"bf16": None}, v1)
+        launcher.resolve({"image_grid_pinpoints": "(1x1)"}, {"bf16": None}, v1)
 
 
 def test_names_that_transformers_changed(files):
     """evaluation_strategy of 4.40 is eval_strategy since 4.46: the installed one is used for either."""
-    plans = [launch.make_plan(files(**{name: "no"})) for name in ("evaluation_strategy", "eval_strategy")]
+    plans = [launcher.make_plan(files(**{name: "no"})) for name in ("evaluation_strategy", "eval_strategy")]
     assert words_of(plans[0]) == words_of(plans[1])
     assert sum(name in words_of(plans[0]) for name in ("evaluation_strategy", "eval_strategy")) == 1
 
@@ -182,12 +181,12 @@ def test_configurations_of_the_repository(name, next_dir, monkeypatch):
     found = find_host()
     assert found.host == (NEXT_HOST if next_dir else V1_HOST)
     file = REPOSITORY / "configs" / f"{name}.yaml"
-    values = launch.read_yaml(file)
+    values = launcher.read_yaml(file)
     if name == "llava_next_finetune" and not next_dir:
         with pytest.raises(UsageError, match="LLaVA-NeXT has it"):
-            launch.resolve(values, launch.known_arguments(found), found)
+            launcher.resolve(values, launcher.known_arguments(found), found)
         return
-    resolved = launch.resolve(values, launch.known_arguments(found), found)
+    resolved = launcher.resolve(values, launcher.known_arguments(found), found)
     assert "packing" in resolved["vision_tower"] and "llava" in resolved["output_dir"]
     config = json.loads((REPOSITORY / "configs" / Path(resolved["deepspeed"]).name).read_text())
     assert deepspeed_config.zero_stage(config) == (2 if name == "demo" else 3)
@@ -199,10 +198,10 @@ def test_configurations_of_the_repository(name, next_dir, monkeypatch):
 def test_null_unsets_a_key(files):
     file = files(warmup_ratio=0.03)
     for words in (["--deepspeed", "null"], ["--deepspeed=null"]):
-        plan = launch.make_plan(file, words, num_processes=2)
+        plan = launcher.make_plan(file, words, num_processes=2)
         assert plan.zero_stage is None and "deepspeed" not in words_of(plan)
     with pytest.raises(UsageError, match="data_path is missing"):
-        launch.make_plan(file, ["--data_path", "null"], num_processes=2)
+        launcher.make_plan(file, ["--data_path", "null"], num_processes=2)
 
 
 @pytest.mark.parametrize("name", ["zero3.json", "configs/zero3.json"])
@@ -211,16 +210,16 @@ def test_the_shipped_deepspeed_files_are_found_from_anywhere(files, tmp_path, mo
     file = files(deepspeed=name)
     for beside in tmp_path.rglob("zero*.json"):
         beside.unlink()
-    plan = launch.make_plan(file, num_processes=2)
+    plan = launcher.make_plan(file, num_processes=2)
     assert plan.zero_stage == 3 and Path(plan.values["deepspeed"]).samefile(deepspeed_config.CONFIGS / "zero3.json")
     with pytest.raises(UsageError, match=r"zero4\.json is neither .*; the package brings zero2\.json, zero3\.json"):
-        launch.make_plan(files(deepspeed="zero4.json"), num_processes=2)
+        launcher.make_plan(files(deepspeed="zero4.json"), num_processes=2)
 
 
 def test_cpu_plan(files, monkeypatch):
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    plan = launch.make_plan(
+    plan = launcher.make_plan(
         files(), ["--learning_rate", "3e-3", "--vision_tower", "packing:org/model"], num_processes=2
     )
     assert plan.command[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -235,61 +234,61 @@ def test_cpu_plan(files, monkeypatch):
 
 
 def test_gpu_plan(files, monkeypatch):
-    monkeypatch.setattr(launch, "_gpus", lambda: 4)
-    plan = launch.make_plan(files())
+    monkeypatch.setattr(launcher, "_gpus", lambda: 4)
+    plan = launcher.make_plan(files())
     # Not DeepSpeed's launcher, which counts GPUs from 0 whatever CUDA_VISIBLE_DEVICES says.
     assert plan.command[2:5] == ["torch.distributed.run", "--nproc_per_node", "4"]
     assert "LOCAL_SIZE" not in plan.environment and "CUDA_VISIBLE_DEVICES" not in plan.environment
-    assert launch.make_plan(files(), num_gpus=2).processes == 2
-    assert launch.make_plan(files(), num_processes=2).device == "cpu"
+    assert launcher.make_plan(files(), num_gpus=2).processes == 2
+    assert launcher.make_plan(files(), num_processes=2).device == "cpu"
     with pytest.raises(UsageError, match="this machine has 4"):
-        launch.make_plan(files(), num_gpus=8)
+        launcher.make_plan(files(), num_gpus=8)
     hostfile = str(files().parent / "hosts.txt")
     Path(hostfile).write_text("# one\nnode-a slots=8\n")
-    plan = launch.make_plan(files(), hostfile=hostfile, num_gpus=8)
+    plan = launcher.make_plan(files(), hostfile=hostfile, num_gpus=8)
     assert plan.command[plan.command.index("--hostfile") + 1] == hostfile
     with pytest.raises(UsageError, match="--num_processes is for runs on the CPU"):
-        launch.make_plan(files(), num_gpus=2, num_processes=2)
-    assert launch.make_plan(files(deepspeed="-")).command[2] == "torch.distributed.run"
+        launcher.make_plan(files(), num_gpus=2, num_processes=2)
+    assert launcher.make_plan(files(deepspeed="-")).command[2] == "torch.distributed.run"
 
 
 def test_one_process_without_deepspeed_is_not_wrapped(files, monkeypatch):
     """Not in DDP (torchrun's environment), and not in DataParallel (several GPUs in sight)."""
-    plan = launch.make_plan(files(deepspeed="-"), num_processes=1)
-    assert plan.command[1:3] == ["-m", launch.ENTRY]
-    assert launch.make_plan(files(), num_processes=1).command[2] == "torch.distributed.run"
-    assert launch.make_plan(files(deepspeed="-"), num_processes=2).command[2] == "torch.distributed.run"
-    monkeypatch.setattr(launch, "_gpus", lambda: 4)
-    plan = launch.make_plan(files(deepspeed="-"), num_gpus=1)
-    assert plan.command[1:3] == ["-m", launch.ENTRY]
+    plan = launcher.make_plan(files(deepspeed="-"), num_processes=1)
+    assert plan.command[1:3] == ["-m", launcher.ENTRY]
+    assert launcher.make_plan(files(), num_processes=1).command[2] == "torch.distributed.run"
+    assert launcher.make_plan(files(deepspeed="-"), num_processes=2).command[2] == "torch.distributed.run"
+    monkeypatch.setattr(launcher, "_gpus", lambda: 4)
+    plan = launcher.make_plan(files(deepspeed="-"), num_gpus=1)
+    assert plan.command[1:3] == ["-m", launcher.ENTRY]
     script = "import os, sys; sys.exit(int(os.environ['CUDA_VISIBLE_DEVICES']))"
     plan.command = [sys.executable, "-c", script]
     for visible, first in (("3,1", 3), (None, 0)):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert launch.run(plan) == first
+        assert launcher.run(plan) == first
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(files, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "run", lambda plan: pytest.fail("started"))
+    monkeypatch.setattr(launcher, "run", lambda plan: pytest.fail("started"))
     assert main(["train", str(files()), "--dry_run", "--num_processes", "2", "--max_steps", "5"]) == 0
     shown = capsys.readouterr().out
     assert "engine: DeepSpeed ZeRO-2, 2 processes on the CPU" in shown and "--max_steps 5" in shown
 
 
 def test_exit_status_of_the_processes_is_passed_on(files, monkeypatch):
-    plan = launch.make_plan(files())
+    plan = launcher.make_plan(files())
     plan.command = [sys.executable, "-c", "import os, sys; sys.exit(7 if os.environ['LOCAL_SIZE'] == '1' else 0)"]
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    assert launch.run(plan) == 7
+    assert launcher.run(plan) == 7
 
 
 def test_a_rank_leaves_without_taking_the_interpreter_apart(tmp_path):
     """What aborts while the interpreter ends must not turn a run that has saved everything into a failed one."""
     script = """
 import atexit, os, pathlib, sys
-from llava_packing_tower import train_entry
+from llava_packing_tower.train import entrypoint
 class Abort:
     def __del__(self, abort=os.abort):
         abort()
@@ -297,7 +296,7 @@ module_level = Abort()
 atexit.register(lambda: pathlib.Path(sys.argv[1]).write_text("done"))
 print("last words", end="")
 if sys.argv[2] == "leave":
-    train_entry.leave()
+    entrypoint.leave()
 """
     for how, status in (("leave", 0), ("end", -6)):
         command = [sys.executable, "-c", script, str(tmp_path / how), how]

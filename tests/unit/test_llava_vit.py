@@ -187,10 +187,10 @@ def test_rotary_tables_stay_float32_in_a_cast_model(golden, golden_case):
 
 def test_wrong_pairing_would_be_seen(golden, golden_case, monkeypatch):
     """The half-split rotation in place of neighbouring pairs moves the golden case far beyond the tolerance."""
-    from llava_packing_tower.kernels import rotary as rotation
+    from llava_packing_tower.kernels import rotary
     from llava_packing_tower.models import layers
 
-    monkeypatch.setitem(layers.ROTATIONS, "pairs", rotation.rotate_halves)
+    monkeypatch.setitem(layers.ROTATIONS, "pairs", rotary.rotate_halves)
     case = golden_case("llava_vit", "images")
     out = LlavaViTPackingModel.from_pretrained(golden / "llava_vit")(case["patches"], case["grid_thw"])
     assert (out.last_hidden_state - case["last_hidden_state"]).abs().max() > 0.1

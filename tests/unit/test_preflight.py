@@ -12,10 +12,9 @@ from launch_files import need_a_host
 from PIL import Image
 
 from llava_packing_tower.cli.main import main
-from llava_packing_tower.data import samples as data
+from llava_packing_tower.data import samples
 from llava_packing_tower.integrations.llava.registry import find_host
-from llava_packing_tower.train import launcher as launch
-from llava_packing_tower.train import preflight
+from llava_packing_tower.train import launcher, preflight
 from llava_packing_tower.train.deepspeed_config import check_zero_keys
 from llava_packing_tower.utils.errors import UsageError
 
@@ -49,7 +48,7 @@ def test_a_value_that_would_fail_late_or_be_ignored(files, tmp_path, key, value,
     (tower / "config.json").write_text('{"model_type": "llava_vit_packing", "num_hidden_layers": 4}')
     words = ["--vision_tower", str(tower), f"--{key}", value]
     with pytest.raises(UsageError) as caught:
-        launch.make_plan(files(), words, num_processes=1)
+        launcher.make_plan(files(), words, num_processes=1)
     assert said in str(caught.value)
 
 
@@ -62,7 +61,7 @@ def test_what_is_right_passes(files):
         ["--version", "plain"],
         ["--tf32", "false"],
     ):
-        assert launch.make_plan(files(), words, num_processes=1).samples >= 1
+        assert launcher.make_plan(files(), words, num_processes=1).samples >= 1
     names = preflight.conversations(find_host().root)
     assert {"v1", "plain", "llava_llama_2"} <= set(names)
 
@@ -173,7 +172,7 @@ def test_damaged_data_name_file_and_sample(tmp_path, entries, said):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     file = write(tmp_path, entries)
     with pytest.raises(ValueError, match=r"data\.json") as caught:
-        data.check_data(str(file), {"image": str(tmp_path)}, reads_videos=True)
+        samples.check_data(str(file), {"image": str(tmp_path)}, reads_videos=True)
     assert said in str(caught.value)
 
 
@@ -184,8 +183,8 @@ def test_rows_of_text_alone_may_have_an_empty_image(tmp_path):
     ]
     entries.append({"id": "p", "image": "a.png", "conversations": turns("<image>q", "a")})
     file = write(tmp_path, entries)
-    assert data.check_data(str(file), {"image": str(tmp_path)}, reads_videos=False) == 4
-    data.drop_empty_media(entries)
+    assert samples.check_data(str(file), {"image": str(tmp_path)}, reads_videos=False) == 4
+    samples.drop_empty_media(entries)
     assert ["image" in entry for entry in entries] == [False, False, False, True]
 
 
@@ -195,8 +194,8 @@ def test_every_file_of_a_mixture_is_checked(tmp_path):
     write(tmp_path, good[:2], "b.json")
     write(tmp_path, "\n".join(json.dumps(entry) for entry in good), "c.jsonl")
     write(tmp_path, f"datasets:\n- json_path: {tmp_path}/a.json\n- json_path: {tmp_path}/c.jsonl\n", "mix.yaml")
-    assert data.check_data(f"{tmp_path}/{{a,b}}.json", {}, False) == 5
-    assert data.check_data(f"{tmp_path}/mix.yaml", {}, False) == 6
+    assert samples.check_data(f"{tmp_path}/{{a,b}}.json", {}, False) == 5
+    assert samples.check_data(f"{tmp_path}/mix.yaml", {}, False) == 6
     for content, said in (
         ("datasets: 1\n", "has no list `datasets:`"),
         ("datasets:\n- a: b\n", "dataset 1 has no json_path"),
@@ -205,7 +204,7 @@ def test_every_file_of_a_mixture_is_checked(tmp_path):
     ):
         write(tmp_path, content, "mix.yaml")
         with pytest.raises(ValueError, match=said):
-            data.check_data(f"{tmp_path}/mix.yaml", {}, False)
+            samples.check_data(f"{tmp_path}/mix.yaml", {}, False)
 
 
 def test_many_samples_are_checked_quickly(tmp_path):
@@ -215,8 +214,8 @@ def test_many_samples_are_checked_quickly(tmp_path):
     entries[77_777]["conversations"] = []
     started = time.process_time()
     with pytest.raises(ValueError, match="sample 77777"):
-        data.check_turns(entries)
-    data.check_media(entries, {}, True)
+        samples.check_turns(entries)
+    samples.check_media(entries, {}, True)
     assert time.process_time() - started < 5
 
 

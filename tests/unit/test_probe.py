@@ -11,7 +11,7 @@ from families import GOLDEN_FAMILIES
 from PIL import Image
 
 from llava_packing_tower.cli.main import main
-from llava_packing_tower.eval import probe as probing
+from llava_packing_tower.eval import probe
 
 pytest.importorskip("sklearn")
 CLASSES = ("dots", "stripes", "waves")
@@ -42,7 +42,7 @@ def photos(tmp_path_factory):
 
 
 def test_folders_are_split_by_class_and_the_same_way_every_time(photos, tmp_path):
-    first, second = probing.read_folder(photos), probing.read_folder(photos)
+    first, second = probe.read_folder(photos), probe.read_folder(photos)
     assert first.classes == CLASSES and len(first.files) == 24
     assert (first.is_test == second.is_test).all()
     assert [int(first.is_test[first.labels == c].sum()) for c in range(3)] == [2, 2, 2]
@@ -52,25 +52,25 @@ def test_folders_are_split_by_class_and_the_same_way_every_time(photos, tmp_path
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (20, 20)).save(tmp_path / split / name / f"{number}.jpg")
-    given = probing.read_folder(tmp_path)
+    given = probe.read_folder(tmp_path)
     assert given.is_test.sum() == 6 and all("val" in f.parts for f, t in zip(given.files, given.is_test) if t)
 
 
 def test_folders_that_cannot_be_used_are_refused(photos, tmp_path):
     with pytest.raises(ValueError, match="has 0 classes"):
-        probing.read_folder(tmp_path)
+        probe.read_folder(tmp_path)
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     for name in ("one/a.png", "two/a.png", "two/b.png"):
         Image.new("RGB", (20, 20)).save(tmp_path / name)
     with pytest.raises(ValueError, match="class 'one' has 1 image"):
-        probing.read_folder(tmp_path)
+        probe.read_folder(tmp_path)
 
 
 def test_features_are_those_of_each_image_alone(tower, photos):
-    loaded = probing.load_tower(str(tower))
-    files = probing.read_folder(photos).files[:7]
-    together, counts = probing.features(loaded, files, batch_size=5)
+    loaded = probe.load_tower(str(tower))
+    files = probe.read_folder(photos).files[:7]
+    together, counts = probe.features(loaded, files, batch_size=5)
     assert len(set(counts.tolist())) > 2, "images of several shapes"
     for file, vector, count in zip(files, together, counts):
         pixels = loaded.image_processor.preprocess(Image.open(file), return_tensors="pt")["pixel_values"][0]
@@ -113,11 +113,11 @@ def test_every_familys_features_are_means_of_the_patches_alone(name, golden, pho
     fixed = name == "aimv2_learned"
     if fixed:
         with pytest.raises(ValueError, match=r"images of one size only: add --square"):
-            probing.load_tower(f"packing:{golden / name}")
-    loaded = probing.load_tower(f"packing:{golden / name}", square=fixed, **({} if fixed else {"max_patches": 40}))
+            probe.load_tower(f"packing:{golden / name}")
+    loaded = probe.load_tower(f"packing:{golden / name}", square=fixed, **({} if fixed else {"max_patches": 40}))
     assert type(loaded.vision_tower) is GOLDEN_FAMILIES[name]
-    files = probing.read_folder(photos).files[::4]
-    together, counts = probing.features(loaded, files, batch_size=4)
+    files = probe.read_folder(photos).files[::4]
+    together, counts = probe.features(loaded, files, batch_size=4)
     assert len(set(counts.tolist())) == 1 if fixed else len(set(counts.tolist())) > 2
     patch = loaded.config.patch_size
     for file, vector, count in zip(files, together, counts):
@@ -148,10 +148,10 @@ def test_families_are_compared_in_one_table(golden, photos, tmp_path, capsys):
 
 def test_labels_that_say_nothing_score_near_chance(tower, photos):
     """The probe does not see what it is tested on."""
-    real = probing.read_folder(photos)
+    real = probe.read_folder(photos)
     noise = np.random.default_rng(1).normal(size=(240, 16)).astype(np.float32)
     labels, is_test = np.tile(real.labels, 10), np.tile(real.is_test, 10)
-    linear, knn = probing.classify(noise, probing.Photos((), labels, CLASSES, is_test), k=5)
+    linear, knn = probe.classify(noise, probe.Photos((), labels, CLASSES, is_test), k=5)
     assert linear < 0.55 and knn < 0.55
 
 

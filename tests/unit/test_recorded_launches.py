@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from llava_packing_tower.attention import flash_attention_4 as backend
-from llava_packing_tower.attention import sdpa
+from llava_packing_tower.attention import flash_attention_4, sdpa
 from llava_packing_tower.attention.recorded_launches import Launches, watched
 from llava_packing_tower.data.segments import make_segments
 
@@ -98,10 +97,10 @@ class Package:
 def package(monkeypatch):
     def install(**options):
         made = Package(**options)
-        monkeypatch.setattr(backend, "_known", {})
-        monkeypatch.setattr(backend, "interface", made.module, raising=False)
-        monkeypatch.setattr(backend, "_flash_attn_fwd", made.forward, raising=False)
-        monkeypatch.setattr(backend, "_flash_attn_bwd", made.backward, raising=False)
+        monkeypatch.setattr(flash_attention_4, "_known", {})
+        monkeypatch.setattr(flash_attention_4, "interface", made.module, raising=False)
+        monkeypatch.setattr(flash_attention_4, "_flash_attn_fwd", made.forward, raising=False)
+        monkeypatch.setattr(flash_attention_4, "_flash_attn_bwd", made.backward, raising=False)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         return made
@@ -112,7 +111,7 @@ def package(monkeypatch):
 def run(lengths=LENGTHS, width=8, scale=0.3, dtype=torch.float32):
     torch.manual_seed(sum(lengths))
     qkv = torch.randn(sum(lengths), 3, 2, width, dtype=dtype, requires_grad=True)
-    out = backend.attend(*qkv.unbind(1), make_segments(lengths), scale)
+    out = flash_attention_4.attend(*qkv.unbind(1), make_segments(lengths), scale)
     weight = torch.randn(out.shape, dtype=dtype)
     (grad,) = torch.autograd.grad((out * weight).sum(), qkv)
     want = sdpa.attend(*qkv.unbind(1), make_segments(lengths), scale)
@@ -157,7 +156,7 @@ def test_a_package_that_is_wrong_is_an_error(package, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "this GPU")
     monkeypatch.setattr(made, "run_third", lambda dq_wide, dq: (right(made, dq_wide, dq), dq.mul_(1.1)))
     qkv = torch.randn(17, 3, 2, 8, requires_grad=True)
-    out = backend.attend(*qkv.unbind(1), make_segments(LENGTHS), 0.3)
+    out = flash_attention_4.attend(*qkv.unbind(1), make_segments(LENGTHS), 0.3)
     with pytest.raises(
         RuntimeError, match=r"backward is wrong for heads of 8 in torch\.float32 on this GPU: take another"
     ):
@@ -172,7 +171,7 @@ def test_learning_inside_of_a_checkpoint(package, reentrant):
     segments = make_segments(LENGTHS)
 
     def attend(*inputs):
-        return backend.attend(*inputs, segments, 0.3).square()
+        return flash_attention_4.attend(*inputs, segments, 0.3).square()
 
     checkpoint(attend, *heads, use_reentrant=reentrant).sum().backward()
     want = torch.autograd.grad(sdpa.attend(*heads, segments, 0.3).square().sum(), heads)
@@ -187,21 +186,21 @@ def test_unaligned_tensors_many_segments_and_graphs_go_through_the_package(packa
     assert made.calls == ["forward", "backward"]
     made.calls.clear()
     for heads in (torch.randn(17, 3, 2, 9)[..., 1:], torch.randn(1, 3, 2, 8).expand(17, 3, 2, 8)):
-        backend.attend(*heads.unbind(1), make_segments(LENGTHS), 0.3)
+        flash_attention_4.attend(*heads.unbind(1), make_segments(LENGTHS), 0.3)
         assert made.calls == ["forward"]
         made.calls.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(backend, "_known", {})
+    monkeypatch.setattr(flash_attention_4, "_known", {})
     made.calls.clear()
-    backend.attend(*torch.randn(17, 3, 2, 8).unbind(1), make_segments(LENGTHS), 0.3)
-    assert made.calls == ["forward"] and not backend._known
+    flash_attention_4.attend(*torch.randn(17, 3, 2, 8).unbind(1), make_segments(LENGTHS), 0.3)
+    assert made.calls == ["forward"] and not flash_attention_4._known
 
 
 def test_the_device_of_the_tensors_is_the_current_one(monkeypatch):
     inside = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda index: inside.append(index) or contextlib.nullcontext())
-    call = backend._on_its_device(lambda x, more: (x, more))
+    call = flash_attention_4._on_its_device(lambda x, more: (x, more))
     for index in (None, 0, 1):
         first = SimpleNamespace(device=SimpleNamespace(index=index))
         assert call(first, 3) == (first, 3)
@@ -214,7 +213,7 @@ def test_the_random_numbers_of_the_user_are_left_alone(package):
     expected = torch.rand(1)
     torch.manual_seed(5)
     q = torch.ones(17, 2, 8)
-    backend.attend(q, q, q, make_segments(LENGTHS), 0.3)
+    flash_attention_4.attend(q, q, q, make_segments(LENGTHS), 0.3)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -251,11 +250,11 @@ def test_deterministic_runs_go_through_the_package_and_are_not_remembered(packag
     torch.use_deterministic_algorithms(True)
     try:
         run()
-        assert made.calls == ["forward", "backward"] and not backend._known
+        assert made.calls == ["forward", "backward"] and not flash_attention_4._known
     finally:
         torch.use_deterministic_algorithms(False)
     run()
-    assert all(backend._known.values()) and len(backend._known) == 2
+    assert all(flash_attention_4._known.values()) and len(flash_attention_4._known) == 2
 
 
 def test_two_threads_learn_one_after_the_other(package):
@@ -264,7 +263,7 @@ def test_two_threads_learn_one_after_the_other(package):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda width: run(width=width), (8, 16, 24, 32)))
     assert (made.module.forward.compile_cache, made.module.backward.compile_cache) == tables
-    assert len(backend._known) == 8 and all(backend._known.values())
+    assert len(flash_attention_4._known) == 8 and all(flash_attention_4._known.values())
 
 
 def test_launches_of_another_thread_are_not_noted(package):
@@ -287,8 +286,8 @@ def test_a_package_that_cannot_be_imported_is_only_missing(monkeypatch, error):
     for name in [n for n in sys.modules if n.startswith("flash_attn")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    source = Path(backend.__file__)
-    spec = importlib.util.spec_from_file_location("llava_packing_tower.attention.dispatch.copy", source)
+    source = Path(flash_attention_4.__file__)
+    spec = importlib.util.spec_from_file_location("llava_packing_tower.attention.copy", source)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(torch.library, "custom_op", lambda *_, **__: SimpleNamespace(
         register_fake=lambda g: g, register_autograd=lambda *_, **__: None))  # fmt: skip
@@ -298,11 +297,11 @@ def test_a_package_that_cannot_be_imported_is_only_missing(monkeypatch, error):
 
 
 def test_heads_whose_gradients_are_wrong_are_refused_for_training(monkeypatch):
-    monkeypatch.setattr(backend, "missing_package", None)
+    monkeypatch.setattr(flash_attention_4, "missing_package", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     cuda = torch.device("cuda")
-    assert backend.why_not(cuda, torch.bfloat16, 72) is None
-    assert "heads of 64, 96, 128 only" in backend.why_not(cuda, torch.bfloat16, 72, needs_grad=True)
+    assert flash_attention_4.why_not(cuda, torch.bfloat16, 72) is None
+    assert "heads of 64, 96, 128 only" in flash_attention_4.why_not(cuda, torch.bfloat16, 72, needs_grad=True)
     for width in (64, 96, 128):
-        assert backend.why_not(cuda, torch.bfloat16, width, needs_grad=True) is None
-    assert "multiple of 8" in backend.why_not(cuda, torch.bfloat16, 60)
+        assert flash_attention_4.why_not(cuda, torch.bfloat16, width, needs_grad=True) is None
+    assert "multiple of 8" in flash_attention_4.why_not(cuda, torch.bfloat16, 60)

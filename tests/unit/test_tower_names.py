@@ -8,9 +8,9 @@ import logging
 import pytest
 
 from llava_packing_tower.integrations.llava.tower_builder import hooked, tower_class
-from llava_packing_tower.towers import names as tower_names
+from llava_packing_tower.towers import names
 from llava_packing_tower.towers.names import tower_kind
-from llava_packing_tower.train import launcher as launch
+from llava_packing_tower.train import launcher
 from llava_packing_tower.utils.errors import UsageError
 
 CLONE = "llava-packing-tower/checkpoints"  # a clone of this project: "packing" is in the name of a parent
@@ -73,7 +73,7 @@ def test_a_checkpoint_knows_its_tower_when_the_folder_is_gone():
 
 def test_one_line_says_why_a_name_with_packing_is_not_ours(tmp_path, caplog):
     folder = make_folder(tmp_path, f"{CLONE}/clip", "clip_vision_model")
-    with caplog.at_level(logging.INFO, tower_names.logger.name):
+    with caplog.at_level(logging.INFO, names.logger.name):
         assert [tower_class(folder) for _ in range(3)] == [None] * 3
     assert len(caplog.records) == 1 and "clip_vision_model" in caplog.text
 
@@ -89,12 +89,12 @@ def test_llava_never_makes_a_random_clip_of_an_encoder_of_ours(tmp_path):
 
 def test_the_launcher_reads_the_folder(tmp_path, files):
     ours = make_folder(tmp_path, "my_tower", "siglip2_packing")
-    plan = launch.make_plan(files(mm_vision_tower=ours), num_processes=1)
+    plan = launcher.make_plan(files(mm_vision_tower=ours), num_processes=1)
     assert f"{ours} (packing tower)" in plan.describe()
     clip = make_folder(tmp_path, "clip", "clip_vision_model")
-    assert f"{clip} (LLaVA's own)" in launch.make_plan(files(mm_vision_tower=clip), num_processes=1).describe()
+    assert f"{clip} (LLaVA's own)" in launcher.make_plan(files(mm_vision_tower=clip), num_processes=1).describe()
     with pytest.raises(UsageError, match="Write packing:"):
-        launch.make_plan(files(mm_vision_tower=make_folder(tmp_path, "dino", "dinov3_vit")), num_processes=1)
+        launcher.make_plan(files(mm_vision_tower=make_folder(tmp_path, "dino", "dinov3_vit")), num_processes=1)
     (tmp_path / "clip" / "config.json").write_text("{")
     with pytest.raises(UsageError, match="not valid JSON"):
-        launch.make_plan(files(mm_vision_tower=clip), num_processes=1)
+        launcher.make_plan(files(mm_vision_tower=clip), num_processes=1)

@@ -14,7 +14,7 @@ from llava_packing_tower.cli.main import main
 from llava_packing_tower.convert import pipeline
 from llava_packing_tower.convert.pipeline import Options, verify_pair
 from llava_packing_tower.convert.verify import TEST_NAMES, THRESHOLDS, compare
-from llava_packing_tower.models.llava_vit import packed as llava_vit
+from llava_packing_tower.models.llava_vit import packed
 from llava_packing_tower.models.llava_vit.packed import LlavaViTPackingModel
 
 
@@ -105,8 +105,8 @@ def frames_not_interpolated(pair, monkeypatch):
 
 def wrong_pairing(pair, monkeypatch):
     """The usual rotation of halves in place of LlavaViT's of neighbours."""
-    block = llava_vit.BlockConfig
-    monkeypatch.setattr(llava_vit, "BlockConfig", lambda **fields: block(**{**fields, "rotary": "halves"}))
+    block = packed.BlockConfig
+    monkeypatch.setattr(packed, "BlockConfig", lambda **fields: block(**{**fields, "rotary": "halves"}))
 
 
 def saving_rounds(pair, monkeypatch):

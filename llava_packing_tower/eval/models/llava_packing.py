@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ...checkpoint.folder_hash import identity
-from ...integrations.llava import install as hosts
+from ...integrations.llava import install
 from ...integrations.llava.batched_inference import Question, conversation_name, generate, losses, prepare
 from ...integrations.llava.inference import load_checkpoint
 
@@ -55,7 +55,7 @@ class LlavaPacking(lmms):
         weights: str | None = None,
     ) -> None:
         super().__init__()
-        hosts.apply()
+        install.apply()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._check_weights(pretrained, model_base, weights)

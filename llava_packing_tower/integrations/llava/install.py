@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-from . import compat as mends
-from . import native_install as native
-from . import refused
-from . import tower_builder as builder_hook
+from . import compat, native_install, refused, tower_builder
 from .import_hooks import ImportHooks
 from .patcher import Patches
 from .registry import packages, put_next_on_path, take_off_path
@@ -35,9 +32,9 @@ def apply() -> None:
         put_next_on_path()
         _hooks.install()
         for package in packages():
-            mends.install(package, _hooks, _patches)
-            builder_hook.install(package, _hooks, _patches)
-            native.install(package, _hooks, _patches)
+            compat.install(package, _hooks, _patches)
+            tower_builder.install(package, _hooks, _patches)
+            native_install.install(package, _hooks, _patches)
             refused.install(package, _hooks)
             _extend(package)
     except BaseException:
@@ -102,9 +99,9 @@ def _extend(package: str) -> None:
     def on_utilities(original: Callable) -> Callable:
         from .model_class import name_by_architectures
 
-        return builder_hook.mark_wrapper(name_by_architectures(original), original)
+        return tower_builder.mark_wrapper(name_by_architectures(original), original)
 
-    builder_hook.hook_function(package, "mm_utils", "get_model_name_from_path", on_utilities, _hooks, _patches)
+    tower_builder.hook_function(package, "mm_utils", "get_model_name_from_path", on_utilities, _hooks, _patches)
     _hooks.after(f"{package}.model.llava_arch", on_arch)
     _hooks.after(f"{package}.model", on_models)
     _hooks.after(f"{package}.model.builder", on_builder)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ...data.images import open_image
-from ...integrations.llava import install as hosts
+from ...integrations.llava import install
 from ...integrations.llava.inference import ask, load_checkpoint, prepare_image
 from ...train.history import digests_in_memory
 from ...utils.files import write_aside, write_text
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
 
-    hosts.apply()
+    install.apply()
     loaded = load_checkpoint(args.checkpoint)
     tower = loaded.model.get_vision_tower()
     patch = tower.config.patch_size

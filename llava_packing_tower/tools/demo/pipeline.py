@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from ...data.sample_photos import PHOTOS, Photo
-from ...integrations.llava import install as hosts
+from ...integrations.llava import install, registry
 from ...integrations.llava.inference import build_prompt
 from ...train.deepspeed_config import check_deepspeed
 from ...train.history import TOWER_RECORD
@@ -124,8 +124,8 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
 
     plan = make_plan(config, output, words)
     clear(output)
-    hosts.apply()
-    host = hosts.find_host()
+    install.apply()
+    host = registry.find_host()
 
     stage(1, f"{len(PHOTOS)} photographs to {plan.path('image_folder')}")
     photos = write_dataset(plan.path("data_path"), plan.path("image_folder"))

@@ -195,8 +195,8 @@ HOST = """
 import json
 from importlib import import_module
 import builder_patch
-from llava_packing_tower import hosts
-from llava_packing_tower.integrations.llava.install import mends
+from llava_packing_tower.integrations import llava as hosts
+from llava_packing_tower.integrations.llava import compat as mends
 package = hosts.find_host().package
 report = {}
 for name in ("train.train", "model.builder"):
@@ -215,19 +215,19 @@ print("\\n" + json.dumps(report))
 
 def host() -> tuple[dict[str, object], list[Finding]]:
     """Import the host's trainer and loader with the hook in place: which defects are there, which mends are applied."""
-    from ...integrations.llava import compat as mends
+    from ...integrations.llava import compat
 
     code, out, err = _end(_run(HOST), TIMEOUT)
     if code:
         return {}, [_import_failure(_last(err))]
     report = json.loads(_last(out))
-    known = mends.load_all()
+    known = compat.load_all()
     findings = [
         Finding(
             WARNING,
             "mends",
             f"{name} is switched off and its defect is there: {known[name].reason}",
-            f"unset {mends.DISABLE_ENV}",
+            f"unset {compat.DISABLE_ENV}",
         )
         for name in report["left"]
     ]

@@ -17,7 +17,7 @@ from ...utils.versions import (
     install_command,
     installed,
 )
-from . import checks as probes
+from . import checks
 
 # What this package itself imports, by module.
 NEEDED = {"einops": "einops", "safetensors": "safetensors", "PIL": "pillow", "numpy": "numpy", "yaml": "pyyaml"}
@@ -52,23 +52,23 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
 
     findings += _gpus(report)
     say("GPUs: " + (", ".join(report["gpus"]) or "none"))
-    backends, found = probes.attention_backends()
+    backends, found = checks.attention_backends()
     findings += found
-    report["attention"] = probes.as_json(backends)
+    report["attention"] = checks.as_json(backends)
     for backend in backends:
         say(f"attention {backend.name}: " + describe(backend))
-    report["tower"], found = probes.tower()
+    report["tower"], found = checks.tower()
     findings += found
     tower = report["tower"]
     say(f"tower: {tower['dtype']} on {tower['device']}")
     say(f"  inference: {tower['inference']}")
     say(f"  training: {tower['training']}")
-    report["collectives"], found = probes.collectives()
+    report["collectives"], found = checks.collectives()
     findings += found
     joined = report["collectives"]
     say(f"{joined['backend']} over {joined['processes']} processes: {'works' if joined['works'] else 'FAILS'}")
     if report["host"]:
-        result, found = probes.host()
+        result, found = checks.host()
         findings += found + _deepspeed(result, report["gpus"])
         report |= {"mends": result.get("mends", []), "deepspeed": result.get("deepspeed")}
         if result:
@@ -80,7 +80,7 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
     return _finished(report, findings)
 
 
-def describe(backend: probes.Backend) -> str:
+def describe(backend: checks.Backend) -> str:
     if not backend.runs:
         return f"not here: {backend.reason}"
     return f"runs{'' if backend.backward else ', forward only'} (differs from eager by {backend.error:.0e})"
