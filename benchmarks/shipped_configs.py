@@ -307,7 +307,7 @@ def _versions(python: str) -> tuple[dict[str, str], str]:
     """Versions of the libraries that an interpreter has, and the LLaVA that it finds."""
     script = (
         "import json, sys\nfrom llava_packing_tower.utils.versions import installed\n"
-        "from llava_packing_tower.integrations.llava.install import find_host\n"
+        "from llava_packing_tower.integrations.llava.registry import find_host\n"
         f"found = find_host()\nversions = {{n: installed(n) for n in {DISTRIBUTIONS!r}}}\n"
         "print(json.dumps([{'python': sys.version.split()[0], **versions}, f'{found.host.title} {found.version}']))"
     )

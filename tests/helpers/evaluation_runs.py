@@ -35,7 +35,7 @@ def make_demo(folder: Path) -> Demo:
     config = folder / "demo.yaml"
     config.write_text(yaml.safe_dump({key: value for key, value in values.items() if key != "deepspeed"}))
     plan = pipeline.make_plan(config, folder, [])
-    pipeline.hosts.apply()
+    pipeline.install.apply()
     write_dataset(plan.path("data_path"), plan.path("image_folder"))
     pipeline.make_models(plan)
     command = [sys.executable, "-m", "llava_packing_tower", "train", str(config), "--num_processes", "1"]

@@ -34,7 +34,7 @@ import builder_patch
 import llava.train.train as train
 from transformers import HfArgumentParser
 from llava_packing_tower.train import launcher
-from llava_packing_tower.integrations.llava.install import find_host
+from llava_packing_tower.integrations.llava.registry import find_host
 found, parsed = find_host(), {}
 for name in sys.argv[1:]:
     values = launch.resolve(launch.read_yaml(name), launch.known_arguments(found), found)

@@ -190,7 +190,8 @@ if {late}:
             "forward": sys.modules["llava.model"].LlavaLlamaForCausalLM.__dict__["forward"],
         }}
     before = state()
-# Only now: libraries that the host imports put finders of their own there.
+# Only now: libraries that the host imports put finders of their own there, and this package one for its old names.
+import llava_packing_tower
 path, meta_path = list(sys.path), list(sys.meta_path)
 import builder_patch
 builder_patch.apply()
