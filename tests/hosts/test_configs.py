@@ -37,13 +37,13 @@ from llava_packing_tower.train import launcher
 from llava_packing_tower.integrations.llava.registry import find_host
 found, parsed = find_host(), {}
 for name in sys.argv[1:]:
-    values = launch.resolve(launch.read_yaml(name), launch.known_arguments(found), found)
+    values = launcher.resolve(launcher.read_yaml(name), launcher.known_arguments(found), found)
     # The path of the ZeRO configuration is the launcher's; tf32 is refused without a GPU.
     for key in ("deepspeed", "tf32"):
         values.pop(key, None)
     groups = HfArgumentParser(
         (train.ModelArguments, train.DataArguments, train.TrainingArguments)
-    ).parse_args_into_dataclasses(launch.to_argv(values))
+    ).parse_args_into_dataclasses(launcher.to_argv(values))
     together = {}
     for group in groups:
         together.update({k: v for k, v in vars(group).items() if k in values})

@@ -61,8 +61,7 @@ def test_odd_inputs_do_not_stop_a_run(tmp_path, next_dir):
     readable = count - 1 - (1 if next_dir else 0)  # one is text alone
     assert count <= 3 * steps and f"step {steps}/{steps}" in printed
     assert f"native resolution: {count} samples, {readable} images and videos" in printed
-    for words in ("corrupt.mp4 cannot be read as a video", "Failed to fetch sample"):
-        assert (words in printed) == bool(next_dir), words
+    assert ("corrupt.mp4 cannot be read as a video" in printed) == bool(next_dir)
     assert "nan" not in printed.lower()
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ....data.sample_photos import PHOTOS, source_of
+from llava_packing_tower.data.sample_photos import PHOTOS, source_of
 
 DATA_FILES = {"test": str(Path(__file__).with_name("photos.jsonl"))}
 BY_NAME = {photo.name: photo for photo in PHOTOS}
