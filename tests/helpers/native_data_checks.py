@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from native_host import IMAGE, WORDS, Host, close, make_prompts, pixels
 from PIL import Image
 
 from llava_packing_tower.data.images import UnreadableImage
+from llava_packing_tower.integrations.llava import native_dataset
 
 SIZES = {"wide.png": (200, 30), "tall.png": (20, 90), "grey.png": (60, 60), "mosaic.png": (42, 28)}  # width x height
 
@@ -67,6 +69,7 @@ def module(samples, folder: Path, limit: int = 512, ratio: str = "native", toget
         image_folder=str(folder),
         video_folder=str(folder),
         image_aspect_ratio=ratio,
+        image_grid_pinpoints=[[56, 112], [112, 56]],
         image_processor=processor,
         is_multimodal=True,
         mm_use_im_start_end=False,
@@ -116,7 +119,32 @@ def other_ratios_are_left_alone(host: Host):
         dataset, collate = module(samples, Path(folder), ratio="pad")
         batch = collate([dataset[0], dataset[1]])
     assert [tuple(i.shape) for i in batch["images"]] == [(3, 56, 56)] * 2
-    assert type(collate).__module__ == "llava.train.train"
+    assert type(collate.collate).__module__ == "llava.train.train"
+    assert all(size is None or isinstance(size, tuple) for size in batch.get("image_sizes", []))
+
+
+def images_that_are_cut_move_into_no_other_sample(host: Host):
+    """At other ratios too: LLaVA would give the second sample the first one's image, without a word."""
+    if not host.is_next:
+        return  # LLaVA 1.x reads one image a sample
+    two = {"id": "two", "image": ["wide.png", "tall.png"], "conversations": turns("<image> and <image>\nWhat?")}
+    one = {"id": "one", "image": "grey.png", "conversations": turns("<image>\nWhat?")}
+    for ratio in ("pad", "anyres"):
+        with tempfile.TemporaryDirectory() as folder:
+            dataset, collate = module([two, one], Path(folder), ratio=ratio)
+            samples = [dataset[0], dataset[1]]
+            assert len(collate(samples)["images"]) == 3
+            _, short = module([two, one], Path(folder), int((samples[0]["input_ids"] == IMAGE).nonzero()[1]), ratio)
+            with mock.patch.object(native_dataset.logger, "warning") as warning:
+                batch = short(samples)
+        assert (batch["input_ids"] == IMAGE).sum(1).tolist() == [1, 1]
+        wanted = [sample["image"][0][0] for sample in samples]
+        assert len(batch["images"]) == 2, f"{len(batch['images'])} images for 2 <image>"
+        assert all(map(torch.equal, batch["images"], wanted))
+        assert warning.call_args.args[1] == "two"
+        wrong = [{**samples[0], "image": samples[0]["image"][:1]}]
+        with pytest.raises(ValueError, match="sample two has 1 images, but 2 <image>"):
+            collate(wrong)
 
 
 def several_images_of_a_sample_keep_their_shapes(host: Host):

@@ -54,9 +54,9 @@ def into_training(train: ModuleType, patches: Patches) -> None:
     @functools.wraps(make)
     def make_supervised_data_module(tokenizer, data_args):
         module = make(tokenizer=tokenizer, data_args=data_args)
+        limit, token = tokenizer.model_max_length, train.IMAGE_TOKEN_INDEX
+        module["data_collator"] = FittingCollator(module["data_collator"], limit, token)
         if asks_for_native(data_args):
-            limit, token = tokenizer.model_max_length, train.IMAGE_TOKEN_INDEX
-            module["data_collator"] = NativeCollator(module["data_collator"], limit, token)
             report_tokens(train, module["train_dataset"].list_data_dict, tokenizer, data_args)
         return module
 
@@ -236,11 +236,11 @@ def report_tokens(train: ModuleType, samples: Sequence[Mapping], tokenizer: obje
         logger.warning("native resolution: %s", warning)
 
 
-class NativeCollator:
+class FittingCollator:
     """The host's collator, given no more images than the text of a sample has places for.
 
-    The host cuts the text at ``limit`` tokens; images whose ``<image>`` goes with it would move into the next sample.
-    What samples carry beside their images reaches the model in ``image_sizes``.
+    The host cuts the text at ``limit`` tokens; images whose ``<image>`` goes with it would move into the next sample,
+    at any ``image_aspect_ratio``. What samples carry beside their images reaches the model in ``image_sizes``.
     """
 
     def __init__(self, collate: Callable, limit: int, image_token: int) -> None:
