@@ -10,7 +10,7 @@ prompts, photographs (each cropped to a shape of its own) and settings: greedy, 
 request asks for a word, the others for a sentence. Each model and batch size is a process of its own, is loaded and
 warmed up before the clock starts, and answers up to three rounds of photographs, each cropped anew: shapes that a
 process has seen take it less time, and in an evaluation there are few of them. (The median round counts.) Both need our
-hook to load the tower; lmms-eval's model runs without its mend cudnn_plans, which also makes that model faster.
+hook to load the tower; lmms-eval's model runs without its patch cudnn_plans, which also makes that model faster.
 Photographs are in memory; making pixels of them is timed. ("Right" says something about checkpoints that have learned
 these photographs.)
 
@@ -120,7 +120,7 @@ def measure(model_name: str, checkpoint: Path, count: int, size: int) -> dict:
         "dtype": str(model.model.dtype),
         "right": right,
         "stand_ins": missing,
-        "mends": compat.applied(),
+        "patches": compat.applied(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "answers": answers,

@@ -114,7 +114,7 @@ def run_cell(python: str, clone: str, stage: int | None, workspace: Path, output
     losses = [float(loss) for loss in re.findall(r"^step +\d+/\d+  loss (\S+)", log, re.M)]
     if len(losses) != STEPS or not all(math.isfinite(loss) and loss > 0 for loss in losses):
         raise CellFailed(f"losses of {STEPS} steps: {losses}")
-    mends = re.search(r"^mends: (.*)$", log, re.M)[1].split(", ")
+    patches = re.search(r"^compat patches: (.*)$", log, re.M)[1].split(", ")
 
     trained = json.loads((checkpoint / "packing_tower.json").read_text())["tensors"]
     shutil.rmtree(tower)
@@ -138,7 +138,7 @@ def run_cell(python: str, clone: str, stage: int | None, workspace: Path, output
         "losses": losses,
         "tower tensors": len(trained),
         "tensors": loaded["files"],
-        "mends": sorted({*mends, *loaded["mends"]}),
+        "patches": sorted({*patches, *loaded["patches"]}),
     }
 
 

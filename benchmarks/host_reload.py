@@ -72,7 +72,7 @@ def main() -> None:
             logits[model.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens does
             tokens.append(int(logits.argmax()))
             again = torch.cat([again, torch.tensor([tokens[-1:]])], dim=1)
-    result |= {"answer": answer[0].tolist(), "without cache": tokens, "mends": compat.applied()}
+    result |= {"answer": answer[0].tolist(), "without cache": tokens, "patches": compat.applied()}
     print(json.dumps(result))
 
 

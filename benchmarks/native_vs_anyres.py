@@ -215,10 +215,10 @@ def visual_tokens(model: object, mode: Mode, batches: list[Batch], size: dict) -
 
 def fewest_patches(sizes: list[tuple[int, int]], most: int, tokens: float) -> int:
     """The smallest ``mm_packing_min_patches`` at which these photos have this many tokens (newlines included)."""
-    from llava_packing_tower.data.smart_resize import ResolutionRule
+    from llava_packing_tower.data.smart_resize import SmartResize
 
     def mean(least: int) -> float:
-        rule = ResolutionRule(PATCH, (1, 1), least, most)
+        rule = SmartResize(PATCH, (1, 1), least, most)
         grids = [rule.grid(*size) for size in sizes]
         return statistics.mean(rows * (columns + 1) for rows, columns in grids)
 

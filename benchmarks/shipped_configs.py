@@ -212,12 +212,12 @@ def run_cell(python: str, name: str, workspace: Path, output: Path, args: argpar
     saved = [f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.name != "training_args.bin"]
     if not saved:
         raise CellFailed(f"no weights were saved in {folder.name}")
-    mends = re.findall(r"^(?:mends|compatibility patches): (.*)$", whole.log, re.M)
+    patches = re.findall(r"^(?:patches|compat patches): (.*)$", whole.log, re.M)
     steps = sorted(whole.times.values())
     gaps = sorted(b - a for a, b in itertools.pairwise(steps[1:]))
     batch = shipped["per_device_train_batch_size"] * shipped["gradient_accumulation_steps"]
     cell |= {"losses": list(whole.losses.values()), "saved": sorted(saved), "first step s": round(steps[0], 1)}
-    cell |= {"patches": mends[0].split(", ") if mends else []}
+    cell |= {"patches": patches[0].split(", ") if patches else []}
     if gaps:
         cell["median step s"] = round(gaps[len(gaps) // 2], 3)
         cell["samples/s"] = round(batch * (args.num_gpus or args.num_processes) / gaps[len(gaps) // 2], 2)

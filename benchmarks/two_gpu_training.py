@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, size: dict, device: str) -> None:
             "decoder attention": model.config._attn_implementation,
             "tower attention": resolve_backend("auto", device, torch.bfloat16, encoder.head_dim, needs_grad=True),
             "tower blocks": str(plan),
-            "mends": compat.applied(),
+            "patches": compat.applied(),
             "losses": losses,
             "samples/s": MICRO * SLOTS * (size["steps"] - first) / seconds,
             "visual tokens of rank 0": tokens,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 
 VARLEN = True
 EQUAL_LENGTHS_ONLY = True
@@ -19,7 +19,7 @@ if not hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention") or not has
     missing_package = f"attention backend 'cudnn' needs torch 2.5 or newer, this is {torch.__version__}"
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if torch.cuda.get_device_capability()[0] != 9:
@@ -31,7 +31,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
     return missing_package
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
     length = segments.max_seqlen
     if torch.compiler.is_compiling():
         return _attention(q, k, v, length, scale)[0] if torch.is_grad_enabled() else _inference(q, k, v, length, scale)

@@ -10,7 +10,7 @@ A backend is a module of this package with
     True if its first results are to be compared with plain attention (kernels that others build; optional);
 ``missing_package``
     None, or what to install (optional);
-``why_not(device, dtype, head_dim, needs_grad) -> str | None``
+``unsupported_reason(device, dtype, head_dim, needs_grad) -> str | None``
     None if it can run such tensors here, else the reason in words (cheap, no device work);
 ``attend(q, k, v, segments, scale) -> Tensor``
     the attention itself;
@@ -31,9 +31,9 @@ from types import ModuleType
 
 import torch
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 from ..utils.tracing import traced
-from .self_check import why_wrong
+from .self_check import self_check_error
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _choose(
         module = backend_module(name)
         if asked != "auto" and (missing := getattr(module, "missing_package", None)):
             raise ImportError(missing)
-        reason = module.why_not(device, dtype, head_dim, needs_grad)
+        reason = module.unsupported_reason(device, dtype, head_dim, needs_grad)
         if reason is None and getattr(module, "CHECKED", False):
             reason = _looked_at(name, device, dtype, head_dim, needs_grad)
         if reason is None:
@@ -138,12 +138,12 @@ _verdicts: dict[tuple, str | None] = {}
 
 
 def _looked_at(name: str, *kind: object) -> str | None:
-    """What :func:`why_wrong` says of a backend for this kind of tensors: it is asked once."""
+    """What :func:`self_check_error` says of a backend for this kind of tensors: it is asked once."""
     key = (name, *kind)
     if key not in _verdicts:
         if not _can_look(kind[0]):
             return None
-        _verdicts[key] = why_wrong(backend_module(name), *kind)
+        _verdicts[key] = self_check_error(backend_module(name), *kind)
         if _verdicts[key] is not None:
             logger.warning("attention backend %s, %s, head width %d: %s", name, *kind[1:3], _verdicts[key])
     return _verdicts[key]
@@ -197,7 +197,7 @@ def varlen_attention(
         raise ValueError(f"q, k, v must all be [N, heads, head_dim], got {[tuple(x.shape) for x in (q, k, v)]}")
     if lengths is None and not torch.compiler.is_compiling():
         lengths = tuple(cu_seqlens.diff().tolist())
-    segments = PackedSegments(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, lengths=lengths or ())
+    segments = VarlenMetadata(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, lengths=lengths or ())
     return attend(q, k, v, segments, scale=scale, backend=backend)
 
 
@@ -205,7 +205,7 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    segments: PackedSegments,
+    segments: VarlenMetadata,
     *,
     scale: float | None = None,
     backend: str = "auto",

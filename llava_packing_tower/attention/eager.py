@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 
 VARLEN = False
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     return None if dtype.is_floating_point else "needs floating-point tensors"
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
     sizes = list(segments.lengths)
     outputs = []
     for query, key, value in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):

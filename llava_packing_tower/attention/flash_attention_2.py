@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 from .flash_varlen import plain_function
 
 VARLEN = CHECKED = True
@@ -25,7 +25,7 @@ except (ImportError, OSError) as error:  # a broken build must not take the othe
     )
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -37,7 +37,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
     return missing_package
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
     if Attention is None or torch.compiler.is_compiling():
         return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 from . import flash_attention_2
 from .flash_varlen import plain_function
 
@@ -30,7 +30,7 @@ except (ImportError, OSError):
         )
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if torch.cuda.get_device_capability()[0] != 9:
@@ -46,7 +46,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
     return None
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
     if _forward_only and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         if torch.compiler.is_compiling():  # which cannot see into that function
             return flash_attention_2.attend(q, k, v, segments, scale)

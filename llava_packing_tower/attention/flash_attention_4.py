@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 from . import eager
 from .recorded_launches import Launches, watched
 from .self_check import apart, close, random_segments, results
@@ -44,7 +44,7 @@ except Exception as error:  # whatever a wrong mix of versions raises: it must n
     missing_package = f"attention backend 'flash_attention_4' needs the flash-attn-4 package ({reason}): {INSTALL}"
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if torch.cuda.get_device_capability()[0] < 9:
@@ -58,7 +58,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
     return missing_package
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return _operator(q, k, v, segments.cu_seqlens, segments.max_seqlen, scale)[0]
     return Attention.apply(q, k, v, segments, scale)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 
 VARLEN = False
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     return None if dtype.is_floating_point else "needs floating-point tensors"
 
 
@@ -20,7 +20,7 @@ def _batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) ->
     return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
     lengths = segments.lengths
     members: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from ..data.segments import PackedSegments, make_segments
+from ..data.segments import VarlenMetadata, make_segments
 from . import eager
 
 PARTS = ("results", "gradients of q", "gradients of k", "gradients of v")
@@ -47,7 +47,7 @@ def apart(device: torch.device, grad: bool) -> Iterator[None]:
 
 def random_segments(
     lengths: tuple[int, ...], heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
-) -> tuple[list[torch.Tensor], torch.Tensor, PackedSegments]:
+) -> tuple[list[torch.Tensor], torch.Tensor, VarlenMetadata]:
     """q, k, v and a gradient of the output, each ``[N, heads, head_dim]``, and their metadata.
 
     Always the same ones; the user's random numbers are not drawn.
@@ -61,7 +61,7 @@ def random_segments(
 def results(
     attend: Callable,
     heads: Sequence[torch.Tensor],
-    segments: PackedSegments,
+    segments: VarlenMetadata,
     scale: float,
     grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
@@ -73,7 +73,7 @@ def results(
     return out.detach(), *torch.autograd.grad(out, heads, grad)
 
 
-def why_wrong(
+def self_check_error(
     module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
 ) -> str | None:
     """None if a backend gives on random segments what plain attention gives, else what it does not give.

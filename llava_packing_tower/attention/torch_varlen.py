@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 
 VARLEN = True
 
@@ -20,7 +20,7 @@ except ImportError:
     missing_package = f"attention backend 'torch_varlen' needs torch 2.10 or newer, this is {torch.__version__}"
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -32,7 +32,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
     return missing_package
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: PackedSegments, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
     if not torch.compiler.is_compiling():
         # The operator inside of varlen_attn, which differentiates it itself: half the host's time.

@@ -1,7 +1,7 @@
-"""Examine this machine: the host, versions, defects and their mends, attention backends, the tower, collectives.
+"""Examine this machine: the host, versions, defects and compat patches, attention backends, the tower, collectives.
 
 Every backend is really run and compared with the eager one; the host is imported in a process of its own. Exit status 0
-if nothing is in the way, 1 if something cannot work; each finding names the command that mends it.
+if all checks pass, 1 if something cannot work; each finding names the command that fixes it.
 
   llava-packing doctor
   llava-packing doctor --json > machine.json
@@ -27,6 +27,6 @@ def run(args: argparse.Namespace) -> int:
     for finding in report["findings"]:
         print(f"\n{finding['level'].upper()} {finding['topic']}: {finding['text']}")
         if finding["command"]:
-            print(f"  mended by: {finding['command']}")
-    print("\nnothing is in the way" if report["ok"] else "\nsomething cannot work")
+            print(f"  Fix: {finding['command']}")
+    print("\nAll checks passed" if report["ok"] else "\nSome checks failed")
     return int(not report["ok"])

@@ -22,7 +22,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("train", "train LLaVA through a packed vision tower, from a YAML file"),
     "convert": Command("convert", "convert a checkpoint to packing (or back) and prove the result"),
     "verify": Command("verify", "compare two LlavaViT checkpoints on real photographs"),
-    "doctor": Command("doctor", "which host, versions, defects and attention backends are here, and what mends them"),
+    "doctor": Command("doctor", "which host, versions, defects and attention backends are here, and how to fix them"),
     "demo": Command("demo", "fine-tune a tiny LLaVA on real photographs, reload it and ask about each photo"),
     "eval": Command("eval", "evaluate a checkpoint on lmms-eval's tasks"),
     "eval-report": Command("eval_report", "results of several evaluations in one table and one chart"),

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from .image_processor import PackingImageProcessor
 from .images import UnreadableImage
 from .native_config import NativeSettings
-from .smart_resize import ResolutionRule
+from .smart_resize import SmartResize
 
 _lists_are_videos: ContextVar[bool] = ContextVar("lists_are_videos", default=False)
 
@@ -25,7 +25,7 @@ class NativeImageProcessor(PackingImageProcessor):
     ``crop_size`` is one unit: LLaVA makes a blank image of this size for every sample without one.
     """
 
-    def __init__(self, base: PackingImageProcessor, rule: ResolutionRule, settings: NativeSettings) -> None:
+    def __init__(self, base: PackingImageProcessor, rule: SmartResize, settings: NativeSettings) -> None:
         self.__dict__.update(base.__dict__)
         self.base, self.rule, self.settings = base, rule, settings
         self.do_center_crop = False

@@ -14,7 +14,7 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class PackedSegments:
+class VarlenMetadata:
     """Where each segment of a packed sequence lies.
 
     cu_seqlens: int32 ``[segments + 1]`` running sums on the device of the tokens; max_seqlen: the longest segment;
@@ -25,7 +25,7 @@ class PackedSegments:
     max_seqlen: int
     lengths: tuple[int, ...]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSegments:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> VarlenMetadata:
         """The same on another device: where blocks lie on several, accelerate's hooks move what a block is given."""
         if self.cu_seqlens.device == torch.device(device):
             return self
@@ -44,7 +44,7 @@ def _copy_across(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def make_segments(lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedSegments:
+def make_segments(lengths: Sequence[int], device: torch.device | str = "cpu") -> VarlenMetadata:
     """Metadata of segments with these lengths. Raises ``ValueError`` for no segment or one without tokens."""
     if not lengths or min(lengths) < 1:
         raise ValueError(f"every segment needs at least one token, got lengths {list(lengths)}")
@@ -52,9 +52,9 @@ def make_segments(lengths: Sequence[int], device: torch.device | str = "cpu") ->
 
 
 @kept(64)
-def _segments(lengths: tuple[int, ...], device: torch.device) -> PackedSegments:
+def _segments(lengths: tuple[int, ...], device: torch.device) -> VarlenMetadata:
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
-    return PackedSegments(to_device(cu_seqlens, device), max(lengths), lengths)
+    return VarlenMetadata(to_device(cu_seqlens, device), max(lengths), lengths)
 
 
 def read_grid(grid_thw: torch.Tensor, num_tokens: int | None = None) -> list[Grid]:

@@ -20,7 +20,7 @@ def merged(grid: tuple[int, int], merge: tuple[int, int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class ResolutionRule:
+class SmartResize:
     """The size at which an image reaches the tower.
 
     Both sides go to the nearest multiples of the unit (patch size times merge), at least one unit. An image whose

@@ -33,7 +33,7 @@ MODULES = {
 
 
 def check_installation() -> None:
-    """Raises ``ValueError``, with the commands that mend it, where lmms-eval and the host cannot run together here."""
+    """Raises ``ValueError``, with the commands that fix it, where lmms-eval and the host cannot run together here."""
     if find_spec("lmms_eval") is None:
         raise ValueError(
             f"lmms-eval is not installed:\n  {INSTALL}\n  pip install {' '.join(MODULES.values())}\n"

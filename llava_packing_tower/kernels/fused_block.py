@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 from . import reference
 
 try:
@@ -32,13 +32,13 @@ def operations(x: Tensor) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What is constant in a block. rotation: a key of ``ROTATIONS`` or None; activation: of ``ACTIVATIONS``."""
+class BlockSpec:
+    """What is constant in a block. rotary: a key of ``ROTATE`` or None; activation: of ``ACTIVATIONS``."""
 
     heads: int
     eps: float
     rms: bool
-    rotation: str | None
+    rotary: str | None
     activation: str
 
 
@@ -59,7 +59,7 @@ class _Part:
 
     saved_tensors: tuple = ()
     needs_input_grad: tuple = (True, True, True)
-    kind: Kind
+    kind: BlockSpec
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -69,9 +69,9 @@ def _half_backward(function: type, ctx, *grads: Tensor) -> tuple[Tensor | None, 
     """The backward of one of the two functions as a node of its own."""
     part = _Part()
     part.kind, part.saved_tensors, part.needs_input_grad = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
-    columns = function.columns(part, *grads)
+    columns = function.grad_columns(part, *grads)
     partials = operations(grads[0]).partials(sum(columns), grads[0])
-    products = function.products(part, partials, 0, *grads)
+    products = function.matmul_grads(part, partials, 0, *grads)
     return None, *function.gradients(part, products, _added(partials, columns, grads[0]))
 
 
@@ -87,7 +87,7 @@ class BeforeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        kind: Kind,
+        kind: BlockSpec,
         x: Tensor,
         pending: Tensor | None,
         norm_weight: Tensor,
@@ -100,8 +100,8 @@ class BeforeAttention(torch.autograd.Function):
         run = operations(x)
         total, normed, stats = run.add_norm(x, pending, norm_weight, norm_bias, kind.eps, kind.rms)
         qkv = F.linear(normed, qkv_weight, qkv_bias).view(x.shape[0], 3, kind.heads, -1)
-        if kind.rotation is not None:
-            run.rotate_(qkv, cos, sin, kind.rotation)
+        if kind.rotary is not None:
+            run.rotate_(qkv, cos, sin, kind.rotary)
         ctx.kind = kind
         ctx.save_for_backward(total, stats, norm_weight, norm_bias, qkv_weight, cos, sin)
         return total, *qkv.unbind(1)
@@ -112,19 +112,19 @@ class BeforeAttention(torch.autograd.Function):
         return _half_backward(BeforeAttention, ctx, grad_total, *grads)
 
     @staticmethod
-    def columns(ctx, *_: Tensor) -> list[int]:
+    def grad_columns(ctx, *_: Tensor) -> list[int]:
         """How wide the gradients are that are sums over tokens: of the qkv bias, and of the norm's weight and bias; and
         the column sums of the total's gradient."""
         wide, width = ctx.saved_tensors[4].shape
         return [wide, width, width, width]
 
     @staticmethod
-    def products(ctx, partials: Tensor, offset: int, grad_total: Tensor, *grads: Tensor):
+    def matmul_grads(ctx, partials: Tensor, offset: int, grad_total: Tensor, *grads: Tensor):
         """The other gradients: of total and qkv weight. The sums go into ``partials`` from ``offset`` on."""
         total, stats, norm_weight, norm_bias, qkv_weight, cos, sin = ctx.saved_tensors
         kind, run = ctx.kind, operations(total)
-        rotary = None if kind.rotation is None else (cos, sin)
-        grad_qkv = run.qkv_backward(grads, rotary, kind.rotation, partials, offset)
+        rotary = None if kind.rotary is None else (cos, sin)
+        grad_qkv = run.qkv_backward(grads, rotary, kind.rotary, partials, offset)
         grad, normed = run.norm_backward(
             *(total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms),
             *(partials, offset + qkv_weight.shape[0]),
@@ -155,7 +155,7 @@ class AfterAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        kind: Kind,
+        kind: BlockSpec,
         residual: Tensor,
         attended: Tensor,
         proj_weight: Tensor,
@@ -193,7 +193,7 @@ class AfterAttention(torch.autograd.Function):
         return _half_backward(AfterAttention, ctx, grad_total, grad_out)
 
     @staticmethod
-    def columns(ctx, grad_total: Tensor, grad_out: Tensor) -> list[int]:
+    def grad_columns(ctx, grad_total: Tensor, grad_out: Tensor) -> list[int]:
         """As in :class:`BeforeAttention`: of the biases inside of the MLP, of the norm, of the projection's bias; and
         the column sums of ``grad_out``, if they did not come with it."""
         width, wide = ctx.saved_tensors[-1].shape
@@ -201,14 +201,14 @@ class AfterAttention(torch.autograd.Function):
         return [wide * (1 + gated), width, width, width, width * (_remembered(grad_out) is None)]
 
     @staticmethod
-    def products(ctx, partials: Tensor, offset: int, grad_total: Tensor, grad_out: Tensor):
+    def matmul_grads(ctx, partials: Tensor, offset: int, grad_total: Tensor, grad_out: Tensor):
         """As in :class:`BeforeAttention`: of the residual, what was attended, and the weights."""
         (
             attended, total, stats, inner, inner_bias, factor, factor_bias,
             proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
         ) = ctx.saved_tensors  # fmt: skip
         kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
-        *sizes, last = AfterAttention.columns(ctx, grad_total, grad_out)
+        *sizes, last = AfterAttention.grad_columns(ctx, grad_total, grad_out)
         if last:
             run.column_sums(grad_out, partials, offset + sum(sizes))
         # The MLP.
@@ -261,7 +261,7 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, kind: Kind, attention: type, segments: PackedSegments, scale: float, *tensors: Tensor | None
+        ctx, kind: BlockSpec, attention: type, segments: VarlenMetadata, scale: float, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         before, inner, after = parts = _Part(), _Part(), _Part()
         total, *heads = BeforeAttention.forward(before, kind, *tensors[:INPUTS_BEFORE])
@@ -283,11 +283,11 @@ class Block(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         before.needs_input_grad = (False, *needs[:INPUTS_BEFORE])
         after.needs_input_grad = (False, True, True, *needs[INPUTS_BEFORE:])
-        columns, more = AfterAttention.columns(after, grad_total, grad_out), BeforeAttention.columns(before)
+        columns, more = AfterAttention.grad_columns(after, grad_total, grad_out), BeforeAttention.grad_columns(before)
         partials = operations(grad_out).partials(sum(columns) + sum(more), grad_out)
-        after_products = AfterAttention.products(after, partials, 0, grad_total, grad_out)
+        after_products = AfterAttention.matmul_grads(after, partials, 0, grad_total, grad_out)
         heads = ctx.attention.backward(inner, after_products[1])[:3]
-        products = BeforeAttention.products(before, partials, sum(columns), after_products[0], *heads)
+        products = BeforeAttention.matmul_grads(before, partials, sum(columns), after_products[0], *heads)
         sums = _added(partials, columns + more, grad_out)
         grads_after = AfterAttention.gradients(after, after_products, sums[: len(columns)])[2:]
         grads_before = BeforeAttention.gradients(before, products, sums[len(columns) :])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .rotary import ROTATIONS, turned_back, wide
+from .rotary import ROTATE, rotary_backward, wide
 
 
 def add_norm(
@@ -151,9 +151,9 @@ def act_backward(
 
 
 def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kind: str) -> None:
-    """Rotate q and k of ``qkv [N, 3, heads, head_dim]`` where they are; ``kind``: a key of ``ROTATIONS``."""
+    """Rotate q and k of ``qkv [N, 3, heads, head_dim]`` where they are; ``kind``: a key of ``ROTATE``."""
     both = wide(qkv[:, :2])
-    qkv[:, :2] = (both * cos[:, None] + ROTATIONS[kind](both) * sin[:, None]).to(qkv.dtype)
+    qkv[:, :2] = (both * cos[:, None] + ROTATE[kind](both) * sin[:, None]).to(qkv.dtype)
 
 
 def qkv_backward(
@@ -167,7 +167,7 @@ def qkv_backward(
     sums."""
     parts = list(grads)
     if rotary is not None:
-        parts[:2] = (turned_back(part, *rotary, ROTATIONS[kind]).to(parts[2].dtype) for part in parts[:2])
+        parts[:2] = (rotary_backward(part, *rotary, ROTATE[kind]).to(parts[2].dtype) for part in parts[:2])
     out = torch.stack(parts, dim=1).flatten(1)
     partials[:, offset : offset + out.shape[1]] = wide(out).sum(0)
     return out

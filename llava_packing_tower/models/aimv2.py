@@ -20,7 +20,7 @@ from ..checkpoint.weights import WeightPlan
 from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import frequency_ladder, positions_of_grids
-from ..data.segments import Grid, PackedSegments
+from ..data.segments import Grid, VarlenMetadata
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, RMSNorm, Rotary
@@ -155,7 +155,7 @@ class AIMv2Packing(PackedVisionModel):
 
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
         tokens = self.norm_pre(tokens)  # before the positions, which are not normed
         if self.position_embedding is None:
             tokens = tokens + sincos_positions(grids, self.config.hidden_size, tokens.device).to(tokens.dtype)

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from ..checkpoint.pretrained import StrictPreTrainedModel
 from ..data.image_processor import PackingImageProcessor, processor_content
 from ..data.patches import PatchLayout
-from ..data.segments import Grid, PackedSegments, make_segments, read_grid
+from ..data.segments import Grid, VarlenMetadata, make_segments, read_grid
 from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
 from .unused_parameters import join_idle
@@ -66,7 +66,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
         """Positions, prefix tokens and metadata for embedded patches ``[N, hidden]``.
 
         Returns the packed tokens, their segments, the rotary table or None, and the index of the patch tokens in the
@@ -195,7 +195,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         last = self.final_norm(states[self.num_layers])
         return (last, tuple(states[index] for index in wanted)) if output_hidden_states else last
 
-    def segments_of(self, grids: Sequence[Grid], device: torch.device, prefix: int = 0) -> PackedSegments:
+    def segments_of(self, grids: Sequence[Grid], device: torch.device, prefix: int = 0) -> VarlenMetadata:
         """One attention segment per sample, ``prefix`` tokens longer than its patches."""
         return make_segments([t * h * w + prefix for t, h, w in grids], device)
 

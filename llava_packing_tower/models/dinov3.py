@@ -20,7 +20,7 @@ from ..checkpoint.weights import Recipe, WeightPlan
 from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import frequency_ladder, per_token, positions_and_sizes, prefix_indices
-from ..data.segments import Grid, PackedSegments
+from ..data.segments import Grid, VarlenMetadata
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, Rotary
@@ -185,7 +185,7 @@ class DINOv3ViTPacking(PackedVisionModel):
             proj_bias=config.proj_bias,
             mlp_bias=config.mlp_bias,
             layer_scale=config.layerscale_value,
-            rotary="halves",
+            rotary="half",
         )
         if block.head_dim % 4:
             raise ValueError(
@@ -211,7 +211,7 @@ class DINOv3ViTPacking(PackedVisionModel):
 
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
         prefix, device = 1 + self.config.num_register_tokens, tokens.device
         insert, patches = prefix_indices(tuple(h * w for _, h, w in grids), prefix, device)
         centres = torch.zeros(

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.segments import PackedSegments
+from ..data.segments import VarlenMetadata
 from ..utils.tracing import traced
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .runtime.cuda_graphs import run_blocks
 from .runtime.execution import FUSED, ExecutionPlan, compute_dtype, is_autocast, make_plan
-from .runtime.fused import fused_block, kind_of, settled
+from .runtime.fused import block_spec_of, fused_block, settled
 from .runtime.module_state import Snapshot, addresses, state_of
 from .unused_parameters import checkpoint_input
 
@@ -47,7 +47,7 @@ class PackedEncoder(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        segments: PackedSegments,
+        segments: VarlenMetadata,
         rotary: Rotary | None,
         keep: Iterable[int],
     ) -> tuple[torch.Tensor, ...]:
@@ -91,7 +91,7 @@ class PackedEncoder(nn.Module):
     def run(
         self,
         hidden_states: torch.Tensor,
-        segments: PackedSegments,
+        segments: VarlenMetadata,
         rotary: Rotary | None,
         keep: Sequence[int],
         backend: str,
@@ -106,7 +106,7 @@ class PackedEncoder(nn.Module):
         pending = None
         body, settle, grad = None, torch.add, torch.is_grad_enabled()
         if path == FUSED:
-            body = functools.partial(fused_block, kind_of(self.config), grad, cast)
+            body = functools.partial(fused_block, block_spec_of(self.config), grad, cast)
             settle = functools.partial(settled, grad)
             if not grad:
                 hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)  # blocks write into it

@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 
 from ..attention.dispatch import attend
 from ..data.patches import PatchLayout
-from ..data.segments import PackedSegments
-from ..kernels.rotary import ROTATIONS, rotated
+from ..data.segments import VarlenMetadata
+from ..kernels.rotary import ROTATE, apply_rotary
 from .activations import activation
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -23,8 +23,8 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 class BlockConfig:
     """What one encoder block is made of; the families fill it from their own configs.
 
-    norm: "layer_norm" or "rms_norm". qkv_bias: for q, k and v. rotary: None, "pairs" (element 2m with 2m+1) or
-    "halves" (element j with j + head_dim/2). layer_scale: learned factor per channel behind attention and MLP.
+    norm: "layer_norm" or "rms_norm". qkv_bias: for q, k and v. rotary: None, "interleaved" (element 2m with 2m+1) or
+    "half" (element j with j + head_dim/2). layer_scale: learned factor per channel behind attention and MLP.
     """
 
     hidden_size: int
@@ -147,19 +147,19 @@ class PackedAttention(nn.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.qkv = FusedQKV(config.hidden_size, config.qkv_bias)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
-        self.rotate = ROTATIONS[config.rotary] if config.rotary else None
+        self.rotate = ROTATE[config.rotary] if config.rotary else None
 
     def forward(
         self,
         x: torch.Tensor,
-        segments: PackedSegments,
+        segments: VarlenMetadata,
         rotary: Rotary | None,
         backend: str,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[N, hidden]`` to ``[N, hidden]``, plus ``residual`` where one is given."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.unbind(1) if rotary is None else rotated(qkv, *rotary, self.rotate)
+        q, k, v = qkv.unbind(1) if rotary is None else apply_rotary(qkv, *rotary, self.rotate)
         out = self.proj(attend(q, k, v, segments.to(q.device), backend=backend).flatten(1))
         return out if residual is None else residual + out
 
@@ -216,7 +216,7 @@ class EncoderBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         pending: torch.Tensor | None,
-        segments: PackedSegments,
+        segments: VarlenMetadata,
         rotary: Rotary | None,
         backend: str,
         body: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,

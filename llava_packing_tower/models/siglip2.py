@@ -24,7 +24,7 @@ from ..data.cached_metadata import kept
 from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import per_token, positions_of_grids
-from ..data.segments import Grid, PackedSegments, to_device
+from ..data.segments import Grid, VarlenMetadata, to_device
 from .activations import HALF
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
@@ -147,7 +147,7 @@ class Siglip2NaflexPacking(PackedVisionModel):
 
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
         return self.position_embedding(tokens, grids), self.segments_of(grids, tokens.device), None, None
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ class TokenReport:
         return lines
 
     def warnings(self) -> list[str]:
-        """What should be mended before training."""
+        """What should be fixed before training."""
         found = []
         if self.cut[0]:
             found.append(

@@ -20,7 +20,7 @@ from ..data.native_config import NativeSettings, settings_of
 from ..data.native_image_processor import NativeImageProcessor
 from ..data.patches import batch_images_to_packing_input, longest_first, split_packed
 from ..data.segments import Grid, read_grid
-from ..data.smart_resize import ResolutionRule, merge_of
+from ..data.smart_resize import SmartResize, merge_of
 from ..models.registry import family_for
 from ..models.runtime.cuda_graphs import encode_images
 from ..models.runtime.offloading import execution_device, offloaded_weights
@@ -160,7 +160,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.image_processor = base
         if settings is not None:
             merge = merge_of(self.projector_type)
-            rule = ResolutionRule(self.config.patch_size, merge, settings.min_patches, settings.max_patches)
+            rule = SmartResize(self.config.patch_size, merge, settings.min_patches, settings.max_patches)
             self.image_processor = NativeImageProcessor(base, rule, settings)
 
     def _folder(self) -> Path:

@@ -86,10 +86,10 @@ def describe_tower(tower: nn.Module, args: object) -> list[str]:
 
 
 def describe_run(trainer: Trainer, parts: Mapping[str, tuple[int, int]]) -> list[str]:
-    """The lines of the plan that are known only now: mends, what is trained (``count_parts``), the tower."""
+    """The lines of the plan that are known only now: compat patches, what is trained (``count_parts``), the tower."""
     counted = ", ".join(f"{part} {trained:,} of {total:,}" for part, (trained, total) in parts.items())
     trained, total = (sum(column) for column in zip(*parts.values()))
-    lines = [f"mends: {', '.join(compat.applied()) or 'none'}"]
+    lines = [f"compat patches: {', '.join(compat.applied()) or 'none'}"]
     lines.append(f"trained: {trained:,} of {total:,} parameters ({counted})")
     for module in trainer.model.modules():
         if isinstance(module, HEVCViTPackingVisionTower):

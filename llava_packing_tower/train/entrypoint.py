@@ -1,4 +1,4 @@
-"""One training process: applies the hook and the mends, then runs the host's own ``train()`` on ``sys.argv``.
+"""One training process: applies the hook and the compat patches, then runs the host's own ``train()`` on ``sys.argv``.
 
 Started by the launcher (`llava-packing train`) as ``-m llava_packing_tower.train.entrypoint``, once per rank.
 """

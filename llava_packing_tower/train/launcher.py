@@ -314,7 +314,7 @@ def make_plan(
 
 
 def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
-    """Raises :class:`UsageError`, with the commands that mend it, where the installed versions cannot run the plan."""
+    """Raises :class:`UsageError`, with the commands that fix it, where the installed versions cannot run the plan."""
     config = plan.values.get("deepspeed")
     if isinstance(config, str):
         config = json.loads(Path(config).read_text(encoding="utf-8"))

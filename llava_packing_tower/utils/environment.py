@@ -41,7 +41,7 @@ VARIABLES = {
         Variable(
             DISABLE_PATCHES,
             "names, with commas",
-            "Compatibility patches that are left out. Default: none.",
+            "Compat patches that are left out. Default: none.",
             ("LLAVA_PACKING_DISABLE_MENDS",),
         ),
         Variable(NEXT_DIR, "a folder", "The clone of LLaVA-NeXT to use. Default: the llava that is installed."),

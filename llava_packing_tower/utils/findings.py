@@ -11,7 +11,7 @@ ERROR, WARNING = "error", "warning"
 class Finding:
     """Something that is wrong. An ``error`` keeps something from working at all; a ``warning`` costs time or memory.
 
-    command: what the user types to mend it.
+    command: what the user types to fix it.
     """
 
     level: str
@@ -20,4 +20,4 @@ class Finding:
     command: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.text}\n  mended by: {self.command}" if self.command else self.text
+        return f"{self.text}\n  Fix: {self.command}" if self.command else self.text

@@ -21,7 +21,9 @@ pytestmark = [
 @pytest.mark.parametrize("attention", ["flash_attention_2", "auto"])
 @pytest.mark.parametrize("size", ["siglip2_so400m", "aimv2_large_native", "dinov3_vitl16"])
 def test_bfloat16_error_at_most_twice_transformers_own(size, attention):
-    if attention != "auto" and (reason := backend_module(attention).why_not(torch.device("cuda"), torch.bfloat16, 64)):
+    if attention != "auto" and (
+        reason := backend_module(attention).unsupported_reason(torch.device("cuda"), torch.bfloat16, 64)
+    ):
         pytest.skip(f"{attention}: {reason}")
     words = ["benchmarks/align_published_sizes.py", "--sizes", size, "--attention", attention]
     result = subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True)

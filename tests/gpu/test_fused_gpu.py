@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from llava_packing_tower.attention.dispatch import backend_module
 from llava_packing_tower.data.patches import batch_images_to_packing_input
-from llava_packing_tower.data.segments import PackedSegments
+from llava_packing_tower.data.segments import VarlenMetadata
 from llava_packing_tower.kernels import reference, triton
 from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.tools.bench.models import PRESETS
@@ -104,7 +104,7 @@ def test_more_tokens_than_a_grid_is_high():
     check(triton.act("silu", inner, None, factor), reference.act("silu", inner, None, factor), 0.005)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "halves", None])
+@pytest.mark.parametrize("kind", ["interleaved", "half", None])
 @pytest.mark.parametrize("shape", [(1, 2, 16), (1033, 3, 96), (5000, 16, 64), (700, 16, 72)])
 def test_rotation(shape, kind):
     tokens, heads, head_dim = shape
@@ -179,14 +179,14 @@ def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal,
 def test_flash_attention_4_is_launched_directly():
     """Learnt for forward and backward, on Hopper: else all of these tests would pass through the package."""
     backend = backend_module("flash_attention_4")
-    if reason := backend.why_not(torch.device("cuda"), torch.bfloat16, 64, True):
+    if reason := backend.unsupported_reason(torch.device("cuda"), torch.bfloat16, 64, True):
         pytest.skip(reason)
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("kernels of other chips take lengths as arguments")
     for width in backend.RIGHT_BACKWARD:
         q, k, v = (noise(700, 3, width).requires_grad_() for _ in range(3))
         cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device="cuda")
-        backend.attend(q, k, v, PackedSegments(cu_seqlens, 400, (300, 400)), 0.1).sum().backward()
+        backend.attend(q, k, v, VarlenMetadata(cu_seqlens, 400, (300, 400)), 0.1).sum().backward()
     learnt = {key[0]: launches for key, launches in backend._known.items() if key[3][0] == 3}
     assert learnt.keys() == {"forward", "backward"} and all(learnt.values())
 

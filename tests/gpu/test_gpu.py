@@ -21,7 +21,7 @@ LENGTHS = (300, 17, 1, 64, 513, 128, 300)
 def test_no_build_is_called_wrong_in_bfloat16(name, dim):
     module, arguments = backend_module(name), (torch.device("cuda"), torch.bfloat16, dim)
     for needs_grad in (False, True):
-        if module.why_not(*arguments, needs_grad) is None:
+        if module.unsupported_reason(*arguments, needs_grad) is None:
             assert resolve_backend(name, "cuda", *arguments[1:], needs_grad=needs_grad) == name
 
 
@@ -32,7 +32,7 @@ def test_backends_by_the_twice_the_error_rule(backend, dim):
     if reason := unusable(backend, torch.bfloat16, dim):
         pytest.skip(f"{backend}: {reason}")
     lengths = (256,) * 5 if backend == "cudnn" else LENGTHS
-    needs_grad = backend_module(backend).why_not(torch.device("cuda"), torch.bfloat16, dim, True) is None
+    needs_grad = backend_module(backend).unsupported_reason(torch.device("cuda"), torch.bfloat16, dim, True) is None
     segments = make_segments(lengths, "cuda")
     q, k, v, weight = (torch.randn(sum(lengths), 4, dim, device="cuda").bfloat16() for _ in range(4))
 

@@ -1,4 +1,4 @@
-"""Modules with a defect, and one compatibility patch applied to them."""
+"""Modules with a defect, and one compat patch applied to them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def module_from(tmp_path, monkeypatch, name: str, text: str) -> ModuleType:
     return module
 
 
-def mended(name: str, module: ModuleType) -> Patches | None:
-    """Apply one mend where its defect is detected; None where it is not."""
+def patched(name: str, module: ModuleType) -> Patches | None:
+    """Apply one patch where its defect is detected; None where it is not."""
     item = compat.load_all()[name]
     if not item.defect(module):
         return None

@@ -170,7 +170,9 @@ def fuse(encoder: nn.Module) -> None:
     """Fused blocks, as on a GPU, around an attention that runs on a CPU."""
     sdpa = dispatch.backend_module("sdpa")
     dispatch.BACKENDS["cpu_varlen"] = "cpu_varlen"
-    dispatch._LOADED["cpu_varlen"] = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
+    dispatch._LOADED["cpu_varlen"] = SimpleNamespace(
+        VARLEN=True, unsupported_reason=lambda *_: None, attend=sdpa.attend
+    )
     encoder.attention_backend, encoder.fused = "cpu_varlen", True
     run = encoder.run
 

@@ -46,7 +46,7 @@ def module(samples, folder: Path, limit: int = 512, ratio: str = "native", toget
     from llava_packing_tower import PackingImageProcessor
     from llava_packing_tower.data.native_config import NativeSettings
     from llava_packing_tower.data.native_image_processor import NativeImageProcessor
-    from llava_packing_tower.data.smart_resize import ResolutionRule
+    from llava_packing_tower.data.smart_resize import SmartResize
     from llava_packing_tower.tools.demo.tiny_models import make_tokenizer
 
     for name, size in SIZES.items():
@@ -63,7 +63,7 @@ def module(samples, folder: Path, limit: int = 512, ratio: str = "native", toget
     processor = PackingImageProcessor(size=56)
     if ratio == "native":
         settings = NativeSettings(1, 40, "clip", together)
-        processor = NativeImageProcessor(processor, ResolutionRule(14, (1, 1), 1, 40), settings)
+        processor = NativeImageProcessor(processor, SmartResize(14, (1, 1), 1, 40), settings)
     arguments = SimpleNamespace(
         data_path=str(folder / "data.json"),
         image_folder=str(folder),

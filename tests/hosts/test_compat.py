@@ -1,4 +1,4 @@
-"""Mends: applied only where the defect is, logged once, switched off by name, taken back; and the engine check."""
+"""Compat patches: applied only where the defect is, logged once, switched off by name, undone; and the engine check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compat_modules import mended, module_from
+from compat_modules import module_from, patched
 from conftest import only_four
 from torch import nn
 
@@ -25,17 +25,19 @@ from llava_packing_tower.train import callbacks
 
 
 @pytest.fixture
-def one_mend(tmp_path, monkeypatch):
-    """A package ``sickhost`` with a defect in one of its modules, and one mend that knows it."""
+def one_patch(tmp_path, monkeypatch):
+    """A package ``sickhost`` with a defect in one of its modules, and one patch that knows it."""
     (tmp_path / "sickhost").mkdir()
     (tmp_path / "sickhost" / "__init__.py").write_text("")
     (tmp_path / "sickhost" / "part.py").write_text("VALUE = 'sick'")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(compat, "MENDS", {})
-    monkeypatch.setattr(compat, "MEND_MODULES", ())
+    monkeypatch.setattr(compat, "COMPAT_PATCHES", {})
+    monkeypatch.setattr(compat, "PATCH_MODULES", ())
     monkeypatch.setattr(compat, "_applied", {})
 
-    @compat.mend(module="{package}.part", reason="it is sick", issue="a/b#1", defect=lambda part: part.VALUE == "sick")
+    @compat.compat_patch(
+        module="{package}.part", reason="it is sick", issue="a/b#1", defect=lambda part: part.VALUE == "sick"
+    )
     def cure(part, patches):
         patches.set(part, "VALUE", "well")
 
@@ -47,53 +49,53 @@ def one_mend(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_applied_once_logged_once_and_undone(one_mend, caplog):
+def test_applied_once_logged_once_and_undone(one_patch, caplog):
     caplog.set_level(logging.INFO, "llava_packing_tower")
-    compat.install("sickhost", one_mend.hooks, one_mend.patches)
+    compat.install("sickhost", one_patch.hooks, one_patch.patches)
     assert compat.applied() == ()
     part = importlib.import_module("sickhost.part")
     assert part.VALUE == "well" and compat.applied() == ("cure",)
     importlib.reload(part)
     assert part.VALUE == "well"
-    assert [r.getMessage() for r in caplog.records] == ["mend cure: it is sick (a/b#1)"]
-    one_mend.hooks.remove()
-    one_mend.patches.undo()
+    assert [r.getMessage() for r in caplog.records] == ["compat patch cure: it is sick (a/b#1)"]
+    one_patch.hooks.remove()
+    one_patch.patches.undo()
     assert part.VALUE == "sick" and compat.applied() == ()
 
 
-def test_a_module_that_is_imported_already_is_mended_at_once(one_mend):
+def test_a_module_that_is_imported_already_is_mended_at_once(one_patch):
     part = importlib.import_module("sickhost.part")
-    compat.install("sickhost", one_mend.hooks, one_mend.patches)
+    compat.install("sickhost", one_patch.hooks, one_patch.patches)
     assert part.VALUE == "well"
 
 
-def test_nothing_is_done_where_there_is_no_defect(one_mend, caplog):
+def test_nothing_is_done_where_there_is_no_defect(one_patch, caplog):
     caplog.set_level(logging.INFO, "llava_packing_tower")
-    one_mend.file.write_text("VALUE = 'healthy'")
-    compat.install("sickhost", one_mend.hooks, one_mend.patches)
+    one_patch.file.write_text("VALUE = 'healthy'")
+    compat.install("sickhost", one_patch.hooks, one_patch.patches)
     assert importlib.import_module("sickhost.part").VALUE == "healthy"
     assert compat.applied() == () and not caplog.records
 
 
-def test_switched_off_by_name(one_mend, monkeypatch):
+def test_switched_off_by_name(one_patch, monkeypatch):
     monkeypatch.setenv(compat.DISABLE_ENV, " cure ,")
-    compat.install("sickhost", one_mend.hooks, one_mend.patches)
+    compat.install("sickhost", one_patch.hooks, one_patch.patches)
     assert importlib.import_module("sickhost.part").VALUE == "sick" and compat.applied() == ()
 
 
-def test_a_name_that_no_mend_has_is_an_error(one_mend, monkeypatch):
+def test_a_name_that_no_patch_has_is_an_error(one_patch, monkeypatch):
     monkeypatch.setenv(compat.DISABLE_ENV, "cur")
-    with pytest.raises(ValueError, match="'cur', which is no mend; the nearest is 'cure'"):
-        compat.install("sickhost", one_mend.hooks, one_mend.patches)
+    with pytest.raises(ValueError, match="'cur', which is no compat patch; the nearest is 'cure'"):
+        compat.install("sickhost", one_patch.hooks, one_patch.patches)
 
 
-def test_every_mend_says_what_and_why():
+def test_every_patch_says_what_and_why():
     for name, item in compat.load_all().items():
         assert name.isidentifier() and len(item.reason) > 30
         assert item.issue is None or "#" in item.issue
 
 
-# ---------------------------------------------------------------- the single mends
+# ---------------------------------------------------------------- the single patches
 
 SAVE = """
 import torch
@@ -109,16 +111,16 @@ def test_cuda_sync(tmp_path, monkeypatch):
     synchronize = torch.cuda.synchronize
     with pytest.raises((AssertionError, RuntimeError)):
         train.safe_save_model_for_hf_trainer(None, "x")
-    patches = mended("cuda_sync", train)
+    patches = patched("cuda_sync", train)
     assert train.safe_save_model_for_hf_trainer(None, "x") == "x"
     assert torch.cuda.synchronize is synchronize  # for the time of the save only
     patches.undo()
     with pytest.raises((AssertionError, RuntimeError)):
         train.safe_save_model_for_hf_trainer(None, "x")
     healthy = module_from(tmp_path, monkeypatch, "fake.train.other", SAVE.replace("torch.cuda.synchronize()", "pass"))
-    assert mended("cuda_sync", healthy) is None
+    assert patched("cuda_sync", healthy) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert mended("cuda_sync", train) is None
+    assert patched("cuda_sync", train) is None
 
 
 MODEL = """
@@ -133,12 +135,13 @@ class Model(LlamaForCausalLM):
 def test_fwd_kw(tmp_path, monkeypatch):
     model = module_from(tmp_path, monkeypatch, "fake.model", MODEL.format(more=""))
     signature = inspect.signature(model.Model.forward)
-    assert mended("fwd_kw", model) is not None
+    assert patched("fwd_kw", model) is not None
     assert model.Model.forward(None, 1, images=2, cache_position=3) == (1, 2)
     assert inspect.signature(model.Model.forward) == signature  # generate() and the Trainer look at it
     for number, more in enumerate((", cache_position=None", ", **kwargs")):
         assert (
-            mended("fwd_kw", module_from(tmp_path, monkeypatch, f"fake.model{number}", MODEL.format(more=more))) is None
+            patched("fwd_kw", module_from(tmp_path, monkeypatch, f"fake.model{number}", MODEL.format(more=more)))
+            is None
         )
 
 
@@ -156,12 +159,12 @@ def test_inner_loop(tmp_path, monkeypatch):
     broken = module_from(
         tmp_path, monkeypatch, "fake.train.llava_trainer", TRAINER.format(loop="DebugOption.UNDERFLOW")
     )
-    patches = mended("inner_loop", broken)
+    patches = patched("inner_loop", broken)
     assert "_inner_training_loop" not in vars(broken.LLaVATrainer)
     patches.undo()
     assert "_inner_training_loop" in vars(broken.LLaVATrainer)
     sound = module_from(tmp_path, monkeypatch, "fake.train.other", TRAINER.format(loop="len([self])"))
-    assert mended("inner_loop", sound) is None
+    assert patched("inner_loop", sound) is None
     assert llava._undefined_globals(broken.LLaVATrainer._inner_training_loop, broken) == {"DebugOption"}
 
 
@@ -171,7 +174,7 @@ def test_empty_groups(tmp_path, monkeypatch):
     trainer = module.LLaVATrainer()
     trainer.optimizer = torch.optim.AdamW
     trainer.groups = [{"params": [weight], "lr": 1.0}, {"params": [], "lr": 2.0}]
-    assert mended("empty_groups", module) is not None
+    assert patched("empty_groups", module) is not None
     groups = trainer.create_optimizer().param_groups
     assert [g["lr"] for g in groups] == [1.0] and groups[0]["params"][0] is weight
 
@@ -199,7 +202,7 @@ def test_tower_fp32(tmp_path, monkeypatch, bf16, fp16, expected):
     train = module_from(tmp_path, monkeypatch, "fake.train.train", TRAIN)
     arguments = SimpleNamespace(bf16=bf16, fp16=fp16)
     monkeypatch.setattr(llava, "current_training_arguments", lambda: arguments)
-    assert mended("tower_fp32", train) is not None
+    assert patched("tower_fp32", train) is not None
     tower, model = nn.Linear(2, 2), arch.LlavaMetaModel()
     model.initialize_vision_modules(SimpleNamespace(tower=tower))
     train.train(arguments, tower)
@@ -210,17 +213,17 @@ def test_tower_fp32(tmp_path, monkeypatch, bf16, fp16, expected):
 def test_ds_agsync_and_shm_op():
     deepspeed = pytest.importorskip("deepspeed")
     if torch.cuda.is_available():
-        assert mended("ds_agsync", deepspeed) is None and mended("ds_shm_op", deepspeed) is None
+        assert patched("ds_agsync", deepspeed) is None and patched("ds_shm_op", deepspeed) is None
         return
     gather, build = deepspeed.comm.all_gather_into_tensor, ds_mends._backend_globals()["build_shm_op"]
     waits = []
     handle = SimpleNamespace(wait=lambda: waits.append(1))
-    if (patches := mended("ds_agsync", deepspeed)) is not None:  # the DeepSpeed here may not have the defect
+    if (patches := patched("ds_agsync", deepspeed)) is not None:  # the DeepSpeed here may not have the defect
         wrapped = deepspeed.comm.all_gather_into_tensor
         assert wrapped(_gather=lambda: handle) is handle and waits == [1]
         assert wrapped(_gather=lambda: None) is None
         patches.undo()
-    if (patches := mended("ds_shm_op", deepspeed)) is not None:
+    if (patches := patched("ds_shm_op", deepspeed)) is not None:
         assert ds_mends._backend_globals()["build_shm_op"]() is None
         patches.undo()
     assert deepspeed.comm.all_gather_into_tensor is gather and ds_mends._backend_globals()["build_shm_op"] is build

@@ -1,4 +1,4 @@
-"""Mends of the hosts' models, tokenisation and loader, and of DeepSpeed, for newer versions of the libraries."""
+"""Compat patches of the hosts' models, tokenisation and loader, and of DeepSpeed, for newer libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import transformers
-from compat_modules import mended, module_from
+from compat_modules import module_from, patched
 from conftest import FIVE, only_five, only_four
 from torch.torch_version import TorchVersion
 from transformers import PretrainedConfig
@@ -30,8 +30,8 @@ def test_rope_scaling_none(tmp_path, monkeypatch):
         (tmp_path / "fake" / "model" / "language_model" / "llava_x.py").write_text(line)
         return module_from(tmp_path, monkeypatch, "fake.model.__init__", "")
 
-    assert mended("rope_scaling_none", host("# nothing")) is None
-    patches = mended("rope_scaling_none", host("config.rope_scaling = None"))
+    assert patched("rope_scaling_none", host("# nothing")) is None
+    patches = patched("rope_scaling_none", host("config.rope_scaling = None"))
     config = Qwen2Config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 12345.0})
     config.rope_scaling = None
     assert config.rope_parameters == {"rope_theta": 12345.0, "rope_type": "default"}
@@ -47,7 +47,7 @@ def test_rope_scaling_none_is_no_defect_of_transformers_4(tmp_path, monkeypatch)
     (tmp_path / "fake" / "model" / "language_model").mkdir(parents=True)
     (tmp_path / "fake" / "model" / "language_model" / "llava_x.py").write_text("config.rope_scaling = None")
     assert not isinstance(vars(PretrainedConfig).get("rope_scaling"), property)
-    assert mended("rope_scaling_none", module_from(tmp_path, monkeypatch, "fake.model.__init__", "")) is None
+    assert patched("rope_scaling_none", module_from(tmp_path, monkeypatch, "fake.model.__init__", "")) is None
 
 
 PREPROCESS = """
@@ -74,11 +74,11 @@ def tokenizer():
 
 
 def test_chat_template_ids(tmp_path, monkeypatch, tokenizer):
-    """The same function gives on transformers 5, mended, what it gives on transformers 4 as it is."""
+    """The same function gives on transformers 5, patched, what it gives on transformers 4 as it is."""
     pytest.importorskip("jinja2")
     train = module_from(tmp_path, monkeypatch, "fake.train.train", PREPROCESS)
     kind = type(tokenizer)
-    patches = mended("chat_template_ids", train)
+    patches = patched("chat_template_ids", train)
     assert (patches is not None) == FIVE
     ids, ends, image = train.preprocess_qwen(["a <image> b", "b"], tokenizer)
     assert (ids, ends, image) == ([3, 1, 5, 2, 4, 3, 2, 4], (3, 4), 5)
@@ -102,7 +102,7 @@ def test_additional_tokens_of_a_tokenizer_that_transformers_4_saved(tmp_path, mo
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     again.extra_special_tokens = []  # 5.23 reads both
     train = module_from(tmp_path, monkeypatch, "fake.train.train", PREPROCESS)
-    mended("chat_template_ids", train)
+    patched("chat_template_ids", train)
     assert train.preprocess_qwen(["a"], again)[1] == tuple(again.convert_tokens_to_ids(["<s>", "</s>"]))
 
 
@@ -126,7 +126,7 @@ def test_tower_half(tmp_path, monkeypatch, golden):
     model = SimpleNamespace(get_vision_tower=lambda: tower, get_model=lambda: inner)
     builder = module_from(tmp_path, monkeypatch, "fake.model.builder", LOADER)
     builder.make = lambda: model
-    patches = mended("tower_half", builder)
+    patches = patched("tower_half", builder)
     builder.load_pretrained_model("x", None, "llava", device_map="cpu")
     assert tower.dtype == torch.bfloat16 and tower.device.type == "cpu"  # with the projector, wherever that is
     assert tower.to(torch.float32).dtype == torch.float32 and "to" not in vars(HEVCViTPackingVisionTower)
@@ -135,7 +135,7 @@ def test_tower_half(tmp_path, monkeypatch, golden):
         with pytest.raises((AssertionError, RuntimeError)):
             builder.load_pretrained_model("x", None, "llava", device_map="cpu")
     sound = module_from(tmp_path, monkeypatch, "fake.model.other", "def load_pretrained_model(model_path): pass")
-    assert mended("tower_half", sound) is None
+    assert patched("tower_half", sound) is None
 
 
 FLASH_LOADER = """
@@ -148,7 +148,7 @@ def load_pretrained_model(model_path, model_base, attn_implementation="flash_att
 @pytest.mark.parametrize("there", [False, True])
 def test_loader_attention(tmp_path, monkeypatch, caplog, there):
     builder = module_from(tmp_path, monkeypatch, "fake.model.builder", FLASH_LOADER)
-    patches = mended("loader_attention", builder)
+    patches = patched("loader_attention", builder)
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: there)
     load = builder.load_pretrained_model
     assert load("x", None, device_map="cpu") == ("flash_attention_2" if there else "sdpa")
@@ -159,7 +159,7 @@ def test_loader_attention(tmp_path, monkeypatch, caplog, there):
     patches.undo()
     assert builder.load_pretrained_model("x", None) == "flash_attention_2"
     sound = module_from(tmp_path, monkeypatch, "fake.model.other", "def load_pretrained_model(model_path): pass")
-    assert mended("loader_attention", sound) is None
+    assert patched("loader_attention", sound) is None
 
 
 # ---------------------------------------------------------------- torch and DeepSpeed
@@ -193,11 +193,11 @@ def test_cudnn_plans(monkeypatch, torch_version, cuda, cudnn, enabled, switch, s
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(enabled)
     try:
-        patches = mended("cudnn_plans", ModuleType("llava_arch"))
+        patches = patched("cudnn_plans", ModuleType("llava_arch"))
         assert (patches is not None) is sick
         assert torch.backends.cuda.cudnn_sdp_enabled() is (enabled and not sick)
         if patches:
-            assert mended("cudnn_plans", ModuleType("another_host")) is None
+            assert patched("cudnn_plans", ModuleType("another_host")) is None
             patches.undo()
             assert torch.backends.cuda.cudnn_sdp_enabled()
     finally:
@@ -219,13 +219,13 @@ def test_zero3_cast(tmp_path, monkeypatch):
     engine = fake.DeepSpeedEngine()
     engine.module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
     engine.module[0].weight.ds_id = 1
-    patches = mended("zero3_cast", fake)
+    patches = patched("zero3_cast", fake)
     engine._cast_module_mixed_precision(None, None, True)
     assert [p.dtype for p in engine.module.parameters()] == [torch.float32] * 2
     engine._cast_module_mixed_precision(torch.bfloat16, None, True)
     assert [p.dtype for p in engine.module.parameters()] == [torch.float32, torch.bfloat16]
     patches.undo()
-    assert mended("zero3_cast", module_from(tmp_path, monkeypatch, "other", ENGINE.format(condition="True"))) is None
+    assert patched("zero3_cast", module_from(tmp_path, monkeypatch, "other", ENGINE.format(condition="True"))) is None
     older = ModuleType("older")
     older.DeepSpeedEngine = object
-    assert mended("zero3_cast", older) is None
+    assert patched("zero3_cast", older) is None

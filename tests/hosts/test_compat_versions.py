@@ -1,4 +1,4 @@
-"""Mends for newer versions of transformers and DeepSpeed: each finds its defect, and only that, and takes it away.
+"""Compat patches for newer versions of transformers and DeepSpeed: each finds its defect alone and removes it.
 
 Where the installed version does not have the defect, the test makes it; the tests marked "newest" have the real one.
 """
@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import transformers.pytorch_utils
-from compat_modules import mended, module_from
+from compat_modules import module_from, patched
 from transformers import Trainer, TrainingArguments
 
 from llava_packing_tower.integrations.llava import compat
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.newest
 
 @pytest.fixture
 def unrun(tmp_path):
-    """A module as a "before" mend sees it: made, not run."""
+    """A module as a "before" patch sees it: made, not run."""
 
     def make(text: str) -> ModuleType:
         file = tmp_path / "unrun.py"
@@ -43,8 +43,8 @@ def unrun(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("mend", ["trainer_names", "resampler_names"])
-def test_names_are_put_back_for_the_host_and_taken_away_again(unrun, monkeypatch, mend):
+@pytest.mark.parametrize("patch", ["trainer_names", "resampler_names"])
+def test_names_are_put_back_for_the_host_and_taken_away_again(unrun, monkeypatch, patch):
     import transformers.trainer
 
     monkeypatch.delattr(transformers.trainer, "ALL_LAYERNORM_LAYERS", raising=False)
@@ -55,20 +55,22 @@ def test_names_are_put_back_for_the_host_and_taken_away_again(unrun, monkeypatch
     )
     with pytest.raises(ImportError, match="ALL_LAYERNORM_LAYERS"):
         module.__spec__.loader.exec_module(module)
-    patches = mended(mend, module)
-    with pytest.raises(ImportError, match="NoSuchThing"):  # a name of transformers itself is not the mend's business
+    patches = patched(patch, module)
+    with pytest.raises(ImportError, match="NoSuchThing"):  # a name of transformers itself is not the patch's business
         module.__spec__.loader.exec_module(module)
     assert module.ALL_LAYERNORM_LAYERS is module.same
     assert module.GradientAccumulationPlugin.__module__.startswith("accelerate.")
     patches.undo()
     assert not hasattr(transformers.trainer, "GradientAccumulationPlugin")
-    assert mended(mend, unrun("from transformers.trainer import Trainer")) is None
+    assert patched(patch, unrun("from transformers.trainer import Trainer")) is None
 
 
 def test_a_name_that_went_nowhere_known_is_an_error_that_says_so(unrun):
     module = unrun("from transformers.trainer import Trainer, SomethingElse")
-    with pytest.raises(ImportError, match=r"unrun imports SomethingElse from transformers\.trainer.*no mend knows"):
-        mended("trainer_names", module)
+    with pytest.raises(
+        ImportError, match=r"unrun imports SomethingElse from transformers\.trainer.*no compat patch knows"
+    ):
+        patched("trainer_names", module)
 
 
 def test_every_moved_name_is_found():
@@ -136,16 +138,16 @@ def test_accelerator_arguments(trainer_with, monkeypatch):
 
     host = trainer_with(ACCELERATOR)
     monkeypatch.setattr(accelerate, "Accelerator", Accepting)
-    assert mended("accelerator_arguments", host) is None
+    assert patched("accelerator_arguments", host) is None
     monkeypatch.setattr(accelerate, "Accelerator", Refusing)
-    patches = mended("accelerator_arguments", host)
+    patches = patched("accelerator_arguments", host)
     assert host.LLaVATrainer.create_accelerator_and_postprocess is Trainer.create_accelerator_and_postprocess
     patches.undo()
     assert "create_accelerator_and_postprocess" in vars(host.LLaVATrainer)
     monkeypatch.setattr(accelerate, "Accelerator", Accepting)
     del fields["dispatch_batches"]
-    assert mended("accelerator_arguments", host) is not None
-    assert mended("accelerator_arguments", trainer_with("pass")) is None
+    assert patched("accelerator_arguments", host) is not None
+    assert patched("accelerator_arguments", trainer_with("pass")) is None
 
 
 def test_save_metrics(trainer_with, monkeypatch):
@@ -155,16 +157,16 @@ def test_save_metrics(trainer_with, monkeypatch):
     )
     trainer = host.LLaVATrainer.__new__(host.LLaVATrainer)
     monkeypatch.setattr(Trainer, "_save_checkpoint", lambda self, model, trial, metrics=None: (model, trial, metrics))
-    assert mended("save_metrics", host) is None
+    assert patched("save_metrics", host) is None
     monkeypatch.setattr(Trainer, "_save_checkpoint", lambda self, model, trial: (model, trial))
     with pytest.raises(TypeError):
         trainer._save_checkpoint(1, 2)
-    patches = mended("save_metrics", host)
+    patches = patched("save_metrics", host)
     assert trainer._save_checkpoint(1, 2) == (1, 2)
     patches.undo()
     with pytest.raises(TypeError):
         trainer._save_checkpoint(1, 2)
-    assert mended("save_metrics", trainer_with("pass")) is None
+    assert patched("save_metrics", trainer_with("pass")) is None
 
 
 def test_sampler_dataset(trainer_with, monkeypatch):
@@ -172,21 +174,21 @@ def test_sampler_dataset(trainer_with, monkeypatch):
     host = trainer_with(own)
     trainer = host.LLaVATrainer.__new__(host.LLaVATrainer)
     monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self: None)
-    assert mended("sampler_dataset", host) is None
+    assert patched("sampler_dataset", host) is None
     monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, train_dataset=None: None)
     with pytest.raises(TypeError):
         trainer._get_train_sampler([1])
-    assert mended("sampler_dataset", host) is not None
+    assert patched("sampler_dataset", host) is not None
     assert trainer._get_train_sampler([1]) == "mine" == trainer._get_train_sampler()
     # LLaVA-NeXT calls its sampler from a loader of its own, without the dataset.
-    assert mended("sampler_dataset", trainer_with(own + "\ndef get_train_dataloader(self): pass")) is None
+    assert patched("sampler_dataset", trainer_with(own + "\ndef get_train_dataloader(self): pass")) is None
 
 
 def test_sampler_dataset_of_every_trainer_of_the_module(trainer_with, monkeypatch):
     monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, train_dataset=None: None)
     other = "\nclass LLaVADPOTrainer(Trainer):\n    def _get_train_sampler(self):\n        return 'other'\n"
     host = trainer_with("def get_train_dataloader(self): pass\ndef _get_train_sampler(self): return 'own'", other)
-    assert mended("sampler_dataset", host) is not None
+    assert patched("sampler_dataset", host) is not None
     assert host.LLaVADPOTrainer._get_train_sampler(None, [1]) == "other"
     with pytest.raises(TypeError):
         host.LLaVATrainer._get_train_sampler(None, [1])  # its own loader does not pass one
@@ -203,12 +205,12 @@ def test_worker_seeds(trainer_with, monkeypatch):
         transformers.set_seed(num_workers * rank + torch.initial_seed() % 2**32)
 
     monkeypatch.setattr(transformers.trainer_utils, "seed_worker", lambda _: None)
-    assert mended("worker_seeds", trainer_with("pass", SEEDS)) is None
+    assert patched("worker_seeds", trainer_with("pass", SEEDS)) is None
     monkeypatch.setattr(transformers.trainer_utils, "seed_worker", with_numbers)
     host = trainer_with("pass", SEEDS)
     with pytest.raises(TypeError):
         host.seed_worker(0)
-    patches = mended("worker_seeds", host)
+    patches = patched("worker_seeds", host)
     assert pickle.loads(pickle.dumps(host.seed_worker)) is host.seed_worker  # a worker that is spawned
 
     def seeds(rank: int) -> list[int]:
@@ -242,9 +244,9 @@ def test_optimizer_model(trainer_with, monkeypatch):
     trainer = host.LLaVATrainer.__new__(host.LLaVATrainer)
     trainer.model = "plain"
     monkeypatch.setattr(Trainer, "create_optimizer", lambda self: None)
-    assert mended("optimizer_model", host) is None
+    assert patched("optimizer_model", host) is None
     monkeypatch.setattr(Trainer, "create_optimizer", lambda self, model=None: None)
-    patches = mended("optimizer_model", host)
+    patches = patched("optimizer_model", host)
     assert trainer.create_optimizer("wrapped") == "wrapped"
     assert trainer.create_optimizer() == trainer.model == "plain"
     patches.undo()
@@ -255,7 +257,7 @@ def test_optimizer_model(trainer_with, monkeypatch):
 def test_tokenizer_argument(trainer_with, monkeypatch):
     host = trainer_with("pass")
     monkeypatch.setattr(Trainer, "__init__", lambda self, model=None, tokenizer=None: None)
-    assert mended("tokenizer_argument", host) is None
+    assert patched("tokenizer_argument", host) is None
     seen = []
     new = lambda self, model=None, processing_class=None: seen.append(processing_class)  # noqa: E731
     monkeypatch.setattr(Trainer, "__init__", new)
@@ -266,9 +268,9 @@ def test_tokenizer_argument(trainer_with, monkeypatch):
         return new(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "__init__", deprecating)
-    assert mended("tokenizer_argument", host) is None
+    assert patched("tokenizer_argument", host) is None
     monkeypatch.setattr(Trainer, "__init__", new)
-    patches = mended("tokenizer_argument", host)
+    patches = patched("tokenizer_argument", host)
     host.LLaVATrainer(model=1, tokenizer="t")
     host.LLaVATrainer(model=1, processing_class="p")
     assert seen == ["t", "p"]
@@ -281,11 +283,11 @@ def test_group_by_length(trainer_with, monkeypatch):
     fields = {name: f for name, f in TrainingArguments.__dataclass_fields__.items() if name != "group_by_length"}
     monkeypatch.setattr(TrainingArguments, "__dataclass_fields__", {**fields, "group_by_length": None})
     host = trainer_with("def _get_train_sampler(self):\n    return self.args.group_by_length")
-    assert mended("group_by_length", host) is None
+    assert patched("group_by_length", host) is None
     monkeypatch.setattr(TrainingArguments, "__dataclass_fields__", fields)
     monkeypatch.delattr(TrainingArguments, "group_by_length", raising=False)
-    assert mended("group_by_length", trainer_with("pass")) is None
-    patches = mended("group_by_length", host)
+    assert patched("group_by_length", trainer_with("pass")) is None
+    patches = patched("group_by_length", host)
     arguments = TrainingArguments.__new__(TrainingArguments)
     for strategy, grouped in (("random", False), ("group_by_length", True)):
         object.__setattr__(arguments, "train_sampling_strategy", strategy)
@@ -308,25 +310,25 @@ def test_bf16_on_cpu(tmp_path, monkeypatch):
     refusing = arguments("not use_cpu and not is_torch_bf16_gpu_available()", 1)
     with pytest.raises(ValueError, match="bf16/gpu"):
         refusing.check()
-    patches = mended("bf16_on_cpu", refusing)
+    patches = patched("bf16_on_cpu", refusing)
     refusing.check()
     patches.undo()
     with pytest.raises(ValueError, match="bf16/gpu"):
         refusing.check()
     asking = arguments("torch.cuda.is_available() and not is_torch_bf16_gpu_available()", 2)
-    assert mended("bf16_on_cpu", asking) is None
+    assert patched("bf16_on_cpu", asking) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert mended("bf16_on_cpu", refusing) is None
+    assert patched("bf16_on_cpu", refusing) is None
 
 
 # ---------------------------------------------------------------- what is written of them
 
 
-def test_the_documentation_names_every_mend():
+def test_the_documentation_names_every_patch():
     text = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
     for name, item in compat.load_all().items():
-        assert name in rows, f"docs/hosts.md has no row for mend {name}"
+        assert name in rows, f"docs/hosts.md has no row for compat patch {name}"
         assert item.reason in rows[name] and (item.issue or "| - |") in rows[name]
 
 
@@ -336,14 +338,14 @@ def test_the_documentation_names_every_mend():
 def test_a_defect_that_is_left_is_known(tmp_path, monkeypatch):
     from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 
-    monkeypatch.setattr(compat, "MENDS", {})
-    monkeypatch.setattr(compat, "MEND_MODULES", ())
+    monkeypatch.setattr(compat, "COMPAT_PATCHES", {})
+    monkeypatch.setattr(compat, "PATCH_MODULES", ())
     monkeypatch.setattr(compat, "_applied", {})
     monkeypatch.setattr(compat, "_left", {})
     for name, sick in (("one", True), ("two", False)):
         function = lambda module, patches: pytest.fail("applied")  # noqa: E731
         function.__name__ = name
-        compat.mend(module="left_host.part", reason="x", defect=lambda module, sick=sick: sick)(function)
+        compat.compat_patch(module="left_host.part", reason="x", defect=lambda module, sick=sick: sick)(function)
     monkeypatch.setenv(compat.DISABLE_ENV, "one,two")
     hooks, patches = ImportHooks(), Patches()
     compat.install("left_host", hooks, patches)
@@ -364,10 +366,10 @@ def test_a_library_is_mended_once_for_all_hosts(tmp_path, monkeypatch, loaded):
     for name in ("sicklibrary", "firsthost", "secondhost"):
         (tmp_path / f"{name}.py").write_text("VALUE = [1]" if name == "sicklibrary" else "import sicklibrary")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for attribute, value in (("MENDS", {}), ("MEND_MODULES", ()), ("_applied", {}), ("_watched", set())):
+    for attribute, value in (("COMPAT_PATCHES", {}), ("PATCH_MODULES", ()), ("_applied", {}), ("_watched", set())):
         monkeypatch.setattr(compat, attribute, value)
 
-    @compat.mend(module="sicklibrary", reason="x", defect=lambda module: True)
+    @compat.compat_patch(module="sicklibrary", reason="x", defect=lambda module: True)
     def cure(module, patches):
         patches.set(module, "VALUE", [*module.VALUE, 2])
 

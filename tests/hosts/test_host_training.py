@@ -102,9 +102,11 @@ def test_the_plan_comes_first(runs, kind):
     assert plan["tower attention"] == "sdpa (asked: auto)" and plan["start"] == "from the beginning"
     assert plan["tokens per image, or per crop of one"].startswith("64 (112 x 112 pixels")
     assert "mm_vision_tower 670,336 of 670,336, mm_mlp_adapter 33,024 of 33,024" in plan["trained"]
-    mends = set(plan["mends"].split(", "))
-    assert {"cuda_sync", "tower_fp32"} <= mends
-    found = {name for name in mends if name.startswith("fsdp")} - {"fsdp_pieces"}  # that one is not in every accelerate
+    patches = set(plan["compat patches"].split(", "))
+    assert {"cuda_sync", "tower_fp32"} <= patches
+    found = {name for name in patches if name.startswith("fsdp")} - {
+        "fsdp_pieces"
+    }  # that one is not in every accelerate
     assert found == ({"fsdp_on_cpu", "fsdp_tower", "fsdp_dtypes", "fsdp_save"} if kind == "fsdp" else set())
     assert "step 4/4  loss" in log
 

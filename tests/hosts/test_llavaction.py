@@ -20,7 +20,7 @@ from llava_packing_tower.integrations.llava import install, registry
 from llava_packing_tower.tools.demo.tiny_models import make_tower
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
-# Found, not imported: with transformers 5 it can be imported only where the hook mends it.
+# Found, not imported: with transformers 5 it can be imported only where the hook patches it.
 pytestmark = [
     pytest.mark.newest,
     pytest.mark.skipif(importlib.util.find_spec("llavaction") is None, reason="llavaction is not installed"),

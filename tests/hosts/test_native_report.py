@@ -14,7 +14,7 @@ from llava_packing_tower import PackingImageProcessor
 from llava_packing_tower.data.native_config import NativeSettings
 from llava_packing_tower.data.native_image_processor import NativeImageProcessor
 from llava_packing_tower.data.samples import check_places, spread_indices
-from llava_packing_tower.data.smart_resize import ResolutionRule
+from llava_packing_tower.data.smart_resize import SmartResize
 from llava_packing_tower.multimodal.dataset_report import MEASURED, measure
 from llava_packing_tower.multimodal.visual_tokens import TokenLayout, arrange, token_count
 
@@ -28,7 +28,7 @@ def to_ids(sample):
 
 
 def processor(merge=(1, 1), least=4, most=40, together=None):
-    rule = ResolutionRule(14, merge, least, most)
+    rule = SmartResize(14, merge, least, most)
     return NativeImageProcessor(PackingImageProcessor(size=56), rule, NativeSettings(least, most, "clip", together))
 
 

@@ -71,7 +71,7 @@ def test_the_projector_alone_is_saved_only_if_nothing_else_is_trained(trained, a
 
 
 def test_beside_a_lora_the_tower_is_whole_or_absent():
-    names = lambda **trained: [name for name, _ in saving.whole_tower(Model(**trained).named_parameters())]  # noqa: E731
+    names = lambda **trained: [name for name, _ in saving.complete_tower(Model(**trained).named_parameters())]  # noqa: E731
     assert names(mm_projector=1) == ["mm_projector.weight", "mm_projector.bias"]
     assert len(names(mm_projector=1, vision_tower_0=1)) == 2 + 4
 

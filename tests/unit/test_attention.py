@@ -125,7 +125,7 @@ class Built:
     def __init__(self, wrong=None):
         self.wrong, self.calls = wrong, 0
 
-    def why_not(self, *_):
+    def unsupported_reason(self, *_):
         return None
 
     def attend(self, q, k, v, segments, scale):
@@ -264,7 +264,7 @@ def test_a_build_is_looked_at_when_all_around_it_is_compiled(built):
 def test_every_backend_of_the_table_loads():
     for name in BACKENDS:
         module = backend_module(name)
-        assert callable(module.attend) and callable(module.why_not)
+        assert callable(module.attend) and callable(module.unsupported_reason)
     for lengths in ((), (1024,) * 4, (3000, 900)):
         assert set(auto_order(lengths)) <= set(BACKENDS)
 

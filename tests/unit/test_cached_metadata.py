@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llava_packing_tower.attention import dispatch
 from llava_packing_tower.data import cached_metadata, positions
 from llava_packing_tower.data.cached_metadata import CachedMetadata, kept
-from llava_packing_tower.data.segments import PackedSegments, _segments, make_segments
+from llava_packing_tower.data.segments import VarlenMetadata, _segments, make_segments
 from llava_packing_tower.models import siglip2
 from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.tools.bench.models import PRESETS
@@ -236,7 +236,7 @@ def test_a_value_of_another_stream_is_waited_for(monkeypatch):
 
 
 def test_all_tensors_of_a_value_are_found():
-    segments = PackedSegments(torch.zeros(2, dtype=torch.int32), 3, (3,))
+    segments = VarlenMetadata(torch.zeros(2, dtype=torch.int32), 3, (3,))
     value = (torch.ones(1), (segments, "word", torch.ones(2)), 3)
     assert [len(x) for x in cached_metadata._tensors(value)] == [1, 2, 2]
 
@@ -246,10 +246,10 @@ def test_no_verdict_on_a_backend_is_made_of_fake_tensors(monkeypatch):
     from types import SimpleNamespace
 
     asked = []
-    module = SimpleNamespace(VARLEN=True, CHECKED=True, why_not=lambda *_: None, attend=None)
+    module = SimpleNamespace(VARLEN=True, CHECKED=True, unsupported_reason=lambda *_: None, attend=None)
     monkeypatch.setitem(dispatch.BACKENDS, "tried", "tried")
     monkeypatch.setitem(dispatch._LOADED, "tried", module)
-    monkeypatch.setattr(dispatch, "why_wrong", lambda *given: asked.append(given) and None)
+    monkeypatch.setattr(dispatch, "self_check_error", lambda *given: asked.append(given) and None)
     with FakeTensorMode():
         assert dispatch.resolve_backend("tried", "cpu", torch.float32, 8) == "tried"
     assert not asked and not dispatch._verdicts

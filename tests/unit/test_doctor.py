@@ -250,7 +250,7 @@ def test_the_launcher_refuses_before_anything_loads(files, pretend, monkeypatch)
     monkeypatch.setattr(launch, "_gpus", lambda: 0)
     monkeypatch.setattr(versions, "find_spec", lambda name: None)
     file = files(attn_implementation="flash_attention_2")
-    with pytest.raises(UsageError, match=r"cannot run this:\n.*flash-attn[\s\S]*mended by: pip install flash-attn"):
+    with pytest.raises(UsageError, match=r"cannot run this:\n.*flash-attn[\s\S]*Fix: pip install flash-attn"):
         launch.make_plan(file, num_processes=2)
     plan = launch.make_plan(file, ["--attn_implementation", "sdpa"], num_processes=2)
     assert plan.zero_stage == 2
@@ -343,9 +343,9 @@ def test_an_import_that_fails_names_the_package():
 def quick(monkeypatch, findings=(), host="LLaVA 1.2.2 (somewhere)"):
     """The slow parts replaced by what they would report."""
     collectives = {"backend": "gloo", "processes": 2, "works": True}
-    mend = {"name": "cure", "reason": "it is sick", "issue": "a/b#1", "applied": True}
+    patch = {"name": "cure", "reason": "it is sick", "issue": "a/b#1", "applied": True}
     monkeypatch.setattr(checks, "collectives", lambda: (collectives, []))
-    monkeypatch.setattr(checks, "host", lambda: ({"mends": [mend], "deepspeed": None}, list(findings)))
+    monkeypatch.setattr(checks, "host", lambda: ({"patches": [patch], "deepspeed": None}, list(findings)))
     monkeypatch.setattr(examination, "impossible", lambda run: [])
     monkeypatch.setattr(examination, "_host", lambda report: report.update(host=host) or [])
 
@@ -354,16 +354,16 @@ def test_exit_status_and_the_command_of_each_finding(monkeypatch, capsys):
     quick(monkeypatch)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "nothing is in the way" in shown and "mend cure: it is sick (a/b#1)" in shown
+    assert "All checks passed" in shown and "compat patch cure: it is sick (a/b#1)" in shown
     assert "attention sdpa: runs (differs from eager by" in shown
     quick(monkeypatch, [versions.Finding("warning", "x", "slow", "make it fast")])
-    assert main(["doctor"]) == 0 and "WARNING x: slow\n  mended by: make it fast" in capsys.readouterr().out
-    quick(monkeypatch, [versions.Finding(ERROR, "x", "broken", "mend it")])
-    assert main(["doctor"]) == 1 and "ERROR x: broken\n  mended by: mend it" in capsys.readouterr().out
+    assert main(["doctor"]) == 0 and "WARNING x: slow\n  Fix: make it fast" in capsys.readouterr().out
+    quick(monkeypatch, [versions.Finding(ERROR, "x", "broken", "fix it")])
+    assert main(["doctor"]) == 1 and "ERROR x: broken\n  Fix: fix it" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    finding = {"level": "error", "topic": "x", "text": "broken", "command": "mend it"}
-    assert report["ok"] is False and finding in report["findings"] and report["mends"][0]["name"] == "cure"
+    finding = {"level": "error", "topic": "x", "text": "broken", "command": "fix it"}
+    assert report["ok"] is False and finding in report["findings"] and report["patches"][0]["name"] == "cure"
 
 
 def test_nothing_is_imported_where_versions_forbid_it(monkeypatch, capsys):
@@ -386,15 +386,15 @@ def test_no_host(monkeypatch, capsys):
 
 
 def test_the_real_machine(monkeypatch, capsys):
-    """All of it, with the host imported and its defects found; one mend is switched off."""
+    """All of it, with the host imported and its defects found; one patch is switched off."""
     need_a_host()
     monkeypatch.setenv("LLAVA_PACKING_DISABLE_PATCHES", "fwd_kw,cuda_sync,inner_loop")
     status = main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert status == int(not report["ok"]) == 0, report["findings"]
     assert report["collectives"]["works"] and report["tower"]["finite"] and "llava" in report["host"].lower()
-    found = {mend["name"]: mend["applied"] for mend in report["mends"]}
+    found = {patch["name"]: patch["applied"] for patch in report["patches"]}
     off = {name for name, applied in found.items() if not applied}
     assert off and off <= {"fwd_kw", "cuda_sync", "inner_loop"} and found["empty_groups"]
-    warned = {f["text"].split()[0] for f in report["findings"] if f["topic"] == "mends"}
+    warned = {f["text"].split()[0] for f in report["findings"] if f["topic"] == "patches"}
     assert warned == off

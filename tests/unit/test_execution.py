@@ -24,7 +24,7 @@ WEIGHT = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16), requires_gr
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU as far as the decision goes: states that say so, a backend for them, kernels that run."""
-    module = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=None)
+    module = SimpleNamespace(VARLEN=True, unsupported_reason=lambda *_: None, attend=None)
     monkeypatch.setitem(dispatch.BACKENDS, "gpu_varlen", "gpu_varlen")
     monkeypatch.setitem(dispatch._LOADED, "gpu_varlen", module)
     monkeypatch.setattr(execution, "kernels_work", lambda device: True)

@@ -310,7 +310,7 @@ def test_configs_that_cannot_work(cls, options, message):
 @pytest.mark.parametrize("backend", ["flash_attention_2", "torch_varlen"])
 def test_head_widths_that_a_backend_cannot_do(backend):
     """DINOv3 allows multiples of 4, the kernels want multiples of 8: the reason is given before anything runs."""
-    reason = backend_module(backend).why_not(torch.device("cuda"), torch.bfloat16, 12)
+    reason = backend_module(backend).unsupported_reason(torch.device("cuda"), torch.bfloat16, 12)
     assert reason == "head width must be a multiple of 8 and at most 256"
     with pytest.raises((ValueError, ImportError), match=f"{backend}'.*(heads of 12|needs)"):
         resolve_backend(backend, "cuda", torch.bfloat16, 12)

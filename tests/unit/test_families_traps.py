@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from llava_packing_tower.data.patches import PatchLayout, batch_images_to_packing_input, split_packed
 from llava_packing_tower.data.positions import prefix_indices
-from llava_packing_tower.kernels.rotary import rotate_pairs
+from llava_packing_tower.kernels.rotary import rotate_interleaved
 from llava_packing_tower.models import aimv2, dinov3, siglip2
 
 pytestmark = pytest.mark.newest
@@ -77,7 +77,7 @@ def test_trap_position_before_norm(load, golden_case, monkeypatch, name):
 def test_trap_neighbour_rotation(load, golden_case):
     model = load("dinov3")
     for layer in model.encoder.layers:
-        layer.self_attn.rotate = rotate_pairs
+        layer.self_attn.rotate = rotate_interleaved
     visible(model, golden_case("dinov3", "images"))
 
 

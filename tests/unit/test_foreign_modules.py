@@ -30,7 +30,7 @@ def paths(monkeypatch):
     the blocks is run as it is, and counted; what is captured from pixels on stays as it was captured."""
     taken = dict.fromkeys(("fused", "graphs", "pixels"), 0)
     sdpa = dispatch.backend_module("sdpa")
-    backend = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
+    backend = SimpleNamespace(VARLEN=True, unsupported_reason=lambda *_: None, attend=sdpa.attend)
     monkeypatch.setitem(dispatch.BACKENDS, "cpu_varlen", "cpu_varlen")
     monkeypatch.setitem(dispatch._LOADED, "cpu_varlen", backend)
 

@@ -43,7 +43,7 @@ class WithOwnBackward(torch.autograd.Function):
 def varlen(monkeypatch, request):
     """The name of a backend that takes packed batches on a CPU: sdpa, said to be one kernel."""
     sdpa = dispatch.backend_module("sdpa")
-    module = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=sdpa.attend)
+    module = SimpleNamespace(VARLEN=True, unsupported_reason=lambda *_: None, attend=sdpa.attend)
     if request.param == "one node":
         module.Attention = WithOwnBackward
     monkeypatch.setitem(dispatch.BACKENDS, "cpu_varlen", "cpu_varlen")
@@ -246,7 +246,9 @@ def test_products_and_calls_per_block(varlen, monkeypatch, grad):
     """What the host does per block, as counts: four products forward, eight more backward, and nothing that grows."""
     monkeypatch.setattr(fused_block, "operations", lambda x: stand_ins())
     monkeypatch.setattr(fused, "operations", lambda x: stand_ins())
-    plain = SimpleNamespace(VARLEN=True, why_not=lambda *_: None, attend=lambda q, k, v, segments, scale: q + k + v)
+    plain = SimpleNamespace(
+        VARLEN=True, unsupported_reason=lambda *_: None, attend=lambda q, k, v, segments, scale: q + k + v
+    )
     monkeypatch.setitem(dispatch._LOADED, varlen, plain)
     counts = []
     for layers in (2, 6):

@@ -31,7 +31,7 @@ from llava_packing_tower.data.images import (
 )
 from llava_packing_tower.data.native_config import NativeSettings
 from llava_packing_tower.data.native_image_processor import NativeImageProcessor
-from llava_packing_tower.data.smart_resize import ResolutionRule
+from llava_packing_tower.data.smart_resize import SmartResize
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -275,7 +275,7 @@ def test_only_the_part_that_is_kept_is_enlarged_and_it_is_the_same(monkeypatch):
 
 def native(**reading: object) -> NativeImageProcessor:
     settings = NativeSettings(4, 64, "frames", 128)
-    processor = NativeImageProcessor(PackingImageProcessor(size=112), ResolutionRule(14, (1, 1), 4, 64), settings)
+    processor = NativeImageProcessor(PackingImageProcessor(size=112), SmartResize(14, (1, 1), 4, 64), settings)
     processor.image_reading = ImageReading(**reading)
     return processor
 

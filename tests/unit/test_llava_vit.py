@@ -190,7 +190,7 @@ def test_wrong_pairing_would_be_seen(golden, golden_case, monkeypatch):
     from llava_packing_tower.kernels import rotary
     from llava_packing_tower.models import layers
 
-    monkeypatch.setitem(layers.ROTATIONS, "pairs", rotary.rotate_halves)
+    monkeypatch.setitem(layers.ROTATE, "interleaved", rotary.rotate_half)
     case = golden_case("llava_vit", "images")
     out = LlavaViTPackingModel.from_pretrained(golden / "llava_vit")(case["patches"], case["grid_thw"])
     assert (out.last_hidden_state - case["last_hidden_state"]).abs().max() > 0.1

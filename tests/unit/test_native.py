@@ -18,7 +18,7 @@ from llava_packing_tower import PackingImageProcessor
 from llava_packing_tower.data import video
 from llava_packing_tower.data.native_config import NativeSettings, check_settings, make_settings, settings_of
 from llava_packing_tower.data.native_image_processor import NativeImageProcessor
-from llava_packing_tower.data.smart_resize import ResolutionRule, merge_of
+from llava_packing_tower.data.smart_resize import SmartResize, merge_of
 from llava_packing_tower.data.video import probe_clip, read_clip, sample_indices
 from llava_packing_tower.multimodal.projectors import MergingProjector, make_projector
 from llava_packing_tower.multimodal.truncation import cut_tokens
@@ -50,7 +50,7 @@ IMAGES = TokenLayout(clips=False)
     ],
 )
 def test_sizes(merge, bounds, size, expected):
-    assert ResolutionRule(14, merge, *bounds).size(*size) == expected
+    assert SmartResize(14, merge, *bounds).size(*size) == expected
 
 
 @given(
@@ -62,7 +62,7 @@ def test_sizes(merge, bounds, size, expected):
 )
 @example(width=2, height=3, merge=(2, 2), least=5, more=4)  # enlarged to 2 x 2 tokens, of which two fit
 def test_the_rule_holds_for_every_image(width, height, merge, least, more):
-    rule = ResolutionRule(16, merge, least, least + more)
+    rule = SmartResize(16, merge, least, least + more)
     rows, columns = rule.grid(width, height)
     assert rows % merge[0] == 0 and columns % merge[1] == 0 and rows >= 1 and columns >= 1
     assert rows * columns <= least + more
@@ -89,7 +89,7 @@ def test_the_rule_holds_for_every_image(width, height, merge, least, more):
 )
 def test_impossible_bounds(bounds, merge, words):
     with pytest.raises(ValueError, match=words):
-        ResolutionRule(14, merge, *bounds)
+        SmartResize(14, merge, *bounds)
 
 
 # ---------------------------------------------------------------- settings
@@ -145,7 +145,7 @@ def photo(height, width, mode="RGB"):
 
 def native(merge=(1, 1), least=1, most=64, together=None, **base):
     base = PackingImageProcessor(size=56, **base)
-    rule = ResolutionRule(14, merge, least, most)
+    rule = SmartResize(14, merge, least, most)
     return NativeImageProcessor(base, rule, NativeSettings(least, most, "clip", together))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_packing_tower.data.smart_resize import ResolutionRule
+from llava_packing_tower.data.smart_resize import SmartResize
 
 pytestmark = pytest.mark.newest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "native_vs_anyres.py"
@@ -38,7 +38,7 @@ def test_the_budget_is_met_by_the_smallest_bound_that_does(script):
     sizes = [(640, 480), (333, 500), (640, 304)]
 
     def mean(least):
-        grids = [ResolutionRule(14, (1, 1), least, 2304).grid(*size) for size in sizes]
+        grids = [SmartResize(14, (1, 1), least, 2304).grid(*size) for size in sizes]
         return statistics.mean(rows * (columns + 1) for rows, columns in grids)
 
     for tokens in (1500, 2000, 2250):

@@ -300,8 +300,10 @@ def test_heads_whose_gradients_are_wrong_are_refused_for_training(monkeypatch):
     monkeypatch.setattr(flash_attention_4, "missing_package", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     cuda = torch.device("cuda")
-    assert flash_attention_4.why_not(cuda, torch.bfloat16, 72) is None
-    assert "heads of 64, 96, 128 only" in flash_attention_4.why_not(cuda, torch.bfloat16, 72, needs_grad=True)
+    assert flash_attention_4.unsupported_reason(cuda, torch.bfloat16, 72) is None
+    assert "heads of 64, 96, 128 only" in flash_attention_4.unsupported_reason(
+        cuda, torch.bfloat16, 72, needs_grad=True
+    )
     for width in (64, 96, 128):
-        assert flash_attention_4.why_not(cuda, torch.bfloat16, width, needs_grad=True) is None
-    assert "multiple of 8" in flash_attention_4.why_not(cuda, torch.bfloat16, 60)
+        assert flash_attention_4.unsupported_reason(cuda, torch.bfloat16, width, needs_grad=True) is None
+    assert "multiple of 8" in flash_attention_4.unsupported_reason(cuda, torch.bfloat16, 60)

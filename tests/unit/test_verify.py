@@ -106,7 +106,7 @@ def frames_not_interpolated(pair, monkeypatch):
 def wrong_pairing(pair, monkeypatch):
     """The usual rotation of halves in place of LlavaViT's of neighbours."""
     block = packed.BlockConfig
-    monkeypatch.setattr(packed, "BlockConfig", lambda **fields: block(**{**fields, "rotary": "halves"}))
+    monkeypatch.setattr(packed, "BlockConfig", lambda **fields: block(**{**fields, "rotary": "half"}))
 
 
 def saving_rounds(pair, monkeypatch):

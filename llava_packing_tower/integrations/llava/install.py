@@ -20,7 +20,7 @@ _active = False
 
 
 def apply() -> None:
-    """Make every host, imported already or later, build packing towers; mend what is broken in it. Idempotent.
+    """Make every host, imported already or later, build packing towers; apply the compat patches. Idempotent.
 
     ``LLAVA_NEXT_DIR``, if set, is put in front of ``sys.path``. Raises ``ValueError`` where it is no LLaVA-NeXT.
     """

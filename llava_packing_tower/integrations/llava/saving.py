@@ -107,7 +107,7 @@ def _refresh(model: nn.Module) -> None:
 # ---------------------------------------------------------------- the weights
 
 
-def whole_tower(named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+def complete_tower(named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
     """What is saved beside a LoRA: what is trained, and the whole tower if any of it is.
 
     A reloaded tower comes from one place: the checkpoint, where a part of it was trained.
@@ -169,7 +169,7 @@ def save_what_is_trained(train: ModuleType, patches: Patches) -> None:
 
     @functools.wraps(original)
     def get_peft_state_non_lora_maybe_zero_3(named_params, require_grad_only=True):
-        return original(whole_tower(named_params) if require_grad_only else named_params, require_grad_only=False)
+        return original(complete_tower(named_params) if require_grad_only else named_params, require_grad_only=False)
 
     patches.set(train, "get_peft_state_non_lora_maybe_zero_3", get_peft_state_non_lora_maybe_zero_3)
     resume_extras(train, patches)
@@ -200,7 +200,7 @@ def resume_extras(train: ModuleType, patches: Patches) -> None:
         result = save(self, *args, **kwargs)
         if concerned(self) and self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            extras = {name: p.detach().cpu() for name, p in whole_tower(self.model.named_parameters())}
+            extras = {name: p.detach().cpu() for name, p in complete_tower(self.model.named_parameters())}
             aside = folder / f".{LORA_EXTRAS}"
             torch.save(extras, aside)
             aside.replace(folder / LORA_EXTRAS)
@@ -213,7 +213,7 @@ def resume_extras(train: ModuleType, patches: Patches) -> None:
             return result
         file = Path(resume_from_checkpoint) / LORA_EXTRAS
         extras = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
-        named = dict(whole_tower(self.model.named_parameters()))
+        named = dict(complete_tower(self.model.named_parameters()))
         if missing := sorted(named.keys() - extras.keys()):
             raise ValueError(
                 f"{resume_from_checkpoint} cannot be gone on from: it has a LoRA, and not the {len(missing)} other "

@@ -50,7 +50,7 @@ def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kind: str) 
     """See :func:`reference.rotate_`."""
     tokens, _, heads, head_dim = qkv.shape
     width = heads * head_dim
-    constants = (width, head_dim, kind == "pairs", block_for(width))
+    constants = (width, head_dim, kind == "interleaved", block_for(width))
     launch(_rotate, (tokens, 2, 1), (qkv, cos, sin), (), constants, 4)
 
 
@@ -135,7 +135,7 @@ def qkv_backward(
     out = torch.empty(tokens, 3 * width, dtype=grads[0].dtype, device=grads[0].device)
     cos, sin = rotary or (None, None)
     strides = tuple(x.stride(0) for x in grads)  # constants, so that the compiler sees how rows are aligned
-    constants = (*strides, width, head_dim, kind == "pairs", PARTS, 1, block_for(width))
+    constants = (*strides, width, head_dim, kind == "interleaved", PARTS, 1, block_for(width))
     numbers = (tokens, partials.shape[1], offset)
     launch(_qkv_backward, (PARTS, 3, 1), (*grads, cos, sin, out, partials), numbers, constants, 2)
     return out

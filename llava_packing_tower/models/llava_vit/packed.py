@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ...checkpoint.weights import WeightPlan
 from ...data.patches import PatchLayout
 from ...data.positions import batch_positions, rotary_3d, rotary_3d_of_grids
-from ...data.segments import Grid, PackedSegments, to_device
+from ...data.segments import Grid, VarlenMetadata, to_device
 from ..base import PackedVisionModel
 from ..encoder import PackedEncoder
 from ..layers import MLP, BlockConfig, PatchEmbed, RMSNorm, Rotary, make_norm
@@ -107,7 +107,7 @@ class LlavaViTPackingModel(PackedVisionModel):
             hidden_act=config.hidden_act,
             norm=config.layer_norm_type,
             norm_eps=config.layer_norm_eps,
-            rotary="pairs",
+            rotary="interleaved",
         )
         if block.head_dim % 32:
             raise ValueError(
@@ -126,7 +126,7 @@ class LlavaViTPackingModel(PackedVisionModel):
 
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, PackedSegments, Rotary | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
         head_dim, theta = self.encoder.head_dim, self.config.rope_theta
         if patch_positions is None:
             rotary = rotary_3d_of_grids(grids, head_dim, theta, tokens.device)

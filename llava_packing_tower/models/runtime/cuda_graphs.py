@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ...attention.dispatch import backend_module
 from ...data.cached_metadata import CachedMetadata
-from ...data.segments import Grid, PackedSegments
+from ...data.segments import Grid, VarlenMetadata
 from ...utils import environment
 from ...utils.tracing import traced
 from ..layers import Rotary
@@ -38,7 +38,7 @@ DEVICE_TYPE = "cuda"
 Images = torch.Tensor | Sequence[torch.Tensor]
 Encoded = tuple[torch.Tensor, list[Grid]]
 States = dict[int, torch.Tensor]
-Run = Callable[[torch.Tensor, PackedSegments, "Rotary | None", Sequence[int], str], States]
+Run = Callable[[torch.Tensor, VarlenMetadata, "Rotary | None", Sequence[int], str], States]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def run_blocks(
     module: nn.Module,
     run: Run,
     hidden_states: torch.Tensor,
-    segments: PackedSegments,
+    segments: VarlenMetadata,
     rotary: Rotary | None,
     keep: Sequence[int],
     backend: str,
@@ -225,12 +225,12 @@ def run_blocks(
         tables = None if rotary is None else tuple(F.pad(table, (0, 0, *fill)) for table in rotary)
         cu_seqlens = F.pad(segments.cu_seqlens, (0, int(bucket > tokens)), value=bucket)
         # No lengths, as in a graph: a kernel that reads them would be another one.
-        states = run(padded, PackedSegments(cu_seqlens, longest, ()), tables, keep, backend)
+        states = run(padded, VarlenMetadata(cu_seqlens, longest, ()), tables, keep, backend)
     return {index: state[:tokens] for index, state in states.items()}
 
 
 def _replay_blocks(
-    captured: Captured, hidden_states: torch.Tensor, segments: PackedSegments, rotary: Rotary | None
+    captured: Captured, hidden_states: torch.Tensor, segments: VarlenMetadata, rotary: Rotary | None
 ) -> States:
     tokens = hidden_states.shape[0]
     static, cu_seqlens, *tables = captured.inputs
@@ -263,7 +263,7 @@ def _capture_blocks(
         borders = [bucket * i // count for i in range(count)] + [bucket]
         cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
     # No lengths: only kernels that read cu_seqlens on the device can be replayed for other segments.
-    given = (tokens, PackedSegments(cu_seqlens, longest, ()), tuple(tables) if tables else None, keep, backend)
+    given = (tokens, VarlenMetadata(cu_seqlens, longest, ()), tuple(tables) if tables else None, keep, backend)
     return _capture(lambda: run(*given), [tokens, cu_seqlens, *tables], device)
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...attention.dispatch import attend, backend_module
-from ...data.segments import PackedSegments
-from ...kernels.fused_block import AfterAttention, BeforeAttention, Block, Kind, kernels, operations
+from ...data.segments import VarlenMetadata
+from ...kernels.fused_block import AfterAttention, BeforeAttention, Block, BlockSpec, kernels, operations
 from ...utils.tracing import is_plain
 from ..activations import HALF
 from ..layers import BlockConfig, EncoderBlock, Rotary
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def kind_of(config: BlockConfig) -> Kind:
+def block_spec_of(config: BlockConfig) -> BlockSpec:
     """The constants of such blocks."""
-    return Kind(
+    return BlockSpec(
         config.num_attention_heads, config.norm_eps, config.norm == "rms_norm", config.rotary, config.hidden_act
     )
 
@@ -79,17 +79,17 @@ def _scaled(
 
 
 def fused_block(
-    kind: Kind,
+    kind: BlockSpec,
     grad: bool,
     cast: bool,
     layer: EncoderBlock,
     hidden_states: torch.Tensor,
     pending: torch.Tensor | None,
-    segments: PackedSegments,
+    segments: VarlenMetadata,
     rotary: Rotary | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels; ``kind``: :func:`kind_of` it.
+    """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels; ``kind``: :func:`block_spec_of`.
 
     Without ``grad`` (which is not what ``torch.is_grad_enabled()`` says inside of a reentrant checkpoint)
     ``hidden_states`` is written to, and what is returned as pending is one row for all tokens, the sum of the biases so
@@ -99,7 +99,7 @@ def fused_block(
     """
     parts = layer._modules
     attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
-    cos, sin = rotary if kind.rotation is not None else (None, None)
+    cos, sin = rotary if kind.rotary is not None else (None, None)
     norm1, norm2, fc1, fc2 = map(_own, (parts["layer_norm1"], parts["layer_norm2"], mlp["fc1"], mlp["fc2"]))
     qkv, proj = _own(attention["qkv"]), _own(attention["proj"])
     gate = (None, None) if mlp.get("gate") is None else _own(mlp["gate"])
@@ -136,8 +136,8 @@ def _infer_before(kind, total, row, norm, qkv, proj_bias, rotary):
     run = operations(total)
     normed, row = run.row_norm(total, row, *norm, kind.eps, kind.rms, proj_bias)
     product = F.linear(normed, *qkv).view(len(total), 3, kind.heads, -1)
-    if kind.rotation is not None:
-        run.rotate_(product, *rotary, kind.rotation)
+    if kind.rotary is not None:
+        run.rotate_(product, *rotary, kind.rotary)
     return *product.unbind(1), row
 
 

@@ -26,7 +26,7 @@ KINDS: tuple[tuple[str, str], ...] = (
 PROFILED = 5
 
 
-def kind_of(kernel: str) -> str:
+def block_spec_of(kernel: str) -> str:
     """The kind of a kernel (or of a CPU operator) by its name."""
     return next(kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE))
 
@@ -88,7 +88,7 @@ def measure_breakdown(setting: Setting, work: Workload, system: System, clock: C
         names, busy = kernels(run, setting.device)
     by_kind = {kind: 0.0 for kind, _ in KINDS}
     for name, spent in names.items():
-        by_kind[kind_of(name)] += spent
+        by_kind[block_spec_of(name)] += spent
     factor = 3 if work.train else 1
     attention = attention_flops(setting.config.hidden_size, work.lengths) * setting.layers * factor
     rate = peak.flops_per_second(statistics.median(peak_ms))
@@ -103,7 +103,7 @@ def measure_breakdown(setting: Setting, work: Workload, system: System, clock: C
         "ms_by_kind": {**by_kind, "gaps": max(0.0, total - busy)},
         "peak_matmul_flops_per_second": rate,
         "ms_at_peak": {"matmuls": linear / rate * 1e3, "attention": attention / rate * 1e3},
-        "kernels": [{"name": name, "kind": kind_of(name), "ms": spent} for name, spent in names.most_common(20)],
+        "kernels": [{"name": name, "kind": block_spec_of(name), "ms": spent} for name, spent in names.most_common(20)],
     }
 
 

@@ -1,4 +1,4 @@
-"""Trying things out: attention backends, the tower, collectives, DeepSpeed, and the host with its mends."""
+"""Trying things out: attention backends, the tower, collectives, DeepSpeed, and the host with its compat patches."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def _try_backend(name, device, dtype) -> Backend:
     heads, width = 2, 64
     module = backend_module(name)
     lengths = (64, 64) if getattr(module, "EQUAL_LENGTHS_ONLY", False) else (17, 64, 5)
-    reason = module.why_not(device, dtype, width, False)
+    reason = module.unsupported_reason(device, dtype, width, False)
     if reason:
         return Backend(name, False, reason=reason)
-    backward = module.why_not(device, dtype, width, True) is None
+    backward = module.unsupported_reason(device, dtype, width, True) is None
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(sum(lengths), heads, width, generator=generator).to(dtype) for _ in range(4)]
 
@@ -196,7 +196,7 @@ import json
 from importlib import import_module
 import builder_patch
 from llava_packing_tower.integrations import llava as hosts
-from llava_packing_tower.integrations.llava import compat as mends
+from llava_packing_tower.integrations.llava import compat
 package = hosts.find_host().package
 report = {}
 for name in ("train.train", "model.builder"):
@@ -208,13 +208,13 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "deepspeed":
         raise
-report |= {"applied": mends.applied(), "left": mends.left()}
+report |= {"applied": compat.applied(), "left": compat.left()}
 print("\\n" + json.dumps(report))
 """
 
 
 def host() -> tuple[dict[str, object], list[Finding]]:
-    """Import the host's trainer and loader with the hook in place: which defects are there, which mends are applied."""
+    """Import the host's trainer and loader with the hook in place: which compat patches are applied, which are off."""
     from ...integrations.llava import compat
 
     code, out, err = _end(_run(HOST), TIMEOUT)
@@ -225,13 +225,13 @@ def host() -> tuple[dict[str, object], list[Finding]]:
     findings = [
         Finding(
             WARNING,
-            "mends",
+            "patches",
             f"{name} is switched off and its defect is there: {known[name].reason}",
             f"unset {compat.DISABLE_ENV}",
         )
         for name in report["left"]
     ]
-    report["mends"] = [
+    report["patches"] = [
         {"name": name, "reason": known[name].reason, "issue": known[name].issue, "applied": state == "applied"}
         for state in ("applied", "left")
         for name in report.pop(state)
@@ -243,7 +243,7 @@ def _import_failure(line: str) -> Finding:
     missing = line.partition("No module named ")[2].strip("'\"").partition(".")[0]
     # Where the package itself is there, a part of it is missing, and installing it again would not help.
     command = None if not missing or find_spec(missing) else install_command(DISTRIBUTIONS.get(missing, missing))
-    if "which is no mend" in line:
+    if "which is no compat patch" in line:
         command = f"unset {environment.DISABLE_PATCHES}"
     return Finding(ERROR, "host", f"the host cannot be imported: {line}", command)
 

@@ -39,7 +39,7 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
     """Everything, as JSON types. ``say`` gets a line for each part as it is done; about a minute on a CPU.
 
     Keys: python, versions, host, findings ([{level, topic, text, command}]), ok, and, unless something keeps the
-    libraries from being loaded at all: gpus, attention, tower, collectives, mends, deepspeed.
+    libraries from being loaded at all: gpus, attention, tower, collectives, patches, deepspeed.
     """
     report: dict[str, object] = {"python": platform.python_version(), "versions": {p: installed(p) for p in PACKAGES}}
     findings = [*_host(report), *impossible(Run()), *_packages()]
@@ -70,13 +70,14 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
     if report["host"]:
         result, found = checks.host()
         findings += found + _deepspeed(result, report["gpus"])
-        report |= {"mends": result.get("mends", []), "deepspeed": result.get("deepspeed")}
+        report |= {"patches": result.get("patches", []), "deepspeed": result.get("deepspeed")}
         if result:
             engine = result.get("deepspeed")
             say(f"DeepSpeed: {engine['version']} on {engine['accelerator']}" if engine else "DeepSpeed: not installed")
-        for mend in report["mends"]:
-            issue = f" ({mend['issue']})" if mend["issue"] else ""
-            say(f"mend {mend['name']}{'' if mend['applied'] else ' (switched off)'}: {mend['reason']}{issue}")
+        for patch in report["patches"]:
+            issue = f" ({patch['issue']})" if patch["issue"] else ""
+            off = "" if patch["applied"] else " (switched off)"
+            say(f"compat patch {patch['name']}{off}: {patch['reason']}{issue}")
     return _finished(report, findings)
 
 

@@ -1,4 +1,4 @@
-"""Compatibility patches of the decoder's attention: torch's own, and the one that the loader asks for."""
+"""Compat patches of the decoder's attention: torch's own, and the one that the loader asks for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 from types import ModuleType
 
 from ..patcher import Patches
-from . import mend
+from . import compat_patch
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def _asks_cudnn_first(_: ModuleType) -> bool:
     return tuple(cudnn.getRuntimeVersion()) > PREFERRED_ABOVE and torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@mend(
+@compat_patch(
     module="{package}.model.llava_arch",
     reason="on Hopper and Blackwell, scaled_dot_product_attention asks cuDNN first, which makes a plan for every new "
     "shape: for each token of an answer, and for each length of a batch",
@@ -52,7 +52,7 @@ def _loader_asks_for_flash(builder: ModuleType) -> bool:
     return asked is not None and asked.default == "flash_attention_2"
 
 
-@mend(
+@compat_patch(
     module="{package}.model.builder",
     reason="the loader asks for flash_attention_2 unless its caller names another, which no script of the host does; "
     "where flash-attn or CUDA is missing, sdpa takes its place",

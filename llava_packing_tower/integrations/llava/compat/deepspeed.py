@@ -1,4 +1,4 @@
-"""Mends of DeepSpeed. All but the last are for machines without a GPU and touch nothing where there is one."""
+"""Compat patches of DeepSpeed. All but the last are for machines without a GPU and touch nothing where there is one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from types import ModuleType
 
 from ..patcher import Patches
-from . import mend
+from . import compat_patch
 
 
 def _on_cpu() -> bool:
@@ -23,7 +23,7 @@ def _backend_globals() -> dict:
     return TorchBackend.__init__.__globals__
 
 
-@mend(
+@compat_patch(
     module="deepspeed",
     reason="a C++ operation that only inference uses is compiled when the process group starts: that takes a compiler",
     defect=lambda deepspeed: _on_cpu() and "build_shm_op" in _backend_globals(),
@@ -38,7 +38,7 @@ def _waits_for_the_last_gather_only(deepspeed: ModuleType) -> bool:
     return _on_cpu() and "launch_handles[-1].wait()" in inspect.getsource(partition_parameters)
 
 
-@mend(
+@compat_patch(
     module="deepspeed",
     reason="ZeRO-3 waits for the last of several all-gathers only; gloo does not finish them in order, and weights "
     "that were just loaded are overwritten at random",
@@ -64,7 +64,7 @@ def _leaves_plain_parameters_uncast(deepspeed: ModuleType) -> bool:
     return cast is not None and "not is_zero_init_model" in inspect.getsource(cast)
 
 
-@mend(
+@compat_patch(
     module="deepspeed",
     reason="under ZeRO-3, DeepSpeed 0.19 no longer casts parameters that were made outside of zero.Init, as LLaVA's "
     "projector is, and then fails on two dtypes",

@@ -1,4 +1,4 @@
-"""Mends for FSDP in the hosts' own trainers. They are looked for in runs that are given ``--fsdp`` only."""
+"""Compat patches for FSDP in the hosts' own trainers. They are looked for in runs that are given ``--fsdp`` only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 
 from ..patcher import Patches
-from . import mend
+from . import compat_patch
 from .trainer import _source
 
 
@@ -29,7 +29,7 @@ def _cpu_is_left_out(accelerate: ModuleType) -> bool:
     return "MULTI_CPU" not in before
 
 
-@mend(
+@compat_patch(
     module="accelerate",
     reason="without a GPU, accelerate takes DDP in place of FSDP without a word, or fails with 'no available devices'",
     defect=_cpu_is_left_out,
@@ -72,7 +72,7 @@ def fsdp_on_cpu(accelerate: ModuleType, patches: Patches) -> None:
     patches.set(AcceleratorState, "__init__", __init__)
 
 
-@mend(
+@compat_patch(
     module="{package}.model.llava_arch",
     reason="under --fsdp the host keeps the tower in a list, outside of the model: it is neither trained nor saved, "
     "and what the host then does with such a list, or with a tower that is none, fails",
@@ -94,7 +94,7 @@ def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
     patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
 
 
-@mend(
+@compat_patch(
     module="{package}.train.train",
     reason="the projector is made in float32 beside a decoder in half precision, and FSDP takes one dtype only; it is "
     "rounded, as DeepSpeed does, and what is trained goes on in float32",
@@ -113,7 +113,7 @@ def fsdp_dtypes(train: ModuleType, patches: Patches) -> None:
     patches.set(train.LLaVATrainer, "__init__", __init__)
 
 
-@mend(
+@compat_patch(
     module="{package}.train.train",
     reason="under FSDP the host gathers the whole model on every GPU to save it, or (transformers 5) cannot save its "
     "pieces; the trainer's own save_model() gathers it on rank 0",
@@ -140,7 +140,7 @@ def _unwraps_before_gathering(accelerate: ModuleType) -> bool:
     return _asked() and "unwrap_model" in rest.partition("FullStateDictConfig(")[0]
 
 
-@mend(
+@compat_patch(
     module="accelerate",
     reason="accelerate unwraps a model before it gathers its weights under FSDP, and what FSDP's outermost wrapper "
     "holds is then saved as the pieces of one rank: embeddings, projector, tower",

@@ -1,4 +1,4 @@
-"""Mends of LLaVA's own files. Each looks at one module of the host, right after it was imported."""
+"""Compat patches of LLaVA's own files. Each looks at one module of the host, right after it was imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 
 from ..arguments import current_training_arguments
 from ..patcher import Patches
-from . import mend
+from . import compat_patch
 
 
 def _source(thing: object) -> str:
@@ -28,7 +28,7 @@ def _save_assumes_cuda(train: ModuleType) -> bool:
     return not torch.cuda.is_available() and "torch.cuda.synchronize()" in _source(train.safe_save_model_for_hf_trainer)
 
 
-@mend(
+@compat_patch(
     module="{package}.train.train",
     reason="the model is saved after torch.cuda.synchronize(), which fails on a machine without CUDA",
     defect=_save_assumes_cuda,
@@ -67,7 +67,7 @@ def _strict_forwards(model: ModuleType) -> list[type]:
     return found
 
 
-@mend(
+@compat_patch(
     module="{package}.model",
     reason="generate() passes cache_position, which the host's forward does not take",
     issue="haotian-liu/LLaVA#1448",
@@ -98,7 +98,7 @@ def _own_loop_is_broken(trainer: ModuleType) -> bool:
     return loop is not None and bool(_undefined_globals(loop, trainer))
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="the trainer's own copy of transformers' training loop uses names that it does not import, such as "
     "DebugOption; transformers' loop takes its place, and trainer_mode=zo is not available",
@@ -109,7 +109,7 @@ def inner_loop(trainer: ModuleType, patches: Patches) -> None:
     patches.delete(trainer.LLaVATrainer, "_inner_training_loop")
 
 
-@mend(
+@compat_patch(
     module="{package}.train.train",
     reason="the vision tower is cast to float16 whenever bf16 is off, in float32 training too; it stays float32 then",
     defect=lambda train: "torch.bfloat16 if training_args.bf16 else torch.float16" in _source(train.train),
@@ -139,7 +139,7 @@ def tower_fp32(train: ModuleType, patches: Patches) -> None:
     patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="a learning rate of its own for a part that is frozen gives the optimizer an empty parameter group; "
     "DeepSpeed drops it, and the learning-rate scheduler then misses it",

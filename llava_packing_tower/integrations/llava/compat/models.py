@@ -1,4 +1,4 @@
-"""Mends of the hosts' models, tokenisation and loader."""
+"""Compat patches of the hosts' models, tokenisation and loader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import ModuleType
 
 from ..patcher import Patches
 from ..tower_builder import holders, restore_copies
-from . import mend
+from . import compat_patch
 from .trainer import _source
 
 # ---------------------------------------------------------------- the rotary embedding
@@ -28,7 +28,7 @@ def _rope_is_erased(model: ModuleType) -> bool:
     return any("config.rope_scaling = None" in file.read_text(encoding="utf-8") for file in files)
 
 
-@mend(
+@compat_patch(
     module="{package}.model",
     reason="the host sets config.rope_scaling to None, which in transformers 5 erases the base frequency as well; it "
     "means no scaling",
@@ -91,7 +91,7 @@ def _additional_tokens(folder: str) -> tuple[str, ...]:
     return tuple(token["content"] if isinstance(token, dict) else token for token in tokens)
 
 
-@mend(
+@compat_patch(
     module="{package}.train.train",
     reason="the host tokenises with additional_special_tokens_ids, which transformers 5 has no more, and adds up the "
     "results of apply_chat_template, which are dicts there and no lists",
@@ -135,7 +135,7 @@ def _size_is_no_dict(mm_utils: ModuleType) -> bool:
     return asks and hasattr(image_utils, "SizeDict") and not issubclass(image_utils.SizeDict, dict)
 
 
-@mend(
+@compat_patch(
     module="{package}.mm_utils",
     reason="the host asks whether an image processor's size is a dict, and takes a SizeDict, which the processors of "
     "transformers 5 have (CLIP's, for anyres), for a pair of numbers",
@@ -178,7 +178,7 @@ def _tower_stays(tower_class: type) -> Iterator[None]:
             del tower_class.to
 
 
-@mend(
+@compat_patch(
     module="{package}.model.builder",
     reason="unless device_map is 'auto', the loader moves the tower to the first GPU as float16, wherever and in "
     "whatever dtype the model is: it fails without CUDA, and rounds a bfloat16 tower",

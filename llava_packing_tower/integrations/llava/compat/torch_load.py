@@ -1,4 +1,4 @@
-"""Mends for going on from a checkpoint: torch 2.6 and newer unpickle known types only, and these were left out.
+"""Compat patches for resuming: torch 2.6 and newer unpickle known types only, and these were left out.
 
 Only plain containers of data are declared known: no file gets to run code by it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..patcher import Patches
-from . import mend
+from . import compat_patch
 
 
 def _reads_known_types_only() -> bool:
@@ -39,7 +39,7 @@ def _states_are_read_strictly(deepspeed: ModuleType) -> bool:
     return _reads_known_types_only() and "torch.load(" in source and "weights_only" not in source
 
 
-@mend(
+@compat_patch(
     module="deepspeed",
     reason="DeepSpeed cannot read the optimizer states that it saved: torch refuses three of their types",
     defect=_states_are_read_strictly,
@@ -52,7 +52,7 @@ def ds_states(deepspeed: ModuleType, patches: Patches) -> None:
     _declare([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address], patches)
 
 
-@mend(
+@compat_patch(
     module="transformers.trainer",
     reason="the trainer cannot read the states of the random numbers that it saved: torch refuses numpy's arrays",
     defect=lambda trainer: (

@@ -1,4 +1,4 @@
-"""Mends of the hosts' trainers against the Trainer of newer versions of transformers."""
+"""Compat patches of the hosts' trainers against the Trainer of newer versions of transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from types import ModuleType
 
 from ..patcher import Patches
-from . import mend
+from . import compat_patch
 
 
 def _source(thing: object) -> str:
@@ -40,7 +40,7 @@ def _accelerator_is_made_wrongly(trainer: ModuleType) -> bool:
     return not (has_argument and _takes(Accelerator.__init__, "dispatch_batches"))
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="the trainer makes its Accelerator with arguments that are gone; transformers' own method takes its place "
     "(timeout: ddp_timeout)",
@@ -56,7 +56,7 @@ def _save_passes_metrics(trainer: ModuleType) -> bool:
     return own is not None and _takes(own, "metrics") and not _takes(_base(trainer)._save_checkpoint, "metrics")
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="the trainer hands `metrics` on to transformers' _save_checkpoint, which takes them no more",
     defect=_save_passes_metrics,
@@ -86,7 +86,7 @@ def _samplers_without_dataset(trainer: ModuleType) -> list[type]:
     ]
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="transformers calls _get_train_sampler with the dataset, which the host's own does not take",
     defect=lambda trainer: bool(_samplers_without_dataset(trainer)),
@@ -113,7 +113,7 @@ def _seeds_workers_by_number_alone(trainer: ModuleType) -> bool:
     return False
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="the host hands seed_worker to its own DataLoader, which calls it with a worker's number alone; from "
     "transformers 4.52 on it also takes the number of workers and the rank",
@@ -139,7 +139,7 @@ def _optimizer_gets_the_model(trainer: ModuleType) -> bool:
     return own is not None and _takes(_base(trainer).create_optimizer, "model") and not _takes(own, "model")
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="under FSDP 1 transformers 5 calls create_optimizer with the wrapped model, which the host's own does not "
     "take",
@@ -160,7 +160,7 @@ def optimizer_model(trainer: ModuleType, patches: Patches) -> None:
     patches.set(trainer.LLaVATrainer, "create_optimizer", create_optimizer)
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="the host gives its trainer a `tokenizer`, which transformers 5 calls `processing_class`",
     # From 4.46 to the last 4.x, a decorator takes it and hands it on under its new name.
@@ -186,7 +186,7 @@ def _group_by_length_is_gone(trainer: ModuleType) -> bool:
     return gone and "self.args.group_by_length" in _source(sampler)
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="the sampler asks for the argument group_by_length, which is train_sampling_strategy in transformers 5",
     defect=_group_by_length_is_gone,
@@ -208,7 +208,7 @@ def _bf16_needs_a_gpu(arguments: ModuleType) -> bool:
     return not guarded and not arguments.is_torch_bf16_gpu_available()
 
 
-@mend(
+@compat_patch(
     module="transformers.training_args",
     reason="without a GPU, bf16 is refused unless use_cpu is set, and use_cpu switches DeepSpeed off",
     defect=_bf16_needs_a_gpu,

@@ -1,4 +1,4 @@
-"""Mends of imports: names that the hosts import from where newer versions of transformers do not have them any more.
+"""Compat patches of imports: names that newer versions of transformers no longer have where the hosts import them.
 
 Each looks at a host's module right before its body runs, and puts the names back where that body imports them from.
 """
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..patcher import Patches
-from . import mend
+from . import compat_patch
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +68,8 @@ def _put_back(module: ModuleType, patches: Patches) -> None:
     for place, name in missing_names(module.__file__):
         if (place, name) not in MOVED:
             raise ImportError(
-                f"{module.__name__} imports {name} from {place}, where this transformers does not have it, and no mend "
-                "knows where it went"
+                f"{module.__name__} imports {name} from {place}, where this transformers does not have it, "
+                "and no compat patch knows where it went"
             )
         patches.set(import_module(place), name, _found(name, MOVED[place, name]))
 
@@ -82,7 +82,7 @@ def _found(name: str, places: tuple[str, ...]) -> object:
     raise ImportError(f"{name} is in none of {', '.join(places)}")
 
 
-@mend(
+@compat_patch(
     module="{package}.model.multimodal_resampler.qformer",
     reason="a resampler imports helpers from transformers.modeling_utils that are in transformers.pytorch_utils now; "
     "without them no LLaVA model can be imported",
@@ -94,7 +94,7 @@ def resampler_names(qformer: ModuleType, patches: Patches) -> None:
     _put_back(qformer, patches)
 
 
-@mend(
+@compat_patch(
     module="{package}.train.llava_trainer",
     reason="the trainer imports names from transformers.trainer that are elsewhere now",
     issue="huggingface/transformers#38922",
