@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launch_files import files  # noqa: F401  (a fixture)
 from PIL import Image
 
 from llava_packing_tower.cli.main import main
@@ -32,7 +31,7 @@ def sample(image: object, *texts: str) -> dict:
         ([sample("text.png", "<image>", "b")], "cannot be read as an image"),
     ],
 )
-def test_data_is_checked_at_any_aspect_ratio(files, tmp_path, data, said):  # noqa: F811
+def test_data_is_checked_at_any_aspect_ratio(files, tmp_path, data, said):
     Image.new("RGB", (5, 4)).save(tmp_path / "images" / "a.png")
     (tmp_path / "images" / "text.png").write_text("no image")
     (tmp_path / "mine.json").write_text(data if isinstance(data, str) else json.dumps(data))
@@ -58,7 +57,7 @@ STATES = "global_step8/mp_rank_00_model_states.pt"
         (("optimizer.pt", "scheduler.pt", "rng_state.pth"), 2, "saved with no DeepSpeed"),
     ],
 )
-def test_no_run_is_said_to_go_on_that_cannot(files, tmp_path, capsys, saved, stage, said):  # noqa: F811
+def test_no_run_is_said_to_go_on_that_cannot(files, tmp_path, capsys, saved, stage, said):
     checkpoint = tmp_path / "llava_out" / "checkpoint-8"
     for name in saved:
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
