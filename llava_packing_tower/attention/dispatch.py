@@ -13,9 +13,7 @@ A backend is a module of this package with
 ``unsupported_reason(device, dtype, head_dim, needs_grad) -> str | None``
     None if it can run such tensors here, else the reason in words (cheap, no device work);
 ``attend(q, k, v, segments, scale) -> Tensor``
-    the attention itself;
-``Attention``
-    an autograd function with these arguments, if ``attend`` is no more than that (optional: fused blocks take it in).
+    the attention itself.
 
 Adding one: write the module, add its line to :data:`BACKENDS` and, if ``auto`` may choose it, to :func:`auto_order`.
 """
@@ -60,8 +58,7 @@ def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, .
     (within a sixth of the fastest for heads of 64, a quarter for 72); else FA3 from a mean length of 256 on, or FA4
     from 360 on; FA2 (or the same kernel inside torch) for the rest. Training: FA4 from a mean length of 256 on (for
     heads of 64 in 0.54 to 0.7 of FA2's time from 360 on, about as fast at 256), but cuDNN for equal lengths below 512.
-    Without FA4, FA3 (whose forward-only package is completed by FA2's backward) takes large batches: for 7785 tokens
-    its forward, 0.117 in place of 0.178 ms per layer, does not make up for what calling it costs the host.
+    Without FA4, FA3 takes large batches.
 
     cuDNN builds a plan per shape, in tens of milliseconds, and its graphs are captured per shape. Images one by one are
     seldom of one shape, so a segment alone is given to it only where nothing else is installed; in inference a short
@@ -101,13 +98,13 @@ def resolve_backend(
 ) -> str:
     """Turn ``auto`` into the best backend for such tensors here; check any other name. Logs each new choice once.
 
-    Kernels that others built are run on random segments first, once per kind of tensors (:mod:`checking`).
+    Kernels that others built are run on random segments first, once per kind of tensors (:mod:`self_check`).
 
     Raises ``ImportError`` (with the install command) for a backend whose package is missing and ``ValueError`` for one
     that cannot take the device, dtype, head width, lengths, that has no backward where one is needed, or is wrong.
     """
     candidates, device = auto_order(lengths, needs_grad) if name == "auto" else (name,), torch.device(device)
-    choose = _choose if _can_look(device) else _choose.__wrapped__  # what could not be looked at is not kept
+    choose = _choose if _can_check(device) else _choose.__wrapped__  # what could not be checked is not kept
     chosen = choose(candidates, name, device, dtype, head_dim, needs_grad)
     if name != "auto" and getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False) and len(set(lengths)) > 1:
         raise ValueError(
@@ -127,7 +124,7 @@ def _choose(
             raise ImportError(missing)
         reason = module.unsupported_reason(device, dtype, head_dim, needs_grad)
         if reason is None and getattr(module, "CHECKED", False):
-            reason = _looked_at(name, device, dtype, head_dim, needs_grad)
+            reason = _checked(name, device, dtype, head_dim, needs_grad)
         if reason is None:
             _log_choice(name, asked, device.type, dtype, head_dim)
             return name
@@ -137,11 +134,11 @@ def _choose(
 _verdicts: dict[tuple, str | None] = {}
 
 
-def _looked_at(name: str, *kind: object) -> str | None:
+def _checked(name: str, *kind: object) -> str | None:
     """What :func:`self_check_error` says of a backend for this kind of tensors: it is asked once."""
     key = (name, *kind)
     if key not in _verdicts:
-        if not _can_look(kind[0]):
+        if not _can_check(kind[0]):
             return None
         _verdicts[key] = self_check_error(backend_module(name), *kind)
         if _verdicts[key] is not None:
@@ -149,7 +146,7 @@ def _looked_at(name: str, *kind: object) -> str | None:
     return _verdicts[key]
 
 
-def _can_look(device: torch.device) -> bool:
+def _can_check(device: torch.device) -> bool:
     """Whether kernels can be tried out now: not while something is traced or a CUDA graph is captured."""
     if traced():
         return False

@@ -34,11 +34,6 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    if not torch.compiler.is_compiling():
-        # The operator inside of varlen_attn, which differentiates it itself: half the host's time.
-        return torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False, scale=scale
-        )[0]
     if _TAKES_SCALE:
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
     # torch 2.10 always scales by head_dim ** -0.5: put the rest of the wanted factor on q.

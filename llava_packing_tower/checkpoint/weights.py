@@ -261,11 +261,20 @@ def construction(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
+def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put another parameter of this name into a module.
+
+    Not through ``register_parameter``, as the public ways go (torch 2.1 to 2.13): loaders replace that method to keep
+    weights on the meta device, and would send this one back there.
+    """
+    module._parameters[name] = parameter
+
+
 def assign(module: nn.Module, name: str, value: torch.Tensor, device: torch.device) -> None:
     """Give one parameter its value, whatever state it is in: ordinary, on meta, or partitioned by ZeRO-3."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    parameter = owner._parameters[leaf]
+    parameter = owner.get_parameter(leaf)
     with torch.no_grad():
         if hasattr(parameter, "ds_id"):
             import deepspeed
@@ -274,9 +283,8 @@ def assign(module: nn.Module, name: str, value: torch.Tensor, device: torch.devi
                 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
                     parameter.copy_(value)
         elif parameter.is_meta:
-            # Not through register_parameter: loaders that patch it would send the tensor back to meta.
             real = value.detach().to(device=device, dtype=parameter.dtype, copy=True)
-            owner._parameters[leaf] = nn.Parameter(real, requires_grad=parameter.requires_grad)
+            replace_parameter(owner, leaf, nn.Parameter(real, requires_grad=parameter.requires_grad))
         else:
             parameter.copy_(value)
 

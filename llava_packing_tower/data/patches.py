@@ -180,7 +180,6 @@ def batch_images_to_packing_input(
         device=staging,
         pin_memory=staging.type == "cpu" and device.type == "cuda",
     )
-    # One view per image, then all copies in one call: with many images Python would keep a GPU waiting.
     if stacked is not None:  # one size: one copy for all
         clips, shapes = [stacked.transpose(0, 1)], [(len(grids), *grids[0][1:])]
     else:
@@ -193,7 +192,8 @@ def batch_images_to_packing_input(
     if any(cut.requires_grad for cut in cuts):
         rows = torch.cat([cut.reshape(-1, rows.shape[1]) for cut in cuts]).to(dtype)
     else:
-        torch._foreach_copy_(targets, cuts, non_blocking=True)
+        for target, cut in zip(targets, cuts, strict=True):
+            target.copy_(cut, non_blocking=True)
     return rows.to(device, non_blocking=True), torch.tensor(grids, dtype=torch.int64, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""A fused block: the two halves around its attention, each a node of the autograd graph, or all of it as one node.
+"""A fused block: the two parts around its attention, each a node of the autograd graph.
 
 Forward and backward are written out, so that Python calls nine kernels per block forward and sixteen backward without
 a compiler's wrappers around them, and what memory bounds is read once: bias gradients fall out of the kernels that
@@ -8,14 +8,12 @@ write what they sum, and the input of both norms' products is computed again by 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from types import ModuleType
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..data.segments import VarlenMetadata
 from . import reference
 
 try:
@@ -40,39 +38,6 @@ class BlockSpec:
     rms: bool
     rotary: str | None
     activation: str
-
-
-def _remember(grad: Tensor, sums: Tensor) -> None:
-    """Let the column sums of a gradient, which its kernel made on the way, travel with it to the block below."""
-    grad.packing_column_sums = (grad._version, sums)
-
-
-def _remembered(grad: Tensor) -> Tensor | None:
-    """The column sums that came with this very tensor, unless it was changed meanwhile."""
-    version, sums = getattr(grad, "packing_column_sums", (None, None))
-    return sums if version == grad._version else None
-
-
-class _Part:
-    """What stands for the context of one of the functions: saved tensors are asked for once only, which is all that a
-    checkpoint allows."""
-
-    saved_tensors: tuple = ()
-    needs_input_grad: tuple = (True, True, True)
-    kind: BlockSpec
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-
-def _half_backward(function: type, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward of one of the two functions as a node of its own."""
-    part = _Part()
-    part.kind, part.saved_tensors, part.needs_input_grad = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
-    columns = function.grad_columns(part, *grads)
-    partials = operations(grads[0]).partials(sum(columns), grads[0])
-    products = function.matmul_grads(part, partials, 0, *grads)
-    return None, *function.gradients(part, products, _added(partials, columns, grads[0]))
 
 
 def _added(partials: Tensor, columns: list[int], like: Tensor) -> tuple[Tensor, ...]:
@@ -108,36 +73,22 @@ class BeforeAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total: Tensor, *grads: Tensor):
-        return _half_backward(BeforeAttention, ctx, grad_total, *grads)
-
-    @staticmethod
-    def grad_columns(ctx, *_: Tensor) -> list[int]:
-        """How wide the gradients are that are sums over tokens: of the qkv bias, and of the norm's weight and bias; and
-        the column sums of the total's gradient."""
-        wide, width = ctx.saved_tensors[4].shape
-        return [wide, width, width, width]
-
-    @staticmethod
-    def matmul_grads(ctx, partials: Tensor, offset: int, grad_total: Tensor, *grads: Tensor):
-        """The other gradients: of total and qkv weight. The sums go into ``partials`` from ``offset`` on."""
+    def backward(ctx, grad_total: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total, stats, norm_weight, norm_bias, qkv_weight, cos, sin = ctx.saved_tensors
-        kind, run = ctx.kind, operations(total)
+        kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
+        wide, width = qkv_weight.shape
+        # Sums over tokens: gradients of the qkv bias and of the norm's weight and bias; the last is not used here.
+        columns = [wide, width, width, width]
+        partials = run.partials(sum(columns), grad_total)
         rotary = None if kind.rotary is None else (cos, sin)
-        grad_qkv = run.qkv_backward(grads, rotary, kind.rotary, partials, offset)
+        grad_qkv = run.qkv_backward(grads, rotary, kind.rotary, partials, 0)
         grad, normed = run.norm_backward(
-            *(total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms),
-            *(partials, offset + qkv_weight.shape[0]),
+            total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms, partials, wide
         )
-        return grad, grad_qkv.t() @ normed if ctx.needs_input_grad[5] else None
-
-    @staticmethod
-    def gradients(ctx, products: tuple, sums: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """The gradients of all inputs but the first."""
-        (grad, grad_weight), (qkv_bias, scale, shift, of_grad) = products, sums
-        needs = ctx.needs_input_grad
-        _remember(grad, of_grad)
+        grad_weight = grad_qkv.t() @ normed if needs[5] else None
+        qkv_bias, scale, shift, _ = _added(partials, columns, grad_total)
         return (
+            None,
             grad if needs[1] else None,
             grad if needs[2] else None,
             scale if needs[3] else None,
@@ -189,57 +140,40 @@ class AfterAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total: Tensor, grad_out: Tensor):
-        return _half_backward(AfterAttention, ctx, grad_total, grad_out)
-
-    @staticmethod
-    def grad_columns(ctx, grad_total: Tensor, grad_out: Tensor) -> list[int]:
-        """As in :class:`BeforeAttention`: of the biases inside of the MLP, of the norm, of the projection's bias; and
-        the column sums of ``grad_out``, if they did not come with it."""
-        width, wide = ctx.saved_tensors[-1].shape
-        gated = ctx.saved_tensors[-3] is not None
-        return [wide * (1 + gated), width, width, width, width * (_remembered(grad_out) is None)]
-
-    @staticmethod
-    def matmul_grads(ctx, partials: Tensor, offset: int, grad_total: Tensor, grad_out: Tensor):
-        """As in :class:`BeforeAttention`: of the residual, what was attended, and the weights."""
+    def backward(ctx, grad_total: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (
             attended, total, stats, inner, inner_bias, factor, factor_bias,
             proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
         ) = ctx.saved_tensors  # fmt: skip
         kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
-        *sizes, last = AfterAttention.grad_columns(ctx, grad_total, grad_out)
-        if last:
-            run.column_sums(grad_out, partials, offset + sum(sizes))
+        width, wide = fc2_weight.shape
+        gated = gate_weight is not None
+        # Sums over tokens: gradients of the biases inside of the MLP, of the norm, of the two outer biases.
+        columns = [wide * (1 + gated), width, width, width, width]
+        partials = run.partials(sum(columns), grad_out)
+        run.column_sums(grad_out, partials, sum(columns[:4]))
         # The MLP.
         grad_inner, grad_factor, active = run.act_backward(
-            kind.activation, inner, inner_bias, factor, factor_bias, grad_out @ fc2_weight, partials, offset
+            kind.activation, inner, inner_bias, factor, factor_bias, grad_out @ fc2_weight, partials, 0
         )
         grad_fc2 = grad_out.t() @ active if needs[11] else None
-        if gate_weight is not None:
+        if gated:
             grad_normed = torch.addmm(grad_factor @ fc1_weight, grad_inner, gate_weight)
         else:
             grad_normed = grad_inner @ fc1_weight
         # The norm, with the gradient that passes it by.
         grad, normed = run.norm_backward(
-            total, stats, grad_normed, grad_total, norm_weight, norm_bias, kind.rms, partials, offset + sizes[0]
+            total, stats, grad_normed, grad_total, norm_weight, norm_bias, kind.rms, partials, columns[0]
         )
         grad_gate = grad_inner.t() @ normed if needs[7] else None
-        grad_fc1 = (grad_inner if gate_weight is None else grad_factor).t() @ normed if needs[9] else None
+        grad_fc1 = (grad_factor if gated else grad_inner).t() @ normed if needs[9] else None
         # The projection.
         grad_attended = (grad @ proj_weight).view(grad.shape[0], kind.heads, -1) if needs[2] else None
         grad_proj = grad.t() @ attended if needs[3] else None
-        return grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2, _remembered(grad_out)
-
-    @staticmethod
-    def gradients(ctx, products: tuple, sums: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """The gradients of all inputs but the first."""
-        grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2, fc2_bias = products
-        inner_bias, scale, shift, proj_bias, last = sums
-        needs, wide = ctx.needs_input_grad, ctx.saved_tensors[-1].shape[1]
-        gate_bias, fc1_bias = inner_bias.split(wide) if inner_bias.shape[0] > wide else (None, inner_bias)
-        fc2_bias = last if fc2_bias is None else fc2_bias
+        inside, scale, shift, proj_bias, fc2_bias = _added(partials, columns, grad_out)
+        gate_bias, fc1_bias = inside.split(wide) if gated else (None, inside)
         return (
+            None,
             grad if needs[1] else None,
             grad_attended,
             grad_proj,
@@ -253,47 +187,3 @@ class AfterAttention(torch.autograd.Function):
             grad_fc2,
             fc2_bias if needs[12] else None,
         )
-
-
-class Block(torch.autograd.Function):
-    """:class:`BeforeAttention`, ``attention`` and :class:`AfterAttention` as one node: each node of the graph costs the
-    host as much as two kernels."""
-
-    @staticmethod
-    def forward(
-        ctx, kind: BlockSpec, attention: type, segments: VarlenMetadata, scale: float, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        before, inner, after = parts = _Part(), _Part(), _Part()
-        total, *heads = BeforeAttention.forward(before, kind, *tensors[:INPUTS_BEFORE])
-        attended = attention.forward(inner, *heads, segments, scale)
-        out = AfterAttention.forward(after, kind, total, attended, *tensors[INPUTS_BEFORE:])
-        ctx.attention, ctx.parts = attention, parts
-        ctx.counts = [len(part.saved_tensors) for part in parts]
-        ctx.save_for_backward(*before.saved_tensors, *inner.saved_tensors, *after.saved_tensors)
-        for part in parts:
-            part.saved_tensors = ()
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_total: Tensor, grad_out: Tensor):
-        saved, (before, inner, after) = iter(ctx.saved_tensors), ctx.parts
-        for part, count in zip(ctx.parts, ctx.counts):
-            part.saved_tensors = tuple(islice(saved, count))
-        needs = ctx.needs_input_grad[4:]
-        before.needs_input_grad = (False, *needs[:INPUTS_BEFORE])
-        after.needs_input_grad = (False, True, True, *needs[INPUTS_BEFORE:])
-        columns, more = AfterAttention.grad_columns(after, grad_total, grad_out), BeforeAttention.grad_columns(before)
-        partials = operations(grad_out).partials(sum(columns) + sum(more), grad_out)
-        after_products = AfterAttention.matmul_grads(after, partials, 0, grad_total, grad_out)
-        heads = ctx.attention.backward(inner, after_products[1])[:3]
-        products = BeforeAttention.matmul_grads(before, partials, sum(columns), after_products[0], *heads)
-        sums = _added(partials, columns + more, grad_out)
-        grads_after = AfterAttention.gradients(after, after_products, sums[: len(columns)])[2:]
-        grads_before = BeforeAttention.gradients(before, products, sums[len(columns) :])
-        for part in ctx.parts:
-            part.saved_tensors = ()
-        return None, None, None, None, *grads_before, *grads_after
-
-
-INPUTS_BEFORE = 8  # of BeforeAttention, without the kind

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.pretrained import StrictPreTrainedModel
-from ..checkpoint.weights import construction, resolve_folder, zero3_enabled
+from ..checkpoint.weights import construction, replace_parameter, resolve_folder, zero3_enabled
 from ..data.image_processor import PackingImageProcessor
 from ..data.images import reading_of
 from ..data.native_config import NativeSettings, settings_of
@@ -194,10 +194,9 @@ class HEVCViTPackingVisionTower(nn.Module):
         if not zero3_enabled():
             with torch.device("cpu"):
                 for module in model.modules():
-                    for name, parameter in module._parameters.items():
-                        if parameter is not None:
-                            hollow = torch.full(parameter.shape, torch.nan, dtype=dtype)
-                            module._parameters[name] = nn.Parameter(hollow)
+                    for name, parameter in list(module.named_parameters(recurse=False)):
+                        hollow = torch.full(parameter.shape, torch.nan, dtype=dtype)
+                        replace_parameter(module, name, nn.Parameter(hollow))
             self._unfilled = True
         return model.eval(), PackingImageProcessor.from_dict(self._saved["image_processor"])
 

@@ -61,22 +61,6 @@ def run(folder: Path, *words: object) -> str:
     return result.stdout
 
 
-LOADER = """
-import sys
-import builder_patch
-from llava.model.builder import load_pretrained_model
-model = load_pretrained_model(sys.argv[1], None, "llava_llama_run", device_map="cpu", torch_dtype="bfloat16")[1]
-print("loaded with", model.config._attn_implementation)
-"""
-
-
-def test_the_loader_alone(root):
-    """Beside `run`, which has its own way on a CPU: a program that calls LLaVA's loader under the hook."""
-    result = execute([sys.executable, "-c", LOADER, str(root / "llava_llama_run")], env_of(root))
-    assert result.returncode == 0 and "loaded with sdpa" in result.stdout, result.stderr
-    assert SDPA in result.stderr
-
-
 def test_cli(root):
     words = ["-m", "llava.serve.cli", "--model-path", root / "llava_llama_run", "--image-file", root / "a.png"]
     # Its questions come from stdin, which is empty: it loads, prepares the photo, and ends.

@@ -22,30 +22,11 @@ from llava_packing_tower.tools.bench.models import PRESETS
 SIZES = [(4, 3), (1, 1), (2, 5)]
 
 
-class WithOwnBackward(torch.autograd.Function):
-    """Attention as flash-attn's backend offers it: an autograd function that a block can take in."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, segments, scale):
-        ctx.save_for_backward(q, k, v)
-        ctx.rest = segments, scale
-        return dispatch.backend_module("sdpa").attend(q, k, v, segments, scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            out = dispatch.backend_module("sdpa").attend(*inputs, *ctx.rest)
-        return *torch.autograd.grad(out, inputs, grad), None, None
-
-
-@pytest.fixture(params=["three nodes", "one node"])
-def varlen(monkeypatch, request):
+@pytest.fixture
+def varlen(monkeypatch):
     """The name of a backend that takes packed batches on a CPU: sdpa, said to be one kernel."""
     sdpa = dispatch.backend_module("sdpa")
     module = SimpleNamespace(VARLEN=True, unsupported_reason=lambda *_: None, attend=sdpa.attend)
-    if request.param == "one node":
-        module.Attention = WithOwnBackward
     monkeypatch.setitem(dispatch.BACKENDS, "cpu_varlen", "cpu_varlen")
     monkeypatch.setitem(dispatch._LOADED, "cpu_varlen", module)
     return "cpu_varlen"
@@ -186,28 +167,6 @@ def test_gradients_of_several_batches_add_up(varlen):
         grads.append([p.grad.clone() for p in model.encoder.parameters()])
     for got, want in zip(*reversed(grads)):
         torch.testing.assert_close(got, want)
-
-
-def test_column_sums_travel_with_an_unchanged_gradient_only():
-    grad, sums = torch.randn(3, 2), torch.randn(2)
-    assert fused_block._remembered(grad) is None
-    fused_block._remember(grad, sums)
-    assert fused_block._remembered(grad) is sums
-    assert fused_block._remembered(grad.clone()) is None
-    grad.mul_(2)
-    assert fused_block._remembered(grad) is None
-
-
-def test_column_sums_are_made_once_per_kept_state(varlen, monkeypatch):
-    model, sums = tiny("llava_vit", num_hidden_layers=5), []
-    model.set_attention_backend(varlen)
-    model.encoder.fused = True
-    real = reference.column_sums
-    monkeypatch.setattr(reference, "column_sums", lambda *arguments: sums.append(1) or real(*arguments))
-    for layers, made in (((5,), 1), ((2, 5), 2)):
-        sums.clear()
-        sum(x.sum() for x in model(*batch(model), feature_layers=layers)).backward()
-        assert len(sums) == made
 
 
 class Calls(TorchDispatchMode):

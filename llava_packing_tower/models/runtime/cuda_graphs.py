@@ -288,7 +288,8 @@ def encode_images(
     with my_turn(device):
         captured = memory.find(key)
         if captured is not None:
-            torch._foreach_copy_(captured.inputs, list(_batch(images)))
+            for target, image in zip(captured.inputs, _batch(images), strict=True):
+                target.copy_(image)
             captured.replay()
             packed, grids = captured.result
             return packed.clone(), list(grids)

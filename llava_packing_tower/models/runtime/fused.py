@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...attention.dispatch import attend, backend_module
+from ...attention.dispatch import attend
 from ...data.segments import VarlenMetadata
-from ...kernels.fused_block import AfterAttention, BeforeAttention, Block, BlockSpec, kernels, operations
+from ...kernels.fused_block import AfterAttention, BeforeAttention, BlockSpec, kernels, operations
+from ...kernels.matmul_gelu import linear_gelu
 from ...utils.tracing import is_plain
 from ..activations import HALF
 from ..layers import BlockConfig, EncoderBlock, Rotary
+from .module_state import has_forward_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,8 @@ def kernels_work(device: torch.device) -> bool:
 
 
 def _own(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias. (nn.Module's own way to a parameter costs a microsecond, and a block has a dozen; FSDP keeps
-    its views elsewhere.)"""
-    found = module._parameters
-    return (found["weight"], found.get("bias")) if "weight" in found else (module.weight, getattr(module, "bias", None))
+    """Weight and bias."""
+    return module.weight, getattr(module, "bias", None)
 
 
 def _fit(hidden_states: torch.Tensor, cast: bool, weights: Iterable[torch.Tensor | None]) -> bool:
@@ -97,35 +97,32 @@ def fused_block(
 
     Weights that are no plain tensors on the device of the states have the block called as it is.
     """
-    parts = layer._modules
-    attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
+    attention, mlp = layer.self_attn, layer.mlp
     cos, sin = rotary if kind.rotary is not None else (None, None)
-    norm1, norm2, fc1, fc2 = map(_own, (parts["layer_norm1"], parts["layer_norm2"], mlp["fc1"], mlp["fc2"]))
-    qkv, proj = _own(attention["qkv"]), _own(attention["proj"])
-    gate = (None, None) if mlp.get("gate") is None else _own(mlp["gate"])
-    scales = [parts[name] for name in ("layer_scale1", "layer_scale2")]
-    more = [x for module in (attention["qkv"], *scales) for x in module._parameters.values()]
+    norm1, norm2, fc1, fc2 = map(_own, (layer.layer_norm1, layer.layer_norm2, mlp.fc1, mlp.fc2))
+    qkv, proj = _own(attention.qkv), _own(attention.proj)
+    gate = (None, None) if mlp.gate is None else _own(mlp.gate)
+    scales = (layer.layer_scale1, layer.layer_scale2)
+    more = [x for module in (attention.qkv, *scales) for x in module.parameters(recurse=False)]
     if not _fit(hidden_states, cast, (*norm1, *qkv, *proj, *norm2, *gate, *fc1, *fc2, *more)):
         if pending is not None:
             hidden_states = (hidden_states + pending).to(hidden_states.dtype)
         total, pending = layer.forward(hidden_states, None, segments, rotary, backend)
         return (total, pending) if grad else (total + pending, None)
-    if attention["qkv"].partial_biases:
-        qkv = qkv[0], attention["qkv"].whole_bias()
+    if attention.qkv.partial_biases:
+        qkv = qkv[0], attention.qkv.whole_bias()
     proj, fc2 = _scaled(*proj, scales[0]), _scaled(*fc2, scales[1])
     if cast:
         pairs = (norm1, qkv, proj, norm2, gate, fc1, fc2)
         norm1, qkv, proj, norm2, gate, fc1, fc2 = (_cast(pair, hidden_states.dtype) for pair in pairs)
     if not grad:
-        if layer._forward_hooks:  # which may keep what they are given
+        if has_forward_hooks(layer):  # which may keep what they are given
             hidden_states = hidden_states.clone()
         *heads, row = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
         attended = attend(*heads, segments, backend=backend, resolved=True)
         del heads
         return hidden_states, _infer_after(kind, hidden_states, row, attended, proj[0], norm2, gate, fc1, fc2)
     before, after = (hidden_states, pending, *norm1, *qkv, cos, sin), (*proj, *norm2, *gate, *fc1, *fc2)
-    if whole := getattr(backend_module(backend), "Attention", None):
-        return Block.apply(kind, whole, segments, (before[4].shape[1] // kind.heads) ** -0.5, *before, *after)
     total, q, k, v = BeforeAttention.apply(kind, *before)
     attended = attend(q, k, v, segments, backend=backend, resolved=True)
     return AfterAttention.apply(kind, total, attended, *after)
@@ -153,7 +150,7 @@ def _infer_after(kind, total, row, attended, proj_weight, norm, gate, fc1, fc2):
         inner, factor = F.linear(normed, gate[0]), F.linear(normed, fc1[0])
         active = run.act(kind.activation, inner, gate[1], factor, fc1[1])
     elif total.is_cuda and kind.activation.startswith("gelu") and fc1[1] is not None and total.dtype in HALF:
-        active = torch._addmm_activation(fc1[1], normed, fc1[0].t(), use_gelu=True)
+        active = linear_gelu(normed, *fc1)
     else:
         active = run.act(kind.activation, F.linear(normed, fc1[0]), fc1[1])
     total.addmm_(active, fc2[0].t())

@@ -4,6 +4,10 @@ Fused blocks and CUDA graphs read weights around the modules that hold them. The
 every module is one of ours, runs our own forward and holds plain parameters: an adapter, a quantised or offloaded
 layer, a hook or a parametrization is *called*. :func:`foreign_part` is the one answer to this question.
 
+torch has no public way to ask a module for its hooks, or for whether its forward was replaced: this is the one file
+that reads ``nn.Module``'s own attributes (``_modules``, ``_parameters``, ``_forward_hooks``, ...; torch 2.1 to 2.13).
+tests/unit/test_module_state.py notices if one of them goes. ``LLAVA_PACKING_FUSED=0`` is the way around it.
+
 It walks a module tree, which for a ViT-L takes a fifth of the time that one image takes on a GPU. So
 :class:`ModuleState` keeps the answer, and looks at every call whether anything that it rests on has changed.
 """
@@ -31,6 +35,10 @@ OVERRIDES = ("forward", "_call_impl", "_compiled_call_impl")  # what a module is
 LIVE = ("eps", "num_heads", "head_dim", "rotate", "partial_biases", "layout", "approximate")
 OURS = (f"{__name__.partition('.')[0]}.", "torch.nn.modules.", "transformers.activations")
 FSDP, DTENSOR = "torch.distributed.fsdp", "torch.distributed.tensor"
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks)
 
 
 class Snapshot(NamedTuple):
