@@ -15,7 +15,6 @@ RENAMED: dict[str, str] = {
     "activations": "models.activations",
     "alignment": "convert.parity",
     "attention.checking": "attention.self_check",
-    "attention.plain": "attention.flash_varlen",
     "bench": "tools.bench",
     "bench.availability": "tools.bench.availability",
     "bench.breakdown": "tools.bench.breakdown",
