@@ -18,7 +18,7 @@ NEWLINES = ("grid", "frame", "one_token", "no_token")
 POOL_MODES = ("average", "max", "bilinear")
 DEFAULT_MIN_PATCHES = 16
 # Projectors that treat every token alone: they do not ask where in the image it was.
-_POINTWISE = re.compile(r"^(linear|identity|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu)$")
+POINTWISE = re.compile(r"^(linear|identity|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu)$")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def check_settings(values: Mapping[str, object]) -> None:
     if (together := values.get(PREFIX + "video_max_patches")) is not None:
         check_bounds(1, together)
     projector = values.get("mm_projector_type") or "linear"
-    if projector not in MERGES and not _POINTWISE.match(projector):
+    if projector not in MERGES and not POINTWISE.match(projector):
         raise ValueError(
             f"mm_projector_type {projector!r} does not work on images of any size; these do: linear, mlp2x_gelu, "
             f"{', '.join(MERGES)}"

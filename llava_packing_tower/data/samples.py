@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -158,9 +158,15 @@ def check_media(samples: Sequence[Mapping], folders: Mapping[str, str | None], r
     _refuse(f"{len(wrong)} files of the data cannot be read", wrong)
 
 
-def check_data(data_path: str, folders: Mapping[str, str | None], reads_videos: bool) -> int:
+def check_data(
+    data_path: str,
+    folders: Mapping[str, str | None],
+    reads_videos: bool,
+    look: Callable[[Sequence[Mapping]], None] | None = None,
+) -> int:
     """Check all samples that ``data_path`` stands for; returns their number.
 
+    ``look`` is called with the samples of each file, after they were found to be right.
     Raises ``ValueError`` that names the file and the samples.
     """
     count = 0
@@ -170,6 +176,8 @@ def check_data(data_path: str, folders: Mapping[str, str | None], reads_videos: 
             check_turns(samples)
             check_places(samples, reads_videos)
             check_media(samples, folders, reads_videos)
+            if look is not None:
+                look(samples)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         count += len(samples)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..utils.errors import UsageError
 from ..utils.versions import install_command
+from .deepspeed_keys import Section, known_keys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """The configurations that the package brings."""
+COMMENTS = ("_", "//", "#")
+"""How keys begin that are comments to their readers."""
 
 
 def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
@@ -42,17 +45,27 @@ def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
             )
         values["deepspeed"] = str(file.resolve())
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        except (OSError, ValueError) as error:
             raise UsageError(f"deepspeed: {file} is not valid JSON: {error}") from error
-    check_zero_keys(config, values["deepspeed"])
+    check_keys(config, values["deepspeed"])
     return zero_stage(config)
 
 
-def check_zero_keys(config: object, file: object) -> None:
-    """Raises :class:`UsageError` for a DeepSpeed configuration that is none, or whose ZeRO keys DeepSpeed refuses.
+def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object without a key given twice, which DeepSpeed refuses too."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"{key} is given twice")
+        seen.add(key)
+    return dict(pairs)
 
-    Every value "auto" is transformers' to fill in. DeepSpeed checks no keys outside of its sections.
+
+def check_keys(config: object, file: object) -> None:
+    """Raises :class:`UsageError` for a DeepSpeed configuration that is none, or for a key that DeepSpeed does not read.
+
+    Every value "auto" is transformers' to fill in.
     """
     where = f"deepspeed: {file}" if isinstance(file, str) else "deepspeed"
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
@@ -61,32 +74,29 @@ def check_zero_keys(config: object, file: object) -> None:
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UsageError(f"{where}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
-    fields = _zero_fields()
-    for key in zero:
-        if fields and key not in fields:
-            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0)[0]
-            raise UsageError(f"{where}: zero_optimization.{key} is unknown; the nearest is {nearest!r}")
+    _check_section(config, (), where)
 
 
-def _zero_fields() -> set[str]:
-    """The keys of ``zero_optimization`` that the installed DeepSpeed has, read from its source: importing it takes
-    seconds. Empty where its source is laid out otherwise."""
-    spec = find_spec("deepspeed")
-    file = Path(spec.origin).parent / "runtime" / "zero" / "config.py" if spec and spec.origin else None
-    if file is None or not file.is_file():
-        return set()
-    fields: set[str] = set()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "DeepSpeedZeroConfig":
-            for item in node.body:
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                    fields.add(item.target.id)
-                    fields |= {
-                        word.value.value
-                        for word in getattr(item.value, "keywords", ())
-                        if word.arg == "alias" and isinstance(word.value, ast.Constant)
-                    }
-    return fields
+def _check_section(values: Mapping[str, object], section: Section, where: str) -> None:
+    known = known_keys()
+    for key, value in values.items():
+        inner = (*section, key)
+        if section in known and key not in known[section] and not key.startswith(COMMENTS):
+            raise UsageError(f"{where}: {'.'.join(inner)} is unknown; {_instead(key, section, known)}")
+        if isinstance(value, dict):
+            _check_section(value, inner, where)
+        elif inner in known and value is not None:
+            raise UsageError(f"{where}: {'.'.join(inner)} must be a mapping, got {value!r}")
+
+
+def _instead(key: str, section: Section, known: Mapping[Section, frozenset[str]]) -> str:
+    """What may have been meant by a key that its section does not have."""
+    if near := difflib.get_close_matches(key, known[section], n=1, cutoff=0.75):
+        return f"the nearest is {near[0]!r}"
+    if others := sorted(".".join(other) or "the top level" for other, keys in known.items() if key in keys):
+        return f"it belongs in {' or '.join(others)}"
+    closest = difflib.get_close_matches(key, known[section], n=1, cutoff=0)[0]
+    return f"DeepSpeed {version('deepspeed')} has nothing of this name there, the nearest is {closest!r}"
 
 
 def zero_stage(config: Mapping[str, object]) -> int:

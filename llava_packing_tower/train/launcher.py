@@ -25,6 +25,7 @@ from ..utils.net import free_port
 from ..utils.versions import Run, impossible, install_command
 from .config import read_overrides, read_yaml
 from .deepspeed_config import check_deepspeed
+from .folder_checks import check_folders
 from .hostfile import check_hostfile, pack
 from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
@@ -58,6 +59,7 @@ class Plan:
     hostfile: str | None = None
     nodes: Nodes = field(default_factory=Nodes)
     samples: int = 0
+    cut: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
 
@@ -84,6 +86,7 @@ class Plan:
             "engine": f"{engine}, {where}" + (f" on the hosts of {self.hostfile}" if self.hostfile else ""),
             "output": self.values["output_dir"],
             "start": self.start(),
+            **({"warning": self.cut} if self.cut else {}),
         }
         return "\n".join(f"{key:>9}: {value}" for key, value in rows.items())
 
@@ -146,7 +149,7 @@ def resolve(values: Mapping[str, object], known: Mapping[str, Argument], found: 
         if value is not None:
             resolved[name] = _checked(key, value, known[name])
     for name in REQUIRED:
-        if name not in resolved:
+        if resolved.get(name) in (None, ""):
             raise UsageError(f"{name} is missing")
     return resolved
 
@@ -168,6 +171,8 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 def _checked(key: str, value: object, argument: Argument) -> object:
     kind = argument.annotation.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
+    if isinstance(value, list) and kind in ("bool", "int", "float", "str"):
+        raise UsageError(f"{key}: expected one value, got {len(value)}: {value!r:.60}")
     if kind == "bool":
         if str(value).lower() not in TRUE + FALSE:
             raise UsageError(f"{key}: expected true or false, got {value!r}")
@@ -182,7 +187,7 @@ def _checked(key: str, value: object, argument: Argument) -> object:
     return value
 
 
-def check_files(values: dict[str, object], beside: Path) -> int | None:
+def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> int | None:
     """Check what can be checked on disk; returns the ZeRO stage that is asked for (None: no DeepSpeed)."""
     for name in ("data_path", "image_folder", "video_folder"):
         path = values.get(name)
@@ -196,6 +201,7 @@ def check_files(values: dict[str, object], beside: Path) -> int | None:
         )
         if is_path and not Path(path).expanduser().is_dir():
             raise UsageError(f"{name}: folder {path} does not exist")
+    check_folders(values, found)
     try:
         reason = random_clip(tower)
     except ValueError as error:
@@ -288,7 +294,7 @@ def make_plan(
     check_values(values, found)
     check_resolution(values)
     check_fsdp(values)
-    stage = check_files(values, Path(config).resolve().parent)
+    stage = check_files(values, Path(config).resolve().parent, found)
     if num_processes is not None and (num_gpus is not None or hostfile is not None):
         raise UsageError("--num_processes is for runs on the CPU; with --num_gpus or --hostfile leave it out")
     device = "cpu"
@@ -307,7 +313,7 @@ def make_plan(
     plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
     check_versions(plan, known)
     check_resume(plan)
-    plan.samples = check_samples(values, found)
+    plan.samples, plan.cut = check_samples(values, found, known.get("model_max_length"))
     plan.environment = _environment(plan)
     plan.command = _command(plan)
     return plan

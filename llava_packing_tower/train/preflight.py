@@ -14,10 +14,11 @@ from pathlib import Path
 
 from ..data.samples import check_data
 from ..integrations.llava.arguments_table import tunable_parts
-from ..integrations.llava.host import FoundHost
+from ..integrations.llava.host import Argument, FoundHost
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
 from ..towers.names import PACKING, strip_prefix, tower_kind
 from ..utils.errors import UsageError
+from .sequence_lengths import LengthCheck
 
 ASPECTS = re.compile(r"^(square|pad|native|highres|anyres|anyres_max_\d+|crop_split)$")
 PROJECTORS = re.compile(r"^(linear|identity|pooler|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu|spatial_merge|patch_merger)$")
@@ -28,8 +29,10 @@ UNLISTED_VERSIONS = ("v0", "v0.5")  # which LLaVA's train.py knows beside those 
 
 def check_values(values: Mapping[str, object], found: FoundHost) -> None:
     """Check what LLaVA takes without a look: an unknown word is ignored there, or fails late."""
+    parts = values.get("mm_tunable_parts")
     try:
-        tunable_parts(values.get("mm_tunable_parts"))
+        if parts is not None and not tunable_parts(str(parts)):
+            raise ValueError(f"mm_tunable_parts {parts!r} names nothing to train: leave it out, or name parts")
     except ValueError as error:
         raise UsageError(str(error)) from error
     for name, pattern, examples in (
@@ -45,8 +48,6 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
         _one_of("attn_implementation", attention, ATTENTIONS)
     if (version := values.get("version")) is not None:
         _one_of("version", version, (*conversations(found.root), *UNLISTED_VERSIONS))
-    if (adapter := values.get("pretrain_mm_mlp_adapter")) and not Path(str(adapter)).expanduser().is_file():
-        raise UsageError(f"pretrain_mm_mlp_adapter: {adapter} does not exist")
     check_tower(values)
 
 
@@ -94,7 +95,9 @@ def check_tower(values: Mapping[str, object]) -> None:
         layers = config.get("num_hidden_layers")
     except (ValueError, AttributeError) as error:
         raise UsageError(f"vision_tower: {file} is damaged: {error}") from error
-    if isinstance(layers, int):
+    if layers is not None and (not isinstance(layers, int) or layers < 1):
+        raise UsageError(f"vision_tower: {file} is damaged: num_hidden_layers is {layers!r}")
+    if layers is not None:
         try:
             selected_layers(str(feature), int(str(layer)), layers)
         except ValueError as error:
@@ -102,24 +105,55 @@ def check_tower(values: Mapping[str, object]) -> None:
 
 
 def check_precision(values: Mapping[str, object], device: str) -> None:
-    """``tf32`` without the hardware for it: transformers refuses it after everything is loaded."""
-    if not values.get("tf32"):
+    """Number formats that the hardware lacks, or that exclude each other: transformers or accelerate refuse them late.
+
+    bf16 runs on every CPU.
+    """
+    for one, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if values.get(one) and values.get(other):
+            raise UsageError(f"{one} and {other} exclude each other: --{other} null")
+    asked = [key for key in ("tf32", "fp16", "fp16_full_eval", "bf16", "bf16_full_eval") if values.get(key)]
+    if not asked:
         return
-    reason = "and this run is on the CPU"
-    if device == "gpu":
-        import torch
+    if device != "gpu":
+        for key in asked:
+            if key == "tf32":
+                raise UsageError(
+                    "tf32: needs an NVIDIA GPU of Ampere or newer, and this run is on the CPU: --tf32 null"
+                )
+            if key.startswith("fp16"):
+                raise UsageError(f"{key}: needs a GPU, and this run is on the CPU: --{key} null")
+        return
+    import torch
 
-        major, minor = torch.cuda.get_device_capability()
-        if major >= 8:
-            return
-        reason = f"and this GPU has compute capability {major}.{minor}"
-    raise UsageError(f"tf32: needs an NVIDIA GPU of Ampere or newer, {reason}: --tf32 null")
+    needs = "needs an NVIDIA GPU of Ampere or newer, and this GPU has compute capability"
+    for key in asked:
+        if key == "tf32":
+            lacks = torch.cuda.get_device_capability()[0] < 8
+        else:  # the GPUs of a hostfile may be elsewhere
+            lacks = key.startswith("bf16") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+        if lacks:
+            major, minor = torch.cuda.get_device_capability()
+            raise UsageError(f"{key}: {needs} {major}.{minor}: --{key} null")
 
 
-def check_samples(values: Mapping[str, object], found: FoundHost) -> int:
-    """Check the data; returns the number of samples. Raises :class:`UsageError` that names file and sample."""
+def check_samples(
+    values: Mapping[str, object], found: FoundHost, max_length: Argument | None
+) -> tuple[int, str | None]:
+    """Check the data; returns the number of samples, and what ``model_max_length`` cuts of them in words.
+
+    max_length: the host's argument, whose default holds where the configuration sets none.
+    Raises :class:`UsageError` that names file and sample.
+    """
     folders = {kind: values.get(f"{kind}_folder") for kind in ("image", "video")}
+    default = re.search(r"default=(\d+)", max_length.default if max_length else "")
+    limit = values.get("model_max_length")
+    limit = int(str(limit)) if limit is not None else default and int(default[1])
+    tower = Path(strip_prefix(str(values["vision_tower"]))).expanduser()
     try:
-        return check_data(str(values["data_path"]), folders, reads_videos=found.host.name == "llava_next")
+        lengths = None if limit is None else LengthCheck(values, tower, limit)
+        look = lengths and lengths.look
+        count = check_data(str(values["data_path"]), folders, found.host.name == "llava_next", look)
+        return count, lengths and lengths.result()
     except ValueError as error:
-        raise UsageError(f"data_path: {error}") from error
+        raise UsageError(str(error) if str(error).startswith("model_") else f"data_path: {error}") from error

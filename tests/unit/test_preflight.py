@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from PIL import Image
 
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.data import samples
+from llava_packing_tower.integrations.llava.host import FoundHost
+from llava_packing_tower.integrations.llava.hosts.llava_next import HOST as NEXT_HOST
 from llava_packing_tower.integrations.llava.registry import find_host
-from llava_packing_tower.train import launcher, preflight
-from llava_packing_tower.train.deepspeed_config import check_zero_keys
+from llava_packing_tower.train import folder_checks, launcher, preflight, sequence_lengths
+from llava_packing_tower.train.deepspeed_config import check_keys
 from llava_packing_tower.utils.errors import UsageError
 
 
@@ -36,6 +39,13 @@ def turns(*texts: str) -> list[dict]:
         ("mm_projector_type", "mlp2_gelu", "mm_projector_type: 'mlp2_gelu' is not known"),
         ("mm_patch_merge_type", "spatia", "mm_patch_merge_type: 'spatia' is not known"),
         ("version", "v99", "version: 'v99' is not known"),
+        ("mm_tunable_parts", ",", "mm_tunable_parts ',' names nothing to train"),
+        ("fp16", "true", "bf16 and fp16 exclude each other: --fp16 null"),
+        ("model_max_length", "0", "model_max_length must be at least 1, got 0"),
+        ("vision_tower", "vit_packing", "vision_tower: vit_packing is neither a folder here nor a hub id, owner/name"),
+        ("model_name_or_path", "llama", "model_name_or_path: llama is neither a folder here nor a hub id, owner/name"),
+        ("output_dir", __file__, "is a file, not a folder"),
+        ("output_dir", f"{__file__}/run1", "is a file, not a folder"),
         ("pretrain_mm_mlp_adapter", "/no/such.bin", "pretrain_mm_mlp_adapter: /no/such.bin does not exist"),
         ("model_name_or_path", "checkpoints/of/mine", "model_name_or_path: folder checkpoints/of/mine does not exist"),
         ("tf32", "true", "tf32: needs an NVIDIA GPU of Ampere or newer, and this run is on the CPU"),
@@ -46,7 +56,7 @@ def test_a_value_that_would_fail_late_or_be_ignored(files, tmp_path, key, value,
     tower = tmp_path / "vit_packing"
     tower.mkdir()
     (tower / "config.json").write_text('{"model_type": "llava_vit_packing", "num_hidden_layers": 4}')
-    words = ["--vision_tower", str(tower), f"--{key}", value]
+    words = [*(["--vision_tower", str(tower)] if key != "vision_tower" else []), f"--{key}", value]
     with pytest.raises(UsageError) as caught:
         launcher.make_plan(files(), words, num_processes=1)
     assert said in str(caught.value)
@@ -79,9 +89,155 @@ def test_tf32_asks_the_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("key", "file", "content", "said"),
+    [
+        ("vision_tower", "config.json", None, "has no config.json"),
+        ("vision_tower", "config.json", "[]", "config.json must hold a JSON object, found list"),
+        ("vision_tower", "config.json", '{"model_type": "llava_vit_packing",', "config.json is not valid JSON"),
+        ("vision_tower", "config.json", '{"num_hidden_layers": "4"}', "is damaged: num_hidden_layers is '4'"),
+        ("vision_tower", "preprocessor_config.json", "{", "preprocessor_config.json is damaged"),
+        ("model_name_or_path", "config.json", None, "has no config.json"),
+        ("model_name_or_path", "config.json", "{", "config.json is damaged"),
+        ("model_name_or_path", "config.json", "[1]", "config.json must hold a JSON object, found list"),
+        (
+            "model_name_or_path",
+            "config.json",
+            '{"model_type": "opt"}',
+            "says model_type opt, which LLaVA has no decoder",
+        ),
+        ("model_name_or_path", "tokenizer.json", '{"version": 1}', "tokenizer.json is damaged"),
+        ("model_name_or_path", "tokenizer.model", "no model", "tokenizer.model is damaged"),
+        (
+            "pretrain_mm_mlp_adapter",
+            "mm_projector.bin",
+            "half a file",
+            "mm_projector.bin is no whole file of torch.save",
+        ),
+    ],
+)
+def test_a_damaged_folder_names_key_and_file(files, tmp_path, key, file, content, said):
+    need_a_host()
+    folder = tmp_path / "llama_packing"
+    folder.mkdir()
+    if file != "config.json":
+        (folder / "config.json").write_text("{}")
+    if content is not None:
+        (folder / file).write_text(content)
+    value = folder / file if key == "pretrain_mm_mlp_adapter" else folder
+    with pytest.raises(UsageError, match=f"^{key}: ") as caught:
+        launcher.make_plan(files(), [f"--{key}", str(value)], num_processes=1)
+    assert said in str(caught.value)
+
+
+def test_several_values_for_one(files):
+    need_a_host()
+    with pytest.raises(UsageError, match=r"mm_tunable_parts: expected one value, got 2"):
+        launcher.make_plan(files(mm_tunable_parts=["mm_vision_tower", "mm_mlp_adapter"]), num_processes=1)
+
+
+def host_with(tmp_path: Path, train: str, *modules: str) -> FoundHost:
+    """A host of a few lines, with these classes of decoders."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "train.py").write_text(train)
+    (tmp_path / "model" / "language_model").mkdir(parents=True)
+    for name in modules:
+        (tmp_path / "model" / "language_model" / f"{name}.py").write_text("")
+    return FoundHost(NEXT_HOST, tmp_path, "1")
+
+
+NEXT_TRAIN = """
+def get_model(model_args):
+    if model_args.vision_tower is not None:
+        if "vicuna" in model_args.model_name_or_path.lower() or "llama" in model_args.model_name_or_path.lower():
+            model = 1
+        elif "qwen" in model_args.model_name_or_path.lower():
+            if "moe" in model_args.model_name_or_path.lower():
+                model = 2
+        else:
+            raise ValueError("Unknown model class")
+"""
+
+
+def test_the_host_must_find_a_class_for_the_decoder(tmp_path):
+    host = host_with(tmp_path, NEXT_TRAIN, "llava_llama")
+    assert folder_checks.path_words(tmp_path) == ("vicuna", "llama", "qwen")
+    folder_checks.check_decoder("lmsys/Vicuna-7b", host)
+    for name in ("owner/moe", "gpt/2"):
+        with pytest.raises(UsageError, match="none of vicuna, llama, qwen: rename the folder"):
+            folder_checks.check_decoder(name, host)
+    decoder = tmp_path / "qwen_run"
+    decoder.mkdir()
+    (decoder / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    with pytest.raises(UsageError, match=r"is a LlavaQwenForCausalLM, and the LLaVA in .* has no such class"):
+        folder_checks.check_decoder(str(decoder), host)
+    (tmp_path / "model" / "language_model" / "llava_qwen.py").write_text("")
+    folder_checks.check_decoder(str(decoder), host)
+
+
+def test_whole_projectors_of_either_format_pass(tmp_path):
+    import torch
+
+    for new in (True, False):
+        file = tmp_path / f"{new}.bin"
+        torch.save({"w": torch.ones(3)}, file, _use_new_zipfile_serialization=new)
+        folder_checks.check_adapter(file)
+    whole = (tmp_path / "True.bin").read_bytes()
+    (tmp_path / "cut.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"cut\.bin is no whole file"):
+        folder_checks.check_adapter(tmp_path / "cut.bin")
+
+
+@pytest.mark.parametrize(
+    ("device", "values", "said"),
+    [
+        ("cpu", {"bf16": True}, None),
+        ("cpu", {"fp16": True}, "fp16: needs a GPU, and this run is on the CPU"),
+        ("cpu", {"fp16_full_eval": True}, "fp16_full_eval: needs a GPU"),
+        ("gpu", {"fp16": True}, None),
+        (
+            "gpu",
+            {"bf16": True},
+            r"bf16: needs an NVIDIA GPU of Ampere or newer, .* compute capability 6\.1: --bf16 null",
+        ),
+        ("gpu", {"bf16": False, "fp16": True}, None),
+        ("gpu", {"bf16_full_eval": True, "fp16_full_eval": True}, "bf16_full_eval and fp16_full_eval exclude"),
+    ],
+)
+def test_number_formats_of_the_hardware(monkeypatch, device, values, said):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    with pytest.raises(UsageError, match=said) if said else contextlib.nullcontext():
+        preflight.check_precision(values, device)
+
+
+# ---------------------------------------------------------------- DeepSpeed
+
+
+@pytest.mark.parametrize(
     ("config", "said"),
     [
         ([], "must be a mapping"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping is unknown; the nearest is 'gradient_clipping'"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation is unknown; the nearest is 'zero_optimization'"),
+        ({"overlap_comm": True}, "overlap_comm is unknown; it belongs in zero_optimization"),
+        ({"zzz": 1}, "zzz is unknown; DeepSpeed .* has nothing of this name there, the nearest is"),
+        ({"bf16": {"enabld": True}}, r"bf16\.enabld is unknown; the nearest is 'enabled'"),
+        ({"fp16": {"loss_scal": 0}}, r"fp16\.loss_scal is unknown; the nearest is 'loss_scale'"),
+        ({"optimizer": {"type": "AdamW", "parms": {}}}, r"optimizer\.parms is unknown; the nearest is 'params'"),
+        ({"scheduler": {"typ": "WarmupLR"}}, r"scheduler\.typ is unknown; the nearest is 'type'"),
+        (
+            {"activation_checkpointing": {"partition_activation": True}},
+            r"activation_checkpointing\.partition_activation is unknown; the nearest is 'partition_activations'",
+        ),
+        ({"tensorboard": {"path": "x"}}, r"tensorboard\.path is unknown; "),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"pin_memroy": True}}},
+            r"zero_optimization\.offload_param\.pin_memroy is unknown; the nearest is 'pin_memory'",
+        ),
+        ({"fp16": True}, "fp16 must be a mapping, got True"),
         ({"zero_optimization": 2}, "must be a mapping"),
         ({"zero_optimization": {"stage": "2"}}, r"stage must be 0, 1, 2 or 3, got '2'"),
         ({"zero_optimization": {"stage": True}}, "stage must be 0, 1, 2 or 3, got True"),
@@ -94,7 +250,7 @@ def test_tf32_asks_the_gpu(monkeypatch):
 def test_a_deepspeed_configuration(config, said):
     pytest.importorskip("deepspeed", reason="its source has the keys")
     with pytest.raises(UsageError, match=said):
-        check_zero_keys(config, "zero.json")
+        check_keys(config, "zero.json")
 
 
 def test_the_shipped_deepspeed_configurations_have_known_keys():
@@ -102,9 +258,77 @@ def test_the_shipped_deepspeed_configurations_have_known_keys():
 
     for name, stage in (("zero2.json", 2), ("zero3.json", 3)):
         config = json.loads((CONFIGS / name).read_text())
-        check_zero_keys(config, name)
+        check_keys(config, name)
         assert zero_stage(config) == stage
-    check_zero_keys({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": "auto"}}, "x")
+    check_keys({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": "auto"}}, "x")
+
+
+@pytest.mark.newest
+def test_keys_that_deepspeed_reads_pass():
+    """Every section that its documentation, and transformers', has in examples of both supported versions."""
+    pytest.importorskip("deepspeed", reason="its source has the keys")
+    adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    warmup = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}
+    config = {
+        "_comment": "ours",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "prescale_gradients": False,
+        "steps_per_print": 2000,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "optimizer": {"type": "AdamW", "params": adam},
+        "scheduler": {"type": "WarmupDecayLR", "params": warmup},
+        "fp16": {
+            "enabled": "auto",
+            "auto_cast": False,
+            "loss_scale": 0,
+            "loss_scale_window": 1000,
+            "initial_scale_power": 16,
+            "hysteresis": 2,
+            "consecutive_hysteresis": False,
+            "min_loss_scale": 1,
+        },
+        "bf16": {"enabled": "auto", "immediate_grad_update": True},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "nvme", "nvme_path": "/x", "pin_memory": True, "buffer_count": 4},
+            "offload_param": {"device": "cpu", "pin_memory": True, "buffer_size": 1e8, "max_in_cpu": 1e9},
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_max_live_parameters": 1e9,
+            "stage3_max_reuse_distance": 1e9,
+            "zero_quantized_weights": True,
+            "zero_hpz_partition_size": 16,
+            "zero_quantized_gradients": True,
+        },
+        "aio": {"block_size": 262144, "queue_depth": 32, "thread_count": 1, "single_submit": False},
+        "activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True, "profile": False},
+        "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1},
+        "comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False},
+        "tensorboard": {"enabled": False, "output_path": "x", "job_name": "y"},
+        "wandb": {"enabled": False, "project": "x"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "checkpoint": {"tag_validation": "Warn", "load_universal": False},
+        "autotuning": {"enabled": False, "arg_mappings": {"train_batch_size": "--b"}},
+        "data_efficiency": {"enabled": False, "seed": 1234, "data_routing": {"enabled": False}},
+    }
+    check_keys(config, "x")
+
+
+def test_a_key_given_twice(files, tmp_path):
+    need_a_host()
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2, "stage": 3}}')
+    with pytest.raises(UsageError, match=r"zero\.json is not valid JSON: stage is given twice"):
+        launcher.make_plan(files(), num_processes=1)
 
 
 # ---------------------------------------------------------------- readers
@@ -223,6 +447,82 @@ def test_the_checks_need_no_torch():
     modules = "llava_packing_tower.train.preflight, llava_packing_tower.data.samples"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+# ---------------------------------------------------------------- model_max_length
+
+
+def lengths(tmp_path: Path, limit: int, samples: list[dict], **values: object) -> sequence_lengths.LengthCheck:
+    """A tower of 8 x 8 patches and a tokenizer that makes a token of each word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"image_size": 112, "patch_size": 14}')
+    check = sequence_lengths.LengthCheck(
+        {"model_name_or_path": str(tmp_path), "image_folder": str(tmp_path), **values}, tmp_path, limit
+    )
+    check.look(samples)
+    return check
+
+
+def test_samples_that_are_cut_are_named(tmp_path):
+    samples = [
+        {"id": "short", "image": "a.png", "conversations": turns("<image> q", "yes no")},
+        {"id": "long", "image": "a.png", "conversations": turns("<image> q", "word " * 40)},
+        {"id": "two", "image": ["a.png", "a.png"], "conversations": turns("<image><image> q", "yes")},
+        {"conversations": turns("q", "word " * 101)},
+    ]
+    said = lengths(tmp_path, 100, samples).result()
+    assert said.startswith("3 of 4 samples are longer than model_max_length 100 and will be cut:")
+    assert said.splitlines()[1:] == [
+        "  sample long: at least 105 tokens, 64 of them of images",
+        "  sample two: at least 130 tokens, 128 of them of images",
+        "  sample 3: at least 102 tokens, 0 of them of images",
+    ]
+    assert lengths(tmp_path, 130, samples).result() is None
+    # A resampler, or a projector that merges, makes fewer tokens than there are patches: nothing is claimed.
+    for fewer in ({"mm_resampler_type": "perceiver"}, {"mm_projector_type": "pooler"}):
+        assert "sample long" not in (lengths(tmp_path, 100, samples, **fewer).result() or "")
+    # "plain" leaves the questions out.
+    asked = [{"id": "x", "conversations": turns("word " * 200, "yes")}]
+    assert lengths(tmp_path, 100, asked, version="plain").result() is None
+
+
+def test_a_limit_that_leaves_nothing_to_train_on(tmp_path):
+    text = {"id": "text", "conversations": turns("q", "yes")}
+    image = {"id": "x", "image": "a.png", "conversations": turns("<image> q", "yes no")}
+    with pytest.raises(
+        ValueError, match="model_max_length 64 leaves no answer about an image to train on:\n  sample x"
+    ):
+        lengths(tmp_path, 64, [text, image]).result()
+    assert lengths(tmp_path, 66, [text, image]).result().startswith("1 of 2 samples")
+    with pytest.raises(ValueError, match="model_max_length 3 leaves no answer to train on"):
+        lengths(tmp_path, 3, [{"conversations": turns("a b c d", "e")}]).result()
+
+
+def test_lengths_at_native_resolution_follow_the_images(tmp_path):
+    samples = []
+    for name, size in (("wide", (280, 28)), ("tall", (56, 140))):  # 2 x 20 and 10 x 4 patches
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        samples.append({"id": name, "image": f"{name}.png", "conversations": turns("<image>", "a " * len(name) * 3)})
+    values = {"image_aspect_ratio": "native"}
+    assert lengths(tmp_path, 60, samples, **values).result() is None
+    said = lengths(tmp_path, 45, samples, **values).result()
+    assert "wide: at least 52 tokens, 40 of" in said and "tall: at least 52 tokens, 40 of" in said
+    merged = {**values, "mm_projector_type": "spatial_merge"}  # 1 x 10 and 5 x 2 tokens
+    assert "wide: at least 22 tokens, 10 of" in lengths(tmp_path, 20, samples, **merged).result()
+
+
+def test_the_plan_says_what_is_cut(files, tmp_path):
+    need_a_host()
+    lengths(tmp_path / "llama", 1, [])
+    rows = [{"id": "a", "conversations": turns("q", "w " * 50)}, {"id": "b", "conversations": turns("q", "w")}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    plan = launcher.make_plan(files(), ["--model_max_length", "20"], num_processes=1)
+    assert "1 of 2 samples are longer than model_max_length 20 and will be cut:\n  sample a: at" in plan.describe()
+    assert "warning" not in launcher.make_plan(files(), ["--model_max_length", "60"], num_processes=1).describe()
 
 
 def test_a_host_that_opens_the_data_itself_gets_no_empty_image():

@@ -1,0 +1,121 @@
+"""The folders and files that a training configuration names, before anything is loaded. No torch here.
+
+Each check raises :class:`UsageError` that names the key and the file.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..integrations.llava.host import FoundHost
+from ..towers.names import strip_prefix
+from ..utils.errors import UsageError
+
+CONFIG = "config.json"
+
+
+def check_folders(values: Mapping[str, object], found: FoundHost) -> None:
+    """Tower, decoder, adapter and output. A name that is no folder here may be a hub id, ``owner/name``."""
+    for key, name in (
+        ("vision_tower", strip_prefix(str(values["vision_tower"]))),
+        ("model_name_or_path", str(values["model_name_or_path"])),
+    ):
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            if not (folder / CONFIG).is_file():
+                raise UsageError(f"{key}: folder {name} has no {CONFIG}")
+            for file in sorted(folder.glob("*.json")):
+                _read_json(key, file)
+        elif "/" not in name:
+            raise UsageError(f"{key}: {name} is neither a folder here nor a hub id, owner/name")
+    if not values.get("model_class_name"):  # LLaVA-NeXT's own argument, which names the class
+        check_decoder(str(values["model_name_or_path"]), found)
+    if adapter := values.get("pretrain_mm_mlp_adapter"):
+        check_adapter(Path(str(adapter)).expanduser())
+    check_output(Path(str(values["output_dir"])).expanduser())
+
+
+def _read_json(key: str, file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{key}: {file} is damaged: {error}") from error
+    if file.name == CONFIG and not isinstance(content, dict):
+        raise UsageError(f"{key}: {file} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def check_decoder(name: str, found: FoundHost) -> None:
+    """A decoder that the host has no class for, or whose name has none of the words by which it chooses one."""
+    words = path_words(found.root)
+    if words and not any(word in name.lower() for word in words):
+        raise UsageError(
+            f"model_name_or_path: {found.host.title} chooses its class by a word in this path, and {name} has none of "
+            f"{', '.join(words)}: rename the folder, or make a link to it"
+        )
+    file = Path(name).expanduser() / CONFIG
+    config = _read_json("model_name_or_path", file) if file.is_file() else {}
+    model_type = config.get("model_type")
+    if model_type is None:
+        return
+    from ..integrations.llava.model_class import check_host_has, class_name  # needs torch
+
+    own = class_name(config, plain=True)
+    if own is None:
+        raise UsageError(f"model_name_or_path: {file} says model_type {model_type}, which LLaVA has no decoder for")
+    try:
+        check_host_has(found.root, own, name)
+    except ValueError as error:
+        raise UsageError(f"model_name_or_path: {error}") from error
+
+
+def path_words(root: Path) -> tuple[str, ...]:
+    """The words, one of which a host's ``get_model`` must find in ``model_name_or_path``; read without running it.
+
+    None for LLaVA 1.x, which takes everything else for a Llama.
+    """
+    tree = ast.parse((root / "train" / "train.py").read_text(encoding="utf-8"))
+    for function in (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "get_model"):
+        for node in (n for n in ast.walk(function) if isinstance(n, ast.If)):
+            tests = [node.test]
+            while len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
+                node = node.orelse[0]
+                tests.append(node.test)
+            words = [word for test in tests for word in _words_in_path(test)]
+            if words and any(isinstance(n, ast.Raise) for n in node.orelse):
+                return tuple(dict.fromkeys(words))
+    return ()
+
+
+def _words_in_path(test: ast.expr) -> list[str]:
+    """The words of ``"llama" in model_args.model_name_or_path.lower()`` and the like."""
+    compared = (n for n in ast.walk(test) if isinstance(n, ast.Compare) and isinstance(n.ops[0], ast.In))
+    return [
+        str(n.left.value).lower()
+        for n in compared
+        if isinstance(n.left, ast.Constant) and "model_name_or_path" in ast.unparse(n.comparators[0])
+    ]
+
+
+def check_adapter(file: Path) -> None:
+    """A projector that is no whole file of ``torch.save``: a zip archive, or a pickle of old versions."""
+    if not file.is_file():
+        raise UsageError(f"pretrain_mm_mlp_adapter: {file} does not exist")
+    with file.open("rb") as stream:
+        start = stream.read(2)
+    if not zipfile.is_zipfile(file) and start != b"\x80\x02":
+        raise UsageError(f"pretrain_mm_mlp_adapter: {file} is no whole file of torch.save")
+
+
+def check_output(folder: Path) -> None:
+    """An output folder that cannot be made or written into."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"output_dir: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"output_dir: {there} cannot be written into")
