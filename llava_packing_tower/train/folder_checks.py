@@ -77,7 +77,7 @@ def check_decoder(name: str, found: FoundHost) -> None:
 def path_words(root: Path) -> tuple[str, ...]:
     """The words, one of which a host's ``get_model`` must find in ``model_name_or_path``; read without running it.
 
-    None for LLaVA 1.x, which takes everything else for a Llama.
+    Empty for LLaVA 1.x, which takes every other name for a Llama.
     """
     tree = ast.parse((root / "train" / "train.py").read_text(encoding="utf-8"))
     for function in (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "get_model"):
