@@ -21,95 +21,97 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "ModelArguments",
         "Optional[str]",
         None,
-        "what is trained: any of mm_vision_tower, mm_mlp_adapter, mm_vision_resampler, mm_language_model, "
-        "joined by commas",
+        "the parts that are trained, joined by commas",
     ),
-    PluginArgument("unfreeze_mm_vision_tower", "ModelArguments", "bool", False, "train the vision tower too"),
+    PluginArgument("unfreeze_mm_vision_tower", "ModelArguments", "bool", False, "train the vision tower as well"),
     PluginArgument(
         "mm_packing_attention",
         "ModelArguments",
         "str",
         "auto",
-        "attention backend of a packing tower: auto, flash_attention_2, torch_varlen, sdpa or eager",
+        "attention backend of a packing tower",
     ),
     PluginArgument(
         "mm_packing_compile",
         "ModelArguments",
         "bool",
         True,
-        "fused encoder blocks of a packing tower, in half precision on CUDA; false: eager ones",
+        "run the encoder blocks of a packing tower as fused kernels, in half precision on CUDA; false runs them eager",
     ),
     PluginArgument(
         "mm_packing_min_patches",
         "ModelArguments",
         "Optional[int]",
         None,
-        "image_aspect_ratio native: fewest patches of an image or frame; smaller ones are enlarged (16)",
+        "with image_aspect_ratio native: the fewest patches of an image or frame; smaller ones are enlarged "
+        "(default: 16)",
     ),
     PluginArgument(
         "mm_packing_max_patches",
         "ModelArguments",
         "Optional[int]",
         None,
-        "image_aspect_ratio native: most patches of an image or frame; larger ones are reduced (those of the tower's "
-        "nominal image)",
+        "with image_aspect_ratio native: the most patches of an image or frame; larger ones are reduced "
+        "(default: those of the tower's nominal image)",
     ),
     PluginArgument(
         "mm_packing_video",
         "ModelArguments",
         "Optional[str]",
         None,
-        "image_aspect_ratio native: clip (the frames of a video see each other, at interpolated temporal positions; "
-        "LlavaViT's default) or frames (each on its own)",
+        "with image_aspect_ratio native: clip (the frames of a video attend to each other, at interpolated temporal "
+        "positions) or frames (each frame is an image) (default: clip for LlavaViT, else frames)",
     ),
     PluginArgument(
         "mm_packing_video_max_patches",
         "ModelArguments",
         "Optional[int]",
         None,
-        "image_aspect_ratio native: most patches of all frames of a video together (no limit)",
+        "with image_aspect_ratio native: the most patches of all frames of a video together (default: no limit)",
     ),
     PluginArgument(
         "mm_packing_exif",
         "ModelArguments",
         "Optional[bool]",
         None,
-        "turn photos as their EXIF orientation says (true; false in checkpoints that were trained without this key)",
+        "rotate photos by their EXIF orientation; a checkpoint trained without this key keeps false (default: true)",
     ),
     PluginArgument(
         "mm_packing_background",
         "ModelArguments",
         "Optional[str]",
         None,
-        "colour behind transparent pixels, by name or as #rrggbb (white); none drops the transparency, as LLaVA does",
+        "color behind transparent pixels, a name or #rrggbb; none drops the transparency, as LLaVA does "
+        "(default: white)",
     ),
     PluginArgument(
         "mm_packing_max_pixels",
         "ModelArguments",
         "Optional[int]",
         None,
-        "largest image that is decoded, width x height (178000000)",
+        "the largest image that is decoded, in pixels (width x height) (default: 178000000)",
     ),
     PluginArgument(
         "mm_packing_max_aspect",
         "ModelArguments",
         "Optional[int]",
         None,
-        "image_aspect_ratio native: an image whose longest side is more times its shortest is refused (200)",
+        "with image_aspect_ratio native: the largest ratio of the longest to the shortest side of an image "
+        "(default: 200)",
     ),
     PluginArgument(
         "mm_vision_tower_lr",
         "TrainingArguments",
         "Optional[float]",
         None,
-        "learning rate of the vision tower, where it differs from learning_rate",
+        "learning rate of the vision tower (default: learning_rate)",
     ),
     PluginArgument(
         "attn_implementation",
         "TrainingArguments",
         "Optional[str]",
         None,
-        "attention of the language model: flash_attention_2, sdpa or eager",
+        "attention of the language model (default: the host's)",
     ),
 )
 
@@ -121,5 +123,5 @@ def tunable_parts(value: str | None) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in (value or "").split(",") if part.strip())
     for part in parts:
         if part not in PARTS:
-            raise ValueError(f"mm_tunable_parts names {part!r}; it takes {', '.join(PARTS)}, joined by commas")
+            raise ValueError(f"mm_tunable_parts names {part!r}; the parts are {', '.join(PARTS)}, joined by commas")
     return parts
