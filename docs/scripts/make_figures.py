@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +28,11 @@ WORK = {
     "train:ragged8": "forward + backward, 8 ragged images",
     "ragged32": "forward, 32 ragged images",
 }
-PEERS = {"original tower": "original tower", "transformers, image by image": "transformers", "timm NaFlexVit, padded + mask": "timm"}
+PEERS = {
+    "original tower": "original tower",
+    "transformers, image by image": "transformers",
+    "timm NaFlexVit, padded + mask": "timm",
+}
 
 
 def rows(file: str) -> list[tuple[str, float, str]]:
@@ -95,11 +100,13 @@ def data_flow() -> None:
         )
         axes.text(x, y + 0.18, title, ha="center", va="center", fontsize=9.5, fontweight="bold")
         axes.text(x, y - 0.09, text, ha="center", va="center", fontsize=8)
-    for (x, y, *_), (to_x, to_y, *_) in zip(STEPS, STEPS[1:], strict=False):
+    for (x, y, *_), (to_x, to_y, *_) in pairwise(STEPS):
         dx, dy = to_x - x, to_y - y
         start = (x + half_width * dx, y + half_height * dy)
         end = (to_x - half_width * dx, to_y - half_height * dy)
-        axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=EDGE, shrinkA=0, shrinkB=0))
+        axes.add_patch(
+            FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=EDGE, shrinkA=0, shrinkB=0)
+        )
     save(figure, "data_flow.png")
 
 

@@ -1,7 +1,7 @@
 """Write the generated parts of the documentation: ``python docs/scripts/make_tables.py`` (``--check`` only compares).
 
-A generated part stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. ``tests/unit/test_docs.py`` fails
-when one of them differs from the code.
+A generated part stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. ``tests/unit/test_docs.py``
+fails when one of them differs from the code.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ DEFAULT = re.compile(r" ?\(default: (.*?)\)")
 HOST_KEYS = {
     "mm_vision_tower": (
         "folder or hub id",
-        "The tower. The prefix `packing:` selects the packing tower. See [Which tower a name means](training.md#tower).",
+        "The tower. The prefix `packing:` selects the packing tower. "
+        "See [Which tower a name means](training.md#which-tower-a-name-means).",
     ),
     "mm_vision_select_layer": (
         "whole number",
         "The hidden state that is returned: -1 is the output of the last block, -2 that of the block before.",
     ),
-    "mm_vision_select_feature": (", ".join(f"`{name}`" for name in SELECT_FEATURES), "What is made of the hidden states."),
+    "mm_vision_select_feature": (
+        ", ".join(f"`{name}`" for name in SELECT_FEATURES),
+        "What is made of the hidden states.",
+    ),
     "mm_projector_type": (
         "`linear`, `mlp2x_gelu`, ..., " + ", ".join(f"`{name}`" for name in MERGES),
         "; ".join(f"`{name}` merges {h} x {w} patches into one token" for name, (h, w) in MERGES.items())

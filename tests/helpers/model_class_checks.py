@@ -61,7 +61,7 @@ def check(word: str, root: Path, tower: Path) -> None:
     model.config.save_pretrained(alone)
     torch.save({n: p for n, p in wanted.items() if "mm_projector" in n}, alone / "mm_projector.bin")
     same(load(str(alone), str(decoder)), wanted)
-    raises("holds the projector alone: give model_base", str(alone))
+    raises("holds only the projector: give model_base", str(alone))
 
     adapter, merged = save_lora(make_llava(decoder, tower, word), decoder, root / "runs" / "a")
     for base in (str(decoder), None):
@@ -78,19 +78,19 @@ def check(word: str, root: Path, tower: Path) -> None:
     shutil.copytree(full, broken)
     first = "model.layers.0.self_attn.q_proj.weight"
     edit(broken, lambda tensors: tensors.update({"model.layers.0.extra.weight": torch.ones(3)}))
-    raises("left over in the files: model.layers.0.extra.weight", str(broken))
+    raises("in the files, but not in the model: model.layers.0.extra.weight", str(broken))
     edit(broken, lambda tensors: (tensors.pop("model.layers.0.extra.weight"), tensors.pop(first)))
-    raises(f"in no file: {first}", str(broken))
+    raises(f"missing from the files: {first}", str(broken))
     adapter_file = adapter / "adapter_model.safetensors"
     kept = load_file(adapter_file)
     some = next(iter(kept))
     save_file({key: value for key, value in kept.items() if key != some}, adapter_file)
-    raises("1 in no file", str(adapter), str(decoder))
+    raises("1 missing from the files", str(adapter), str(decoder))
     save_file({**kept, some.replace("layers.0", "layers.9"): kept[some].clone()}, adapter_file)
-    raises("1 left over in the files", str(adapter), str(decoder))
+    raises("1 in the files, but not in the model", str(adapter), str(decoder))
     edit_config(adapter.parent / "a", mm_vision_tower=str(tower))
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/gone"}))
-    raises("give model_base, the folder that it was trained on (/gone, which is not here)", str(adapter))
+    raises("give model_base, the folder that it was trained on (/gone, which does not exist here)", str(adapter))
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
         shutil.copytree(root / "Llama" / "full", stranger)
         edit_config(stranger, architectures=["LlavaQwenForCausalLM"], model_type="qwen2")
         raises(
-            "LlavaQwenForCausalLM by its config.json, and the LLaVA that is installed has no such class", str(stranger)
+            "config.json names the class LlavaQwenForCausalLM, which the installed LLaVA does not have", str(stranger)
         )
         print("checked refusal")
 

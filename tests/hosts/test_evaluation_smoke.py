@@ -188,7 +188,7 @@ def test_frames_of_a_task_are_one_video(model, demo):
     question = model._prepare(asked, "?", asked.args[2], 0, "task", "test")
     assert question.kinds == ("video",) and len(question.pixels[0]) == 4
     assert isinstance(model.generate_until([asked])[0], str)
-    with pytest.raises(ValueError, match=r"task task, document 0: .* 2 <image>, and there are 9"):
+    with pytest.raises(ValueError, match=r"task task, document 0: .* 2 <image>, but 9"):
         model.generate_until([request(0, {}, "<image> <image>")])
 
 

@@ -151,7 +151,7 @@ def test_a_failure_of_the_hook_is_seen_although_the_host_swallows_it(host):
     (host.root / "model" / "multimodal_encoder" / "builder.py").write_text("def build_tower(): pass")
     (host.root / "model" / "llava_arch.py").write_text("from .multimodal_encoder import builder\nModel = 1")
     tower_builder.install(host.name, host.hooks, host.patches)
-    with pytest.raises(AttributeError, match="not laid out as expected"):
+    with pytest.raises(AttributeError, match="does not have the expected layout"):
         importlib.import_module(host.name)
 
 

@@ -161,8 +161,8 @@ def test_a_tuned_tower_reloads_to_the_last_bit_without_its_folder(runs, reloaded
     ("damage", "message"),
     [
         ("partial", "layernorm_pre.bias"),
-        ("surplus", "with no place in the tower: vision_tower.layernorm_gone"),
-        ("projector", "in no file: model.mm_projector.0.weight"),
+        ("surplus", "in the checkpoint, but not in the tower: vision_tower.layernorm_gone"),
+        ("projector", "missing from the files: model.mm_projector.0.weight"),
         ("changed", "has changed since"),
     ],
 )

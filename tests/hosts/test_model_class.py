@@ -60,7 +60,7 @@ def test_an_evaluation_asks_first_whether_the_host_has_the_class(tmp_path, monke
     (host / "model" / "language_model").mkdir(parents=True)
     monkeypatch.setattr(preflight, "find_host", lambda: SimpleNamespace(root=host))
     write_json({"architectures": ["LlavaQwenForCausalLM"], "mm_vision_tower": "packing:x"}, tmp_path / "config.json")
-    with pytest.raises(ValueError, match=r"is a LlavaQwenForCausalLM, and the LLaVA in .* has no such class"):
+    with pytest.raises(ValueError, match=r"is a LlavaQwenForCausalLM, a class that the LLaVA in .* does not have"):
         check_checkpoint(tmp_path, None)
     (host / "model" / "language_model" / "llava_qwen.py").touch()
     check_checkpoint(tmp_path, None)

@@ -93,7 +93,7 @@ def prepare(
     if given == 0 and visuals:
         text = f"{' '.join([mark] * len(visuals))}\n{text}"
     elif given != len(visuals):
-        raise ValueError(f"the question has {given} {mark}, and there are {len(visuals)} images and videos: {text!r}")
+        raise ValueError(f"the question has {given} {mark}, but {len(visuals)} images and videos: {text!r}")
     if getattr(loaded.model.config, "mm_use_im_start_end", False):
         text = text.replace(mark, constants.DEFAULT_IM_START_TOKEN + mark + constants.DEFAULT_IM_END_TOKEN)
 
@@ -128,7 +128,7 @@ def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) 
         return pixels, IMAGE, {"size": image.size, "modality": IMAGE} if native else image.size
     if not reads_videos(loaded.model):
         raise ValueError(
-            f"{type(loaded.model).__name__} of LLaVA 1.x takes no videos, unless the checkpoint was trained with "
+            f"{type(loaded.model).__name__} of LLaVA 1.x takes videos only from checkpoints that were trained with "
             f"image_aspect_ratio: native; use LLaVA-NeXT"
         )
     clip = read_clip(visual, upbound=max_frames, force=True) if isinstance(visual, str) else _clip_of(visual)
@@ -145,7 +145,7 @@ def _clip_of(frames: Sequence[Image.Image]) -> Clip:
     """Frames that are there already. Raises ``ValueError`` for frames of several sizes."""
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
-        raise ValueError(f"the frames of a video have one size, got {len(frames)} frames of {sorted(sizes)}")
+        raise ValueError(f"all frames of a video must have one size, got {len(frames)} frames of {sorted(sizes)}")
     stacked = np.stack([np.asarray(to_rgb(frame)) for frame in frames])
     return Clip(stacked, list(range(len(frames))), len(frames), 1.0)
 

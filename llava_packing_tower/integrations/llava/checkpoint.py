@@ -39,25 +39,25 @@ def check_complete(model: nn.Module, model_path: str, model_base: str | None = N
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     known = {id(parameter) for name, parameter in named.items() if name in found}  # a tied tensor is in the file once
-    problems = {"in no file": [], "on the meta device": [], "left over in the files": []}
+    problems = {"missing from the files": [], "on the meta device": [], "in the files, but not in the model": []}
     for name, parameter in named.items():
         if "vision_tower." in name or is_renamed(name):
             continue
         if parameter.is_meta and not offloaded:
             problems["on the meta device"].append(name)
         if name not in found and id(parameter) not in known:
-            problems["in no file"].append(name)
+            problems["missing from the files"].append(name)
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
     foreign = tuple(f"{name}." for name in foreign_layers(model))
     for name in sorted(found - named.keys() - buffers.keys()):
         expected = "vision_tower." in name or is_renamed(name) or name.startswith(foreign)
         if not expected and not any(re.search(pattern, name) for pattern in ignored):
-            problems["left over in the files"].append(name)
+            problems["in the files, but not in the model"].append(name)
     where = model_path if model_base is None else f"{model_path} and {model_base}"
     refuse(
         problems,
-        f"the model is incomplete after loading {where} as {type(model).__name__} (`architectures` in config.json say "
-        f"which class it is; a LoRA or a projector needs model_base, the folder that it was trained on)",
+        f"the model is incomplete after loading {where} as {type(model).__name__} (`architectures` in config.json "
+        f"names the class; a LoRA or a projector needs model_base, the folder that it was trained on)",
     )
 
 
@@ -97,9 +97,9 @@ def strict_adapter(builder: ModuleType, patches: Patches) -> None:
             result = load(self, *words, **options)
             missing = [name for name in result.missing_keys if "lora_" in name and "vision_tower." not in name]
             refuse(
-                {"in no file": missing, "left over in the files": list(result.unexpected_keys)},
+                {"missing from the files": missing, "in the files, but not in the model": list(result.unexpected_keys)},
                 f"the LoRA of {model_path} does not fit {type(self.get_base_model()).__name__}: model_base must be "
-                f"what it was trained on",
+                f"the model that it was trained on",
             )
             return result
 
@@ -139,7 +139,9 @@ def check_tower_weights(
     made = tuple(f"{name}." for name in foreign_layers(tower) if f"{name}.weight" in found)
     problems = {
         "not in the checkpoint": sorted(name for name in state.keys() - found.keys() if not name.startswith(made)),
-        "with no place in the tower": sorted(n for n in found.keys() - state.keys() if not n.startswith(made)),
+        "in the checkpoint, but not in the tower": sorted(
+            n for n in found.keys() - state.keys() if not n.startswith(made)
+        ),
         "different from the checkpoint": [],
     }
     for name in state.keys() & found.keys():

@@ -121,8 +121,8 @@ def refuse_without(names: Iterable[str]) -> None:
     if names:
         raise RuntimeError(
             f"{len(names)} trained tensors got no gradient in the first step: {', '.join(names[:5])}"
-            f"{', ...' if len(names) > 5 else ''}. They would stay as they are. Freeze them (mm_tunable_parts), or let "
-            f"the gradient through: gradient_checkpointing_kwargs with use_reentrant: false, or "
+            f"{', ...' if len(names) > 5 else ''}. They would not change. Freeze them (mm_tunable_parts), or let the "
+            f"gradient through: gradient_checkpointing_kwargs with use_reentrant: false, or "
             f"enable_input_require_grads() where the layers below are frozen"
         )
 

@@ -91,8 +91,8 @@ def find_class(package: str, name: str) -> type[PreTrainedModel]:
     found = getattr(import_module(module), name, None) if find_spec(module) is not None else None
     if found is None:
         raise ValueError(
-            f"this is a {name} by its config.json, and the LLaVA that is installed has no such class. "
-            f"LLaVA-NeXT has those of Qwen, Mixtral and Gemma: clone it and set LLAVA_NEXT_DIR"
+            f"config.json names the class {name}, which the installed LLaVA does not have. LLaVA-NeXT has the classes "
+            f"of Qwen, Mixtral and Gemma: clone it and set LLAVA_NEXT_DIR"
         )
     return found
 
@@ -101,8 +101,8 @@ def check_host_has(root: Path, name: str | None, where: object) -> None:
     """Raises ``ValueError`` where the LLaVA in folder ``root`` has no class of this name; imports nothing."""
     if name is not None and not (root / "model" / "language_model" / f"{module_name(name)}.py").is_file():
         raise ValueError(
-            f"{where} is a {name}, and the LLaVA in {root} has no such class. LLaVA-NeXT has those of Qwen, Mixtral "
-            f"and Gemma: clone it and set LLAVA_NEXT_DIR"
+            f"{where} is a {name}, a class that the LLaVA in {root} does not have. LLaVA-NeXT has the classes of Qwen, "
+            f"Mixtral and Gemma: clone it and set LLAVA_NEXT_DIR"
         )
 
 
@@ -141,7 +141,12 @@ class _Loader:
         name = class_name(read_config(name_or_path) or {}, plain=True)
         if name is None or name == self._asked.__name__:
             return self._asked
-        logger.warning("%s: %s by its config.json, not %s as the name has it", name_or_path, name, self._asked.__name__)
+        logger.warning(
+            "%s: loaded as %s, as its config.json says, not as %s, which LLaVA takes from its name",
+            name_or_path,
+            name,
+            self._asked.__name__,
+        )
         return find_class(self._package, name)
 
 
@@ -211,14 +216,14 @@ def base_of(folder: Path, given: str | None) -> str | None:
     if (folder / ADAPTER).is_file():
         base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if base and Path(base).expanduser().is_dir():
-            logger.warning("%s is a LoRA, and is loaded on what it was trained on: %s", folder, base)
+            logger.warning("%s is a LoRA: it is loaded on its base model %s", folder, base)
             return base
         raise ValueError(
             f"{folder} is a LoRA: give model_base, the folder that it was trained on "
-            f"({f'{base}, which is not here' if base else 'the adapter names none'})"
+            f"({f'{base}, which does not exist here' if base else 'the adapter names none'})"
         )
     if (folder / PROJECTOR).is_file() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_*")):
-        raise ValueError(f"{folder} holds the projector alone: give model_base, the folder that it was trained on")
+        raise ValueError(f"{folder} holds only the projector: give model_base, the folder that it was trained on")
     return None
 
 

@@ -154,7 +154,7 @@ def _go_further(dataset: type, patches: Patches) -> None:
                 if skips == SKIPS:
                     raise
                 further = (index + (1 if index == count - 1 else 2)) % count
-                logger.warning("sample %d cannot be read, going on with sample %d: %s", index, further, error)
+                logger.warning("sample %d cannot be read; sample %d is used instead: %s", index, further, error)
                 index = further
 
     patches.set(dataset, "__getitem__", __getitem__)
@@ -179,8 +179,8 @@ def make_details(
         if sum(counts) != len(positions):
             raise ValueError(
                 f"{source[POSITIONS]} has {len(positions)} positions, but the images of the sample have {counts} "
-                f"patches: images with positions need sides of whole patches, and a size between "
-                f"mm_packing_min_patches and mm_packing_max_patches"
+                f"patches: the sides of images with positions must be multiples of the patch size, and their patches "
+                f"between mm_packing_min_patches and mm_packing_max_patches"
             )
         for detail, part in zip(details, positions.split(counts)):
             detail.update(patch_positions=part, group=index)
@@ -272,7 +272,7 @@ class FittingCollator:
         if kept == count:
             return instance
         logger.warning(
-            "sample %s: its text is cut at model_max_length %d, and %d of its %d images with it",
+            "sample %s: its text is cut at model_max_length %d, which removes %d of its %d images",
             instance.get("id"),
             self.limit,
             count - kept,

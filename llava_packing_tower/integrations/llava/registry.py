@@ -39,7 +39,7 @@ def put_next_on_path() -> None:
         )
     loaded = sys.modules.get(next_host.package)
     if loaded is not None and Path(loaded.__file__).parent != path / next_host.package:
-        raise ValueError(f"{NEXT_DIR_ENV}={folder}, but llava was imported already, from {loaded.__file__}")
+        raise ValueError(f"{NEXT_DIR_ENV}={folder}, but llava is already imported from {loaded.__file__}")
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
         _on_path.append(str(path))
@@ -67,7 +67,7 @@ def find_host(package: str = "llava") -> FoundHost:
     for host in all_hosts():
         if host.package == package and host.recognises(root):
             return FoundHost(host, root, _version(host, root))
-    raise ValueError(f"{root} is not a LLaVA that is laid out like one of these:\n" + _how_to_install(package))
+    raise ValueError(f"{root} does not have the layout of a known LLaVA. Known are:\n" + _how_to_install(package))
 
 
 def _how_to_install(package: str) -> str:

@@ -71,8 +71,8 @@ def restore(tower: HEVCViTPackingVisionTower, model_path: str, model_base: str |
         logger.info("the frozen vision tower has the weights of %s", tower.vision_tower_name)
     if other:
         logger.warning(
-            "%d tensors of the vision tower are others in %s than in %s, for example %s: they were trained, and have "
-            "the values of the checkpoint",
+            "%d tensors of the vision tower differ between %s and %s, for example %s: they were trained, and the "
+            "values of the checkpoint are used",
             len(other),
             model_path,
             tower.vision_tower_name,

@@ -152,8 +152,8 @@ def _asks_for_the_projector(args: object) -> bool:
 @functools.cache
 def _log_whole(count: int, example: str) -> None:
     logger.warning(
-        "the arguments ask for the projector alone, but %d tensors outside of it are trained, for example %s: the "
-        "whole model is saved",
+        "the arguments ask for the projector only, but %d other tensors are trained, for example %s: the whole model "
+        "is saved",
         count,
         example,
     )
@@ -216,8 +216,8 @@ def resume_extras(train: ModuleType, patches: Patches) -> None:
         named = dict(complete_tower(self.model.named_parameters()))
         if missing := sorted(named.keys() - extras.keys()):
             raise ValueError(
-                f"{resume_from_checkpoint} cannot be gone on from: it has a LoRA, and not the {len(missing)} other "
-                f"tensors that are trained, for example {missing[0]}. Take another output_dir, or deepspeed"
+                f"cannot resume from {resume_from_checkpoint}: it has a LoRA, but not the {len(missing)} other trained "
+                f"tensors, for example {missing[0]}. Use another output_dir, or DeepSpeed"
             )
         with torch.no_grad():
             for name, parameter in named.items():

@@ -36,7 +36,9 @@ def self_contained(folder: Path) -> Iterator[Path]:
         changes: dict[str, object] = {"mm_vision_tower": str(found)}
     elif has_weights(folder) and any("vision_tower." in key for key in WeightFiles(folder).shapes()):
         logger.warning(
-            "%s is not here: the frozen tower has the weights that were saved in %s, in their precision", name, folder
+            "%s does not exist here: the frozen tower is read from %s, in the precision in which it was saved",
+            name,
+            folder,
         )
         # The second: LLaVA 1.x then leaves the tower to the checkpoint's files.
         changes = {"mm_packing_config": {**saved, "weights": "checkpoint"}, "unfreeze_mm_vision_tower": True}

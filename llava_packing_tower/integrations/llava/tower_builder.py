@@ -34,7 +34,7 @@ def tower_class(name: object, note: Mapping | None = None) -> type | None:
         if word == kind:
             if find_spec(module) is None:
                 raise ValueError(
-                    f"vision tower {name!r}: its name selects {cls} ({word!r}), and this version has no such tower. "
+                    f"vision tower {name!r}: its name selects {cls} ({word!r}), which this version does not have. "
                     f"Use a packing checkpoint, with 'packing' in its name or as 'packing:{name}'."
                 )
             return getattr(import_module(module), cls)
@@ -86,7 +86,7 @@ def hook_function(
         if function is None:
             if module.__name__ != f"{package}.{defined_in}" and name != FUNCTION:
                 return  # llava_arch takes a copy of some of them
-            raise AttributeError(f"{module.__name__} has no {name}: this LLaVA is not laid out as expected")
+            raise AttributeError(f"{module.__name__} has no {name}: this LLaVA does not have the expected layout")
         original = getattr(function, _MARK, function)
         wrapper = function if original is not function else wrap(original)
         for other in holders(package, name, original):

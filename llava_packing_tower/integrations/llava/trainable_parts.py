@@ -72,7 +72,7 @@ def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
         if tower_kind(asked) is not None:
             raise ValueError(
                 f"{asked} is a packing tower, but the checkpoint that training starts from has a "
-                f"{type(kept).__name__}, which LLaVA would keep. Start from the plain decoder (model_name_or_path)"
+                f"{type(kept).__name__}, which LLaVA would keep. Start from the language model (model_name_or_path)"
             )
         return False
     here, there = (Path(strip_prefix(name)).expanduser() for name in (kept.vision_tower_name, asked))
@@ -81,7 +81,9 @@ def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
         return False
     if noted is not None and there.is_dir() and folder_fingerprint(there) == noted:
         return False
-    logger.warning("the tower is the checkpoint's, %s; %s is not loaded", kept.vision_tower_name, asked)
+    logger.warning(
+        "the vision tower is loaded from the checkpoint (%s); %s is not loaded", kept.vision_tower_name, asked
+    )
     return True
 
 

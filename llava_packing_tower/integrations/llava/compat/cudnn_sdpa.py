@@ -32,8 +32,8 @@ def _asks_cudnn_first(_: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.model.llava_arch",
-    reason="on Hopper and Blackwell, scaled_dot_product_attention asks cuDNN first, which makes a plan for every new "
-    "shape: for each token of an answer, and for each length of a batch",
+    reason="on Hopper and Blackwell, scaled_dot_product_attention tries cuDNN first, which builds a plan for every new "
+    "shape: one for each token of an answer and for each length of a batch",
     issue="modelscope/FunASR#3704",
     defect=_asks_cudnn_first,
 )
@@ -54,8 +54,8 @@ def _loader_asks_for_flash(builder: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.model.builder",
-    reason="the loader asks for flash_attention_2 unless its caller names another, which no script of the host does; "
-    "where flash-attn or CUDA is missing, sdpa takes its place",
+    reason="the loader asks for flash_attention_2 unless its caller names another backend, which no script of the host "
+    "does; where flash-attn or CUDA is missing, sdpa is used instead",
     defect=_loader_asks_for_flash,
 )
 def loader_attention(builder: ModuleType, patches: Patches) -> None:

@@ -25,7 +25,7 @@ def _backend_globals() -> dict:
 
 @compat_patch(
     module="deepspeed",
-    reason="a C++ operation that only inference uses is compiled when the process group starts: that takes a compiler",
+    reason="a C++ operation that only inference uses is compiled when the process group starts, which needs a compiler",
     defect=lambda deepspeed: _on_cpu() and "build_shm_op" in _backend_globals(),
 )
 def ds_shm_op(deepspeed: ModuleType, patches: Patches) -> None:
@@ -40,8 +40,8 @@ def _waits_for_the_last_gather_only(deepspeed: ModuleType) -> bool:
 
 @compat_patch(
     module="deepspeed",
-    reason="ZeRO-3 waits for the last of several all-gathers only; gloo does not finish them in order, and weights "
-    "that were just loaded are overwritten at random",
+    reason="ZeRO-3 waits only for the last of several all-gathers; gloo does not finish them in order, and an "
+    "unfinished one overwrites weights that were just loaded",
     issue="deepspeedai/DeepSpeed#8539",
     defect=_waits_for_the_last_gather_only,
 )
@@ -66,8 +66,8 @@ def _leaves_plain_parameters_uncast(deepspeed: ModuleType) -> bool:
 
 @compat_patch(
     module="deepspeed",
-    reason="under ZeRO-3, DeepSpeed 0.19 no longer casts parameters that were made outside of zero.Init, as LLaVA's "
-    "projector is, and then fails on two dtypes",
+    reason="under ZeRO-3, DeepSpeed 0.19 no longer casts parameters that were made outside of zero.Init, such as "
+    "LLaVA's projector, and then fails on mixed dtypes",
     defect=_leaves_plain_parameters_uncast,
 )
 def zero3_cast(deepspeed: ModuleType, patches: Patches) -> None:

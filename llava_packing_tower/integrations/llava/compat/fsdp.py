@@ -31,7 +31,7 @@ def _cpu_is_left_out(accelerate: ModuleType) -> bool:
 
 @compat_patch(
     module="accelerate",
-    reason="without a GPU, accelerate takes DDP in place of FSDP without a word, or fails with 'no available devices'",
+    reason="without a GPU, accelerate silently uses DDP instead of FSDP, or fails with 'no available devices'",
     defect=_cpu_is_left_out,
 )
 def fsdp_on_cpu(accelerate: ModuleType, patches: Patches) -> None:
@@ -74,8 +74,8 @@ def fsdp_on_cpu(accelerate: ModuleType, patches: Patches) -> None:
 
 @compat_patch(
     module="{package}.model.llava_arch",
-    reason="under --fsdp the host keeps the tower in a list, outside of the model: it is neither trained nor saved, "
-    "and what the host then does with such a list, or with a tower that is none, fails",
+    reason="under --fsdp the host keeps the tower in a list outside of the model, so that it is neither trained nor "
+    "saved; later steps of the host fail on that list",
     defect=lambda arch: (
         _asked() and "self.vision_tower = [vision_tower]" in _source(arch.LlavaMetaModel.initialize_vision_modules)
     ),
@@ -96,8 +96,8 @@ def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
 
 @compat_patch(
     module="{package}.train.train",
-    reason="the projector is made in float32 beside a decoder in half precision, and FSDP takes one dtype only; it is "
-    "rounded, as DeepSpeed does, and what is trained goes on in float32",
+    reason="the projector is made in float32 beside a decoder in half precision, and FSDP takes one dtype only; the "
+    "projector is cast, as DeepSpeed does, and trained parameters are upcast to float32 again",
     defect=lambda train: _asked() and "fsdp=training_args.fsdp" in _source(train.train),
 )
 def fsdp_dtypes(train: ModuleType, patches: Patches) -> None:
@@ -116,7 +116,7 @@ def fsdp_dtypes(train: ModuleType, patches: Patches) -> None:
 @compat_patch(
     module="{package}.train.train",
     reason="under FSDP the host gathers the whole model on every GPU to save it, or (transformers 5) cannot save its "
-    "pieces; the trainer's own save_model() gathers it on rank 0",
+    "shards; the trainer's own save_model() gathers it on rank 0",
     defect=lambda train: (
         _asked() and "state_dict = trainer.model.state_dict()" in _source(train.safe_save_model_for_hf_trainer)
     ),
@@ -142,8 +142,8 @@ def _unwraps_before_gathering(accelerate: ModuleType) -> bool:
 
 @compat_patch(
     module="accelerate",
-    reason="accelerate unwraps a model before it gathers its weights under FSDP, and what FSDP's outermost wrapper "
-    "holds is then saved as the pieces of one rank: embeddings, projector, tower",
+    reason="accelerate unwraps a model before it gathers its weights under FSDP, so that what FSDP's outermost wrapper "
+    "holds (embeddings, projector, tower) is saved as the shard of one rank",
     defect=_unwraps_before_gathering,
 )
 def fsdp_pieces(accelerate: ModuleType, patches: Patches) -> None:

@@ -30,7 +30,7 @@ def _save_assumes_cuda(train: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.train.train",
-    reason="the model is saved after torch.cuda.synchronize(), which fails on a machine without CUDA",
+    reason="torch.cuda.synchronize() is called before the model is saved, which fails on a machine without CUDA",
     defect=_save_assumes_cuda,
 )
 def cuda_sync(train: ModuleType, patches: Patches) -> None:
@@ -69,7 +69,7 @@ def _strict_forwards(model: ModuleType) -> list[type]:
 
 @compat_patch(
     module="{package}.model",
-    reason="generate() passes cache_position, which the host's forward does not take",
+    reason="generate() passes cache_position, which the host's forward() does not accept",
     issue="haotian-liu/LLaVA#1448",
     defect=lambda model: bool(_strict_forwards(model)),
 )
@@ -101,7 +101,7 @@ def _own_loop_is_broken(trainer: ModuleType) -> bool:
 @compat_patch(
     module="{package}.train.llava_trainer",
     reason="the trainer's own copy of transformers' training loop uses names that it does not import, such as "
-    "DebugOption; transformers' loop takes its place, and trainer_mode=zo is not available",
+    "DebugOption; transformers' loop is used instead, and trainer_mode=zo is not available",
     issue="LLaVA-VL/LLaVA-NeXT#504",
     defect=_own_loop_is_broken,
 )
@@ -111,7 +111,8 @@ def inner_loop(trainer: ModuleType, patches: Patches) -> None:
 
 @compat_patch(
     module="{package}.train.train",
-    reason="the vision tower is cast to float16 whenever bf16 is off, in float32 training too; it stays float32 then",
+    reason="the vision tower is cast to float16 whenever bf16 is off, even in float32 training, where it now stays "
+    "float32",
     defect=lambda train: "torch.bfloat16 if training_args.bf16 else torch.float16" in _source(train.train),
 )
 def tower_fp32(train: ModuleType, patches: Patches) -> None:
@@ -141,8 +142,8 @@ def tower_fp32(train: ModuleType, patches: Patches) -> None:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="a learning rate of its own for a part that is frozen gives the optimizer an empty parameter group; "
-    "DeepSpeed drops it, and the learning-rate scheduler then misses it",
+    reason="a separate learning rate for a frozen part gives the optimizer an empty parameter group; DeepSpeed drops "
+    "the group, and the learning-rate scheduler still expects it",
     defect=lambda trainer: "optimizer_grouped_parameters" in _source(trainer.LLaVATrainer.create_optimizer),
 )
 def empty_groups(trainer: ModuleType, patches: Patches) -> None:

@@ -30,8 +30,8 @@ def _rope_is_erased(model: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.model",
-    reason="the host sets config.rope_scaling to None, which in transformers 5 erases the base frequency as well; it "
-    "means no scaling",
+    reason="the host sets config.rope_scaling to None for no scaling, which in transformers 5 also erases the base "
+    "frequency",
     defect=_rope_is_erased,
 )
 def rope_scaling_none(model: ModuleType, patches: Patches) -> None:
@@ -93,8 +93,8 @@ def _additional_tokens(folder: str) -> tuple[str, ...]:
 
 @compat_patch(
     module="{package}.train.train",
-    reason="the host tokenises with additional_special_tokens_ids, which transformers 5 has no more, and adds up the "
-    "results of apply_chat_template, which are dicts there and no lists",
+    reason="the host tokenizes with additional_special_tokens_ids, which transformers 5 removed, and concatenates the "
+    "results of apply_chat_template, which are dicts there instead of lists",
     defect=_chat_template_returns_a_dict,
 )
 def chat_template_ids(train: ModuleType, patches: Patches) -> None:
@@ -137,8 +137,8 @@ def _size_is_no_dict(mm_utils: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.mm_utils",
-    reason="the host asks whether an image processor's size is a dict, and takes a SizeDict, which the processors of "
-    "transformers 5 have (CLIP's, for anyres), for a pair of numbers",
+    reason="the host tests whether an image processor's size is a dict, and takes the SizeDict of transformers 5 (CLIP "
+    "with anyres) for a pair of numbers",
     defect=_size_is_no_dict,
 )
 def size_dicts(mm_utils: ModuleType, patches: Patches) -> None:
@@ -180,8 +180,8 @@ def _tower_stays(tower_class: type) -> Iterator[None]:
 
 @compat_patch(
     module="{package}.model.builder",
-    reason="unless device_map is 'auto', the loader moves the tower to the first GPU as float16, wherever and in "
-    "whatever dtype the model is: it fails without CUDA, and rounds a bfloat16 tower",
+    reason="unless device_map is 'auto', the loader moves the tower to the first GPU as float16, whatever the device "
+    "and dtype of the model: this fails without CUDA and rounds a bfloat16 tower",
     defect=lambda builder: (
         'vision_tower.to(device="cuda", dtype=torch.float16)' in _source(builder.load_pretrained_model)
     ),

@@ -41,7 +41,7 @@ def _states_are_read_strictly(deepspeed: ModuleType) -> bool:
 
 @compat_patch(
     module="deepspeed",
-    reason="DeepSpeed cannot read the optimizer states that it saved: torch refuses three of their types",
+    reason="DeepSpeed cannot read the optimizer states that it saved: torch.load refuses three of their types",
     defect=_states_are_read_strictly,
 )
 def ds_states(deepspeed: ModuleType, patches: Patches) -> None:
@@ -54,7 +54,7 @@ def ds_states(deepspeed: ModuleType, patches: Patches) -> None:
 
 @compat_patch(
     module="transformers.trainer",
-    reason="the trainer cannot read the states of the random numbers that it saved: torch refuses numpy's arrays",
+    reason="the trainer cannot read the random number states that it saved: torch.load refuses numpy arrays",
     defect=lambda trainer: (
         _reads_known_types_only() and "torch.load(rng_file)" in inspect.getsource(trainer.Trainer._load_rng_state)
     ),

@@ -42,8 +42,8 @@ def _accelerator_is_made_wrongly(trainer: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="the trainer makes its Accelerator with arguments that are gone; transformers' own method takes its place "
-    "(timeout: ddp_timeout)",
+    reason="the trainer creates its Accelerator with arguments that no longer exist; transformers' own method is used "
+    "instead (timeout: ddp_timeout)",
     issue="LLaVA-VL/LLaVA-NeXT#388",
     defect=_accelerator_is_made_wrongly,
 )
@@ -58,7 +58,7 @@ def _save_passes_metrics(trainer: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="the trainer hands `metrics` on to transformers' _save_checkpoint, which takes them no more",
+    reason="the trainer passes `metrics` to transformers' _save_checkpoint, which no longer accepts it",
     defect=_save_passes_metrics,
 )
 def save_metrics(trainer: ModuleType, patches: Patches) -> None:
@@ -88,7 +88,7 @@ def _samplers_without_dataset(trainer: ModuleType) -> list[type]:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="transformers calls _get_train_sampler with the dataset, which the host's own does not take",
+    reason="transformers calls _get_train_sampler with the dataset, which the host's own method does not accept",
     defect=lambda trainer: bool(_samplers_without_dataset(trainer)),
 )
 def sampler_dataset(trainer: ModuleType, patches: Patches) -> None:
@@ -115,8 +115,8 @@ def _seeds_workers_by_number_alone(trainer: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="the host hands seed_worker to its own DataLoader, which calls it with a worker's number alone; from "
-    "transformers 4.52 on it also takes the number of workers and the rank",
+    reason="the host passes seed_worker to its own DataLoader, which calls it with the worker's number only; from "
+    "transformers 4.52 on it also needs the number of workers and the rank",
     defect=_seeds_workers_by_number_alone,
 )
 def worker_seeds(trainer: ModuleType, patches: Patches) -> None:
@@ -141,8 +141,8 @@ def _optimizer_gets_the_model(trainer: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="under FSDP 1 transformers 5 calls create_optimizer with the wrapped model, which the host's own does not "
-    "take",
+    reason="under FSDP 1 transformers 5 calls create_optimizer with the wrapped model, which the host's own method "
+    "does not accept",
     defect=_optimizer_gets_the_model,
 )
 def optimizer_model(trainer: ModuleType, patches: Patches) -> None:
@@ -162,7 +162,7 @@ def optimizer_model(trainer: ModuleType, patches: Patches) -> None:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="the host gives its trainer a `tokenizer`, which transformers 5 calls `processing_class`",
+    reason="the host passes `tokenizer` to its trainer, which transformers 5 calls `processing_class`",
     # From 4.46 to the last 4.x, a decorator takes it and hands it on under its new name.
     defect=lambda trainer: not _takes(_base(trainer).__init__, "tokenizer", unwrap=False),
 )
@@ -188,7 +188,7 @@ def _group_by_length_is_gone(trainer: ModuleType) -> bool:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="the sampler asks for the argument group_by_length, which is train_sampling_strategy in transformers 5",
+    reason="the sampler reads the argument group_by_length, which transformers 5 calls train_sampling_strategy",
     defect=_group_by_length_is_gone,
 )
 def group_by_length(trainer: ModuleType, patches: Patches) -> None:

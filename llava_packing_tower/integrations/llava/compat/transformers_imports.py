@@ -84,7 +84,7 @@ def _found(name: str, places: tuple[str, ...]) -> object:
 
 @compat_patch(
     module="{package}.model.multimodal_resampler.qformer",
-    reason="a resampler imports helpers from transformers.modeling_utils that are in transformers.pytorch_utils now; "
+    reason="a resampler imports helpers from transformers.modeling_utils that moved to transformers.pytorch_utils; "
     "without them no LLaVA model can be imported",
     issue="EvolvingLMMs-Lab/lmms-eval#860",
     defect=lambda qformer: bool(missing_names(qformer.__file__)),
@@ -96,7 +96,7 @@ def resampler_names(qformer: ModuleType, patches: Patches) -> None:
 
 @compat_patch(
     module="{package}.train.llava_trainer",
-    reason="the trainer imports names from transformers.trainer that are elsewhere now",
+    reason="the trainer imports names from transformers.trainer that have moved",
     issue="huggingface/transformers#38922",
     defect=lambda trainer: bool(missing_names(trainer.__file__)),
     before=True,
