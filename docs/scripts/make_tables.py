@@ -82,7 +82,7 @@ def plugin_keys() -> Iterable[str]:
         )
         found = DEFAULT.search(argument.help)
         default = found[1] if found else "-" if argument.default is None else f"`{str(argument.default).lower()}`"
-        yield f"| `{argument.name}` | {values} | {default} | {sentence(DEFAULT.sub('', argument.help))} |"
+        yield f"| `{argument.name}` | {values} | {default} | {cell(DEFAULT.sub('', argument.help))} |"
 
 
 def host_keys() -> Iterable[str]:
@@ -113,9 +113,16 @@ def commands() -> Iterable[str]:
         module = import_module(f"llava_packing_tower.cli.{command.module}")
         parser = argparse.ArgumentParser(prog=f"llava-packing {name}", add_help=False)
         module.add_arguments(parser)
-        yield from (f"## {name}", "", sentence(command.help), "", "| argument | meaning |", "|---|---|")
+        yield from (
+            f"## {name}",
+            "",
+            f"{command.help[:1].upper()}{command.help[1:]}.",
+            "",
+            "| argument | meaning |",
+            "|---|---|",
+        )
         for action in parser._actions:
-            yield f"| `{label(action)}` | {sentence((action.help or '').replace('%%', '%'))} |"
+            yield f"| `{label(action)}` | {cell((action.help or '').replace('%%', '%'))} |"
         if getattr(module, "TAKES_REST", False):
             yield f"| `--key value` | {REST[name]} |"
         yield ""
@@ -138,10 +145,9 @@ def label(action: argparse.Action) -> str:
     return f"{', '.join(action.option_strings)}{takes}" if action.option_strings else str(value)
 
 
-def sentence(text: str) -> str:
-    """A help text as a sentence in a table."""
-    text = " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
-    return text if text.endswith(".") else f"{text[:1].upper()}{text[1:]}."
+def cell(text: str) -> str:
+    """A help text in a table."""
+    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
 
 
 TABLES: dict[str, Callable[[], Iterable[str]]] = {
