@@ -13,7 +13,9 @@ A backend is a module of this package with
 ``unsupported_reason(device, dtype, head_dim, needs_grad) -> str | None``
     None if it can run such tensors here, else the reason in words (cheap, no device work);
 ``attend(q, k, v, segments, scale) -> Tensor``
-    the attention itself.
+    the attention itself;
+``Attention``
+    an autograd function with these arguments, if ``attend`` is no more than that (optional: fused blocks take it in).
 
 Adding one: write the module, add its line to :data:`BACKENDS` and, if ``auto`` may choose it, to :func:`auto_order`.
 """

@@ -1,4 +1,4 @@
-"""A fused block: the two parts around its attention, each a node of the autograd graph.
+"""A fused block: the two parts around its attention, each a node of the autograd graph, or all of it as one node.
 
 Forward and backward are written out, so that Python calls nine kernels per block forward and sixteen backward without
 a compiler's wrappers around them, and what memory bounds is read once: bias gradients fall out of the kernels that
@@ -8,12 +8,14 @@ write what they sum, and the input of both norms' products is computed again by 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from types import ModuleType
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..data.segments import VarlenMetadata
 from . import reference
 
 try:
@@ -187,3 +189,57 @@ class AfterAttention(torch.autograd.Function):
             grad_fc2,
             fc2_bias if needs[12] else None,
         )
+
+
+class _Part:
+    """Stands for the context of one of the functions inside of :class:`Block`."""
+
+    saved_tensors: tuple[Tensor | None, ...] = ()
+    needs_input_grad: tuple[bool, ...] = (True, True, True)
+    kind: BlockSpec
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+INPUTS_BEFORE = 8  # of BeforeAttention, without the kind
+
+
+class Block(torch.autograd.Function):
+    """:class:`BeforeAttention`, ``attention`` (an autograd function) and :class:`AfterAttention` as one node: each node
+    of the graph costs the host as much as two kernels."""
+
+    @staticmethod
+    def forward(
+        ctx, kind: BlockSpec, attention: type, segments: VarlenMetadata, scale: float, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        before, inner, after = parts = _Part(), _Part(), _Part()
+        total, *heads = BeforeAttention.forward(before, kind, *tensors[:INPUTS_BEFORE])
+        attended = attention.forward(inner, *heads, segments, scale)
+        out = AfterAttention.forward(after, kind, total, attended, *tensors[INPUTS_BEFORE:])
+        ctx.attention, ctx.parts = attention, parts
+        ctx.counts = [len(part.saved_tensors) for part in parts]
+        ctx.save_for_backward(*before.saved_tensors, *inner.saved_tensors, *after.saved_tensors)
+        for part in parts:
+            part.saved_tensors = ()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        # The saved tensors are asked for once: a checkpoint allows no more.
+        saved, (before, inner, after) = (
+            iter(ctx.saved_tensors),
+            ctx.parts,
+        )  # asked for once: a checkpoint allows no more
+        for part, count in zip(ctx.parts, ctx.counts):
+            part.saved_tensors = tuple(islice(saved, count))
+        needs = ctx.needs_input_grad[4:]
+        before.needs_input_grad = (False, *needs[:INPUTS_BEFORE])
+        after.needs_input_grad = (False, True, True, *needs[INPUTS_BEFORE:])
+        _, grad_total, grad_attended, *grads_after = AfterAttention.backward(after, grad_total, grad_out)
+        heads = ctx.attention.backward(inner, grad_attended)[:3]
+        grads_before = BeforeAttention.backward(before, grad_total, *heads)[1:]
+        for part in ctx.parts:
+            part.saved_tensors = ()
+        return None, None, None, None, *grads_before, *grads_after

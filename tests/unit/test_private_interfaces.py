@@ -2,11 +2,13 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from llava_packing_tower.attention import flash_attn_functions
 from llava_packing_tower.kernels import matmul_gelu
 
 ROOT = Path(__file__).parents[2] / "llava_packing_tower"
@@ -15,6 +17,8 @@ ROOT = Path(__file__).parents[2] / "llava_packing_tower"
 FOLDERS = ("data", "kernels", "attention", "models", "towers", "multimodal", "checkpoint", "convert", "utils")
 # file: the private names that it may use. Each file says for which versions, and what is done without them.
 ALLOWED = {
+    # By getattr: _init_fn of torch's custom operators, two functions of flash-attn 2.
+    "attention/flash_attn_functions.py": set(),
     "kernels/matmul_gelu.py": {"_addmm_activation"},
     "models/runtime/module_state.py": {"_modules", "_parameters", "_forward_hooks"},
     "checkpoint/weights.py": {"_parameters"},
@@ -76,3 +80,23 @@ def test_linear_gelu(monkeypatch, epilogue, tolerance):
     x, weight, bias = (torch.randn(*size, generator=generator) for size in ((7, 5), (11, 5), (11,)))
     exact = nn.functional.gelu(nn.functional.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
     assert (matmul_gelu.linear_gelu(x, weight, bias) - exact).abs().max() < tolerance
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch before 2.4 has no custom operators")
+def test_the_function_inside_of_a_custom_operator():
+    """As flash-attn makes its operators; with other parameters the public function is called."""
+
+    def varlen(
+        q: torch.Tensor, cu_seqlens_q: torch.Tensor, max_seqlen_q: int, window_size_left: int, softcap: float
+    ) -> torch.Tensor:
+        return q * softcap
+
+    def other(q: torch.Tensor, softcap: float) -> torch.Tensor:
+        return q * softcap
+
+    made = [torch.library.custom_op(f"llava_packing_test::{f.__name__}", f, mutates_args=()) for f in (varlen, other)]
+    names = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+    right = SimpleNamespace(**dict.fromkeys(names, made[0]))
+    assert flash_attn_functions.functions(right) == (varlen, varlen)
+    assert flash_attn_functions.functions(SimpleNamespace(**dict(zip(names, made)))) == (None, None)
+    assert flash_attn_functions.functions(SimpleNamespace()) == (None, None)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...attention.dispatch import attend
+from ...attention.dispatch import attend, backend_module
 from ...data.segments import VarlenMetadata
-from ...kernels.fused_block import AfterAttention, BeforeAttention, BlockSpec, kernels, operations
+from ...kernels.fused_block import AfterAttention, BeforeAttention, Block, BlockSpec, kernels, operations
 from ...kernels.matmul_gelu import linear_gelu
 from ...utils.tracing import is_plain
 from ..activations import HALF
@@ -123,6 +123,8 @@ def fused_block(
         del heads
         return hidden_states, _infer_after(kind, hidden_states, row, attended, proj[0], norm2, gate, fc1, fc2)
     before, after = (hidden_states, pending, *norm1, *qkv, cos, sin), (*proj, *norm2, *gate, *fc1, *fc2)
+    if (attention := getattr(backend_module(backend), "Attention", None)) is not None:
+        return Block.apply(kind, attention, segments, (before[4].shape[1] // kind.heads) ** -0.5, *before, *after)
     total, q, k, v = BeforeAttention.apply(kind, *before)
     attended = attend(q, k, v, segments, backend=backend, resolved=True)
     return AfterAttention.apply(kind, total, attended, *after)

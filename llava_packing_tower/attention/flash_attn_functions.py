@@ -1,0 +1,59 @@
+"""flash-attn 2 without torch's custom operators around its kernels (flash-attn 2.7 and 2.8).
+
+Each call of a custom operator costs the host more than the launch of the kernel inside: 0.6 ms per block and training
+step on a slow CPU, a quarter of a step of 8 ragged images. The functions inside of them have no public name. Where they
+are not found, or take other parameters, flash-attn's public function is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..data.segments import VarlenMetadata
+
+PARAMETERS = frozenset({"cu_seqlens_q", "max_seqlen_q", "window_size_left", "softcap"})
+
+
+def functions(interface: ModuleType) -> tuple[Callable | None, Callable | None]:
+    """Forward and backward of ``flash_attn.flash_attn_interface``; (None, None) where they are not as expected."""
+    operators = (
+        getattr(interface, name, None) for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+    )
+    found = tuple(getattr(operator, "_init_fn", None) for operator in operators)
+    known = all(function and inspect.signature(function).parameters.keys() >= PARAMETERS for function in found)
+    return found if known else (None, None)
+
+
+def make_attention(forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    """The autograd function of :func:`functions`: ``apply(q, k, v, segments, scale)``."""
+
+    class Attention(torch.autograd.Function):
+        """flash-attn's kernels, without dropout, window, or anything else that is not used here."""
+
+        @staticmethod
+        def forward(
+            ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float
+        ) -> torch.Tensor:
+            cu, longest = segments.cu_seqlens, segments.max_seqlen
+            out, logsumexp, _, state = forward(q, k, v, cu, cu, longest, longest, 0.0, scale, False)
+            ctx.save_for_backward(q, k, v, out, logsumexp, cu, state)
+            ctx.longest, ctx.scale = longest, scale
+            return out
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            q, k, v, out, logsumexp, cu, state = ctx.saved_tensors
+            grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+            backward(
+                *(grad, q, k, v, out, logsumexp, *grads, cu, cu, ctx.longest, ctx.longest),
+                *(0.0, ctx.scale, False, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(), state),
+            )
+            return *grads, None, None
+
+    return Attention
