@@ -1,7 +1,8 @@
 # Everything goes into .venv (and .venv-new, for tests with the newest transformers); each step leaves a stamp and runs
 # again only when its requirements file changed.
 #   make demo   fine-tune LLaVA through the packing tower on real photographs, reload it, ask about each, score it
-#   make test   the test suite          make lint   ruff          make clean   remove .venv and outputs
+#   make test   the test suite          make lint   ruff          make docs   the site, in build/site, without a warning
+#   make clean  remove .venv and outputs
 # PYTHON=...          interpreter to build .venv with (3.10 to 3.12)
 # LLAVA_NEXT_DIR=...  a clone of LLaVA-NeXT: used as the host in place of the LLaVA from PyPI
 # DEMO_ARGS=..., TEST_ARGS=...  passed on
@@ -25,9 +26,9 @@ HOST := $(if $(LLAVA_NEXT_DIR),$(STAMPS)/next) $(STAMPS)/host
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint clean env
+.PHONY: help demo test lint docs clean env
 help:
-	@sed -n '3,8s/^# \{0,1\}//p' Makefile
+	@sed -n '3,9s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/eval $(HOST)
 	$(BIN)/llava-packing demo $(DEMO_ARGS)
@@ -47,6 +48,9 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(STAMPS)/docs
+	$(BIN)/mkdocs build --strict
+
 env: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/eval $(HOST)
 
 clean:
@@ -61,7 +65,7 @@ $(STAMPS)/venv:
 	done; \
 	echo "No Python 3.10, 3.11 or 3.12 with the venv module was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1
 
-LISTS := torch base deepspeed host next demo eval dev
+LISTS := torch base deepspeed host next demo eval dev docs
 $(addprefix $(STAMPS)/,$(LISTS)): $(STAMPS)/%: requirements/%.txt
 	@echo "[$(VENV)] requirements/$*.txt"
 	@$(PIP) $(PIP_$*) -r requirements/$*.txt
@@ -71,7 +75,7 @@ $(addprefix $(STAMPS)/,$(LISTS)): $(STAMPS)/%: requirements/%.txt
 PIP_deepspeed := --no-build-isolation
 $(STAMPS)/torch: $(STAMPS)/venv
 $(STAMPS)/base: $(STAMPS)/torch
-$(addprefix $(STAMPS)/,deepspeed next demo eval dev): $(STAMPS)/base
+$(addprefix $(STAMPS)/,deepspeed next demo eval dev docs): $(STAMPS)/base
 $(STAMPS)/host: $(STAMPS)/deepspeed
 $(STAMPS)/eval: requirements/next.txt
 
