@@ -12,10 +12,11 @@ A backend is a module of this package with
     None, or what to install (optional);
 ``unsupported_reason(device, dtype, head_dim, needs_grad) -> str | None``
     None if it can run such tensors here, else the reason in words (cheap, no device work);
-``attend(q, k, v, segments, scale) -> Tensor``
-    the attention itself;
+``attend(q, k, v, segments, scale, causal=False) -> Tensor``
+    the attention itself; ``causal`` and fewer heads of ``k`` and ``v`` are the decoder's (all but cuDNN take them);
 ``Attention``
-    an autograd function with these arguments, if ``attend`` is no more than that (optional: fused blocks take it in).
+    an autograd function with the arguments ``(q, k, v, segments, scale)``, if ``attend`` without ``causal`` is no more
+    than that (optional: fused blocks take it in).
 
 Adding one: write the module, add its line to :data:`BACKENDS` and, if ``auto`` may choose it, to :func:`auto_order`.
 """

@@ -35,8 +35,17 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
     return missing_package
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
-    if Attention is not None and not torch.compiler.is_compiling():
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: VarlenMetadata,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
+    if Attention is not None and not causal and not torch.compiler.is_compiling():
         return Attention.apply(q, k, v, segments, scale)
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal
+    )

@@ -38,7 +38,16 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
     return "the fa3-fwd package has no backward" if needs_grad and _forward_only else None
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: VarlenMetadata,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale)
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal
+    )
     return out[0] if isinstance(out, tuple) else out

@@ -43,7 +43,14 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 
 @torch.compiler.disable
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: VarlenMetadata,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
     out = flash_attn_varlen_func(
         *(q, k, v),
         cu_seqlens_q=segments.cu_seqlens,
@@ -51,5 +58,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMe
         max_seqlen_q=segments.max_seqlen,
         max_seqlen_k=segments.max_seqlen,
         softmax_scale=scale,
+        causal=causal,
     )
     return out[0] if isinstance(out, tuple) else out

@@ -15,7 +15,7 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 
     missing_package = None
-    _TAKES_SCALE = "scale" in inspect.signature(varlen_attn).parameters  # torch 2.11 and newer
+    _TAKEN = inspect.signature(varlen_attn).parameters
 except ImportError:
     missing_package = f"attention backend 'torch_varlen' needs torch 2.10 or newer, this is {torch.__version__}"
 
@@ -32,10 +32,26 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
     return missing_package
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: VarlenMetadata,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    if _TAKES_SCALE:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+    more: dict[str, object] = {}
+    if causal:  # torch 2.11 and newer have a window in place of is_causal
+        more = {"window_size": (-1, 0)} if "window_size" in _TAKEN else {"is_causal": True}
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in _TAKEN:
+            more["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if "scale" in _TAKEN:  # torch 2.11 and newer
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, **more)
     # torch 2.10 always scales by head_dim ** -0.5: put the rest of the wanted factor on q.
     factor = scale * math.sqrt(q.shape[-1])
-    return varlen_attn(q if factor == 1.0 else q * factor, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    q = q if factor == 1.0 else q * factor
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **more)

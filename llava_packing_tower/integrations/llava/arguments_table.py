@@ -100,6 +100,28 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "(default: 200)",
     ),
     PluginArgument(
+        "mm_packing_decoder",
+        "ModelArguments",
+        "bool",
+        True,
+        "train the decoder on the samples of a micro-batch in one row, without padding; false keeps LLaVA's padded "
+        "batches",
+    ),
+    PluginArgument(
+        "mm_packing_full_logits",
+        "ModelArguments",
+        "bool",
+        False,
+        "return the logits of all positions in training; false computes those that have a label",
+    ),
+    PluginArgument(
+        "mm_packing_liger",
+        "ModelArguments",
+        "bool",
+        True,
+        "compute the decoder's RMSNorm, rotary embedding and SwiGLU with liger-kernel, where it is installed, on CUDA",
+    ),
+    PluginArgument(
         "mm_vision_tower_lr",
         "TrainingArguments",
         "Optional[float]",

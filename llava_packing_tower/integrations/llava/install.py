@@ -69,9 +69,11 @@ def _extend(package: str) -> None:
         into_model(arch, _patches)
 
     def on_models(models: ModuleType) -> None:
+        from .packed_step import into_models
         from .saving import note_with_models
 
         note_with_models(models, _patches)
+        into_models(models, _patches)
 
     def on_builder(builder: ModuleType) -> None:
         from .after_load import after_load
@@ -101,8 +103,14 @@ def _extend(package: str) -> None:
 
         return tower_builder.mark_wrapper(name_by_architectures(original), original)
 
+    def on_trainer(trainer: ModuleType) -> None:
+        from .packed_step import into_trainer
+
+        into_trainer(_patches)
+
     tower_builder.hook_function(package, "mm_utils", "get_model_name_from_path", on_utilities, _hooks, _patches)
     _hooks.after(f"{package}.model.llava_arch", on_arch)
     _hooks.after(f"{package}.model", on_models)
     _hooks.after(f"{package}.model.builder", on_builder)
     _hooks.after(f"{package}.train.train", on_train)
+    _hooks.after(f"{package}.train.llava_trainer", on_trainer)

@@ -1,0 +1,316 @@
+"""The training step of a LLaVA with a packing tower: samples in one row, head on supervised positions, fused layers.
+
+LLaVA's models hand a padded batch to the ``forward`` of transformers' decoder that they are built on. That is the one
+method that is wrapped, and it does what it always did for everything but a training step of such a LLaVA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ...multimodal.packed_decoder import PackedRow, causal_backend, pack_batch
+from ...multimodal.supervised_head import next_labels, supervised_loss
+from .arguments import current_arguments
+from .decoder_attention import read_rows, unsupported_attention, without_mask
+from .liger import fuse_layers, unsupported_liger
+from .patcher import Patches
+from .trainable_parts import is_packing_tower
+
+logger = logging.getLogger(__name__)
+
+DECODERS = {  # transformers' own classes, by their modules
+    "transformers.models.llama.modeling_llama": "LlamaForCausalLM",
+    "transformers.models.qwen2.modeling_qwen2": "Qwen2ForCausalLM",
+    "transformers.models.mistral.modeling_mistral": "MistralForCausalLM",
+}
+CACHES = ("past_key_values", "cache", "cache_position")
+_PLAN, _WRAPPED = "_llava_packing_step", "_llava_packing_wrapped"
+_full_logits: ContextVar[bool] = ContextVar("a loss is computed from the logits", default=False)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the training step of a model does. Each reason says why a part is off; None where it is on.
+
+    attention: the backend of the packed decoder; fused: the layers that liger-kernel computes.
+    """
+
+    attention: str | None
+    decoder_reason: str | None
+    head_reason: str | None
+    fused: tuple[str, ...]
+    liger_reason: str | None
+
+    def __str__(self) -> str:
+        parts = (
+            ("packed decoder", f"on ({self.attention})", self.decoder_reason),
+            ("head", "supervised positions", self.head_reason),
+            ("liger", ", ".join(self.fused), self.liger_reason),
+        )
+        off = {"head": "all positions"}
+        said = (f"{name}: " + (on if why is None else f"{off.get(name, 'off')} ({why})") for name, on, why in parts)
+        return "; ".join(said)
+
+
+def make_plan(model: nn.Module) -> StepPlan:
+    """Decide how a LLaVA trains; changes nothing."""
+    unknown = unsupported_model(model)
+    if unknown is not None:
+        return StepPlan(None, unknown, unknown, (), unknown)
+    decoder = unsupported_decoder(model)
+    attention = None
+    if decoder is None:
+        weight = next(model.model.layers[0].self_attn.q_proj.parameters())
+        # Quantised projections hold integers, and compute in the dtype of the norms.
+        dtype = _working_dtype(model)
+        attention = causal_backend(weight.device, dtype, model.model.layers[0].self_attn.head_dim)
+    full = "mm_packing_full_logits" if setting(model, "mm_packing_full_logits", False) else None
+    liger = unsupported_liger(model, _liger_asked(model))
+    layers = ("RMSNorm", *["rotary"] * (decoder is None), "SwiGLU")
+    return StepPlan(attention, decoder, full, layers if liger is None else (), liger)
+
+
+def _working_dtype(model: nn.Module) -> torch.dtype:
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device) if _PER_DEVICE_AUTOCAST else torch.is_autocast_enabled():
+        return torch.get_autocast_dtype(device) if _PER_DEVICE_AUTOCAST else torch.get_autocast_gpu_dtype()
+    return model.model.norm.weight.dtype
+
+
+_PER_DEVICE_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4
+
+
+def unsupported_model(model: nn.Module) -> str | None:
+    """None for a LLaVA whose training step is known here, else why it stays the host's own."""
+    if not is_packing_tower(getattr(model, "get_vision_tower", lambda: None)()):
+        return "the vision tower is not a packing tower"
+    base = decoder_base(type(model))
+    if base is None:
+        return f"{type(model).__name__} is not built on {', '.join(DECODERS.values())} of transformers"
+    if getattr(model.config, "pretraining_tp", 1) > 1:
+        return f"pretraining_tp is {model.config.pretraining_tp}"
+    if getattr(model, "loss_type", None) not in (None, "ForCausalLM") or "_loss_function" in vars(model):
+        return "the model has a loss function of its own"
+    return None
+
+
+def decoder_base(cls: type) -> type | None:
+    """The class of transformers that a LLaVA class is built on; None for one that is not in DECODERS."""
+    for base in cls.__mro__:
+        if DECODERS.get(base.__module__) == base.__name__:
+            return base
+    return None
+
+
+def unsupported_decoder(model: nn.Module) -> str | None:
+    """None if the decoder can take packed rows, else why its batches stay padded."""
+    if not setting(model, "mm_packing_decoder", True):
+        return "mm_packing_decoder: false"
+    config = model.config
+    window = config.sliding_window if getattr(config, "use_sliding_window", True) and _has_window(config) else None
+    longest = getattr(config, "tokenizer_model_max_length", None)
+    if window is not None and (longest is None or longest > window):
+        return f"sliding window of {window} tokens, and samples of up to {longest or 'any number of'} tokens"
+    if getattr(config, "use_pos_skipping", False):
+        return "use_pos_skipping"
+    return next(filter(None, (unsupported_attention(layer.self_attn) for layer in model.model.layers)), None)
+
+
+def _has_window(config: object) -> bool:
+    return getattr(config, "sliding_window", None) is not None
+
+
+def setting(model: nn.Module, name: str, default: bool) -> bool:
+    """A key of ours: of the model's config, else of the arguments that train.py has read."""
+    for owner in (model.config, current_arguments("ModelArguments")):
+        value = getattr(owner, name, None)
+        if value is not None:
+            return bool(value)
+    return default
+
+
+def _liger_asked(model: nn.Module) -> bool | None:
+    """Whether liger-kernel is switched on or off; None where nothing is said."""
+    if not setting(model, "mm_packing_liger", True):
+        return False
+    return True if getattr(current_arguments("TrainingArguments"), "use_liger_kernel", False) else None
+
+
+def plan_of(model: nn.Module, patches: Patches) -> StepPlan:
+    """The plan of a model: made, logged and put into effect when it is first asked for."""
+    plan = vars(model).get(_PLAN)
+    if plan is None:
+        plan = make_plan(model)
+        if plan.decoder_reason is None:
+            for layer in model.model.layers:
+                read_rows(type(layer.self_attn), patches)
+        fuse_layers(model, patches, on=plan.liger_reason is None)
+        setattr(model, _PLAN, plan)
+        logger.info("training step: %s", plan)
+    return plan
+
+
+def forget_plan(model: nn.Module) -> None:
+    """Have the plan made again: its keys were changed."""
+    vars(model).pop(_PLAN, None)
+
+
+# ---------------------------------------------------------------- the step
+
+
+def is_training_step(model: nn.Module, given: Mapping[str, object]) -> bool:
+    """Whether the decoder was called for a loss to be differentiated, and for nothing else but logits."""
+    mask = given.get("attention_mask")
+    return (
+        model.training
+        and torch.is_grad_enabled()
+        and given.get("labels") is not None
+        and given.get("inputs_embeds") is not None
+        and given.get("position_ids") is None
+        and all(given.get(name) is None for name in CACHES)
+        and not any(given.get(name) for name in ("output_attentions", "output_hidden_states"))
+        and given.get("return_dict") is not False
+        and (mask is None or mask.dim() == 2)
+    )
+
+
+KNOWN = frozenset(
+    {
+        *("self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "use_cache"),
+        *("output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch"),
+        *CACHES,
+    }
+)
+
+
+def packed_step(model: nn.Module, plan: StepPlan, given: Mapping[str, object]) -> object:
+    """Loss of a padded batch, and its logits where somebody asks for them.
+
+    given: what the decoder's ``forward`` was called with: ``inputs_embeds [B, L, hidden]``, ``labels [B, L]``,
+    ``attention_mask [B, L]`` or None, ``num_items_in_batch``.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    embeds, mask, labels = given["inputs_embeds"], given.get("attention_mask"), given["labels"]
+    targets = next_labels(labels)
+    row = None
+    if plan.decoder_reason is None:
+        there = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+        row = pack_batch(there, targets)
+    states = _run_decoder(model, embeds, mask, row)
+    full = plan.head_reason is not None or _full_logits.get()
+    logits = None
+    if full:
+        padded = states if row is None else row.pad(states, *labels.shape)
+        logits = model.lm_head(padded)
+        loss = supervised_loss(logits.flatten(0, 1), targets.flatten(), _same, given.get("num_items_in_batch"))
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+    flat = targets.flatten() if row is None else row.pack(targets)[0]
+    loss = supervised_loss(states.flatten(0, 1), flat, model.lm_head, given.get("num_items_in_batch"))
+    return CausalLMOutputWithPast(loss=loss)
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _run_decoder(
+    model: nn.Module, embeds: torch.Tensor, mask: torch.Tensor | None, row: PackedRow | None
+) -> torch.Tensor:
+    """Hidden states ``[1, T, hidden]`` of the row, or ``[B, L, hidden]`` of the batch where there is none."""
+    if row is None:
+        return model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
+    with without_mask(model.model):
+        return model.model(inputs_embeds=row.pack(embeds), position_ids=row.position_ids, use_cache=False)[0]
+
+
+# ---------------------------------------------------------------- into the host
+
+
+def into_models(models: ModuleType, patches: Patches) -> None:
+    """Wrap ``forward`` of the decoders that the models of a host are built on."""
+    for cls in list(vars(models).values()):
+        base = decoder_base(cls) if isinstance(cls, type) else None
+        if base is not None and base is not cls:
+            _wrap(base, patches)
+
+
+def _wrap(base: type, patches: Patches) -> None:
+    original = base.forward
+    if hasattr(original, _WRAPPED):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        given.update(given.pop("kwargs", {}))
+        others = {name for name, value in given.items() if name not in KNOWN and value}
+        if others or not is_training_step(self, given) or unsupported_model(self) is not None:
+            return original(self, *args, **kwargs)
+        return packed_step(self, plan_of(self, patches), given)
+
+    setattr(forward, _WRAPPED, True)
+    patches.set(base, "forward", forward)
+
+
+def into_trainer(patches: Patches) -> None:
+    """Have transformers' Trainer give logits to a ``compute_loss`` that somebody has overridden; say the plan of a
+    decoder that has no packed step.
+
+    Label smoothing and ``compute_loss_func`` need nothing: the Trainer then calls the model without labels.
+    """
+    from transformers import Trainer
+
+    original = Trainer.training_step
+    if hasattr(original, _WRAPPED):
+        return
+
+    @functools.wraps(original)
+    def training_step(self, model, *args, **kwargs):
+        plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # under PEFT
+        if is_packing_tower(getattr(plain, "get_vision_tower", lambda: None)()):
+            plan_of(plain, patches)
+        with full_logits() if _is_overridden(self.compute_loss) else contextlib.nullcontext():
+            return original(self, model, *args, **kwargs)
+
+    setattr(training_step, _WRAPPED, True)
+    patches.set(Trainer, "training_step", training_step)
+    compute = Trainer.compute_loss
+
+    @functools.wraps(compute)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # With use_liger_kernel an evaluation says so to models that liger has given another forward.
+        if "skip_logits" in inputs and hasattr(self.model, "get_vision_tower"):
+            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
+        return compute(self, model, inputs, *args, **kwargs)
+
+    patches.set(Trainer, "compute_loss", compute_loss)
+
+
+def _is_overridden(compute_loss: Callable) -> bool:
+    module = getattr(compute_loss, "__module__", "")
+    return not module.startswith("transformers.")
+
+
+@contextlib.contextmanager
+def full_logits() -> Iterator[None]:
+    """Within it, training steps return logits of all positions; those of padding mean nothing."""
+    token = _full_logits.set(True)
+    try:
+        yield
+    finally:
+        _full_logits.reset(token)

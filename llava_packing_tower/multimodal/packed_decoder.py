@@ -1,0 +1,168 @@
+"""The samples of a batch in one row of a causal decoder: no padding, and no sample sees another.
+
+Positions begin anew with each sample, and attention goes by ``cu_seqlens``: a ``T x T`` mask is never built.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from ..attention.dispatch import auto_order, backend_module
+from ..attention.self_check import LENGTHS, MOST, PARTS, apart, off, random_segments, results
+from ..data.segments import VarlenMetadata, make_segments
+from .supervised_head import IGNORE
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_CAUSAL = ("cudnn",)
+KEPT_ROWS = 64  # forward passes whose backward may still come
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Where the tokens of a padded batch lie in one row.
+
+    index: ``[T]``, each token's place in the flattened batch; position_ids: ``[1, T]``, from 0 in each sample;
+    segments: where each sample lies.
+    """
+
+    index: torch.Tensor
+    position_ids: torch.Tensor
+    segments: VarlenMetadata
+
+    def pack(self, batch: torch.Tensor) -> torch.Tensor:
+        """``[B, L, ...]`` to ``[1, T, ...]``."""
+        return batch.flatten(0, 1)[self.index.to(batch.device)][None]
+
+    def pad(self, row: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+        """``[1, T, hidden]`` to ``[batch, length, hidden]``, zeros in the padding."""
+        padded = row.new_zeros(batch * length, row.shape[-1])
+        return padded.index_copy(0, self.index.to(row.device), row[0]).unflatten(0, (batch, length))
+
+
+def pack_batch(mask: torch.Tensor, targets: torch.Tensor) -> PackedRow | None:
+    """The row of a padded batch, or None for a batch that has no equal in one row.
+
+    Those are batches with a gap inside a sample, and those whose padding is trained: where text begins with a
+    supervised token and is padded on the left, transformers has the padding in front predict it.
+
+    mask: bool ``[B, L]``, true for tokens; targets: ``[B, L]`` from :func:`supervised_head.next_labels`.
+    Synchronises once.
+    """
+    starts = mask.clone()
+    starts[:, 1:] &= ~mask[:, :-1]
+    trained_padding = ((targets != IGNORE) & ~mask).sum()
+    *lengths, begun, stray = torch.cat([mask.sum(1), starts.sum()[None], trained_padding[None]]).tolist()
+    lengths = [length for length in lengths if length]
+    if not lengths or begun != len(lengths) or stray:
+        return None
+    segments = make_segments(lengths, mask.device)
+    index = mask.flatten().nonzero().squeeze(1)
+    begins = torch.repeat_interleave(segments.cu_seqlens[:-1], segments.cu_seqlens.diff(), output_size=sum(lengths))
+    position_ids = (torch.arange(sum(lengths), device=mask.device) - begins)[None]
+    remember(position_ids, segments)
+    return PackedRow(index, position_ids, segments)
+
+
+_rows: OrderedDict[tuple[str, int], tuple[torch.Tensor, VarlenMetadata]] = OrderedDict()
+
+
+def remember(position_ids: torch.Tensor, segments: VarlenMetadata) -> None:
+    """Note the segments of a row: of all that a decoder layer is given, positions alone reach it in every version of
+    transformers, and again when a checkpointed layer is recomputed (as the same tensor, or as a view of it)."""
+    _rows[_key(position_ids)] = (position_ids, segments)  # held: its memory is nobody else's while it is here
+    if len(_rows) > KEPT_ROWS:
+        _rows.popitem(last=False)
+
+
+def _key(position_ids: torch.Tensor) -> tuple[str, int]:
+    return str(position_ids.device), position_ids.data_ptr()
+
+
+def segments_of(position_ids: torch.Tensor | None, training: bool) -> VarlenMetadata | None:
+    """The segments of a packed row; None if these are the positions of something else.
+
+    A row that is not known, a copy for example, is read from its positions, which synchronises.
+    """
+    if position_ids is None or position_ids.dim() != 2 or len(position_ids) != 1:
+        return None
+    known = _rows.get(_key(position_ids))
+    if known is not None and known[0].shape == position_ids.shape:
+        return known[1]
+    if not training:
+        return None
+    starts = (position_ids[0] == 0).nonzero().squeeze(1).tolist()
+    if len(starts) < 2 or starts[0] != 0:
+        return None
+    ends = [*starts[1:], position_ids.shape[1]]
+    segments = make_segments([end - start for start, end in zip(starts, ends, strict=True)], position_ids.device)
+    remember(position_ids, segments)
+    return segments
+
+
+# ---------------------------------------------------------------- attention
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float
+) -> torch.Tensor:
+    """Causal attention inside each segment.
+
+    q: ``[T, heads, head_dim]``; k, v: ``[T, key heads, head_dim]``, of which ``heads`` is a multiple.
+    Returns ``[T, heads, head_dim]``.
+    """
+    name = causal_backend(q.device, q.dtype, q.shape[-1], segments.lengths)
+    return backend_module(name).attend(q, k, v, segments, scale, causal=True)
+
+
+def causal_backend(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, lengths: tuple[int, ...] = (1024,)
+) -> str:
+    """The backend for training a decoder on such segments: the fastest of those that are here and right."""
+    order = tuple(name for name in auto_order(lengths, needs_grad=True) if name not in WITHOUT_CAUSAL)
+    return _choose(order, torch.device(device), dtype, head_dim)
+
+
+@functools.cache
+def _choose(order: tuple[str, ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    reason = None
+    for name in order:
+        module = backend_module(name)
+        reason = module.unsupported_reason(device, dtype, head_dim, True)
+        if reason is None and getattr(module, "CHECKED", False):
+            reason = causal_error(name, device, dtype, head_dim)
+        if reason is None:
+            logger.info("attention of the packed decoder: %s (%s, head width %d)", name, dtype, head_dim)
+            return name
+    raise ValueError(f"no attention backend can run {dtype} heads of {head_dim} on {device}: {reason}")
+
+
+@functools.cache
+def causal_error(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None if a backend's causal attention with grouped queries is right on random segments, else what is wrong."""
+
+    def attend(module: str):
+        return functools.partial(backend_module(module).attend, causal=True)
+
+    with apart(device, True):
+        (q, k, v), grad, segments = random_segments(LENGTHS, 2, head_dim, device, dtype)
+        heads = [q, k[:, :1].contiguous(), v[:, :1].contiguous()]
+        try:
+            got = results(attend(name), heads, segments, head_dim**-0.5, grad)
+        except torch.cuda.OutOfMemoryError:  # says nothing about the build
+            raise
+        except (RuntimeError, TypeError) as error:
+            return f"causal attention of {name} fails: {error}".partition("\n")[0]
+        want = results(attend("eager"), [x.float() for x in heads], segments, head_dim**-0.5, grad.float())
+        for what, x, y in zip(PARTS, got, want, strict=True):
+            if not off(x, y) <= MOST:
+                return f"the {what} of {name}'s causal attention are wrong: this build may lack such kernels"
+    return None
