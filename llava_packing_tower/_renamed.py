@@ -155,6 +155,27 @@ RENAMED: dict[str, str] = {
     "training": "train.callbacks",
     "variants": "models.llava_vit.create_model",
 }
+# Names that a module lost when it was split, or that were renamed: old module -> {old name: new place}.
+MOVED: dict[str, dict[str, str]] = {
+    "hosts": {
+        "FoundHost": "integrations.llava.host:FoundHost",
+        "Host": "integrations.llava.host:Host",
+        "all_hosts": "integrations.llava.registry:all_hosts",
+        "find_host": "integrations.llava.registry:find_host",
+    },
+    "loading": {
+        "CONFIG_NAME": "utils.files:CONFIG_NAME",
+        "write_json": "utils.files:write_json",
+    },
+    "native.resolution": {"ResolutionRule": "data.smart_resize:SmartResize"},
+    "packing": {
+        "PackedSegments": "data.segments:VarlenMetadata",
+        "kept": "data.cached_metadata:cached",
+        "make_segments": "data.segments:make_segments",
+        "read_grid": "data.segments:read_grid",
+        "to_device": "data.segments:to_device",
+    },
+}
 # Old packages: their submodules are in RENAMED under their own names.
 PACKAGES = frozenset(old for old in RENAMED if any(other.startswith(f"{old}.") for other in RENAMED))
 
@@ -173,10 +194,15 @@ class _RenamedFinder(MetaPathFinder, Loader):
         old = module.__name__.partition(".")[2]
         new = f"{PACKAGE}.{RENAMED[old]}"
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
-        if old in PACKAGES:
-            module.__getattr__ = lambda name: getattr(import_module(new), name)
+        if old in PACKAGES or old in MOVED:
+            module.__getattr__ = lambda name: _attribute(old, name)
         else:
             sys.modules[module.__name__] = import_module(new)
+
+
+def _attribute(old: str, name: str) -> object:
+    place, _, attribute = MOVED.get(old, {}).get(name, f"{RENAMED[old]}:{name}").partition(":")
+    return getattr(import_module(f"{PACKAGE}.{place}"), attribute)
 
 
 def install() -> None:

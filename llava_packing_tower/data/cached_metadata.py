@@ -104,7 +104,7 @@ def _captures(arguments: tuple) -> bool:
     return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
-def kept(maxsize: int) -> Callable[[Callable], Callable]:
+def cached(maxsize: int) -> Callable[[Callable], Callable]:
     """A least-recently-used cache for functions that make tensors on a device, of hashable arguments.
 
     What is kept serves every later call: it is made outside of inference mode, for training may need it, and neither

@@ -11,11 +11,11 @@ from itertools import accumulate
 
 import torch
 
-from .cached_metadata import kept
+from .cached_metadata import cached
 from .segments import Grid, read_grid, to_device
 
 
-@kept(1024)
+@cached(1024)
 def grid_positions(grid: Grid) -> torch.Tensor:
     """(frame, row, column) of every patch of one sample, int64 ``[t*h*w, 3]`` on the host. Do not modify: cached."""
     return torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in grid)).reshape(-1, 3)
@@ -38,7 +38,7 @@ def interpolate_frame_indices(
 ) -> torch.Tensor:
     """Where frames of a clip lie in the temporal context that LlavaViT was trained with.
 
-    ``round(index / max(total - 1, 1) * (target_frames - 1))`` in float32, ties to the even neighbour, clamped to
+    ``round(index / max(total - 1, 1) * (target_frames - 1))`` in float32, ties to the even neighbor, clamped to
     ``0 .. target_frames - 1``. Eight of eight frames: 0, 9, 18, 27, 36, 45, 54, 63. (LlavaViT, OneVision-Encoder.)
 
     Args:
@@ -118,7 +118,7 @@ def positions_of_grids(grids: Sequence[Grid], device: torch.device) -> torch.Ten
     return positions_and_sizes(grids, device)[0]
 
 
-@kept(8)
+@cached(8)
 def prefix_indices(lengths: tuple[int, ...], prefix: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Index tensors that put ``prefix`` shared tokens in front of every segment, and take them out again.
 
@@ -146,7 +146,7 @@ def batch_positions(grids: Sequence[Grid], patch_positions: torch.Tensor | None,
     return to_device(patch_positions, device).float()
 
 
-@kept(32)
+@cached(32)
 def frequency_ladder(count: int, base: float, step: float, device: torch.device) -> torch.Tensor:
     """float32 ``base ** (-step * k)`` for ``k = 0 .. count-1``. Do not modify: cached."""
     exponents = torch.arange(count, dtype=torch.float32, device="cpu") * -step
@@ -192,7 +192,7 @@ def rotary_3d_of_grids(
     return make(tuple(grids), head_dim, theta, device)
 
 
-@kept(8)
+@cached(8)
 def _kept_rotary_3d(
     grids: tuple[Grid, ...], head_dim: int, theta: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from .cached_metadata import kept, once
+from .cached_metadata import cached, once
 
 Grid = tuple[int, int, int]
 
@@ -33,7 +33,7 @@ class VarlenMetadata:
 
 
 def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copy a small host tensor to a device without synchronising (pinned memory, asynchronous copy)."""
+    """Copy a small host tensor to a device without synchronizing (pinned memory, asynchronous copy)."""
     device = torch.device(device)
     if device.type != "cuda" or host.is_cuda:
         return host.to(device)
@@ -51,14 +51,14 @@ def make_segments(lengths: Sequence[int], device: torch.device | str = "cpu") ->
     return _segments(tuple(lengths), torch.device(device))
 
 
-@kept(64)
+@cached(64)
 def _segments(lengths: tuple[int, ...], device: torch.device) -> VarlenMetadata:
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
     return VarlenMetadata(to_device(cu_seqlens, device), max(lengths), lengths)
 
 
 def read_grid(grid_thw: torch.Tensor, num_tokens: int | None = None) -> list[Grid]:
-    """``grid_thw [B, 3]`` as host tuples (t, h, w); the only synchronisation of a forward whose grid lies on a GPU.
+    """``grid_thw [B, 3]`` as host tuples (t, h, w); the only synchronization of a forward whose grid lies on a GPU.
 
     Raises ``ValueError`` if it is not an integer ``[B, 3]``, is empty, has an entry below 1, or if ``sum(t*h*w)``
     differs from ``num_tokens``.

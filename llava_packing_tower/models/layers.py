@@ -17,6 +17,7 @@ from ..kernels.rotary import ROTATE, apply_rotary
 from .activations import activation
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
+OLD_ROTARY = {"pairs": "interleaved", "halves": "half"}  # the names before 0.2, which families from outside may use
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class BlockConfig:
     rotary: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rotary", OLD_ROTARY.get(self.rotary, self.rotary))
+        if self.rotary not in (None, *ROTATE):
+            raise ValueError(f"unknown rotary {self.rotary!r}; choose one of {', '.join(ROTATE)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
         if self.hidden_act not in ACT2FN:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from ..checkpoint.config_check import check_rate, one_side
 from ..checkpoint.key_map import KeyMap, carried
 from ..checkpoint.weights import WeightPlan
-from ..data.cached_metadata import kept
+from ..data.cached_metadata import cached
 from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import per_token, positions_of_grids
@@ -37,8 +37,8 @@ class Siglip2PackingConfig(PretrainedConfig):
     NaFlex has no image size of its own. ``image_size``, which only tells LLaVA the nominal patch counts and the image
     processor its square, is ``patch_size * sqrt(num_patches)`` unless given.
 
-    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` if ``num_patches`` is no square
-    number, or for sizes of two different sides.
+    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` if ``num_patches`` is not a
+    square number, or for sizes of two different sides.
     """
 
     model_type = "siglip2_packing"
@@ -79,7 +79,7 @@ class Siglip2PackingConfig(PretrainedConfig):
         self.image_size = patch_size * side if image_size is None else image_size
 
 
-@kept(maxsize=256)
+@cached(maxsize=256)
 def axis_weights(length: int, side: int) -> torch.Tensor:
     """How much each of ``side`` learned lines counts in each of ``length``: float32 ``[length, side]`` on the host.
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_packing_tower.attention import dispatch
 from llava_packing_tower.data import cached_metadata, positions
-from llava_packing_tower.data.cached_metadata import CachedMetadata, kept
+from llava_packing_tower.data.cached_metadata import CachedMetadata, cached
 from llava_packing_tower.data.segments import VarlenMetadata, _segments, make_segments
 from llava_packing_tower.models import siglip2
 from llava_packing_tower.models.registry import family_for
@@ -179,7 +179,7 @@ def test_what_is_given_again_belongs_to_its_thread():
 def test_the_least_recently_used_goes_first_and_nothing_of_a_trace_is_kept():
     calls = []
 
-    @kept(2)
+    @cached(2)
     def numbers(count):
         calls.append(count)
         return torch.arange(count, device="cpu")
@@ -194,7 +194,7 @@ def test_the_least_recently_used_goes_first_and_nothing_of_a_trace_is_kept():
 
 
 def test_a_failure_is_not_kept():
-    @kept(2)
+    @cached(2)
     def fails(count):
         raise ValueError(count)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava_packing_tower import HEVCViTPackingVisionTower, LlavaViTPackingConfig, LlavaViTPackingModel
-from llava_packing_tower.data.cached_metadata import CachedMetadata, kept, once
+from llava_packing_tower.data.cached_metadata import CachedMetadata, cached, once
 from llava_packing_tower.data.segments import make_segments
 from llava_packing_tower.models.runtime import cuda_graphs
 
@@ -169,12 +169,12 @@ def test_shapes_that_come_again_after_many_others_are_not_captured(tower, small_
 def test_metadata_is_given_again_in_the_same_order():
     calls = []
 
-    @kept(1)
+    @cached(1)
     def outer(number):
         calls.append(number)
         return inner(number) + 1
 
-    @kept(1)
+    @cached(1)
     def inner(number):
         return torch.full((1,), float(number))
 
