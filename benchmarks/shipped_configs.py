@@ -198,7 +198,7 @@ def run_cell(python: str, name: str, workspace: Path, output: Path, args: argpar
             raise CellFailed(f"killed after step {REPEATED}, it left {found}")
         cell["learning rates"] = _rates(folder / f"checkpoint-{SAVE_EVERY}", shipped)
         again = _train(command, timeout, log and log.with_suffix(".again.log"), None)
-        if f"goes on from checkpoint-{SAVE_EVERY}" not in again.log or min(again.losses, default=0) != REPEATED:
+        if f"resumes from checkpoint-{SAVE_EVERY}" not in again.log or min(again.losses, default=0) != REPEATED:
             raise CellFailed(
                 f"it did not go on from checkpoint-{SAVE_EVERY}: first step {min(again.losses, default=0)}"
             )

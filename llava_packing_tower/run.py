@@ -57,7 +57,7 @@ def without_cuda() -> bool:
 
     if torch.cuda.is_available():
         return False
-    print("no CUDA here: what is sent to it stays on the CPU", file=sys.stderr)
+    print("no CUDA device here: what is sent to one stays on the CPU", file=sys.stderr)
 
     def stay(self, *args, **kwargs):
         return self

@@ -28,7 +28,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
     if torch.cuda.get_device_capability()[0] != 9:
         return "measured on Hopper GPUs only"
     if dtype not in (torch.float16, torch.bfloat16):
-        return "takes float16 and bfloat16 only"
+        return "needs float16 or bfloat16"
     if head_dim % 8 or head_dim > 128:
         return "head width must be a multiple of 8 and at most 128"
     return missing_package

@@ -1,4 +1,4 @@
-"""The one place where attention backends meet: :func:`varlen_attention` and the table behind it.
+"""The attention backends: :func:`varlen_attention`, and the table that it chooses from.
 
 A backend is a module of this package with
 
@@ -131,7 +131,7 @@ def _choose(
         if reason is None:
             _log_choice(name, asked, device.type, dtype, head_dim)
             return name
-    raise ValueError(f"attention backend {asked!r} cannot run {dtype} heads of {head_dim} on {device}: {reason}")
+    raise ValueError(f"attention backend {asked!r} cannot run {dtype} with head width {head_dim} on {device}: {reason}")
 
 
 _verdicts: dict[tuple, str | None] = {}
@@ -158,7 +158,9 @@ def _can_check(device: torch.device) -> bool:
 
 @functools.cache
 def _log_choice(name: str, asked: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
-    logger.info("attention backend: %s (asked: %s; %s, %s, head width %d)", name, asked, device_type, dtype, head_dim)
+    logger.info(
+        "attention backend: %s (requested: %s; %s, %s, head width %d)", name, asked, device_type, dtype, head_dim
+    )
 
 
 def varlen_attention(
@@ -177,9 +179,9 @@ def varlen_attention(
     Args:
         q, k, v: ``[N, heads, head_dim]``, one dtype, one device. No ``N x N`` mask is ever built.
         cu_seqlens: ``[segments + 1]`` int32 running sums of the segment lengths, starting at 0.
-        max_seqlen: the longest segment, a Python int (a tensor would cost a device synchronisation per layer).
+        max_seqlen: the longest segment, a Python int (a tensor would cost a device synchronization per layer).
         lengths: the segment lengths on the host. Backends without a varlen kernel need them; left out, they are read
-            from ``cu_seqlens``, which synchronises if that lies on a GPU.
+            from ``cu_seqlens``, which synchronizes if that lies on a GPU.
         scale: softmax scale, ``head_dim ** -0.5`` if left out.
         backend: a key of :data:`BACKENDS`, or ``auto``.
 
@@ -213,7 +215,7 @@ def attend(
 ) -> torch.Tensor:
     """:func:`varlen_attention` for metadata that exists already (the encoder's own entry).
 
-    resolved: ``backend`` came from :func:`resolve_backend` for such tensors, and need not be looked at again.
+    resolved: ``backend`` came from :func:`resolve_backend` for such tensors, and need not be checked again.
     """
     head_dim = q.shape[-1]
     if not resolved and not torch.compiler.is_compiling():

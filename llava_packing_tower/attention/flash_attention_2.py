@@ -27,7 +27,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if dtype not in (torch.float16, torch.bfloat16):
-        return "takes float16 and bfloat16 only"
+        return "needs float16 or bfloat16"
     if head_dim % 8 or head_dim > 256:
         return "head width must be a multiple of 8 and at most 256"
     if torch.cuda.get_device_capability() < (8, 0):

@@ -78,7 +78,7 @@ def self_check_error(
 ) -> str | None:
     """None if a backend gives on random segments what plain attention gives, else what it does not give.
 
-    Its gradients are looked at too where they are needed. Synchronises.
+    Its gradients are checked as well where they are needed. Synchronizes.
     """
     with apart(device, needs_grad):
         heads, grad, segments = random_segments(LENGTHS, HEADS, head_dim, device, dtype)

@@ -44,8 +44,8 @@ def one_side(name: str, value: object) -> object:
 
 
 def check_rate(name: str, rate: object) -> None:
-    """Raises ``ValueError`` for a dropout that is no probability below 1. One that is has no effect in inference, and
-    training says that it has none there either (``StrictPreTrainedModel.train``)."""
+    """Raises ``ValueError`` for a dropout that is not a probability below 1. A valid one has no effect in inference,
+    and training warns that it has none there either (``StrictPreTrainedModel.train``)."""
     if not _is_float(rate) or rate >= 1:
         raise ValueError(f"{name} must be a probability from 0 to below 1, got {rate!r}")
 

@@ -20,7 +20,7 @@ def identity(checkpoint: str | Path, base: str | Path | None = None) -> str:
     digest = hashlib.sha256()
     for folder in (Path(f) for f in (checkpoint, base) if f):
         if not (folder / CONFIG_NAME).is_file():
-            raise ValueError(f"{folder} is no checkpoint: it has no {CONFIG_NAME}")
+            raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
         files = (f for f in folder.iterdir() if f.suffix in SUFFIXES and f.name not in NOT_THE_MODEL)
         for file in sorted(files):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())

@@ -1,4 +1,4 @@
-"""How tensor names of published checkpoints become ours, by rules that a family writes as a table."""
+"""Tensor names of published checkpoints mapped to those of the packed encoders, by a table of rules per family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QKVBias = tuple[bool, bool, bool]
 
 
 def carried(source: Mapping, fields: Iterable[str], aliases: Mapping[str, str] | None = None) -> dict:
-    """The fields of a source config that ours shares; ``aliases`` maps other spellings to ours."""
+    """The fields of a source config that the target config has; ``aliases`` maps other spellings to its names."""
     renamed = {(aliases or {}).get(name, name): value for name, value in source.items()}
     return {name: renamed[name] for name in fields if name in renamed}
 
@@ -26,9 +26,9 @@ class KeyMap:
     prefix: what may stand in front of the encoder's own names (taken off before the rules below apply).
     qkv: separate projections, with the named groups ``block`` (its number), ``part`` (q, k or v) and ``kind`` (weight
         or bias); they are fused into ``encoder.layers.<block>.self_attn.qkv``.
-    renames: name to our name (with backreferences), the first match counts; a rule may carry a function that reshapes
-        the tensor. A name without a rule keeps its name, and is then reported as unexpected unless it is one of ours.
-    dropped: tensors that the packed encoder has no use for, matched with the prefix still on, with the reason.
+    renames: name to target name (with backreferences), the first match counts; a rule may have a function that reshapes
+        the tensor. A name without a rule is kept, and is then reported as unexpected unless the encoder has it.
+    dropped: tensors that the packed encoder does not use, matched with the prefix, and the reason.
     """
 
     qkv: str
@@ -55,7 +55,7 @@ class KeyMap:
 
     @staticmethod
     def _fused(match: re.Match, biases: QKVBias) -> tuple[str, list[str]]:
-        """Our tensor that a q, k or v tensor belongs to, and all tensors that make it up."""
+        """The fused tensor that a q, k or v tensor belongs to, and all tensors that it is made of."""
         target = f"encoder.layers.{match['block']}.self_attn.qkv"
         if match["kind"] == "bias" and not all(biases):
             return f"{target}.{match['part']}_bias", [match.string]

@@ -39,8 +39,8 @@ AUTO_OPTIONS = {
 }
 """What changes nothing here: no code of a checkpoint is run, and no weight is made twice."""
 _DISPATCH = "pass device_map= alone, or call accelerate.dispatch_model on the loaded model"
-_QUANTISE = "load the model, then quantise its layers"
-_STRICT = "every tensor must fit; make a model of the config and load what you want into it"
+_QUANTISE = "load the model, then quantize its layers"
+_STRICT = "every tensor must fit; create a model from the config and load the tensors into it"
 INSTEAD = {
     "variant": "keep each variant in a folder of its own and pass subfolder=",
     "max_memory": _DISPATCH,
@@ -126,7 +126,9 @@ class StrictPreTrainedModel(PreTrainedModel):
         )
         layers = getattr(config, "num_hidden_layers", 0)
         if layers > len(shapes):  # before a model of that many layers is built
-            raise ValueError(f"{where}: the config claims {layers} layers, the weights have {len(shapes)} tensors")
+            raise ValueError(
+                f"{where}: the config has {layers} layers, but the weights have only {len(shapes)} tensors"
+            )
         return config, plan
 
     @classmethod
@@ -173,8 +175,9 @@ class StrictPreTrainedModel(PreTrainedModel):
             attn_implementation: attention backend, see :meth:`set_attention_backend`; None is ``auto``.
             subfolder: of the folder or hub repository.
             use_safetensors: True and False ask for this kind of file; None takes safetensors where there are any.
-            output_loading_info: also return what transformers' method tells of the tensors. Nothing is ever missing or
-                mis-shaped; ``unexpected_keys`` are the tensors of a foreign checkpoint that this model has no use for.
+            output_loading_info: also return what transformers' method reports about the tensors. Nothing is ever
+                missing or mis-shaped; ``unexpected_keys`` are the tensors of a foreign checkpoint that this model has
+                no use for.
             options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` go to huggingface_hub; what
                 transformers' Auto classes add is accepted and has no effect; anything else is a ``TypeError``, with
                 what to use instead where there is something.
@@ -188,9 +191,9 @@ class StrictPreTrainedModel(PreTrainedModel):
         """
         _check_options(cls, options)
         if device is not None and device_map is not None:
-            raise ValueError(f"device {device!r} and device_map {device_map!r} say the same thing: pass one of them")
+            raise ValueError(f"device {device!r} and device_map {device_map!r} are alternatives: pass only one of them")
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-            raise ValueError(f"dtype {dtype!r} and torch_dtype {torch_dtype!r} differ: pass one of them")
+            raise ValueError(f"dtype {dtype!r} and torch_dtype {torch_dtype!r} differ: pass only one of them")
         hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
         folder = resolve_folder(pretrained_model_name_or_path, subfolder=subfolder, **hub)
         raw = read_json(folder / CONFIG_NAME)
@@ -200,7 +203,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             # AutoModel moves attn_implementation into the config, and in transformers 4 dtype as well.
             dtype = _changed_dtype(config, raw) if dtype is None else dtype
             attn_implementation = attn_implementation or getattr(config, "_attn_implementation_internal", None)
-            config._attn_implementation_internal = None  # transformers knows other names than ours
+            config._attn_implementation_internal = None  # transformers has other names for backends
         config, plan = cls.plan(raw, files.shapes(), config, folder)
         if (found := raw.get("model_type")) != cls.config_class.model_type:
             logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, config.model_type)
@@ -243,7 +246,7 @@ class StrictPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: tensors that are not those of this model (missing, unexpected, mis-shaped or empty ones:
-                adapters, quantised layers, ZeRO-3); ``safe_serialization=False``, ``variant`` or ``push_to_hub``.
+                adapters, quantized layers, ZeRO-3); ``safe_serialization=False``, ``variant`` or ``push_to_hub``.
             TypeError: another keyword.
         """
         if strange := set(options) - {"save_original_format"}:
@@ -267,7 +270,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             if tensors:
                 save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
             else:
-                logger.warning("%s: the given state_dict is empty, config.json is written alone", save_directory)
+                logger.warning("%s: the given state_dict is empty, only config.json is written", save_directory)
 
     def _tensors_to_save(self, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """Raises ``ValueError`` if :meth:`from_pretrained` could not load them again."""
@@ -284,8 +287,8 @@ class StrictPreTrainedModel(PreTrainedModel):
         plan = WeightPlan({key: Recipe((key,)) for key in tensors})
         if problems := plan_problems(plan, {key: tuple(t.shape) for key, t in tensors.items()}, wanted):
             raise ValueError(
-                f"these tensors are not those of a {type(self).__name__} (adapters, quantised, partitioned weights? "
-                f"Merge, or save with the library that changed it): {describe_problems(problems)}"
+                f"these tensors are not those of a {type(self).__name__} (adapters, quantized or partitioned weights? "
+                f"Merge them, or save with the library that changed the model): {describe_problems(problems)}"
             )
         if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
             raise ValueError(f"{len(meta)} tensors have no values (offloaded by accelerate?), {meta[0]} for example")
@@ -296,7 +299,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         rates = {name: rate for name in DROPOUTS if (rate := getattr(self.config, name, 0))}
         if mode and rates:
             said = ", ".join(f"{name} {rate}" for name, rate in rates.items())
-            _warn_once(f"{type(self).__name__}: its config has {said}; it is trained without dropout")
+            _warn_once(f"{type(self).__name__}: its config has {said}; the model is trained without dropout")
         return super().train(mode)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *_: object, **__: object) -> None:
@@ -331,7 +334,7 @@ def _check_options(cls: type, options: dict[str, object]) -> None:
     # What transformers passes along, or means "no".
     strange = {key for key in set(options) - HUB_OPTIONS - AUTO_OPTIONS if key not in INSTEAD or options[key]}
     if strange:
-        words = "; ".join(f"in place of {key}: {INSTEAD[key]}" for key in sorted(strange) if key in INSTEAD)
+        words = "; ".join(f"instead of {key}: {INSTEAD[key]}" for key in sorted(strange) if key in INSTEAD)
         raise TypeError(
             f"{cls.__name__}.from_pretrained() got unexpected arguments {', '.join(sorted(strange))}"
             + (f" ({words})" if words else "")
@@ -348,7 +351,7 @@ def _placement(device_map: torch.device | str | int | dict | None) -> tuple[torc
         device = torch.device("cpu" if device_map is None else device_map)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"device_map {device_map!r} is no device, no dict of devices and none of {', '.join(SPREADING)}: {error}"
+            f"device_map {device_map!r} is not a device, a dict of devices or one of {', '.join(SPREADING)}: {error}"
         ) from error
     return device, None
 

@@ -118,12 +118,16 @@ class WeightFiles:
             self._where[key] = file
         used = set(weight_map.values())
         if base not in used and (self.folder / base).is_file():
-            raise ValueError(f"{self.folder} holds two saves, {base} and {index.name} with its shards: remove one")
+            raise ValueError(
+                f"{self.folder} contains two saved models, {base} and {index.name} with its shards: remove one"
+            )
         if len(counts := {n for file in used for n in re.findall(r"-of-(\d+)\.", file)}) > 1:
-            raise ValueError(f"{index} mixes shards of two saves: of {' and of '.join(sorted(counts))}")
+            raise ValueError(f"{index} mixes shards of two saved models: of {' and of '.join(sorted(counts))}")
         for file in sorted(used):
             if extra := sorted(key for key in self._keys_of(file) if weight_map.get(key) != file):
-                raise ValueError(f"{self.folder / file} is of another save than {index.name}: it also has {extra[0]}")
+                raise ValueError(
+                    f"{self.folder / file} belongs to another save than {index.name}: it also has {extra[0]}"
+                )
 
     def _handle(self, file: str):
         if file not in self._open:
@@ -131,7 +135,7 @@ class WeightFiles:
         return self._open[file]
 
     def _in_file(self, key: str) -> str:
-        """The name that the file has for one of our keys."""
+        """The name in the file of a tensor of the model."""
         return key
 
     def _keys_of(self, file: str) -> set[str]:
@@ -142,7 +146,9 @@ class WeightFiles:
             handle, name = self._handle(file), self._in_file(key)
             if isinstance(handle, dict):
                 if not isinstance(handle[name], torch.Tensor):
-                    raise ValueError(f"{self.folder / file}: {key} is no tensor but {type(handle[name]).__name__}")
+                    raise ValueError(
+                        f"{self.folder / file}: {key} is not a tensor, found {type(handle[name]).__name__}"
+                    )
                 yield key, tuple(handle[name].shape), str(handle[name].dtype).removeprefix("torch.")
             else:
                 header = handle.get_slice(name)
@@ -204,11 +210,9 @@ def plan_problems(
         except RuntimeError as error:
             built = str(error).splitlines()[0]
         if built != tuple(shape):
-            problems.append(("mis-shaped", name, f"the checkpoint gives {built}, the config asks for {tuple(shape)}"))
+            problems.append(("mis-shaped", name, f"the checkpoint has {built}, the config needs {tuple(shape)}"))
     problems += [
-        ("unexpected", key, f"{tuple(shape)} has no place in the model")
-        for key, shape in source.items()
-        if key not in used
+        ("unexpected", key, f"{tuple(shape)} is not in the model") for key, shape in source.items() if key not in used
     ]
     return problems
 

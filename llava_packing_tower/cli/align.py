@@ -1,10 +1,12 @@
 """Compare a packed encoder with transformers' own model, image by image, on the same checkpoint.
 
-Single resolutions, one pack of mixed resolutions and, if asked for, ten photographs at random sizes; in float32 on the
-CPU, in bfloat16 on a GPU. A row passes if its smallest cosine reaches the threshold and its largest difference is
-allowed: below float32 twice the error of transformers' own model in the same precision (both against transformers in
-float32), in float32 a thousandth of the largest feature. Exit status 0 if all pass, 1 if not, 2 if there is nothing to
-compare with.
+The comparison covers single resolutions, one pack of mixed resolutions and, with --use_real_images, ten photographs at
+random sizes. It runs in float32 on the CPU and in bfloat16 on a GPU. A row passes if its smallest cosine reaches the
+threshold and its largest difference is allowed: in half precision twice the error of transformers' own model in the
+same precision (both against transformers in float32), in float32 a thousandth of the largest feature. The exit status
+is 0 if all rows pass, 1 if not, and 2 if there is nothing to compare with.
+
+  llava-packing align --ckpt google/siglip2-so400m-patch16-naflex --use_real_images
 """
 
 from __future__ import annotations
@@ -33,14 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, help="original checkpoint: folder or hub id")
     parser.add_argument("--packed", help="packing checkpoint to compare (default: --ckpt, converted in memory)")
     parser.add_argument("--family", help="siglip2, aimv2 or dinov3 (default: by the checkpoint's model_type)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the packed encoder"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda or cpu (default: cuda if there is one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype of the packed encoder",
     )
     parser.add_argument("--batch_size", type=int, default=2, help="images per single resolution (default: 2)")
-    parser.add_argument("--image_size", type=int, help="one single resolution in place of 224, 336 and 448")
+    parser.add_argument("--image_size", type=int, help="one resolution instead of 224, 336 and 448")
     parser.add_argument("--threshold", type=float, default=0.99, help="smallest cosine that passes (default: 0.99)")
-    parser.add_argument("--use_real_images", action="store_true", help="also ten photographs at random sizes")
+    parser.add_argument("--use_real_images", action="store_true", help="also compare ten photographs at random sizes")
     parser.add_argument(
         "--attention", default="auto", choices=("auto", *BACKENDS), help="attention backend of the packed encoder"
     )

@@ -1,8 +1,8 @@
-"""Packed encoders beside transformers' models, timm's NaFlex and the original tower: same sizes, same images, one
-process, in turns.
+"""Measure packed encoders beside transformers' models, timm's NaFlex and the original tower.
 
-Prints a table per workload, with what is asked of ours on an H100, and writes JSON and a picture. On a GPU the real
-sizes in bfloat16; on a CPU tiny ones in float32, which only show that everything runs.
+All systems get the same images, in one process, with interleaved rounds. The command prints a table per workload, with
+the targets of the packed encoder on an H100, and writes JSON and a figure. On a GPU it runs the real sizes in bfloat16.
+On a CPU it runs tiny sizes in float32, which only shows that everything works.
 
 examples:
   llava-packing bench
@@ -25,26 +25,30 @@ from ..utils.errors import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--family", default="llava_vit", help="llava_vit, siglip2, aimv2, dinov3, several with commas (llava_vit)"
+        "--family", default="llava_vit", help="llava_vit, siglip2, aimv2, dinov3, joined by commas (default: llava_vit)"
     )
     parser.add_argument(
         "--work",
-        help="uniN, uniN@SIDE, raggedN, raggedN#SEED with commas; train: in front for forward + backward",
+        help="uniN, uniN@SIDE, raggedN, raggedN#SEED, joined by commas; the prefix train: means forward + backward",
     )
     parser.add_argument("--train", action="store_true", help="forward + backward for every workload")
-    parser.add_argument("--peers", default="", help="transformers, timm, original=PATH, with commas")
-    parser.add_argument("--backend", default="auto", help="attention backends of ours, with commas (auto)")
-    parser.add_argument("--repeat", type=int, help="rounds (20 on a GPU, 3 on a CPU)")
-    parser.add_argument("--limit", type=float, default=480.0, help="seconds that the whole run may take (480)")
-    parser.add_argument("--size", choices=("full", "tiny"), help="of models and images (full on a GPU, else tiny)")
-    parser.add_argument("--seed", type=int, default=1, help="of the sizes of ragged images (1)")
-    parser.add_argument("--device", help="cuda or cpu (cuda if there is one)")
+    parser.add_argument("--peers", default="", help="transformers, timm, original=PATH, joined by commas")
     parser.add_argument(
-        "--scaling", action="store_true", help="tokens per second over images and over tokens, ours only"
+        "--backend", default="auto", help="attention backends of the packed encoder, joined by commas (default: auto)"
     )
-    parser.add_argument("--breakdown", action="store_true", help="where the time goes, by kind of kernel, ours only")
-    parser.add_argument("--json", type=Path, help="write everything here")
-    parser.add_argument("--plot", type=Path, help="write a picture (PNG) here; needs matplotlib")
+    parser.add_argument("--repeat", type=int, help="rounds (default: 20 on a GPU, 3 on a CPU)")
+    parser.add_argument("--limit", type=float, default=480.0, help="time limit of the run in seconds (default: 480)")
+    parser.add_argument(
+        "--size", choices=("full", "tiny"), help="size of models and images (default: full on a GPU, else tiny)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sizes of ragged images (default: 1)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument(
+        "--scaling", action="store_true", help="tokens per second over images and over tokens, packed encoder only"
+    )
+    parser.add_argument("--breakdown", action="store_true", help="time per kind of kernel, packed encoder only")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", type=Path, help="write a figure (PNG) to this file; needs matplotlib")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         _require_matplotlib()
     if args.scaling and args.breakdown:
-        raise UsageError("--scaling and --breakdown are two runs: give one of them")
+        raise UsageError("--scaling and --breakdown exclude each other")
     if args.repeat is not None and args.repeat < 1:
         raise UsageError(f"--repeat must be at least 1, got {args.repeat}")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,10 +1,13 @@
-"""Convert a checkpoint, and prove the result.
+"""Convert a checkpoint and verify the result.
 
 SRC is a folder or hub id of a standard LlavaViT (`llava_vit`), a OneVision encoder, a packing checkpoint, SigLIP2,
-AIMv2 or DINOv3, or a training checkpoint (.pt, .pth, .safetensors), which needs --model_name. What it is, and what it
-becomes, is found from SRC: standard to packing, packing back to standard. SRC is not touched; the output appears whole
-or not at all. Exit status 0 if all went well, 1 if anything did not fit or a test failed (then the output is moved to
-*.failed).
+AIMv2 or DINOv3, or a training checkpoint (.pt, .pth, .safetensors), which needs --model_name. The direction follows
+from SRC: standard to packing, and packing back to standard. SRC is not changed. The output is complete or absent. The
+exit status is 0 if all went well, and 1 if a tensor did not fit or a test failed; the output of a failed test is moved
+to *.failed.
+
+  llava-packing convert checkpoints/hevc_vit_large
+  llava-packing convert backbone.pt --model_name llava_vit_large_ln --output_dir checkpoints/large_packing
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ from ..convert.verify import STEPS, THRESHOLDS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="checkpoint folder, hub id or weight file")
-    parser.add_argument("--target_model_name", help="named sizes that the result must have, or its model_type")
+    parser.add_argument("--target_model_name", help="name of the sizes that the result must have, or its model_type")
     parser.add_argument("--output_dir", help="folder to write (default: beside SRC, <name>_packing or <name>_standard)")
     parser.add_argument(
         "--dtype",
         default="keep",
         choices=("float32", "bfloat16", "float16", "keep"),
-        help="of the result (default: keep)",
+        help="dtype of the result (default: keep)",
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
     add_common_arguments(parser)
@@ -51,7 +54,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer_norm_eps",
         type=float,
-        help="for a training checkpoint: 1e-5 is what the training code used (default: 1e-6, as published conversions)",
+        help="for a training checkpoint (default: 1e-6, as in published conversions; the training code used 1e-5)",
     )
     parser.add_argument(
         "--image_size", type=int, help="for a training checkpoint: nominal side in pixels (default: 448)"
@@ -89,9 +92,7 @@ def run(args: argparse.Namespace) -> int:
         peak = peak_memory() / 1e9
         console.print(f"  verified in {outcome.verify_seconds:.1f} s, peak memory {peak:.2f} GB", soft_wrap=True)
     if not outcome.passed:
-        console.print(
-            f"FAILED: the result does not do what the source does; it was moved to {outcome.folder}", markup=False
-        )
+        console.print(f"FAILED: the result differs from the source; it was moved to {outcome.folder}", markup=False)
         return 1
     skipped = any(result.passed is None for result in outcome.results)
     remark = " (not verified)" if not outcome.results else " (not compared with another model)" if skipped else ""

@@ -1,7 +1,10 @@
-"""Fine-tune a tiny LLaVA through the packed tower on real photographs, reload it, and ask it about each photo.
+"""Fine-tune a tiny LLaVA with a packing tower on photographs, reload it and ask it about each photo.
 
-Exits with 1 when fewer than 80 % of the answers are right, when the training was not the DeepSpeed run that was asked
-for, or when the tower of the reloaded checkpoint differs by a bit from the trained one.
+The exit status is 1 if fewer than 80 % of the answers are right, if DeepSpeed did not run at the requested stage, or if
+the tower of the reloaded checkpoint differs by one bit from the trained one.
+
+  llava-packing demo
+  llava-packing demo --output /tmp/demo --max_steps 100
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path(OUTPUT), help=f"folder for everything ({OUTPUT})")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="(the packaged configs/demo.yaml)")
-    parser.epilog = "Other --key value pairs replace keys of the config, e.g. --max_steps 100 --seed 1."
+    parser.add_argument("--output", type=Path, default=Path(OUTPUT), help=f"output folder (default: {OUTPUT})")
+    parser.add_argument(
+        "--config", type=Path, default=CONFIG, help="YAML file (default: the packaged configs/demo.yaml)"
+    )
+    parser.epilog = "Other --key value pairs replace keys of the YAML file, e.g. --max_steps 100 --seed 1."
 
 
 def run(args: argparse.Namespace) -> int:

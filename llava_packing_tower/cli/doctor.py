@@ -1,7 +1,7 @@
 """Examine this machine: the host, versions, defects and compat patches, attention backends, the tower, collectives.
 
-Every backend is really run and compared with the eager one; the host is imported in a process of its own. Exit status 0
-if all checks pass, 1 if something cannot work; each finding names the command that fixes it.
+Every backend is run and compared with the eager one. The host is imported in a separate process. Each finding names a
+command that fixes it. The exit status is 0 if nothing is broken, and 1 if something cannot work.
 
   llava-packing doctor
   llava-packing doctor --json > machine.json
@@ -14,7 +14,7 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
 
 def run(args: argparse.Namespace) -> int:

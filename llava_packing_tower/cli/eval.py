@@ -3,8 +3,9 @@
     llava-packing eval CHECKPOINT --tasks smoke
     llava-packing eval CHECKPOINT --tasks ai2d,chartqa --num_gpus 8 --log_samples
 
-`--tasks` takes lmms-eval's task names and the groups image, video and smoke. What is done already for exactly these
-weights and options is not done again. The exit status is 1 if a task failed. Every other --flag goes to lmms-eval.
+`--tasks` takes lmms-eval's task names and the groups image, video and smoke. Tasks that were completed with the same
+weights and options are not run again. A failing task does not stop the others; the exit status is 1 if any failed. Any
+other option is passed to lmms-eval.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ from pathlib import Path
 from ..utils.errors import UsageError
 
 TAKES_REST = True
-OURS = ("--model", "--tasks", "--config", "--output_path")
+OWN_OPTIONS = ("--model", "--tasks", "--config", "--output_path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--tasks", required=True, help="names and groups, joined by commas")
-    parser.add_argument("--output_path", type=Path, help="(eval_results/<name of the checkpoint>)")
-    parser.add_argument("--num_gpus", type=int, help="one process on each (1)")
-    parser.add_argument("--num_processes", type=int, help="so many processes on the CPU")
-    parser.add_argument("--limit", help="samples of each task, to try things out")
-    parser.add_argument("--batch_size", type=int, default=8, help="requests answered together (8)")
-    parser.add_argument("--conv_template", help="LLaVA's conversation template (that of the training)")
-    parser.add_argument("--model_base", type=Path, help="what a LoRA was trained on")
-    parser.add_argument("--max_frames_num", type=int, help="frames of a video (32)")
-    parser.add_argument("--include_path", help="a folder with tasks of your own")
-    parser.add_argument("--force", action="store_true", help="run again what is done")
+    parser.add_argument("checkpoint", type=Path, help="folder of a LLaVA checkpoint")
+    parser.add_argument("--tasks", required=True, help="task names and groups, joined by commas")
+    parser.add_argument(
+        "--output_path", type=Path, help="output folder (default: eval_results/<name of the checkpoint>)"
+    )
+    parser.add_argument("--num_gpus", type=int, help="number of GPUs, one process on each (default: 1)")
+    parser.add_argument("--num_processes", type=int, help="run on the CPU, in this many processes")
+    parser.add_argument("--limit", help="only the first samples of each task")
+    parser.add_argument("--batch_size", type=int, default=8, help="requests per batch (default: 8)")
+    parser.add_argument("--conv_template", help="LLaVA's conversation template (default: that of the training)")
+    parser.add_argument("--model_base", type=Path, help="the model that a LoRA was trained on")
+    parser.add_argument("--max_frames_num", type=int, help="frames per video (default: 32)")
+    parser.add_argument("--include_path", help="a folder with your own tasks")
+    parser.add_argument("--force", action="store_true", help="also run completed tasks again")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         console.width = 100
     where = _where(args)
     for word in args.rest:
-        if word.split("=")[0] in OURS:
+        if word.split("=")[0] in OWN_OPTIONS:
             raise UsageError(f"{word} is set by this command")
     try:
         tasks = expand(args.tasks)
@@ -97,10 +100,10 @@ def _where(args: argparse.Namespace) -> dict[str, object]:
     if args.num_gpus is not None and args.num_processes is not None:
         raise UsageError("--num_processes is for runs on the CPU; with --num_gpus leave it out")
     if args.batch_size < 1:
-        raise UsageError(f"--batch_size {args.batch_size}: a batch has at least one request")
+        raise UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
     count = args.num_gpus if args.num_processes is None else args.num_processes
     if count is not None and count < 1:
-        raise UsageError(f"{count} processes cannot evaluate anything")
+        raise UsageError(f"the number of processes must be at least 1, got {count}")
     if args.num_processes is not None:
         return {"processes": count, "on_cpu": True, "environment": {"CUDA_VISIBLE_DEVICES": ""}}
     if args.num_gpus is not None:

@@ -2,7 +2,7 @@
 
     llava-packing eval-report eval_results/run1 eval_results/run2 --output_path comparison
 
-The folders are those of `llava-packing eval`, or of lmms-eval itself.
+The folders are outputs of `llava-packing eval` or of lmms-eval itself.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from ..utils.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--output_path", type=Path, help="folder for results.md and results.png (nothing is written)")
+    parser.add_argument("folders", type=Path, nargs="+", help="output folders of evaluations")
+    parser.add_argument(
+        "--output_path", type=Path, help="folder for results.md and results.png (default: nothing is written)"
+    )
 
 
 def names_of(folders: list[Path]) -> list[str]:

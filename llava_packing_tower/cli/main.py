@@ -1,4 +1,4 @@
-"""The `llava-packing` command. A command is one module under `commands/` and one line in COMMANDS."""
+"""The `llava-packing` command. A command is one module of this package and one line in COMMANDS."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "align": Command("align", "compare a packed encoder with transformers' own model on the same checkpoint"),
-    "train": Command("train", "train LLaVA through a packed vision tower, from a YAML file"),
-    "convert": Command("convert", "convert a checkpoint to packing (or back) and prove the result"),
+    "train": Command("train", "train LLaVA with a packing tower, from a YAML file"),
+    "convert": Command("convert", "convert a checkpoint to packing (or back) and verify the result"),
     "verify": Command("verify", "compare two LlavaViT checkpoints on real photographs"),
-    "doctor": Command("doctor", "which host, versions, defects and attention backends are here, and how to fix them"),
+    "doctor": Command("doctor", "check the host, versions, defects and attention backends, and how to fix them"),
     "demo": Command("demo", "fine-tune a tiny LLaVA on real photographs, reload it and ask about each photo"),
     "eval": Command("eval", "evaluate a checkpoint on lmms-eval's tasks"),
     "eval-report": Command("eval_report", "results of several evaluations in one table and one chart"),
     "probe": Command("probe", "compare towers without a decoder: linear and k-NN probe on an image folder"),
-    "run": Command("run", "run LLaVA's own scripts, or any other, with the packing tower"),
-    "bench": Command("bench", "measure the packed encoders beside what people use today"),
+    "run": Command("run", "run LLaVA's own scripts, or any other script, with the packing tower"),
+    "bench": Command("bench", "measure the packed encoders beside transformers, timm and the original tower"),
 }
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         prog=f"llava-packing {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # `--key` belongs to the host's arguments as typed; an abbreviation must not be taken for one of ours.
+        # `--key` belongs to the host's arguments as typed; an abbreviation must not be taken for one of this command.
         allow_abbrev=False,
     )
     module.add_arguments(parser)

@@ -3,7 +3,7 @@
     llava-packing probe checkpoints/llava_vit_large_packing google/siglip2-so400m-patch16-naflex --data photos
 
 `--data` is `photos/<class>/<image>`, of which a quarter is held out, or has `train/` and `val/` with the classes.
-Features are cached: a second run with other classifiers takes seconds.
+Features are cached, so that a second run with other classifiers takes seconds.
 """
 
 from __future__ import annotations
@@ -18,18 +18,28 @@ from ..utils.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("towers", nargs="+", metavar="TOWER", help="folders or hub ids, of any family")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--select_layer", type=int, default=-1, help="hidden state that is looked at (-1)")
-    parser.add_argument("--max_patches", type=int, help="most patches of an image (those of the nominal image)")
-    parser.add_argument("--square", action="store_true", help="images as the tower's own processor makes them")
-    parser.add_argument("--k", type=int, default=20, help="neighbours (20)")
-    parser.add_argument("--C", type=float, default=1.0, help="inverse regularisation of the linear probe (1.0)")
-    parser.add_argument("--test_share", type=float, default=0.25, help="held out of each class (0.25)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images of one packed pass (32)")
-    parser.add_argument("--device", help="(the GPU, or the CPU)")
-    parser.add_argument("--cache", type=Path, help="folder for features (~/.cache/llava_packing_tower/probe)")
-    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("towers", nargs="+", metavar="TOWER", help="folders or hub ids of any family")
+    parser.add_argument("--data", type=Path, required=True, help="image folder, one folder per class")
+    parser.add_argument("--select_layer", type=int, default=-1, help="hidden state to use (default: -1)")
+    parser.add_argument(
+        "--max_patches", type=int, help="most patches of an image (default: those of the tower's nominal image)"
+    )
+    parser.add_argument(
+        "--square",
+        action="store_true",
+        help="resize images with the tower's own processor instead of keeping their shapes",
+    )
+    parser.add_argument("--k", type=int, default=20, help="nearest neighbors (default: 20)")
+    parser.add_argument(
+        "--C", type=float, default=1.0, help="inverse regularization of the linear probe (default: 1.0)"
+    )
+    parser.add_argument(
+        "--test_share", type=float, default=0.25, help="share of each class that is held out (default: 0.25)"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="images per packed pass (default: 32)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--cache", type=Path, help="folder for features (default: ~/.cache/llava_packing_tower/probe)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from ..utils.files import write_text
 
     if find_spec("sklearn") is None:
-        raise UsageError("the probes are those of scikit-learn: pip install scikit-learn")
+        raise UsageError("the probes need scikit-learn: pip install scikit-learn")
     if args.square and args.max_patches is not None:
-        raise UsageError("--max_patches is for images at their own shapes; with --square it has no effect")
+        raise UsageError("--max_patches has no effect with --square")
     if not 0 < args.test_share < 1 or args.k < 1 or args.batch_size < 1 or args.C <= 0:
-        raise UsageError("--test_share lies between 0 and 1; --k, --batch_size and --C are above 0")
+        raise UsageError("--test_share must be between 0 and 1, and --k, --batch_size and --C above 0")
     console = Console()
     if not console.is_terminal:
         console.width = 120

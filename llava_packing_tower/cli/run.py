@@ -1,8 +1,8 @@
-"""Run a Python script or module with the packing tower in LLaVA; nothing of LLaVA is edited.
+"""Run a Python script or module with the packing tower in LLaVA. No file of LLaVA is edited.
 
     llava-packing run -- python -m llava.eval.model_vqa --model-path checkpoints/run1 ...
 
-In front of another launcher, name the entry yourself: `torchrun ... -m llava_packing_tower.run script.py ...`.
+With another launcher, name the entry point: `torchrun ... -m llava_packing_tower.run script.py ...`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def command(words: list[str]) -> list[str]:
     if (words[:1] == ["-m"] and len(words) > 1) or (words and words[0].endswith(".py")):
         return [interpreter, *flags, *ENTRY, *words]
     raise UsageError(
-        f"cannot put the hook into `{' '.join(words[:3])}`: it must be `python -m MODULE` or a .py file, e.g.: "
+        f"cannot add the hook to `{' '.join(words[:3])}`: it must be `python -m MODULE` or a .py file, e.g.: "
         f"{example}. With a launcher: torchrun ... -m llava_packing_tower.run -m MODULE"
     )
 

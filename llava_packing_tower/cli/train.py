@@ -1,13 +1,13 @@
-"""Train LLaVA through a packed vision tower: the host's own training, started with DeepSpeed (or torchrun on a CPU).
+"""Train LLaVA with a packing tower: the host's own training, started with DeepSpeed (or torchrun on a CPU).
 
 The keys of the YAML file are the host's own argument names; --key value on the command line takes precedence.
 
   llava-packing train configs/llava_next_finetune.yaml --output_dir out/finetune --num_gpus 8
   llava-packing train configs/llava_next_finetune.yaml --learning_rate 2e-5 --dry_run
 
-Started again with the same output_dir, it goes on from the last checkpoint that was saved completely. On several
-machines, give --hostfile on one of them (DeepSpeed starts the others over ssh), or start the same command on each with
---nnodes and either --rdzv_endpoint or --node_rank, --master_addr and --master_port.
+Started again with the same output_dir, it resumes from the last complete checkpoint. On several machines, give
+--hostfile on one of them (DeepSpeed starts the others over ssh), or start the same command on each with --nnodes and
+either --rdzv_endpoint or --node_rank, --master_addr and --master_port.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TAKES_REST = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file")
+    parser.add_argument("config", help="YAML file with the host's argument names")
     parser.add_argument("--num_gpus", type=int, metavar="N", help="GPUs of each machine (default: all)")
     parser.add_argument("--num_processes", type=int, metavar="N", help="run on the CPU, in N processes")
-    parser.add_argument("--hostfile", metavar="F", help="DeepSpeed hostfile: train on several machines")
+    parser.add_argument("--hostfile", metavar="F", help="DeepSpeed hostfile, to train on several machines")
     parser.add_argument("--master_port", type=int, metavar="P", help="port of the rendezvous (default: a free one)")
     multinode.add_arguments(parser)
     parser.add_argument("--dry_run", action="store_true", help="check the configuration, print the plan and stop")

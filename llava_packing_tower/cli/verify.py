@@ -1,8 +1,10 @@
-"""Compare two LlavaViT checkpoints on real photographs: do they compute the same?
+"""Compare two LlavaViT checkpoints on photographs.
 
-A and B are folders, hub ids or weight files of any kinds that `convert` reads. One runs as the standard model, sample
-by sample, the other packed. B is the one in question: it is also saved, reloaded and compared bit by bit. Exit status
-0 if all five tests pass, 1 if not.
+A and B are folders, hub ids or weight files of any kind that `convert` reads. One runs as the standard model, sample by
+sample, the other packed. B is checked against A: it is also saved, reloaded and compared bit by bit. The exit status is
+0 if all five tests pass, and 1 if not.
+
+  llava-packing verify checkpoints/hevc_vit_large checkpoints/hevc_vit_large_packing
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from .convert import add_common_arguments, options_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="checkpoint folder, hub id or weight file")
-    parser.add_argument("b", metavar="B", help="the checkpoint in question")
+    parser.add_argument("b", metavar="B", help="the checkpoint to check against A")
     parser.add_argument(
         "--dtype",
         default="keep",
         choices=("float32", "bfloat16", "float16", "keep"),
-        help="to compute in (default: float32 if both checkpoints are, else the narrower one)",
+        help="dtype of the comparison (default: float32 if both checkpoints are, else the narrower one)",
     )
     add_common_arguments(parser)
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     print_results(console, results, threshold)
     failed = any_failed(results)
     console.print(
-        f"{args.b} " + ("FAILED: it does not do what A does" if failed else "does what A does"),
+        f"{args.b} " + ("FAILED: it differs from A" if failed else "agrees with A"),
         markup=False,
         soft_wrap=True,
     )

@@ -29,7 +29,7 @@ class TransformersFamily:
     whole_type: str | None = None
 
 
-# by our model_type
+# by the model_type of the packed encoder
 IN_TRANSFORMERS: dict[str, TransformersFamily] = {
     "siglip2_packing": TransformersFamily("Siglip2VisionModel", "4.49", "Siglip2Model", "siglip2"),
     "aimv2_packing": TransformersFamily("Aimv2VisionModel", "4.54", "Aimv2Model", "aimv2"),
@@ -57,7 +57,7 @@ class Reference:
     """A vision model of transformers with the weights of a checkpoint, every one of them loaded.
 
     Args:
-        model_type: ours, e.g. ``siglip2_packing``.
+        model_type: of the packed encoder, e.g. ``siglip2_packing``.
         ckpt: folder or hub id of the original checkpoint.
         dtype, device: of the weights.
 

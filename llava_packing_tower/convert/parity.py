@@ -56,7 +56,7 @@ def fixed_size(model: PackedVisionModel) -> int | None:
 
 
 def random_images(sizes: Sequence[tuple[int, int]], channels: int, seed: int = 0) -> list[torch.Tensor]:
-    """Images ``[C, H, W]`` of normal noise (as normalised photos are in mean and spread), the same on every machine."""
+    """Images ``[C, H, W]`` of normal noise (as normalized photos are in mean and spread), the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(channels, h, w, generator=generator) for h, w in sizes]
 
@@ -64,7 +64,7 @@ def random_images(sizes: Sequence[tuple[int, int]], channels: int, seed: int = 0
 def real_images(
     photos: Sequence[Image.Image], processor: PackingImageProcessor, patch_size: int, side: int | None, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Photos at random sizes (160 to 640 pixels a side, multiples of the patch; ``side`` fixes both), normalised."""
+    """Photos at random sizes (160 to 640 pixels a side, multiples of the patch; ``side`` fixes both), normalized."""
     generator = torch.Generator().manual_seed(seed)
     images = []
     for photo in photos:
@@ -91,7 +91,7 @@ def comparison_packs(
     if image_size is not None and (image_size % patch or image_size < patch):
         below = snapped(image_size, patch)
         raise ValueError(
-            f"image_size {image_size} is no multiple of the patch size {patch}; nearest: {below}, {below + patch}"
+            f"image_size {image_size} is not a multiple of the patch size {patch}; nearest: {below}, {below + patch}"
         )
     if image_size is not None and only is not None and image_size != only:
         raise ValueError(f"this checkpoint has learned positions for {only} pixels only, not for {image_size}")

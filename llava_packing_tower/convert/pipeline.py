@@ -83,7 +83,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device {name}: auto, cpu or cuda are known") from error
+        raise ValueError(f"--device {name}: must be auto, cpu or cuda") from error
 
 
 def default_output(conversion: Conversion) -> Path:
@@ -109,7 +109,7 @@ def check_output(folder: Path) -> Path:
                 f"the output folder {folder} exists and is not empty: remove it or choose another --output_dir"
             )
     elif folder.exists() or folder.is_symlink():
-        raise ValueError(f"the output {folder} exists and is no folder: choose another --output_dir")
+        raise ValueError(f"the output {folder} exists and is not a folder: choose another --output_dir")
     return folder
 
 
@@ -140,7 +140,7 @@ def check_room(folder: Path, nbytes: int, verify: bool) -> None:
     """Raises ``OSError`` unless the disk that ``folder`` is on has room for the result, and a second one to verify."""
     free, needed = shutil.disk_usage(folder).free, nbytes * (2 if verify else 1)
     if needed > free:
-        twice = " (the result, and for a moment a copy of it to verify)" if verify else ""
+        twice = " (the result, and a temporary copy for the verification)" if verify else ""
         raise OSError(f"it needs {needed / 1e6:.1f} MB{twice}, the disk has {free / 1e6:.1f} MB free")
 
 
@@ -262,7 +262,7 @@ def verify_pair(
         The five results, and the cosine that they had to exceed.
 
     Raises:
-        ValueError: the first cannot be read, or one is no LlavaViT checkpoint.
+        ValueError: the first cannot be read, or one is not a LlavaViT checkpoint.
     """
     device, photos = resolve_device(options.device), find_photos(options.images)
     first = read_source(left, options.model_name, options.fields)

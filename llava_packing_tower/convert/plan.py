@@ -178,7 +178,7 @@ def plan_conversion(
 def _image_processor(
     cls: type[StrictPreTrainedModel], source: Source, config: PretrainedConfig
 ) -> PackingImageProcessor:
-    """That of the source, tried out on a small grey picture. Raises ``ValueError`` for one that does not work."""
+    """That of the source, tried out on a small gray picture. Raises ``ValueError`` for one that does not work."""
     try:
         processor = cls.load_image_processor(source.path, config)
         processor.preprocess(Image.new("RGB", (12, 8), (127, 127, 127)), size={"height": 8, "width": 8}, crop_size=8)
@@ -207,7 +207,8 @@ def peak_memory() -> int:
 def write_conversion(
     conversion: Conversion, folder: Path, step: Callable[[int], None] = lambda nbytes: None
 ) -> WriteReport:
-    """Write config, image processor and weights into an existing empty folder; ``step`` is told the bytes written.
+    """Write config, image processor and weights into an existing empty folder; ``step`` is called with the bytes
+    written.
 
     Raises ``ValueError`` for NaN and the like, ``OSError`` if the disk is full.
     """

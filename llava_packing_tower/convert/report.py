@@ -24,7 +24,7 @@ _WORDS = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "[yellow]SKI
 
 
 def make_console() -> Console:
-    """To standard output; wide enough for tensor names where that is no terminal."""
+    """To standard output; wide enough for tensor names where that is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)
 
@@ -36,7 +36,7 @@ def progress_bars(console: Console) -> Progress:
 
 
 def announce(console: Console, bars: Progress, task: TaskID, what: str) -> None:
-    """Move the bar of the verification on; where there is no terminal to draw it, a line says what is done."""
+    """Advance the progress bar of the verification; without a terminal, print a line per step."""
     bars.update(task, description=f"verifying, {what}", visible=True, advance=1)
     if not console.is_terminal:
         console.print(f"  verifying, {what}", markup=False, soft_wrap=True)
@@ -68,7 +68,7 @@ def print_plan(console: Console, conversion: Conversion) -> None:
         f"  becomes {target}, {len(conversion.specs)} tensors, {dtype}, {conversion.nbytes / 1e9:.3f} GB: {sizes}"
     )
     for name, value in conversion.config_dropped.items():
-        console.print(f"  config field without meaning there: {name} = {value!r}", markup=False, soft_wrap=True)
+        console.print(f"  config field that the result does not have: {name} = {value!r}", markup=False, soft_wrap=True)
     reasons = Counter({**source.ignored, **conversion.plan.dropped}.values())
     for reason, count in reasons.items():
         names = [name for name, why in {**source.ignored, **conversion.plan.dropped}.items() if why == reason]

@@ -81,18 +81,18 @@ class SingleFile(WeightFiles):
         self._raw_names = self._without_prefix(list(content.keys()))
         self._where = dict.fromkeys(self._raw_names, path.name)
         if not self._where:
-            raise ValueError(f"{path} holds no tensors")
+            raise ValueError(f"{path} contains no tensors")
 
     def _unwrap(self, path: Path, content: object) -> dict[str, torch.Tensor]:
         if not isinstance(content, dict):
-            raise ValueError(f"{path} holds no state dict but {type(content).__name__}")
+            raise ValueError(f"{path} contains no state dict, found {type(content).__name__}")
         wrapper = next((key for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
         if wrapper:
             self.ignored.update((str(key), "not the weights") for key in content if key != wrapper)
             content = content[wrapper]
         tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
         self.ignored.update(
-            (str(key), f"no tensor but {type(value).__name__}")
+            (str(key), f"not a tensor but {type(value).__name__}")
             for key, value in content.items()
             if str(key) not in tensors
         )
@@ -135,7 +135,7 @@ def check_preset(chosen: Preset, sizes: Mapping[str, object], where: object) -> 
     if wrong := mismatches(chosen, sizes):
         fitting = ", ".join(names_that_fit(sizes)) or "none"
         raise ValueError(
-            f"{where} is no {chosen.name}:\n  "
+            f"{where} is not a {chosen.name}:\n  "
             + "\n  ".join(wrong)
             + f"\nnames with the sizes of the checkpoint: {fitting}"
         )
@@ -170,8 +170,8 @@ def _refuse_other_spellings(shapes: Mapping[str, tuple[int, ...]], where: Path) 
     for pattern, whose, readable in OTHER_SPELLINGS:
         if any(re.fullmatch(pattern, name) for name in shapes):
             raise ValueError(
-                f"{where} is {whose}, whose tensor names are not read. The same weights are read as published on the "
-                f"hub by transformers' names: {readable}"
+                f"{where} is {whose}, whose tensor names are not supported. Use the same weights with transformers' "
+                f"names, as published on the hub: {readable}"
             )
 
 
@@ -182,7 +182,7 @@ def _spelling_of(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Spelling
             return spelling
     known = ", ".join(spelling.patch for spelling in SPELLINGS)
     raise ValueError(
-        f"{where} is no LlavaViT checkpoint: it has none of the tensors {known} "
+        f"{where} is not a LlavaViT checkpoint: it has none of the tensors {known} "
         f"(first names: {', '.join(list(shapes)[:4])})"
     )
 
@@ -251,10 +251,10 @@ def read_source(name: str, model_name: str | None = None, fields: Mapping[str, o
     if "model_type" not in raw:
         return _read_bare(name, folder, files, model_name, fields)
     if not isinstance(raw["model_type"], str):
-        raise ValueError(f"{folder}: model_type in its config is {raw['model_type']!r}, it should be a text")
+        raise ValueError(f"{folder}: model_type in its config is {raw['model_type']!r}, it should be text")
     if fields:
         raise ValueError(
-            f"{folder} has a config.json, which is carried over: {', '.join(fields)} cannot be given as well"
+            f"{', '.join(fields)} cannot be given, because {folder} has a config.json, whose values are kept"
         )
     if model_name:
         shown = raw.get("vision_config", raw)

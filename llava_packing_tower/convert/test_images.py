@@ -1,4 +1,4 @@
-"""The photographs that verification looks at, as normalised images and clips."""
+"""The photographs of the verification, as normalized images and clips."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALLEST_PATCH = 8
 class Sample:
     """An image or a clip.
 
-    pixels: float32 ``[C, T, H, W]``, normalised. frame_indices: int64 ``[T]``, where its frames stand in a context of
+    pixels: float32 ``[C, T, H, W]``, normalized. frame_indices: int64 ``[T]``, where its frames stand in a context of
     64 frames; an image is one frame at 0.
     """
 
@@ -39,7 +39,7 @@ def find_photos(folder: str | Path | None = None) -> list[Path]:
     if folder is not None:
         found = sorted(file for file in Path(folder).expanduser().glob("*") if file.suffix.lower() in SUFFIXES)
         if not found:
-            raise ValueError(f"--images {folder}: no folder, or no file in it that ends in {', '.join(SUFFIXES)}")
+            raise ValueError(f"--images {folder}: not a folder, or no file in it ends in {', '.join(SUFFIXES)}")
         return found
     found = []
     for photo in sorted(PHOTOS, key=lambda photo: photo.package, reverse=True):
@@ -49,14 +49,14 @@ def find_photos(folder: str | Path | None = None) -> list[Path]:
             continue
     if not found:
         raise ValueError(
-            "verification looks at real photographs, and neither scikit-learn nor scikit-image, whose packages carry "
-            "some, is installed: pip install scikit-learn, or pass --images FOLDER with your own photos, or --no-verify"
+            "verification needs photographs, and neither scikit-learn nor scikit-image, which contain some, is "
+            "installed: pip install scikit-learn, or pass --images FOLDER with your own photos, or --no-verify"
         )
     return found
 
 
 def open_photo(file: Path) -> Image.Image:
-    """Raises ``ValueError`` that names the file if it is no image."""
+    """Raises ``ValueError`` that names the file if it is not an image."""
     return open_image(file)
 
 

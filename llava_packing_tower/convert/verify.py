@@ -125,7 +125,9 @@ def compare(name: str, expected: Sequence[Features], found: Sequence[Features], 
     cosines, difference = [], 0.0
     for (tokens, pooled), (other_tokens, other_pooled) in zip(expected, found, strict=True):
         if (pooled is None) != (other_pooled is None) or tokens.shape != other_tokens.shape:
-            return TestResult(name, False, note=f"other outputs: {list(tokens.shape)} and {list(other_tokens.shape)}")
+            return TestResult(
+                name, False, note=f"different outputs: {list(tokens.shape)} and {list(other_tokens.shape)}"
+            )
         pairs = [(tokens, other_tokens)] + ([] if pooled is None else [(pooled[None], other_pooled[None])])
         for left, right in pairs:
             cosines.append(F.cosine_similarity(left.double(), right.double(), dim=-1, eps=1e-12))
@@ -167,7 +169,7 @@ def reload_test(
         before = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
         if expected is not None and (wrong := differing(before, expected)):
             return TestResult(
-                RELOAD, False, note=f"{len(wrong)} tensors on disk are not those converted, e.g. {wrong[0]}"
+                RELOAD, False, note=f"{len(wrong)} tensors on disk differ from the converted ones, e.g. {wrong[0]}"
             )
         features, kind, dtype, device = probe(model), type(model), model.dtype, model.device
         model.save_pretrained(Path(folder) / "saved")
@@ -202,7 +204,7 @@ def verify(
         subject: which of the two, "standard" or "packed", is the checkpoint in question: it is saved and reloaded, and
             if it cannot be loaded, that is a FAIL of all tests. If the other one cannot, that is an error.
         expected, scratch: see :func:`reload_test`.
-        step: told what is done next, before each of the steps.
+        step: called with a description before each step.
 
     Returns:
         Five results. A failing one does not keep the others from running.

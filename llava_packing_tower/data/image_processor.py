@@ -1,6 +1,6 @@
-"""Photos to normalised pixel tensors: the image processor that LLaVA talks to.
+"""Photos to normalized pixel tensors: the image processor that LLaVA uses.
 
-The same arithmetic as transformers' ``CLIPImageProcessor`` (PIL resize, centre crop, rescale, normalise), but without
+The same arithmetic as transformers' ``CLIPImageProcessor`` (PIL resize, center crop, rescale, normalize), but without
 its differences between transformers versions and without torchvision. Reads and writes ``preprocessor_config.json``.
 """
 
@@ -55,7 +55,7 @@ def _whole_patches(size: dict[str, int], patch_size: int) -> dict[str, int]:
     """The size rounded down to multiples of the patch, but at least one patch."""
     snapped = {key: max(value // patch_size, 1) * patch_size for key, value in size.items()}
     if snapped != size:
-        logger.warning("image size %s is no multiple of the patch size %d: using %s", size, patch_size, snapped)
+        logger.warning("image size %s is not a multiple of the patch size %d: using %s", size, patch_size, snapped)
     return snapped
 
 
@@ -77,18 +77,18 @@ def processor_content(folder: str | os.PathLike) -> dict | None:
         differing = [key for key in (*known, "max_num_patches") if content.get(key) != inner.get(key)]
         if differing:
             raise ValueError(
-                f"{folder} describes two image processors, in {own.name} and {whole.name}, which differ in "
+                f"{folder} has two image processors, in {own.name} and {whole.name}, which differ in "
                 f"{', '.join(differing)}: remove the one that is out of date"
             )
     return inner
 
 
 class PackingImageProcessor:
-    """Resize, crop, rescale and normalise photos.
+    """Resize, crop, rescale and normalize photos.
 
     Args:
         size: pixels, ``{"shortest_edge": n}`` (aspect kept) or ``{"height": h, "width": w}`` (stretched).
-        crop_size: ``{"height": h, "width": w}`` of the centre crop; missing borders become 0.
+        crop_size: ``{"height": h, "width": w}`` of the center crop; missing borders become 0.
         image_mean, image_std: per channel, for pixels scaled to 0..1.
         resample: PIL's number of the filter (3 is bicubic, 2 bilinear).
         patch_size: if given, every side that comes out is a multiple of it: a fixed size is rounded down (with a
@@ -178,7 +178,7 @@ class PackingImageProcessor:
         return image.resize(tuple(kept), resample=self.resample, box=tuple(box))
 
     def _crop(self, pixels: np.ndarray) -> np.ndarray:
-        """Centre crop of ``[H, W, C]``; an image smaller than the crop is centred on zeros."""
+        """Center crop of ``[H, W, C]``; an image smaller than the crop is centered on zeros."""
         height, width = pixels.shape[:2]
         rows, columns = self.crop_size["height"], self.crop_size["width"]
         if height < rows or width < columns:

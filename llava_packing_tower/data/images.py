@@ -1,6 +1,6 @@
-"""The one way from an image file to pixels, for training, evaluation, conversion and probing. No torch here.
+"""From an image file to pixels, for training, evaluation, conversion and probing alike. No torch here.
 
-What a picture shows does not depend on who opens it: orientation (EXIF), palettes, transparency, CMYK, grey values of
+The pixels of an image do not depend on who opens it: orientation (EXIF), palettes, transparency, CMYK, gray values of
 16 and 32 bits and floating point values all become 8-bit RGB as :func:`to_rgb` says, or are refused by name.
 """
 
@@ -29,7 +29,7 @@ MAX_PIXELS, MAX_ASPECT = 178_000_000, 200
 REDUCED_SIDE = 4096
 BACKGROUND = "white"
 DROP_ALPHA = "none"
-"""The background that leaves the colours under transparent pixels as they are, as LLaVA itself does."""
+"""The background that leaves the colors under transparent pixels as they are, as LLaVA itself does."""
 _PNG_SIGNATURE, _CHECKSUM = b"\x89PNG\r\n\x1a\n", 4
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
@@ -42,7 +42,7 @@ class UnreadableImage(ValueError):
 class ImageReading:
     """How images are read; in a checkpoint's config under ``mm_packing_<name>``.
 
-    exif: turn a photo as its camera noted. background: the colour behind transparent pixels, by a name or as #rrggbb;
+    exif: turn a photo as its camera noted. background: the color behind transparent pixels, by a name or as #rrggbb;
     "none" drops the transparency. max_pixels: width x height of the largest image that is decoded. max_aspect: the
     longest side over the shortest, at native resolution.
     """
@@ -92,7 +92,7 @@ def reading_of(args: object, is_checkpoint: bool) -> ImageReading:
 def to_rgb(image: Image.Image, reading: ImageReading = ImageReading()) -> Image.Image:  # noqa: B008 (it is frozen)
     """An image as 8-bit RGB.
 
-    16-bit grey is divided by 257, 32-bit whole numbers too unless one is above 65535 (then the range is that of int32),
+    16-bit gray is divided by 257, 32-bit whole numbers too unless one is above 65535 (then the range is that of int32),
     floating point values are taken from 0..1, or from 0..255 where one is above 1. An animation gives its first.
 
     Raises ``ValueError`` for values outside of these ranges.
@@ -102,7 +102,7 @@ def to_rgb(image: Image.Image, reading: ImageReading = ImageReading()) -> Image.
     if reading.exif:
         image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BITS or image.mode in ("I", "F"):
-        image = _grey(image)
+        image = _gray(image)
     has_alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
     if has_alpha and reading.background != DROP_ALPHA:
         image = image.convert("RGBA")
@@ -111,14 +111,14 @@ def to_rgb(image: Image.Image, reading: ImageReading = ImageReading()) -> Image.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey(image: Image.Image) -> Image.Image:
+def _gray(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all() or low < 0:
-        raise ValueError(f"its values reach from {low} to {high}, and grey values begin at 0")
+        raise ValueError(f"its values reach from {low} to {high}, but gray values must begin at 0")
     if image.mode == "F":
         if high > 255:
-            raise ValueError(f"its values reach to {high}: floating point grey ends at 1 or at 255")
+            raise ValueError(f"its values reach {high}: floating point gray values must end at 1 or at 255")
         values *= 255 if high <= 1 else 1
     else:
         values /= 257 if high <= 65535 else (2**31 - 1) / 255
@@ -129,7 +129,7 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def check_file(file: str | os.PathLike) -> None:
-    """Raises :class:`UnreadableImage` for what is no regular file: a pipe would be waited for, a device never ends."""
+    """Raises :class:`UnreadableImage` for anything but a regular file: a pipe would block, a device never ends."""
     try:
         mode = os.stat(file).st_mode
     except OSError as error:
@@ -170,7 +170,7 @@ def open_image(
     name = file if isinstance(file, str | os.PathLike) else getattr(file, "name", "the image")
     if isinstance(file, str | os.PathLike):
         check_file(file)
-    # LLaVA's train.py has Pillow fill what a truncated file lacks with grey.
+    # LLaVA's train.py has Pillow fill what a truncated file lacks with gray.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with warnings.catch_warnings():
@@ -197,9 +197,9 @@ def open_image(
 
 
 def _check_png(image: Image.Image, file: str | os.PathLike | BinaryIO) -> None:
-    """Raises ``ValueError`` where the pixel data of a PNG end early: Pillow leaves the rest at zero without a word.
+    """Raises ``ValueError`` where the pixel data of a PNG end early: Pillow silently leaves the rest at zero.
 
-    Only an image whose last row is zero (or that is interlaced) is looked at: decompressing twice costs time.
+    Only an image whose last row is zero (or that is interlaced) is checked: decompressing twice costs time.
     """
     last_row = image.crop((0, image.height - 1, image.width, image.height))
     if not image.info.get("interlace") and np.asarray(last_row).any():
@@ -228,8 +228,8 @@ def _check_png(image: Image.Image, file: str | os.PathLike | BinaryIO) -> None:
 def _png_bytes(header: bytes) -> int:
     """Bytes of the decompressed pixel data of a PNG: each row has one more, for its filter (PNG specification, 7.2)."""
     width, height = (int.from_bytes(header[at : at + 4], "big") for at in (0, 4))
-    depth, colour, interlaced = header[8], header[9], header[12]
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    depth, color, interlaced = header[8], header[9], header[12]
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
     # Start and step of columns and rows of each pass; one pass without interlacing (8.2, Adam7).
     adam7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
     total = 0
@@ -242,7 +242,7 @@ def _png_bytes(header: bytes) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _say_once() -> None:
-    logger.warning("animated images are read as their first frame")
+    logger.warning("of an animated image the first frame is read")
 
 
 def _say_first_frame(name: str) -> None:

@@ -83,7 +83,7 @@ def unpatchify(
     """
     grids = read_grid(grid_thw, hidden_states.shape[0])
     if hidden_states.shape[1] % patch_size**2:
-        raise ValueError(f"rows of {hidden_states.shape[1]} numbers are no multiple of {patch_size}^2 pixels")
+        raise ValueError(f"rows of {hidden_states.shape[1]} numbers are not a multiple of {patch_size}^2 pixels")
     samples = []
     for (t, h, w), rows in zip(grids, split_packed(hidden_states, grids), strict=True):
         clip = rearrange(
@@ -152,8 +152,8 @@ def batch_images_to_packing_input(
         there).
 
     Raises:
-        ValueError: no image, another channel count, or sides that are no multiple of the patch size (the message names
-            the image and the nearest sizes).
+        ValueError: no image, another channel count, or sides that are not a multiple of the patch size (the message
+            names the image and the nearest sizes).
     """
     if isinstance(images, torch.Tensor) and images.dim() != 4:
         raise ValueError(f"a tensor of images must be [B, C, H, W], got shape {list(images.shape)}")

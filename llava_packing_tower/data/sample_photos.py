@@ -47,10 +47,10 @@ def source_of(photo: Photo) -> Path:
     spec = find_spec(photo.package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"the demo's photographs come with scikit-image and scikit-learn, and the package {photo.package} is not "
+            f"the photographs of the demo come with scikit-image and scikit-learn, but {photo.package} is not "
             f"installed: pip install 'llava-packing-tower[demo]'"
         )
     path = Path(spec.submodule_search_locations[0]) / photo.file
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: this version of {photo.package} does not carry {photo.name}")
+        raise FileNotFoundError(f"{path} does not exist: this version of {photo.package} does not contain {photo.name}")
     return path

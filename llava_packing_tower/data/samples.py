@@ -111,7 +111,7 @@ def load_samples(file: Path) -> list[dict]:
         raise ValueError(f"{file} must hold a list of samples, found {type(samples).__name__ if samples else 'none'}")
     for index, sample in enumerate(samples):
         if not isinstance(sample, dict):
-            raise ValueError(f"{file}: entry {index} is no sample but {type(sample).__name__}")
+            raise ValueError(f"{file}: entry {index} is not a sample, found {type(sample).__name__}")
     return samples
 
 

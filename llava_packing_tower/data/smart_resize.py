@@ -27,7 +27,7 @@ class SmartResize:
     patches would then be more than ``max_patches`` or fewer than ``min_patches`` is scaled first, keeping its aspect
     ratio, and its sides are rounded down or up. ``max_patches`` always holds: where an image is so narrow that one
     unit is more than its share, or where rounding up would pass it, the longer side is cut down to what is left.
-    (The scaling is Qwen2-VL's ``smart_resize``, arXiv:2409.12191; the rule for narrow images is our own.)
+    (The scaling is Qwen2-VL's ``smart_resize``, arXiv:2409.12191; the rule for narrow images is not from there.)
 
     Args:
         patch_size: side of a patch in pixels.
@@ -35,7 +35,7 @@ class SmartResize:
         min_patches, max_patches: bounds for the number of patches of one image or frame.
 
     Raises:
-        ValueError: bounds that are no positive whole numbers, that cross, or that leave no room for one unit.
+        ValueError: bounds that are not positive whole numbers, that cross, or that are too small for one unit.
     """
 
     patch_size: int
@@ -58,7 +58,7 @@ class SmartResize:
         Raises ``ValueError`` for an image without pixels.
         """
         if width < 1 or height < 1:
-            raise ValueError(f"an image of {width} x {height} pixels (width x height) has nothing to encode")
+            raise ValueError(f"an image of {width} x {height} pixels (width x height) is empty")
         tall, wide = self.unit
         each = self.merge[0] * self.merge[1]
         most = max(1, min(self.max_patches, max_patches or self.max_patches) // each)
@@ -96,8 +96,8 @@ def check_bounds(min_patches: int, max_patches: int, merge: tuple[int, int] = (1
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of patches, at least 1, got {value!r}")
     if min_patches > max_patches:
-        raise ValueError(f"mm_packing_min_patches {min_patches} is more than mm_packing_max_patches {max_patches}")
+        raise ValueError(f"mm_packing_min_patches {min_patches} is larger than mm_packing_max_patches {max_patches}")
     if max_patches < merge[0] * merge[1]:
         raise ValueError(
-            f"mm_packing_max_patches {max_patches} leaves no room for one token of {merge[0]} x {merge[1]} patches"
+            f"mm_packing_max_patches {max_patches} is too small for one token of {merge[0]} x {merge[1]} patches"
         )

@@ -36,7 +36,7 @@ def read_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = 
     """
     reader = next((read for name, read in (("decord", _Decord), ("av", _PyAV)) if find_spec(name)), None)
     if reader is None:
-        raise ValueError(f"reading {file} takes PyAV or decord: pip install av")
+        raise ValueError(f"reading {file} needs PyAV or decord: pip install av")
     try:
         with reader(file) as video:
             indices = sample_indices(video.total, video.fps, wanted_fps, upbound, force)

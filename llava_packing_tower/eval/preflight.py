@@ -1,4 +1,4 @@
-"""What an evaluation needs, looked up before anything is loaded."""
+"""What an evaluation needs, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_installation() -> None:
     problems = []
     missing = [name for module, name in MODULES.items() if find_spec(module) is None]
     if missing:
-        problems.append(f"lmms-eval imports what is not installed:\n  pip install {' '.join(missing)}")
+        problems.append(f"packages that lmms-eval imports are missing:\n  pip install {' '.join(missing)}")
     for need, found in unmet("lmms-eval"):
         if need.startswith("transformers"):
             problems.append(
@@ -55,7 +55,7 @@ def check_installation() -> None:
 
 
 def plugin_environment() -> dict[str, str]:
-    """The variables that make lmms-eval find the model: none where it reads entry points and ours is installed."""
+    """The variables that make lmms-eval find the model; none where it finds the installed package by entry points."""
     known = any(entry.name == MODEL for entry in entry_points(group="lmms_eval.models"))
     if known and find_spec("lmms_eval.models.registry_v2") is not None:
         return {}
@@ -64,23 +64,23 @@ def plugin_environment() -> dict[str, str]:
 
 
 def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
-    """Raises ``ValueError`` for what is no LLaVA checkpoint with a packing tower, or lacks the tower's weights."""
+    """Raises ``ValueError`` for anything but a LLaVA checkpoint with a packing tower and its weights."""
     from ..integrations.llava.checkpoint_files import names_in_files
     from ..integrations.llava.model_class import check_host_has, class_name
 
     if not (checkpoint / CONFIG_NAME).is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint: it has no {CONFIG_NAME}")
+        raise ValueError(f"{checkpoint} is not a checkpoint: it has no {CONFIG_NAME}")
     config = read_json(checkpoint / CONFIG_NAME)
     tower = str(config.get("mm_vision_tower") or "")
     if tower_kind(tower, config.get("mm_packing_config")) != PACKING:
         raise ValueError(
-            f"{checkpoint} has no packing tower: its mm_vision_tower is {tower!r}. lmms-eval's own models take it "
-            f"(llava, llava_onevision)"
+            f"{checkpoint} has no packing tower: its mm_vision_tower is {tower!r}. Use lmms-eval's own models "
+            f"llava or llava_onevision"
         )
     check_host_has(find_host().root, class_name(config), checkpoint)
     in_checkpoint = (config.get("mm_packing_config") or {}).get("weights") == "checkpoint"
     if in_checkpoint and not any("vision_tower." in name for name in names_in_files(checkpoint, base)):
         raise ValueError(
-            f"{checkpoint} says that it holds the weights of its vision tower, but none of its files has a "
-            f"vision_tower tensor: an evaluation would look through random weights"
+            f"{checkpoint} should contain the weights of its vision tower, but none of its files has a "
+            f"vision_tower tensor: an evaluation would use random weights"
         )

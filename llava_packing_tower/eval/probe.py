@@ -1,4 +1,4 @@
-"""Towers compared without a decoder: one vector per image, then a linear and a k-nearest-neighbour classifier on them.
+"""Towers compared without a decoder: one vector per image, then a linear and a k-nearest-neighbor classifier on them.
 
 The vector is the mean of an image's patch features. The linear probe is a logistic regression on standardised vectors,
 k-NN votes by cosine similarity, as is usual for frozen encoders (DINO, arXiv:2104.14294, section 4.1).
@@ -181,9 +181,9 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def classify(vectors: np.ndarray, photos: Photos, k: int = 20, strength: float = 1.0) -> tuple[float, float]:
-    """Accuracy on the held-out images of a logistic regression and of the ``k`` nearest neighbours.
+    """Accuracy on the held-out images of a logistic regression and of the ``k`` nearest neighbors.
 
-    strength: inverse of the L2 regularisation. Needs scikit-learn.
+    strength: inverse of the L2 regularization. Needs scikit-learn.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier

@@ -50,7 +50,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name, value in self.model_args.items():
             if {",", "="} & set(str(value)):
-                raise ValueError(f"{name}: {value} has a comma or an equals sign, which lmms-eval takes for ends")
+                raise ValueError(f"{name}: {value} has a comma or an equals sign, which lmms-eval uses as separators")
 
     def key(self, task: str) -> str:
         """What a result depends on: the weights, the task, every option but batches and processes, the versions."""
@@ -84,7 +84,9 @@ def run_tasks(evaluation: Evaluation, tasks: Sequence[str], console: Console) ->
         place = f"\\[{number}/{len(tasks)}] {task}"
         done = None if evaluation.force else _finished(evaluation, task)
         if done is not None:
-            console.print(f"{place}: done already for these weights and options: {done.headline()}", soft_wrap=True)
+            console.print(
+                f"{place}: already completed with these weights and options: {done.headline()}", soft_wrap=True
+            )
             results[task] = done
             continue
         console.print(f"{place}: log in {evaluation.output / task / LOG}", soft_wrap=True)
@@ -171,7 +173,7 @@ def cause(log: str) -> str:
     found = next((line for line in reversed(body) if ERROR_LINE.match(line)), None)
     if found is not None:
         start = len(body) - 1 - body[::-1].index(found)
-        # A message of several lines, such as our own lists of tensors.
+        # A message of several lines, such as a list of tensors.
         if found.endswith("Error:"):
             return " ".join([found, *body[start + 1 : start + 2]])
         more = takewhile(lambda line: re.match(r"\d+ [a-z][^\x1b]*$", line), body[start + 1 : start + 5])

@@ -44,7 +44,7 @@ def expand(names: str | Sequence[str]) -> list[str]:
     words = names.split(",") if isinstance(names, str) else names
     tasks = [task for word in map(str.strip, words) if word for task in GROUPS.get(word, (word,))]
     if not tasks:
-        raise ValueError(f"no task is named; groups: {', '.join(GROUPS)}")
+        raise ValueError(f"no task is given; groups: {', '.join(GROUPS)}")
     return list(dict.fromkeys(tasks))
 
 

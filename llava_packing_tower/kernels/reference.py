@@ -179,7 +179,7 @@ def column_sums(x: torch.Tensor, partials: torch.Tensor, offset: int) -> None:
 
 
 def partials(columns: int, like: torch.Tensor) -> torch.Tensor:
-    """An uninitialised ``[P, columns]``."""
+    """An uninitialized ``[P, columns]``."""
     return wide(like.new_empty(0)).new_empty(1, columns)
 
 

@@ -193,7 +193,7 @@ class AIMv2Packing(PackedVisionModel):
 
     @classmethod
     def default_image_processor(cls, config: AIMv2PackingConfig) -> PackingImageProcessor:
-        """CLIP statistics, bicubic, centre crop at the config's image size."""
+        """CLIP statistics, bicubic, center crop at the config's image size."""
         return PackingImageProcessor(size=config.image_size, patch_size=config.patch_size)
 
 

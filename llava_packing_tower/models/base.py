@@ -172,7 +172,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         Args:
             hidden_states: ``[N, patch_dim]`` patch rows in the family's layout; cast to the model's dtype.
             grid_thw: integer ``[B, 3]`` (frames, rows, columns) of each sample in patches. On the CPU it costs no
-                synchronisation.
+                synchronization.
             patch_positions: ``[N, 3]`` positions in place of those of the grid (LlavaViT only).
             output_hidden_states: also return all hidden states.
             feature_layers: return just these hidden states (0 .. num_layers), as a tuple in this order; blocks above
@@ -200,7 +200,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         return make_segments([t * h * w + prefix for t, h, w in grids], device)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """transformers' hook for random initialisation: normal weights, zero biases; norms are made as ones."""
+        """transformers' hook for random initialization: normal weights, zero biases; norms are made as ones."""
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)

@@ -113,7 +113,7 @@ def patch_centres(grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
 def augmentation(config: DINOv3PackingConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Random factor and offset for the centres of one image, each ``[2]`` (row, column), from the CPU generator.
 
-    ``(centre + shift) * jitter * rescale`` with a shift per axis, a jitter per axis and one rescale for both, the last
+    ``(center + shift) * jitter * rescale`` with a shift per axis, a jitter per axis and one rescale for both, the last
     two log-uniform between ``1/x`` and ``x`` (DINOv3).
     """
 

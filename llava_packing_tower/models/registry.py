@@ -27,7 +27,7 @@ ENTRY_POINTS = "llava_packing_tower.families"
 
 
 def add_installed() -> None:
-    """Add the families that installed packages name in their entry points; names of our own are not replaced."""
+    """Add the families that installed packages name in their entry points; names of this package are not replaced."""
     for point in entry_points(group=ENTRY_POINTS):
         FAMILIES.setdefault(point.name, point.value)
 

@@ -1,4 +1,4 @@
-"""What a dataset costs at native resolution, told before the first step: patches, visual tokens, sequence lengths."""
+"""What a dataset costs at native resolution, reported before the first step: patches, visual tokens, lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projectors that merge neighbouring patches into one visual token, on grids of any shape.
+"""Projectors that merge neighboring patches into one visual token, on grids of any shape.
 
 Weights and their names are those of Qwen2-VL's patch merger (``ln_q``, ``mlp.0``, ``mlp.2``; arXiv:2409.12191), so that
 a projector trained with OneVision-Encoder's LLaVA fits.
@@ -20,7 +20,7 @@ from ..data.smart_resize import MERGES, merged
 class MergingProjector(nn.Module):
     """LayerNorm of each patch, concatenation of the patches of a cell, linear, GELU, linear.
 
-    A cell is ``merge`` (rows, columns) of neighbouring patches. Where the grid does not divide into cells, its last
+    A cell is ``merge`` (rows, columns) of neighboring patches. Where the grid does not divide into cells, its last
     row or column is repeated until it does: no patch is dropped and no zero is mixed in.
 
     Args:
@@ -46,12 +46,14 @@ class MergingProjector(nn.Module):
             ``[tokens, text_size]``, grid by grid, frame by frame, row by row; without grids ``[..., tokens, width]``.
 
         Raises:
-            ValueError: grids that do not add up to N; without grids, a number of patches that is no square.
+            ValueError: grids that do not add up to N; without grids, a number of patches that is not a square.
         """
         if grids is None:
             side = math.isqrt(features.shape[-2])
             if side * side != features.shape[-2]:
-                raise ValueError(f"{features.shape[-2]} patches without a grid: only square images can be merged so")
+                raise ValueError(
+                    f"{features.shape[-2]} patches without a grid can only be merged if they form a square"
+                )
             leading = features.shape[:-2]
             tokens = self._merge(features.flatten(0, -2), [(1, side, side)] * math.prod(leading))
             return tokens.unflatten(0, (*leading, -1))

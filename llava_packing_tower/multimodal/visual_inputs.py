@@ -20,7 +20,7 @@ class Visual:
 
     frames: pixels ``[T, C, H, W]``, one frame for an image. patch_positions: ``[T*h*w, 3]`` or None for those of the
     grid. frame_indices and total_frames: where the frames lie in their video (default: they are all of it). group:
-    neighbours with one group and one size are frames of one clip, each with an ``<image>`` of its own.
+    neighbors with one group and one size are frames of one clip, each with an ``<image>`` of its own.
     """
 
     frames: torch.Tensor
@@ -59,7 +59,7 @@ def read_visuals(
         raise ValueError(f"images must be [B, C, H, W] or [B, T, C, H, W] or a list, got {list(images.shape)}")
     images = list(images)
     kinds = _kinds(modalities, len(images), per_sample)
-    # LLaVA itself never looks at the sizes here, and callers pass what they like: only our dicts are read.
+    # LLaVA itself never reads the sizes here, and callers pass anything: only the dicts of this package are read.
     given = [d if isinstance(d, Mapping) else {} for d in details or ()]
     given = given if len(given) == len(images) else [{}] * len(images)
     return [_read(index, *entry) for index, entry in enumerate(zip(images, kinds, given))]

@@ -1,13 +1,13 @@
-"""Which vision tower a name means. The one rule, for the launcher, the builder hook, evaluation and reloading.
+"""Which vision tower a name means: one rule for the launcher, the builder hook, evaluation and reloading.
 
 In this order:
 
 1. the prefix ``packing:``: the packing tower;
 2. the note that a LLaVA checkpoint keeps of its tower (``mm_packing_config``): the tower it was trained with;
-3. a local folder with a config.json: what that says. A packing folder (``model_type`` ``*_packing``) is ours whatever
-   its name; the published folder of a family is ours if "packing" (or "hevc_vit": the standard LlavaViT) is in the
-   folder's own name; every other model type is LLaVA's own;
-4. with nothing to look at, the whole name: "packing", else "hevc_vit", else LLaVA's own.
+3. a local folder with a config.json: its ``model_type``. A packing folder (``*_packing``) means the packing tower,
+   whatever its name. The published folder of a family means it if "packing" is in the folder's own name ("hevc_vit":
+   the standard LlavaViT). Any other model type is passed to LLaVA's own builder;
+4. without such a folder, the complete name: "packing", else "hevc_vit", else LLaVA's own builder.
 
 No torch here: the launcher asks before anything is loaded.
 """
@@ -57,7 +57,7 @@ def folder_model_type(name: str) -> str | None:
 
 
 def tower_kind(name: object, note: Mapping | None = None) -> str | None:
-    """``"packing"``, ``"hevc_vit"``, or None where LLaVA is to decide; see the rule above.
+    """``"packing"``, ``"hevc_vit"``, or None for LLaVA's own builder; see the rule above.
 
     Args:
         name: the value of ``mm_vision_tower``.
@@ -94,16 +94,16 @@ def _by_words(name: str) -> str | None:
 @functools.cache
 def _log_not_ours(name: str, model_type: str) -> None:
     logger.warning(
-        "%s: its config.json says model_type %s, so LLaVA builds its own tower, although 'packing' is in the path",
+        "%s: LLaVA builds its own tower, because config.json has model_type %s, although 'packing' is in the path",
         name,
         model_type,
     )
 
 
 def random_clip(name: object) -> str | None:
-    """Why LLaVA must not be left a name: it would build a CLIP with random weights for a local folder of a family.
+    """Why LLaVA must not get a name: it would build a CLIP with random weights for a local folder of a family.
 
-    None where there is nothing to object to.
+    None where it may get it.
     """
     if not isinstance(name, str) or tower_kind(name) is not None:
         return None

@@ -181,7 +181,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         if self._saved and (expected := self._saved.get("fingerprint")) and folder_fingerprint(folder) != expected:
             raise ValueError(
                 f"{folder} has changed since this LLaVA checkpoint was trained with it as a frozen tower: its "
-                f"fingerprint is not {expected[:12]}... any more. Restore the folder."
+                f"fingerprint is no longer {expected[:12]}... Restore the folder."
             )
         return model, processor
 
@@ -205,7 +205,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             raise ValueError(f"vision tower {self.vision_tower_name} is not loaded: call load_model() first")
         if not self._unfilled:
             return
-        # (Quantised weights are no plain tensors any more, and were not made of ours: ours were NaN.)
+        # (Quantized weights are not plain tensors, and were not made from these, which were NaN.)
         here = {name: p for name, p in self.vision_tower.named_parameters() if is_plain(p)}
         gaps = {name for name, p in here.items() if p.is_meta or p.isnan().any()}
         for name, value in offloaded_weights(self.vision_tower):
@@ -298,7 +298,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         """
         self._require_weights()
         if patch_positions is not None and self.vision_tower.image_only:
-            raise ValueError(f"{type(self.vision_tower).__name__} takes images only and no patch_positions")
+            raise ValueError(f"{type(self.vision_tower).__name__} takes images only, without patch_positions")
 
         # Pixels to packed features: see _encode, which is called, or replayed as a CUDA graph.
         order = None

@@ -38,7 +38,7 @@ def check_engine(wrapped: nn.Module, stage: int | None, fsdp: bool = False) -> s
     """One line about what wraps the model for training.
 
     Raises ``RuntimeError`` if ZeRO ``stage`` was asked for and ``wrapped`` is not a DeepSpeed engine at that stage, or
-    ``fsdp`` and it is none of FSDP's: a CPU run can be plain DDP without a word (accelerate leaves DeepSpeed out when
+    ``fsdp`` and it is not one of FSDP: a CPU run can silently be plain DDP (accelerate leaves DeepSpeed out when
     ``use_cpu`` is set, and FSDP without a GPU).
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -47,19 +47,19 @@ def check_engine(wrapped: nn.Module, stage: int | None, fsdp: bool = False) -> s
     kind = type(wrapped).__name__
     line = f"engine: {kind}, world size {world}, backend {backend}"
     if fsdp and not kind.startswith(("FullyShardedDataParallel", "FSDP")):
-        raise RuntimeError(f"FSDP was asked for, but the model is wrapped in {kind}: refusing to train")
+        raise RuntimeError(f"FSDP was requested, but the model is wrapped in {kind}: refusing to train")
     if stage is None:
         return line
     from deepspeed import DeepSpeedEngine
 
     if not isinstance(wrapped, DeepSpeedEngine):
         raise RuntimeError(
-            f"DeepSpeed ZeRO-{stage} was asked for, but the model is wrapped in {kind}: refusing to train"
+            f"DeepSpeed ZeRO-{stage} was requested, but the model is wrapped in {kind}: refusing to train"
         )
     actual = wrapped.zero_optimization_stage()
     if actual != stage:
         raise RuntimeError(
-            f"DeepSpeed ZeRO-{stage} was asked for, but the engine runs stage {actual}: refusing to train"
+            f"DeepSpeed ZeRO-{stage} was requested, but the engine runs stage {actual}: refusing to train"
         )
     return f"engine: {kind}, ZeRO stage {actual}, world size {world}, backend {backend}"
 
@@ -74,14 +74,14 @@ def describe_tower(tower: nn.Module, args: object) -> list[str]:
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
         trained = any(p.requires_grad for p in model.parameters())
         backend = resolve_backend(asked, args.device, dtype, model.encoder.head_dim, needs_grad=trained)
-        lines.append(f"tower attention: {backend} (asked: {asked})")
+        lines.append(f"tower attention: {backend} (requested: {asked})")
     rule = getattr(tower.image_processor, "rule", None)
     if rule is not None:
         each = rule.merge[0] * rule.merge[1]
         lines.append(f"tokens per image: {max(1, rule.min_patches // each)} to {rule.max_patches // each} (native)")
     else:
         pixels = f"{tower.image_size} x {tower.image_size} pixels, patch {model.config.patch_size}"
-        lines.append(f"tokens per image, or per crop of one: {tower.num_patches} ({pixels})")
+        lines.append(f"tokens per image or per crop: {tower.num_patches} ({pixels})")
     return lines
 
 
@@ -197,7 +197,7 @@ def barrier() -> None:
 
 
 def install(train: ModuleType, patches: Patches) -> list[Trainer]:
-    """Give every trainer that the host's ``train.train`` makes the check, marks on its checkpoints, and our progress in
+    """Give every trainer that the host's ``train.train`` makes the check, marks on its checkpoints, and the progress in
     place of a bar. Returns the list in which these trainers will be."""
     trainer_class, trainers = train.LLaVATrainer, []
     init, run = trainer_class.__init__, trainer_class.train

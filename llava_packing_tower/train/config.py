@@ -11,14 +11,14 @@ from ..utils.errors import UsageError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice (the first would be lost without a word)."""
+    """YAML that refuses a key given twice (the first would be ignored silently)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
             if not isinstance(key, Hashable):
-                raise UsageError(f"{self.name}, line {key_node.start_mark.line + 1}: a key must be a word, got {key!r}")
+                raise UsageError(f"{self.name}, line {key_node.start_mark.line + 1}: a key must be text, got {key!r}")
             if key in seen:
                 raise UsageError(f"{self.name}, line {key_node.start_mark.line + 1}: {key} is given twice")
             seen.add(key)

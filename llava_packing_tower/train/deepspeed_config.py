@@ -29,11 +29,11 @@ def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
     if config is None:
         return None
     if find_spec("deepspeed") is None:
-        raise UsageError(f"deepspeed is asked for, but it is not installed: {install_command('deepspeed')}")
+        raise UsageError(f"deepspeed is requested, but it is not installed: {install_command('deepspeed')}")
     for flag in ("use_cpu", "no_cuda"):
         if values.get(flag):
             raise UsageError(
-                f"{flag} silently switches DeepSpeed off. Leave it out: where there is no GPU, the CPU is used anyway"
+                f"{flag} silently switches DeepSpeed off. Remove it: without a GPU, the CPU is used anyway"
             )
     if isinstance(config, str):
         shipped = CONFIGS / Path(config).name  # also for configs/zero2.json as an example of ours has it
@@ -94,9 +94,9 @@ def _instead(key: str, section: Section, known: Mapping[Section, frozenset[str]]
     if near := difflib.get_close_matches(key, known[section], n=1, cutoff=0.75):
         return f"the nearest is {near[0]!r}"
     if others := sorted(".".join(other) or "the top level" for other, keys in known.items() if key in keys):
-        return f"it belongs in {' or '.join(others)}"
+        return f"it belongs to {' or '.join(others)}"
     closest = difflib.get_close_matches(key, known[section], n=1, cutoff=0)[0]
-    return f"DeepSpeed {version('deepspeed')} has nothing of this name there, the nearest is {closest!r}"
+    return f"DeepSpeed {version('deepspeed')} does not know this key, the nearest is {closest!r}"
 
 
 def zero_stage(config: Mapping[str, object]) -> int:

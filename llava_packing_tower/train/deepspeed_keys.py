@@ -1,7 +1,7 @@
 """The keys that the installed DeepSpeed reads from its configuration.
 
 DeepSpeed has no list of them: some sections are pydantic models, the others are read key by key, and a key that nobody
-reads is ignored without a word. So both are read from its source; importing it takes seconds.
+reads is ignored silently. So both are read from its source; importing it takes seconds.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def check_decoder(name: str, found: FoundHost) -> None:
     words = path_words(found.root)
     if words and not any(word in name.lower() for word in words):
         raise UsageError(
-            f"model_name_or_path: {found.host.title} chooses its class by a word in this path, and {name} has none of "
-            f"{', '.join(words)}: rename the folder, or make a link to it"
+            f"model_name_or_path: {found.host.title} chooses the model class by a word in this path, and {name} has "
+            f"none of {', '.join(words)}: rename the folder, or make a link to it"
         )
     file = Path(name).expanduser() / CONFIG
     config = _read_json("model_name_or_path", file) if file.is_file() else {}
@@ -67,7 +67,7 @@ def check_decoder(name: str, found: FoundHost) -> None:
 
     own = class_name(config, plain=True)
     if own is None:
-        raise UsageError(f"model_name_or_path: {file} says model_type {model_type}, which LLaVA has no decoder for")
+        raise UsageError(f"model_name_or_path: {file} says model_type {model_type}, for which LLaVA has no decoder")
     try:
         check_host_has(found.root, own, name)
     except ValueError as error:
@@ -103,13 +103,13 @@ def _words_in_path(test: ast.expr) -> list[str]:
 
 
 def check_adapter(file: Path) -> None:
-    """A projector that is no whole file of ``torch.save``: a zip archive, or a pickle of old versions."""
+    """Refuse a projector that is not a complete file of ``torch.save``: a zip archive, or a pickle of old versions."""
     if not file.is_file():
         raise UsageError(f"pretrain_mm_mlp_adapter: {file} does not exist")
     with file.open("rb") as stream:
         start = stream.read(2)
     if not zipfile.is_zipfile(file) and start != b"\x80\x02":
-        raise UsageError(f"pretrain_mm_mlp_adapter: {file} is no whole file of torch.save")
+        raise UsageError(f"pretrain_mm_mlp_adapter: {file} is not a complete file of torch.save")
 
 
 def check_output(folder: Path) -> None:
@@ -118,4 +118,4 @@ def check_output(folder: Path) -> None:
     if not there.is_dir():
         raise UsageError(f"output_dir: {there} is a file, not a folder")
     if not os.access(there, os.W_OK):
-        raise UsageError(f"output_dir: {there} cannot be written into")
+        raise UsageError(f"output_dir: {there} is not writable")

@@ -48,7 +48,7 @@ def check_hostfile(file: str | os.PathLike) -> dict[str, int]:
             raise UsageError(f"--hostfile: {file}, line {number}: expected a new `name slots=N`, got {text!r}")
         machines[found[1]] = int(found[2])
     if not machines:
-        raise UsageError(f"--hostfile: {file} names no machine")
+        raise UsageError(f"--hostfile: {file} lists no machine")
     if len(machines) > 1 and shutil.which("pdsh") is None:
         raise UsageError("--hostfile needs pdsh, with which DeepSpeed starts the machines: apt install pdsh")
     return machines

@@ -82,8 +82,8 @@ class Plan:
             "decoder": self.values["model_name_or_path"],
             "tower": f"{self.values['vision_tower']} ({TOWER_WORDS[tower_kind(self.values['vision_tower'])]})",
             "data": f"{self.values['data_path']} ({self.samples} samples)",
-            "trained": self.values.get("mm_tunable_parts") or "as the host's own arguments say",
-            "engine": f"{engine}, {where}" + (f" on the hosts of {self.hostfile}" if self.hostfile else ""),
+            "trained": self.values.get("mm_tunable_parts") or "by the host's own arguments",
+            "engine": f"{engine}, {where}" + (f" on the machines of {self.hostfile}" if self.hostfile else ""),
             "output": self.values["output_dir"],
             "start": self.start(),
             **({"warning": self.cut} if self.cut else {}),
@@ -103,13 +103,14 @@ class Plan:
     def start(self) -> str:
         """Where the run begins, in words."""
         if (steps := self.finished) is not None:
-            return f"finished already, after {steps} steps: nothing will be done"
+            return f"already finished after {steps} steps: nothing to do"
         checkpoint = last_complete(self.values["output_dir"])
         if checkpoint is None:
             return "from the beginning"
         saved, asked = read_saved(checkpoint), int(str(self.values.get("max_steps") or -1))
-        changed = f" (its schedule was for {saved.max_steps} steps)" if 0 < asked != saved.max_steps else ""
-        return f"goes on from {checkpoint.name}{changed}"
+        differs = 0 < asked != saved.max_steps
+        changed = f" (its learning rate schedule was made for {saved.max_steps} steps)" if differs else ""
+        return f"resumes from {checkpoint.name}{changed}"
 
 
 def _version(distribution: str) -> str:
@@ -178,12 +179,14 @@ def _checked(key: str, value: object, argument: Argument) -> object:
             raise UsageError(f"{key}: expected true or false, got {value!r}")
         return str(value).lower() in TRUE
     if isinstance(value, bool) and "bool" not in argument.annotation:
-        raise UsageError(f"{key}: YAML reads yes, no, on and off as true and false; put the word in quotes")
+        raise UsageError(f"{key}: YAML reads yes, no, on and off as true and false; put the value in quotes")
     if kind in ("int", "float"):
         try:
             return {"int": int, "float": float}[kind](str(value))
         except ValueError:
-            raise UsageError(f"{key}: expected {'a whole ' if kind == 'int' else 'a '}number, got {value!r}") from None
+            raise UsageError(
+                f"{key}: expected {'an integer' if kind == 'int' else 'a number'}, got {value!r}"
+            ) from None
     return value
 
 
@@ -214,19 +217,20 @@ def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> in
 
 
 def check_fsdp(values: Mapping[str, object]) -> None:
-    """Raises :class:`UsageError` for what the hosts cannot save, or go on from, under FSDP."""
+    """Raises :class:`UsageError` for what the hosts cannot save, or resume from, under FSDP."""
     if not values.get("fsdp"):
         return
     if values.get("deepspeed"):
-        raise UsageError("fsdp and deepspeed exclude each other: leave one of them out")
+        raise UsageError("fsdp and deepspeed exclude each other: remove one of them")
     if values.get("lora_enable"):
-        raise UsageError("fsdp: the hosts would save one rank's pieces of a LoRA; use `deepspeed:` for it")
+        raise UsageError("fsdp: the hosts would save one rank's shard of a LoRA; use `deepspeed:` instead")
     parts = {part.strip() for part in str(values.get("mm_tunable_parts") or "mm_language_model").split(",")}
     if values.get("tune_mm_mlp_adapter") or parts <= {"mm_mlp_adapter", "mm_vision_resampler"}:
-        raise UsageError("fsdp: the hosts would save one rank's pieces of the projector; use `deepspeed:` for it")
+        raise UsageError("fsdp: the hosts would save one rank's shard of the projector; use `deepspeed:` instead")
     if start := last_complete(values["output_dir"]):
         raise UsageError(
-            f"fsdp: a run does not go on from {start} as if it had never stopped; take another output_dir, or deepspeed"
+            f"fsdp: a run resumed from {start} would differ from an uninterrupted one; use another output_dir, or "
+            f"DeepSpeed"
         )
 
 
@@ -296,7 +300,7 @@ def make_plan(
     check_fsdp(values)
     stage = check_files(values, Path(config).resolve().parent, found)
     if num_processes is not None and (num_gpus is not None or hostfile is not None):
-        raise UsageError("--num_processes is for runs on the CPU; with --num_gpus or --hostfile leave it out")
+        raise UsageError("--num_processes is for runs on the CPU; remove it with --num_gpus or --hostfile")
     device = "cpu"
     if num_processes is None:
         gpus = _gpus()
@@ -307,7 +311,7 @@ def make_plan(
     check_precision(values, device)
     nodes = nodes or Nodes(port=master_port)
     if hostfile is not None and nodes.count > 1:
-        raise UsageError("--hostfile and --nnodes are two ways to the same end: give one of them")
+        raise UsageError("--hostfile and --nnodes exclude each other")
     if hostfile is not None:
         check_hostfile(hostfile)
     plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
@@ -340,11 +344,11 @@ def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
         )
     )
     if problems:
-        raise UsageError("these versions cannot run this:\n" + "\n".join(str(problem) for problem in problems))
+        raise UsageError("the installed versions cannot run this:\n" + "\n".join(str(problem) for problem in problems))
 
 
 def check_resume(plan: Plan) -> None:
-    """Raises :class:`UsageError` where the run would go on from a checkpoint that was saved by another kind of run."""
+    """Raises :class:`UsageError` where the run would resume from a checkpoint that another kind of run saved."""
     checkpoint = last_complete(plan.values["output_dir"])
     try:
         if plan.finished is not None or checkpoint is None:
@@ -353,7 +357,7 @@ def check_resume(plan: Plan) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     if reason is not None:
-        raise UsageError(f"output_dir: this run cannot go on from {checkpoint}: {reason}")
+        raise UsageError(f"output_dir: this run cannot resume from {checkpoint}: {reason}")
 
 
 def _gpus() -> int:
@@ -373,7 +377,7 @@ def _environment(plan: Plan) -> dict[str, str]:
         wanted["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // plan.processes))
     if plan.device == "cpu":
         wanted |= {
-            # DeepSpeed counts CPU sockets with the numactl program unless it is told how many processes there are.
+            # DeepSpeed counts CPU sockets with the numactl program unless it gets the number of processes.
             "LOCAL_SIZE": str(plan.processes),
         }
         if plan.nodes.on_this_machine:  # then nothing must depend on how its host name resolves

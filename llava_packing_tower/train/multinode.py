@@ -12,11 +12,17 @@ from ..utils.net import free_port
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags, called as torchrun calls them."""
-    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines; start this command on each")
+    parser.add_argument(
+        "--nnodes", type=int, default=1, metavar="N", help="number of machines; start this command on each"
+    )
     parser.add_argument("--node_rank", type=int, metavar="R", help="number of this machine, from 0")
-    parser.add_argument("--master_addr", metavar="HOST", help="machine 0, as the others reach it")
-    parser.add_argument("--rdzv_endpoint", metavar="HOST:PORT", help="in place of the two: where the machines meet")
-    parser.add_argument("--rdzv_id", metavar="ID", help="name of the meeting (default: llava-packing)")
+    parser.add_argument("--master_addr", metavar="HOST", help="address of machine 0 for the others")
+    parser.add_argument(
+        "--rdzv_endpoint",
+        metavar="HOST:PORT",
+        help="rendezvous of the machines, instead of --node_rank and --master_addr",
+    )
+    parser.add_argument("--rdzv_id", metavar="ID", help="name of the rendezvous (default: llava-packing)")
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ UNLISTED_VERSIONS = ("v0", "v0.5")  # which LLaVA's train.py knows beside those 
 
 
 def check_values(values: Mapping[str, object], found: FoundHost) -> None:
-    """Check what LLaVA takes without a look: an unknown word is ignored there, or fails late."""
+    """Check values that LLaVA does not check: an unknown one is ignored there, or fails late."""
     parts = values.get("mm_tunable_parts")
     try:
         if parts is not None and not tunable_parts(str(parts)):
-            raise ValueError(f"mm_tunable_parts {parts!r} names nothing to train: leave it out, or name parts")
+            raise ValueError(f"mm_tunable_parts {parts!r} names no part: remove it, or name parts")
     except ValueError as error:
         raise UsageError(str(error)) from error
     for name, pattern, examples in (
@@ -42,7 +42,7 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
     ):
         value = values.get(name)
         if value is not None and not pattern.match(str(value)):
-            raise UsageError(f"{name}: {value!r} is not known; some that are: {examples}")
+            raise UsageError(f"{name}: {value!r} is unknown; known are for example {examples}")
     attention = values.get("attn_implementation")
     if attention is not None and "/" not in str(attention):  # owner/name is a kernel of the hub
         _one_of("attn_implementation", attention, ATTENTIONS)
@@ -54,7 +54,7 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
 def _one_of(key: str, value: object, known: Collection[str]) -> None:
     if value not in known:
         nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0)
-        raise UsageError(f"{key}: {value!r} is not known; the nearest is {nearest[0]!r}, of {', '.join(sorted(known))}")
+        raise UsageError(f"{key}: {value!r} is unknown; the nearest is {nearest[0]!r}, of {', '.join(sorted(known))}")
 
 
 def conversations(root: Path) -> tuple[str, ...]:

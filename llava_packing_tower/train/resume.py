@@ -1,8 +1,8 @@
-"""Which checkpoint a run goes on from: the last one that is complete, told by a mark that is written last of all.
+"""Which checkpoint a run resumes from: the last complete one. A mark, which is written last, says that it is complete.
 
-The hosts go on from the folder ``checkpoint-N`` with the highest number, whole or not. A run that was killed while it
-saved leaves one that is not: the launcher moves it out of the way before the host looks. Whether a complete one fits
-the run that is started is told from its files, before anything is loaded. No torch here.
+The hosts resume from the folder ``checkpoint-N`` with the highest number, complete or not. A run that is killed while
+it saves leaves an incomplete one, which the launcher renames before the host starts. Whether a complete one fits the
+new run is read from its files, before anything is loaded. No torch here.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def _write_by_rename(file: Path, text: str) -> None:
 
 
 def defect(checkpoint: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint; None if it can."""
+    """Why a run cannot resume from a checkpoint; None if it can."""
     if not (checkpoint / STATE).is_file():
         return f"it has no {STATE}"
     mark = checkpoint / MARK
     if not mark.is_file():
-        return "the save did not end, or the plugin did not run it"
+        return "saving did not finish, or was not done by this package"
     try:
         sizes = json.loads(mark.read_text(encoding="utf-8"))
     except ValueError:
@@ -96,7 +96,7 @@ def set_aside(output_dir: str | os.PathLike) -> list[str]:
 class Saved:
     """What the files of a checkpoint say of the run that wrote it.
 
-    processes: its world size, None where no file tells; zero_stage: None without DeepSpeed, 1 stands for 1 and 2;
+    processes: its world size, None where no file has it; zero_stage: None without DeepSpeed, 1 stands for 1 and 2;
     optimizer and schedule: whether their states were saved.
     """
 
@@ -140,7 +140,7 @@ def _read_state(file: Path) -> dict[str, object]:
 
 
 def misfit(checkpoint: Path, processes: int | None, zero_stage: int | None) -> str | None:
-    """Why a run of this shape cannot go on from a complete checkpoint, and what can be done; None if it can.
+    """Why a run of this shape cannot resume from a complete checkpoint, and what can be done; None if it can.
 
     Args:
         checkpoint: a complete one.
@@ -148,21 +148,23 @@ def misfit(checkpoint: Path, processes: int | None, zero_stage: int | None) -> s
         zero_stage: None without DeepSpeed.
     """
     saved = read_saved(checkpoint)
-    fresh = "take another output_dir to begin anew"
+    fresh = "use another output_dir to start again"
     if not saved.optimizer:
-        return f"it has the weights alone (save_only_model): {fresh}, with model_name_or_path: {checkpoint}"
+        return f"it has only weights (save_only_model): {fresh}, with model_name_or_path: {checkpoint}"
     if not saved.schedule:
         return f"it has no state of the learning rate schedule (scheduler.pt): {fresh}"
     if (saved.zero_stage is None) != (zero_stage is None):
         was, now = ("DeepSpeed" if stage is not None else "no DeepSpeed" for stage in (saved.zero_stage, zero_stage))
-        return f"it was saved with {was}, and this run has {now}: keep `deepspeed:` as it was, or {fresh}"
+        return f"it was saved with {was}, but this run has {now}: keep `deepspeed:` as it was, or {fresh}"
     if zero_stage is not None and saved.zero_stage != (1 if zero_stage in (1, 2) else zero_stage):
         was = "ZeRO-1 or 2" if saved.zero_stage == 1 else f"ZeRO-{saved.zero_stage}"
-        return f"its optimizer states are those of {was}, and this run asks for ZeRO-{zero_stage}: keep it, or {fresh}"
+        return (
+            f"its optimizer states are those of {was}, but this run uses ZeRO-{zero_stage}: keep the stage, or {fresh}"
+        )
     if processes is not None and saved.processes is not None and processes != saved.processes:
         return (
-            f"it was saved by {saved.processes} processes, and this run has {processes}: the states of the "
-            f"optimizer and the place in the data are per process. Start {saved.processes} again, or {fresh}"
+            f"it was saved by {saved.processes} processes, but this run has {processes}: the optimizer states and the "
+            f"position in the data are per process. Start {saved.processes} processes, or {fresh}"
         )
     return None
 

@@ -42,7 +42,7 @@ class RunLock:
                 raise UsageError(
                     f"output_dir: another run writes into {folder}: process {owner.get('pid', '(unknown)')} on "
                     f"{owner.get('machine', '(unknown)')}, since {owner.get('started', '(unknown)')}. "
-                    "Wait for it, end it, or take another output_dir"
+                    "Wait for it, stop it, or use another output_dir"
                 )
             return
         owner = {"pid": os.getpid(), "machine": os.uname().nodename, "run": run}

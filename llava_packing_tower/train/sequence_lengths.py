@@ -101,7 +101,7 @@ class LengthCheck:
         self.count_image, self.limit = ImageCounter(values, tower), limit
         self.plain = values.get("version") == "plain"  # which leaves the questions out
         self.lines: list[str] = []
-        self.looked_at = 0
+        self.checked = 0
         self.answered = {True: 0, False: 0}
         """Samples that keep some of their answer, with and without images."""
         self.has_images = False
@@ -111,7 +111,7 @@ class LengthCheck:
         if self.count is None:
             return
         for index in spread_indices(len(samples), LOOKED_FOR):
-            self.looked_at += 1
+            self.checked += 1
             self._look_at(samples[index], index)
 
     def _look_at(self, sample: Mapping, index: int) -> None:
@@ -142,6 +142,6 @@ class LengthCheck:
             what = "answer about an image" if self.has_images else "answer"
             raise ValueError(f"model_max_length {self.limit} leaves no {what} to train on:{named}")
         return (
-            f"{len(self.lines)} of {self.looked_at} samples are longer than model_max_length {self.limit} and will be "
+            f"{len(self.lines)} of {self.checked} samples are longer than model_max_length {self.limit} and will be "
             f"cut:{named}"
         )

@@ -62,7 +62,7 @@ def watch_launcher(environment: Mapping[str, str] = os.environ) -> threading.Thr
     def look() -> None:
         while is_alive(launcher):
             time.sleep(INTERVAL)
-        print("the launcher is gone: this rank ends", flush=True)
+        print("the launcher has ended: this rank exits", flush=True)
         _end_group(os.getpid())
 
     thread = threading.Thread(target=look, name="watch_launcher", daemon=True)

@@ -36,24 +36,28 @@ VARIABLES = {
             "0: encoder blocks run eager. Otherwise they are fused in half precision on a GPU.",
             ("LLAVA_PACKING_COMPILE",),
         ),
-        Variable(GRAPHS, "0 or 1", "0: no CUDA graphs. Otherwise small batches of inference replay them."),
-        Variable(ATTENTION, "a backend", "The attention backend of towers whose arguments name none. Default: auto."),
+        Variable(GRAPHS, "0 or 1", "0: no CUDA graphs. Otherwise small inference batches replay them."),
+        Variable(
+            ATTENTION, "a backend", "The attention backend of towers that name none in their arguments. Default: auto."
+        ),
         Variable(
             DISABLE_PATCHES,
-            "names, with commas",
-            "Compat patches that are left out. Default: none.",
+            "names, joined by commas",
+            "Compatibility patches that are not applied. Default: none.",
             ("LLAVA_PACKING_DISABLE_MENDS",),
         ),
-        Variable(NEXT_DIR, "a folder", "The clone of LLaVA-NeXT to use. Default: the llava that is installed."),
-        Variable("LLAVA_PACKING_RUN_LOCK", "a file", "Set by `train` for its processes: the lock of their folder."),
-        Variable("LLAVA_PACKING_LAUNCHER", "a process", "Set by `train` for its processes: who started them."),
+        Variable(NEXT_DIR, "a folder", "The clone of LLaVA-NeXT to use. Default: the installed llava."),
+        Variable(
+            "LLAVA_PACKING_RUN_LOCK", "a file", "Set by `train` for its processes: the lock of the output folder."
+        ),
+        Variable("LLAVA_PACKING_LAUNCHER", "a process", "Set by `train` for its processes: the launcher."),
     )
 }
 
 
 @functools.cache
 def _warn(old: str, new: str) -> None:
-    logger.warning("%s is the old name of %s: please set that", old, new)
+    logger.warning("%s is the old name of %s: please use the new name", old, new)
 
 
 def read(name: str) -> str | None:

@@ -8,7 +8,7 @@ PLAIN = (torch.nn.Parameter, torch.Tensor)
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether all of these are plain tensors: no quantised weight, no shard, nothing of a trace."""
+    """Whether all of these are plain tensors: no quantized weight, no shard, nothing of a trace."""
     return all(x is None or type(x) in PLAIN for x in tensors)
 
 

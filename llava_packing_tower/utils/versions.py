@@ -1,4 +1,4 @@
-"""Combinations of versions that cannot work, told from the installed metadata and files: nothing is imported.
+"""Combinations of versions that cannot work, found in the installed metadata and files: nothing is imported.
 
 The launcher refuses them before it starts anything; `llava-packing doctor` lists them.
 """
@@ -149,8 +149,8 @@ def _automatic_bucket_sizes(run: Run) -> list[Finding]:
         return []
     size = 0.9 * run.hidden_size**2
     text = (
-        f"transformers {installed('transformers')} turns stage3_prefetch_bucket_size: auto into {size:.1f}, and "
-        f"DeepSpeed {installed('deepspeed')} takes whole numbers only. Give {int(size)}, or use an older DeepSpeed"
+        f"transformers {installed('transformers')} turns stage3_prefetch_bucket_size: auto into {size:.1f}, but "
+        f"DeepSpeed {installed('deepspeed')} accepts whole numbers only. Write {int(size)}, or use an older DeepSpeed"
     )
     return [Finding(ERROR, "deepspeed", text, install_command("deepspeed"))]
 
@@ -187,8 +187,8 @@ def _decoder_attention(run: Run) -> list[Finding]:
     if run.attention != "flash_attention_2" or there or find_spec("kernels"):
         return []
     text = (
-        "attn_implementation flash_attention_2 needs the flash-attn package, which is not installed (LLaVA-NeXT asks "
-        "for it unless it is told otherwise); `--attn_implementation sdpa` runs without"
+        "attn_implementation flash_attention_2 needs the flash-attn package, which is not installed (it is "
+        "LLaVA-NeXT's default); `--attn_implementation sdpa` does not need it"
     )
     return [Finding(ERROR, "flash-attn", text, "pip install flash-attn --no-build-isolation")]
 

@@ -223,7 +223,7 @@ def test_graphs_give_the_same_features(tmp_path, monkeypatch, autocast):
 def test_graphs_from_pixels_give_the_same_features(family, backend):
     """From the fourth batch of the same shapes on, pixels to features are one graph: same features as without."""
     from llava_packing_tower.tools.bench.models import PRESETS
-    from llava_packing_tower.tools.bench.systems import Setting, our_system, random_weights
+    from llava_packing_tower.tools.bench.systems import Setting, packed_system, random_weights
 
     if reason := backend != "auto" and unusable(backend, torch.bfloat16, 64):
         pytest.skip(f"{backend}: {reason}")
@@ -231,7 +231,7 @@ def test_graphs_from_pixels_give_the_same_features(family, backend):
     config = preset.config(tiny=True)
     config.hidden_size, config.num_attention_heads = 256, 4
     setting = Setting(family, preset, config, torch.device("cuda"), torch.bfloat16)
-    model = our_system(setting, random_weights(setting), backend, train=False).model
+    model = packed_system(setting, random_weights(setting), backend, train=False).model
     vision = model if isinstance(model, HEVCViTPackingVisionTower) else around(model)
     patch = config.patch_size
     equal = [torch.randn(3, 3, patch * 16, patch * 17, device="cuda").bfloat16() for _ in range(8)]

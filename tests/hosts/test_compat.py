@@ -289,10 +289,10 @@ def test_plain_ddp_is_refused(tmp_path):
     try:
         wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
         with pytest.raises(
-            RuntimeError, match="ZeRO-2 was asked for, but the model is wrapped in DistributedDataParallel"
+            RuntimeError, match="ZeRO-2 was requested, but the model is wrapped in DistributedDataParallel"
         ):
             callbacks.check_engine(wrapped, 2)
-        with pytest.raises(RuntimeError, match="FSDP was asked for, but the model is wrapped in DistributedDataPara"):
+        with pytest.raises(RuntimeError, match="FSDP was requested, but the model is wrapped in DistributedDataPara"):
             callbacks.check_engine(wrapped, None, fsdp=True)
         line = callbacks.check_engine(wrapped, None)
         assert line == "engine: DistributedDataParallel, world size 1, backend gloo"
@@ -317,7 +317,7 @@ def test_another_stage_is_refused():
         def __del__(self):
             pass
 
-    with pytest.raises(RuntimeError, match="ZeRO-3 was asked for, but the engine runs stage 2"):
+    with pytest.raises(RuntimeError, match="ZeRO-3 was requested, but the engine runs stage 2"):
         callbacks.check_engine(Engine(2), 3)
     assert callbacks.check_engine(Engine(3), 3).startswith("engine: Engine, ZeRO stage 3, world size 1")
 

@@ -251,8 +251,8 @@ def test_wrong_words_cost_nothing(tmp_path, capsys):
         (["--tasks", "smoke", "--model", "llava"], "--model is set by this command"),
         (["--tasks", "smoke", "--num_gpus", "1", "--num_processes", "2"], "for runs on the CPU"),
         (["--tasks", "smoke", "--num_gpus", "99"], "this machine has"),
-        (["--tasks", "smoke", "--batch_size", "0"], "at least one request"),
-        (["--tasks", ","], "no task is named"),
+        (["--tasks", "smoke", "--batch_size", "0"], "must be at least 1"),
+        (["--tasks", ","], "no task is given"),
     ):
         assert main(["eval", str(tmp_path), *words]) == 2
         assert message in capsys.readouterr().err

@@ -77,9 +77,9 @@ def test_from_training_to_score(demo, tmp_path):
 
     # Done for these weights: nothing runs. Asked to run again: every answer is in the cache.
     result = evaluate(checkpoint, output, "--tasks", "smoke", *cache)
-    assert result.returncode == 0 and "done already" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "already completed" in result.stdout, result.stdout + result.stderr
     result = evaluate(checkpoint, output, "--tasks", "smoke", "--force", *cache)
-    assert result.returncode == 0 and "done already" not in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "already completed" not in result.stdout, result.stdout + result.stderr
     assert hits(output) == (16, 0) and answers(output) == trained
 
     # Other weights at the same path: run again, and nothing of the cache is theirs.
@@ -209,7 +209,7 @@ def test_checkpoints_without_their_tower_are_refused(demo, tmp_path):
     check_checkpoint(demo.trained, None)
     with pytest.raises(ValueError, match="none of its files has a vision_tower tensor"):
         check_checkpoint(tmp_path / "all", None)
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         check_checkpoint(tmp_path, None)
     (tmp_path / "config.json").write_text('{"mm_vision_tower": "openai/clip"}')
     with pytest.raises(ValueError, match="has no packing tower"):

@@ -63,7 +63,7 @@ def test_killed_while_saving(trainings, tmp_path, kind, file):
 
     log = host_runs.train(config, output, host_runs.NEXT, *words)
     reason = f"checkpoint-4 is not complete (it has no {resume.STATE}): now incomplete-checkpoint-4"
-    assert "start: goes on from checkpoint-2" in log and reason in log
+    assert "start: resumes from checkpoint-2" in log and reason in log
     assert "step 3/4" in log and "step 4/4" in log and "step 1/4" not in log and "step 2/4" not in log
     assert [c.name for c in resume.checkpoints(output)] == ["checkpoint-4"]  # save_total_limit
     assert (output / "incomplete-checkpoint-4" / "model.safetensors").stat().st_size == sizes[4]
@@ -93,7 +93,7 @@ def test_a_run_that_has_done_all_its_steps(trainings, tmp_path):
     assert killed.returncode != 0 and resume.last_complete(output).name == "checkpoint-4", killed.stderr
 
     log = host_runs.train(trainings.config, output, host_runs.NEXT, *words)
-    assert "goes on from checkpoint-4" in log and "all 4 steps were done before" in log and "step 5/" not in log
+    assert "resumes from checkpoint-4" in log and "all 4 steps were done before" in log and "step 5/" not in log
     straight = host_runs.output_of(trainings.run("zero2")[0], "zero2")
     weights = [load_file(folder / "model.safetensors") for folder in (output, straight)]
     assert weights[0].keys() == weights[1].keys()
@@ -101,20 +101,20 @@ def test_a_run_that_has_done_all_its_steps(trainings, tmp_path):
 
     before = {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in output.rglob("*")}
     log = host_runs.train(trainings.config, output, host_runs.NEXT, *words)
-    assert "finished already, after 4 steps: nothing will be done" in log and "loss" not in log
+    assert "already finished after 4 steps: nothing to do" in log and "loss" not in log
     assert {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in output.rglob("*")} == before
 
     # Another number of processes, another engine: refused before anything is loaded.
     more = [*words, "--max_steps", "6"]
     for change, processes, said in (
-        ([], 1, "saved by 2 processes, and this run has 1"),
-        (["--deepspeed", "configs/zero3.json"], 2, "those of ZeRO-1 or 2, and this run asks for ZeRO-3"),
-        (["--deepspeed", "null"], 2, "saved with DeepSpeed, and this run has no DeepSpeed"),
+        ([], 1, "saved by 2 processes, but this run has 1"),
+        (["--deepspeed", "configs/zero3.json"], 2, "those of ZeRO-1 or 2, but this run uses ZeRO-3"),
+        (["--deepspeed", "null"], 2, "saved with DeepSpeed, but this run has no DeepSpeed"),
     ):
         command = host_runs.train_command(trainings.config, output, *more, *change, processes=processes)
         refused = host_runs.execute(command, environment)
         assert refused.returncode == 2 and said in refused.stderr, refused.stdout + refused.stderr
-        assert "goes on" not in refused.stdout
+        assert "resumes" not in refused.stdout
     assert {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in output.rglob("*")} == before
 
 
@@ -137,13 +137,13 @@ RANKS = tuple(f"rng_state_{rank}.pth" for rank in range(3))
 @pytest.mark.parametrize(
     ("files", "latest", "processes", "stage", "reason"),
     [
-        (("model.safetensors", "rng_state.pth"), None, 1, None, "the weights alone"),
+        (("model.safetensors", "rng_state.pth"), None, 1, None, "only weights"),
         (("optimizer.pt", "rng_state.pth"), None, 1, None, "no state of the learning rate"),
         ((*PLAIN, "rng_state.pth"), None, 1, None, None),
-        ((*PLAIN, "rng_state.pth"), None, 4, None, "by 1 processes, and this run has 4"),
+        ((*PLAIN, "rng_state.pth"), None, 4, None, "by 1 processes, but this run has 4"),
         ((*PLAIN, *RANKS), None, 3, None, None),
-        ((*PLAIN, *RANKS), None, 2, None, "by 3 processes, and this run has 2"),
-        ((*PLAIN, *RANKS), None, 3, 2, "saved with no DeepSpeed, and this run has DeepSpeed"),
+        ((*PLAIN, *RANKS), None, 2, None, "by 3 processes, but this run has 2"),
+        ((*PLAIN, *RANKS), None, 3, 2, "saved with no DeepSpeed, but this run has DeepSpeed"),
         ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 2, None),
         ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 1, None),
         ((*SHARDS, "global_step8/mp_rank_00_model_states.pt"), "global_step8", 3, 3, "those of ZeRO-1 or 2"),
@@ -156,9 +156,9 @@ RANKS = tuple(f"rng_state_{rank}.pth" for rank in range(3))
             "global_step8",
             3,
             None,
-            "saved with DeepSpeed, and this run has no DeepSpeed",
+            "saved with DeepSpeed, but this run has no DeepSpeed",
         ),
-        (("model.safetensors",), "global_step8", 3, 3, "the weights alone"),
+        (("model.safetensors",), "global_step8", 3, 3, "only weights"),
     ],
 )
 def test_which_run_can_go_on_from_a_checkpoint(tmp_path, files, latest, processes, stage, reason):
@@ -209,7 +209,7 @@ def test_a_run_that_would_be_plain_ddp_is_refused(trainings, tmp_path):
         assert result.returncode == 0 and "engine: DeepSpeedEngine, ZeRO stage 2" in result.stdout, result.stderr
         return
     assert result.returncode != 0
-    assert "ZeRO-2 was asked for, but the model is wrapped in " in result.stderr, result.stderr
+    assert "ZeRO-2 was requested, but the model is wrapped in " in result.stderr, result.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -231,7 +231,7 @@ def test_what_counts_as_complete(tmp_path):
     (steps[100] / "model.safetensors").unlink()
     assert [c.name for c in resume.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (20, 30, 40, 50, 60, 100)]
     assert resume.defect(steps[20]) is resume.defect(steps[50]) is None
-    assert "the save did not end" in resume.defect(steps[30])
+    assert "saving did not finish" in resume.defect(steps[30])
     assert resume.defect(steps[40]) == "model.safetensors has 5 bytes of 17"
     assert resume.defect(steps[100]) == "model.safetensors is missing"
     assert resume.defect(tmp_path / "checkpoint-60") == "it has no trainer_state.json"

@@ -99,8 +99,8 @@ def test_the_plan_comes_first(runs, kind):
     wrapped = ("FullyShardedDataParallel", "FSDPLlavaLlamaForCausalLM", "FSDPLlavaQwenForCausalLM")
     engines = {f"DeepSpeedEngine, ZeRO stage {stage}"} if stage else set(wrapped)
     assert plan["engine"] in {f"{engine}, world size 2, backend gloo" for engine in engines}
-    assert plan["tower attention"] == "sdpa (asked: auto)" and plan["start"] == "from the beginning"
-    assert plan["tokens per image, or per crop of one"].startswith("64 (112 x 112 pixels")
+    assert plan["tower attention"] == "sdpa (requested: auto)" and plan["start"] == "from the beginning"
+    assert plan["tokens per image or per crop"].startswith("64 (112 x 112 pixels")
     assert "mm_vision_tower 670,336 of 670,336, mm_mlp_adapter 33,024 of 33,024" in plan["trained"]
     patches = set(plan["compat patches"].split(", "))
     assert {"cuda_sync", "tower_fp32"} <= patches

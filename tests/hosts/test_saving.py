@@ -98,7 +98,7 @@ def test_a_lora_without_deepspeed_goes_on_with_its_projector(tmp_path):
     assert torch.equal(first.model.mm_projector.weight, second.model.mm_projector.weight)
     assert not torch.equal(first.model.layers.weight, second.model.layers.weight)
     second.model.layers.requires_grad_(True)
-    with pytest.raises(ValueError, match="2 other tensors that are trained, for example layers"):
+    with pytest.raises(ValueError, match="2 other trained tensors, for example layers"):
         second._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
     patches.undo()
 

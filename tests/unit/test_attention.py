@@ -176,7 +176,7 @@ def test_a_build_that_answers_wrongly_is_not_used(built, caplog, wrong, grad):
         what = r"results" if wrong == "results" else r"gradients of k"
         shown = rf"its {what} are wrong \([0-9.]+ of the largest value away from plain attention's, at most 0.05"
         assert re.search("flash_attention_2, torch.bfloat16, head width 16: " + shown, said[0])
-        with pytest.raises(ValueError, match="'flash_attention_2' cannot run .* heads of 16 on cpu: " + shown):
+        with pytest.raises(ValueError, match="'flash_attention_2' cannot run .* with head width 16 on cpu: " + shown):
             resolve_backend("flash_attention_2", "cpu", torch.bfloat16, 16, needs_grad=grad)
 
 
@@ -309,11 +309,11 @@ def test_auto_logs_its_choice_once(caplog):
         for _ in range(3):
             varlen_attention(q, k, v, segments.cu_seqlens, 12)
     assert [r.message for r in caplog.records] == [
-        "attention backend: sdpa (asked: auto; cpu, torch.float32, head width 16)"
+        "attention backend: sdpa (requested: auto; cpu, torch.float32, head width 16)"
     ]
 
 
 def test_cpu_refuses_gpu_kernels_by_name():
     pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen attention")
-    with pytest.raises(ValueError, match=r"torch_varlen.*torch.float32 heads of 16 on cpu: needs a CUDA GPU"):
+    with pytest.raises(ValueError, match=r"torch_varlen.*torch.float32 with head width 16 on cpu: needs a CUDA GPU"):
         resolve_backend("torch_varlen", "cpu", torch.float32, 16)

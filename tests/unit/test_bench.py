@@ -102,13 +102,13 @@ class Scripted(Clock):
         return self.ms[name][sum(n == name for n in self.log) % len(self.ms[name])]
 
 
-def scripted_system(name, ours=False, fails=False):
+def scripted_system(name, packed=False, fails=False):
     def run():
         if fails:
             raise RuntimeError("no kernel for this")
         return name
 
-    return System(name, nn.Linear(1, 1), lambda images: Step(run, ((1, 1),), list), ours=ours)
+    return System(name, nn.Linear(1, 1), lambda images: Step(run, ((1, 1),), list), packed=packed)
 
 
 @pytest.fixture
@@ -117,35 +117,35 @@ def small_peak(monkeypatch):
 
 
 def test_systems_take_turns_and_medians_count(small_peak):
-    clock = Scripted({"ours": [1.0, 5.0, 2.0], "other": [30.0], "peak": [4.0]})
-    systems = [scripted_system("other"), scripted_system("ours", ours=True)]
+    clock = Scripted({"packed": [1.0, 5.0, 2.0], "other": [30.0], "peak": [4.0]})
+    systems = [scripted_system("other"), scripted_system("packed", packed=True)]
     work = Workload("uni1", ((8, 8),))
     result = timing.measure(setting(), work, systems, clock, rounds=6, until=math.inf)
-    assert clock.log[-18:] == ["ours", "other", "peak", "other", "ours", "peak"] * 3
-    ours, other = result.systems
-    assert result.rounds == 6 and len(ours.ms) == 6 and ours.median == 2.0 and other.median == 30.0
+    assert clock.log[-18:] == ["packed", "other", "peak", "other", "packed", "peak"] * 3
+    packed, other = result.systems
+    assert result.rounds == 6 and len(packed.ms) == 6 and packed.median == 2.0 and other.median == 30.0
     assert result.peak == 2 * 1024**3 / 4e-3
-    assert result.mfu(ours) == pytest.approx(result.flops / 2e-3 / result.peak)
+    assert result.mfu(packed) == pytest.approx(result.flops / 2e-3 / result.peak)
 
 
 def test_rounds_end_at_the_time_limit(small_peak):
-    clock = Scripted({"ours": [1.0], "peak": [4.0]})
+    clock = Scripted({"packed": [1.0], "peak": [4.0]})
     work = Workload("uni1", ((8, 8),))
-    result = timing.measure(setting(), work, [scripted_system("ours", True)], clock, rounds=50, until=-1.0)
+    result = timing.measure(setting(), work, [scripted_system("packed", True)], clock, rounds=50, until=-1.0)
     assert result.rounds == timing.LEAST_ROUNDS
     deadline = Deadline(0.0)
     assert deadline.left <= 0
 
 
 def test_a_failing_peer_is_a_note_and_ours_an_error(small_peak, caplog):
-    clock = Scripted({"ours": [1.0], "peak": [4.0]})
+    clock = Scripted({"packed": [1.0], "peak": [4.0]})
     work = Workload("uni1", ((8, 8),))
-    systems = [scripted_system("ours", True), scripted_system("other", fails=True)]
+    systems = [scripted_system("packed", True), scripted_system("other", fails=True)]
     result = timing.measure(setting(), work, systems, clock, rounds=3, until=math.inf)
     assert result.systems[1].note == "failed: RuntimeError: no kernel for this" and not result.systems[1].ms
     assert "other on uni1 failed" in caplog.text
     with pytest.raises(RuntimeError, match="no kernel"):
-        timing.measure(setting(), work, [scripted_system("ours", True, fails=True)], clock, 3, math.inf)
+        timing.measure(setting(), work, [scripted_system("packed", True, fails=True)], clock, 3, math.inf)
 
 
 def test_cosine_finds_one_wrong_token():
@@ -178,12 +178,12 @@ def met(result):
 
 
 def test_targets_are_judged():
-    result = result_with("uni32", ours=(1000.0, "cudnn", 1), original=(1990.0, None, 2))
-    assert met(result) == [("mfu", "ours", False), ("faster", "ours", False)]
-    result = result_with("uni32", ours=(900.0, "cudnn", 1), original=(1990.0, None, 2))
-    assert met(result) == [("mfu", "ours", True), ("faster", "ours", True)]
-    result = result_with("uni32", ours=(900.0, "cudnn", 1), original=(None, None, None))
-    assert met(result) == [("mfu", "ours", True), ("faster", "ours", None)]
+    result = result_with("uni32", packed=(1000.0, "cudnn", 1), original=(1990.0, None, 2))
+    assert met(result) == [("mfu", "packed", False), ("faster", "packed", False)]
+    result = result_with("uni32", packed=(900.0, "cudnn", 1), original=(1990.0, None, 2))
+    assert met(result) == [("mfu", "packed", True), ("faster", "packed", True)]
+    result = result_with("uni32", packed=(900.0, "cudnn", 1), original=(None, None, None))
+    assert met(result) == [("mfu", "packed", True), ("faster", "packed", None)]
 
 
 def test_flash_attention_3_has_targets_of_its_own():
@@ -200,20 +200,22 @@ def test_flash_attention_3_has_targets_of_its_own():
 
 
 def test_latency_and_training_targets():
-    assert met(result_with("uni1", ours=(2.4, "x", 1), original=(11.9, None, 1))) == [
-        ("ms", "ours", True),
-        ("faster", "ours", False),
+    assert met(result_with("uni1", packed=(2.4, "x", 1), original=(11.9, None, 1))) == [
+        ("ms", "packed", True),
+        ("faster", "packed", False),
     ]
     labels = {t.label for t in targets.TARGETS if t.family == "llava_vit"}
     assert labels == {"uni1", "uni32", "ragged64", "train:uni16", "train:ragged8"}
-    assert met(result_with("train:uni16", ours=(1000.0, "x", 85), original=(1700.0, None, 100)))[2][2] is True
+    assert met(result_with("train:uni16", packed=(1000.0, "x", 85), original=(1700.0, None, 100)))[2][2] is True
 
 
 def test_several_draws_are_held_to_their_median():
     padded = {}
-    for number, (seed, (ours, other)) in enumerate({"": (10.0, 46.0), "#2": (10.0, 70.0), "#3": (10.0, 52.0)}.items()):
+    for number, (seed, (packed, other)) in enumerate(
+        {"": (10.0, 46.0), "#2": (10.0, 70.0), "#3": (10.0, 52.0)}.items()
+    ):
         result = Result("siglip2", "model", Workload(f"ragged32{seed}", ((1, 1 + number),)), 1e12, [], 1e12)
-        result.systems = [Measured("ours", True, [ours]), Measured(targets.PADDED, False, [other])]
+        result.systems = [Measured("packed", True, [packed]), Measured(targets.PADDED, False, [other])]
         padded[seed] = result
     (found,) = targets.over_draws(list(padded.values()))
     assert found.met and found.measured == 5.2 and found.draws == (4.6, 7.0, 5.2)

@@ -1,4 +1,4 @@
-"""`llava-packing bench` on the CPU: the original tower beside ours, and the command with all that it writes."""
+"""`llava-packing bench` on the CPU: the original tower beside packed, and the command with all that it writes."""
 
 import json
 import sys
@@ -121,16 +121,16 @@ def test_bench_beside_transformers(tmp_path, capsys):
     for result in content["results"]:
         assert result["targets"] == []  # these are about the real sizes on a GPU
         systems = {s["name"]: s for s in result["systems"]}
-        ours = systems["ours (auto)"]
-        assert ours["ours"] and len(ours["ms_of_each_round"]) == result["rounds"] == 2 and ours["ms"] > 0
-        assert ours["attention_backend"] == "sdpa"
+        packed = systems["packed (auto)"]
+        assert packed["packed"] and len(packed["ms_of_each_round"]) == result["rounds"] == 2 and packed["ms"] > 0
+        assert packed["attention_backend"] == "sdpa"
         theirs = systems["transformers, image by image"]
-        assert theirs["lowest_cosine_to_ours"] > 0.9999
-        assert result["times_faster"]["ours (auto)"][theirs["name"]] == pytest.approx(theirs["ms"] / ours["ms"])
+        assert theirs["lowest_cosine_to_packed"] > 0.9999
+        assert result["times_faster"]["packed (auto)"][theirs["name"]] == pytest.approx(theirs["ms"] / packed["ms"])
         if result["family"] == "siglip2":
-            assert systems["transformers, padded + mask"]["lowest_cosine_to_ours"] > 0.9999
+            assert systems["transformers, padded + mask"]["lowest_cosine_to_packed"] > 0.9999
         assert "LlavaViT" in systems["original"]["note"]
-    assert "original: not here" in capsys.readouterr().out
+    assert "original: not available" in capsys.readouterr().out
 
 
 def test_bench_of_llava_vit_alone(tmp_path, capsys):
@@ -138,10 +138,10 @@ def test_bench_of_llava_vit_alone(tmp_path, capsys):
     assert bench("--work", "uni2,ragged3", "--backend", "sdpa,eager,flash_attention_2", "--json", file) == 0
     for result in json.loads(file.read_text())["results"]:
         systems = {s["name"]: s for s in result["systems"]}
-        assert systems["ours (sdpa)"]["lowest_cosine_to_ours"] is None  # the others are compared with this one
-        assert systems["ours (eager)"]["lowest_cosine_to_ours"] > 0.9999
-        assert systems["ours (eager)"]["attention_backend"] == "eager"
-        assert systems["ours (flash_attention_2)"]["note"].startswith("not here")
+        assert systems["packed (sdpa)"]["lowest_cosine_to_packed"] is None  # the others are compared with this one
+        assert systems["packed (eager)"]["lowest_cosine_to_packed"] > 0.9999
+        assert systems["packed (eager)"]["attention_backend"] == "eager"
+        assert systems["packed (flash_attention_2)"]["note"].startswith("not available")
     assert "tiny models" in capsys.readouterr().out
 
 
@@ -172,7 +172,7 @@ def test_scaling_and_breakdown(tmp_path, capsys):
         (["--peers", "vllm"], "unknown peers vllm"),
         (["--backend", "fast"], "unknown attention backend 'fast'"),
         (["--repeat", "0"], "--repeat"),
-        (["--scaling", "--breakdown"], "two runs"),
+        (["--scaling", "--breakdown"], "exclude each other"),
     ],
 )
 def test_bench_refuses(arguments, message, capsys):

@@ -93,11 +93,11 @@ def test_pickled_code_is_not_run(standard, refused, tmp_path, name, old_format):
 
 def test_no_state_dict(refused, tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
-    refused(tmp_path / "list.pt", "holds no state dict but list")
+    refused(tmp_path / "list.pt", "contains no state dict, found list")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    refused(tmp_path / "empty.pt", "holds no tensors")
+    refused(tmp_path / "empty.pt", "contains no tensors")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
-    refused(tmp_path / "other.pt", "is no LlavaViT checkpoint", "first names: weight")
+    refused(tmp_path / "other.pt", "is not a LlavaViT checkpoint", "first names: weight")
     refused(tmp_path / "absent.pt", "does not exist")
     refused(tmp_path / "absent", "does not exist")
     (tmp_path / "notes.txt").write_text("x")
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_written(standard, refused, tmp_path):
 
 def test_an_output_that_is_a_file(standard, refused, tmp_path):
     (tmp_path / "out").write_text("mine")
-    refused(standard, "exists and is no folder")
+    refused(standard, "exists and is not a folder")
     assert (tmp_path / "out").read_text() == "mine"
     refused(standard, "was not written", output=tmp_path / "out" / "deeper")
 
@@ -201,7 +201,7 @@ def test_a_disk_without_room(standard, refused, tmp_path, monkeypatch):
         free = 1.8e6
 
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: Usage)
-    refused(standard, "2.3 MB (the result, and for a moment a copy of it to verify)", "1.8 MB free", options=())
+    refused(standard, "2.3 MB (the result, and a temporary copy for the verification)", "1.8 MB free", options=())
     assert main(["convert", str(standard), "--output_dir", str(tmp_path / "one"), "--no-verify"]) == 0
     Usage.free = 1.0e6
     refused(standard, "it needs 1.1 MB, the disk has 1.0 MB free")
@@ -262,6 +262,6 @@ def test_tensors_are_streamed(tmp_path, monkeypatch):
 )
 def test_weights_of_a_supported_family_in_another_spelling_are_called_by_its_name(tmp_path, names, whose):
     torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="tensor names are not read") as caught:
+    with pytest.raises(ValueError, match="tensor names are not supported") as caught:
         read_source(str(tmp_path / "weights.pth"))
     assert whose in str(caught.value) and "weights.pth" in str(caught.value)

@@ -83,7 +83,7 @@ def test_the_users_own_photos(standard, tmp_path, monkeypatch, capsys):
     assert "a.png cannot be read as an image" in capsys.readouterr().out
     for empty in (tmp_path / "absent", tmp_path / "out"):
         assert convert(standard, "--images", empty, "--output_dir", tmp_path / "broken") == 1
-        assert "no folder, or no file in it that ends in" in capsys.readouterr().out
+        assert "not a folder, or no file in it ends in" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["out", "photos", "standard"]
 
 

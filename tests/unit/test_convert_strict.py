@@ -57,9 +57,9 @@ def test_tensors_that_do_not_fit_are_a_table_and_no_output(standard, tmp_path, c
         ({"hidden_size": 128}, ("mis-shaped", "patch_embed.proj.weight")),
         ({"num_hidden_layers": 4}, ("missing", "encoder.layers.3.")),
         ({"num_hidden_layers": 2}, ("unexpected", "encoder.layers.2.")),
-        ({"num_hidden_layers": 10**9}, ("claims 1000000000 layers",)),
+        ({"num_hidden_layers": 10**9}, ("config has 1000000000 layers",)),
         ({"num_attention_heads": 4}, ("head width 16",)),
-        ({"num_attention_heads": 3}, ("no multiple of 3 heads",)),
+        ({"num_attention_heads": 3}, ("not a multiple of 3 heads",)),
         ({"hidden_size": "wide"}, ("hidden_size in its config is 'wide'",)),
         ({"hidden_size": -64}, ("ERROR",)),
         ({"layer_norm_type": "batch_norm"}, ("batch_norm",)),
@@ -163,7 +163,7 @@ def test_rms_training_checkpoint(tmp_path):
 
 def test_nothing_to_convert(standard, tmp_path, capsys):
     for options, words in (
-        (("--layer_norm_eps", "1e-5"), "carried over"),
+        (("--layer_norm_eps", "1e-5"), "cannot be given"),
         (("--target_model_name", "llava_vit_base_ln"), "not converted to those"),
     ):
         assert convert(standard, *options, "--output_dir", tmp_path / "out") == 1

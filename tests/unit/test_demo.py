@@ -63,7 +63,7 @@ def test_answers_are_single_distinct_words():
 def test_missing_package_and_missing_photo_are_named():
     with pytest.raises(FileNotFoundError, match="no_such_package is not installed"):
         source_of(Photo("no_such_package", "data/cat.png", "cat"))
-    with pytest.raises(FileNotFoundError, match=r"does not carry nothing\.png"):
+    with pytest.raises(FileNotFoundError, match=r"does not contain nothing\.png"):
         source_of(Photo("skimage", "data/nothing.png", "nothing"))
 
 
@@ -252,7 +252,7 @@ def test_launch_fails_with_the_cause_or_when_steps_are_missing(tmp_path):
         train_process.launch(script(tmp_path, code), 3, tmp_path / "log", quiet())
     assert "torchrun" not in str(caught.value)
     one = "print('step 1/3  loss 2.0')"
-    with pytest.raises(train_process.TrainingFailed, match="3 steps were asked for, 1 were reported"):
+    with pytest.raises(train_process.TrainingFailed, match="3 steps were requested, 1 were reported"):
         train_process.launch(script(tmp_path, one), 3, tmp_path / "log", quiet())
 
 
@@ -304,7 +304,7 @@ def test_other_output_folder_moves_every_path(tmp_path):
 
 
 def test_paths_elsewhere_and_folders_of_others_are_refused(tmp_path):
-    with pytest.raises(pipeline.DemoFailed, match="output_dir: elsewhere is not inside"):
+    with pytest.raises(pipeline.DemoFailed, match="output_dir: elsewhere must be inside"):
         plan_for(str(tmp_path), "--output_dir", "elsewhere")
     (tmp_path / "thesis.txt").write_text("dear")
     with pytest.raises(pipeline.DemoFailed, match="was not made by this demo"):

@@ -86,7 +86,7 @@ def test_a_transformers_that_nobody_tried_is_warned_of(pretend):
     major, minor = versions.NEWEST_RUN.split(".")
     pretend(transformers=f"{major}.{int(minor) + 1}.0")
     assert warned() == [
-        f"transformers {major}.{int(minor) + 1}.0 is newer than {versions.NEWEST_RUN}, the newest that was tried"
+        f"transformers {major}.{int(minor) + 1}.0 is newer than {versions.NEWEST_RUN}, the newest tested version"
     ]
 
 
@@ -325,7 +325,7 @@ def test_a_build_without_float16_is_a_warning(monkeypatch):
 def test_the_plans_of_a_tower_are_shown():
     result, findings = checks.tower()
     assert result["inference"] == result["training"] and result["finite"] and not findings
-    assert result["inference"] == "eager (sdpa goes segment by segment), no CUDA graphs, attention by sdpa"
+    assert result["inference"] == "eager (sdpa runs segment by segment), no CUDA graphs, attention by sdpa"
 
 
 def test_an_import_that_fails_names_the_package():

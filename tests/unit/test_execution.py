@@ -53,11 +53,11 @@ FLOAT = torch.nn.Parameter(torch.zeros(1))
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"fused": False}, "asked for"),
+        ({"fused": False}, "requested"),
         ({"foreign": "layers.0.mlp.fc1 is a peft.Linear"}, "layers.0.mlp.fc1 is a peft.Linear"),
         ({"fused": True, "foreign": "a hook"}, "a hook"),
-        ({"weights": ()}, "the modules hold no parameters"),
-        ({"attention": "sdpa"}, "sdpa goes segment by segment"),
+        ({"weights": ()}, "the modules have no parameters"),
+        ({"attention": "sdpa"}, "sdpa runs segment by segment"),
         ({"config": BlockConfig(32, 48, 2, "quick_gelu")}, "no kernel for quick_gelu"),
         ({"weights": (FLOAT,)}, "weights in torch.float32, states in torch.bfloat16"),
         ({"weights": (FLOAT,), "dtype": torch.float32}, "in torch.float32"),
@@ -91,7 +91,7 @@ def test_a_plan_is_logged_once(gpu, caplog):
             gpu(fused=False)
     assert [record.message for record in caplog.records] == [
         "encoder blocks: fused, CUDA graphs, attention by gpu_varlen",
-        "encoder blocks: eager (asked for), no CUDA graphs, attention by gpu_varlen",
+        "encoder blocks: eager (requested), no CUDA graphs, attention by gpu_varlen",
     ]
 
 
@@ -102,7 +102,7 @@ def test_switches(gpu, monkeypatch, caplog):
     monkeypatch.setenv("LLAVA_PACKING_CUDA_GRAPHS", "0")
     assert gpu() == ExecutionPlan("fused", False, "gpu_varlen")
     monkeypatch.setenv("LLAVA_PACKING_FUSED", "0")
-    assert gpu().reason == "asked for" and gpu(fused=True).path == "fused"
+    assert gpu().reason == "requested" and gpu(fused=True).path == "fused"
     monkeypatch.setenv("LLAVA_PACKING_FUSED", "1")
     monkeypatch.setenv("LLAVA_PACKING_COMPILE", "0")  # the new name counts
     assert gpu().path == "fused"
@@ -127,7 +127,7 @@ def test_an_old_name_is_read_with_a_warning(monkeypatch, caplog, new, old, value
     environment._warn.cache_clear()
     monkeypatch.setenv(old, value)
     assert [environment.read(new) for _ in range(2)] == [value, value]
-    assert [record.message for record in caplog.records] == [f"{old} is the old name of {new}: please set that"]
+    assert [record.message for record in caplog.records] == [f"{old} is the old name of {new}: please use the new name"]
     monkeypatch.setenv(new, "1")
     assert environment.read(new) == "1"
 

@@ -293,7 +293,7 @@ def test_learned_positions_take_one_grid(load, grid):
     ("cls", "options", "message"),
     [
         (Siglip2NaflexPacking, {"num_patches": 40}, "square number.*40"),
-        (Siglip2NaflexPacking, {"hidden_size": 50}, "50 is no multiple of 12 heads"),
+        (Siglip2NaflexPacking, {"hidden_size": 50}, "50 is not a multiple of 12 heads"),
         (AIMv2Packing, {"hidden_size": 30, "num_attention_heads": 3, "is_native": True}, "divisible by 4, got 30"),
         (DINOv3ViTPacking, {"hidden_size": 60, "num_attention_heads": 6}, "head width 10; .* multiple of 4"),
         (DINOv3ViTPacking, {"drop_path_rate": 1}, "drop_path_rate must be a probability .*got 1"),

@@ -307,7 +307,7 @@ def test_stretched_not_cropped_where_the_file_says_so():
 def test_sizes_that_the_patch_does_not_divide(caplog):
     config = AIMv2Packing.config_class(is_native=True, patch_size=14)
     odd = AIMv2Packing.image_processor_from_source({**AIMV2_FILE, "crop_size": {"height": 225, "width": 300}}, config)
-    assert odd.crop_size == {"height": 224, "width": 294} and "no multiple of the patch size 14" in caplog.text
+    assert odd.crop_size == {"height": 224, "width": 294} and "not a multiple of the patch size 14" in caplog.text
     for change in ({"do_center_crop": False}, {"do_resize": False, "do_center_crop": False}):
         free = AIMv2Packing.image_processor_from_source({**AIMV2_FILE, **change}, config)
         pixels = free(noise(301, 150), return_tensors="pt")["pixel_values"]

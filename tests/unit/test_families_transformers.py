@@ -188,7 +188,7 @@ class TestAlign:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (("--image_size", "100"), "100 is no multiple of the patch size 28; nearest: 84, 112"),
+            (("--image_size", "100"), "100 is not a multiple of the patch size 28; nearest: 84, 112"),
             (("--batch_size", "0"), "must be at least 1"),
             (("--attention", "flash_attention_2", "--image_size", "28"), "flash-attn"),
         ],

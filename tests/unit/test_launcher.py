@@ -128,7 +128,7 @@ def test_an_unknown_key_costs_no_import_of_torch(files):
     ("changes", "message"),
     [
         ({"num_train_epochs": "many"}, "num_train_epochs: expected a number, got 'many'"),
-        ({"mm_vision_select_layer": -1.5}, "mm_vision_select_layer: expected a whole number, got -1.5"),
+        ({"mm_vision_select_layer": -1.5}, "mm_vision_select_layer: expected an integer, got -1.5"),
         ({"bf16": "maybe"}, "bf16: expected true or false, got 'maybe'"),
         ({"save_strategy": False}, "save_strategy: YAML reads yes, no"),
         ({"vision_tower": "x"}, "is given twice"),
@@ -139,9 +139,9 @@ def test_an_unknown_key_costs_no_import_of_torch(files):
         ({"deepspeed": "zero9.json"}, "zero9.json is neither in the current folder nor in"),
         ({"use_cpu": True}, "use_cpu silently switches DeepSpeed off"),
         ({"fsdp": "full_shard"}, "fsdp and deepspeed exclude each other"),
-        ({"fsdp": "full_shard", "deepspeed": "-", "lora_enable": True}, "pieces of a LoRA"),
-        ({"fsdp": "full_shard", "deepspeed": "-", "mm_tunable_parts": "mm_mlp_adapter"}, "pieces of the projector"),
-        ({"fsdp": "full_shard", "deepspeed": "-", "output_dir": "OUT"}, "does not go on from"),
+        ({"fsdp": "full_shard", "deepspeed": "-", "lora_enable": True}, "shard of a LoRA"),
+        ({"fsdp": "full_shard", "deepspeed": "-", "mm_tunable_parts": "mm_mlp_adapter"}, "shard of the projector"),
+        ({"fsdp": "full_shard", "deepspeed": "-", "output_dir": "OUT"}, "would differ from an uninterrupted one"),
     ],
 )
 def test_what_is_wrong_is_said(files, changes, message, tmp_path):

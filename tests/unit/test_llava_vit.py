@@ -339,7 +339,7 @@ def test_bad_inputs():
     ("overrides", "message"),
     [
         (dict(hidden_size=96), "head width 48"),
-        (dict(hidden_size=65), "65 is no multiple of 2"),
+        (dict(hidden_size=65), "65 is not a multiple of 2"),
         (dict(layer_norm_type="batch_norm"), "unknown norm 'batch_norm'"),
         (dict(hidden_act="gelllu"), "unknown activation 'gelllu'"),
         (dict(attention_dropout=1.5), "attention_dropout must be a probability"),

@@ -107,7 +107,7 @@ def test_a_hostfile_trains_on_its_machines(trainings, programs, tmp_path, monkey
     command += ["--output_dir", str(output), "--deepspeed", "configs/zero2.json", "--max_steps", "2"]
     done = host_runs.execute([*command, "--run_name", name], host_runs.environment(host_runs.NEXT))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all GPUs on the hosts of" in done.stdout and "step 2/2  loss" in done.stdout
+    assert "all GPUs on the machines of" in done.stdout and "step 2/2  loss" in done.stdout
     assert "engine: DeepSpeedEngine, ZeRO stage 2, world size 2, backend gloo" in done.stdout
     assert "empty_groups" not in done.stdout and "compat patch cuda_sync" in done.stderr
     assert {"node-a", "node-b"} == set((programs / "machines").read_text().split())
@@ -119,7 +119,7 @@ def test_a_hostfile_trains_on_its_machines(trainings, programs, tmp_path, monkey
     ("text", "message"),
     [
         (None, "does not exist"),
-        ("# nothing\n", "names no machine"),
+        ("# nothing\n", "lists no machine"),
         ("node-a\n", "line 1: expected a new `name slots=N`, got 'node-a'"),
         ("node-a slots=2\n\nnode-a slots=2\n", "line 3"),
         ("node-a slots=0\n", "line 1"),

@@ -81,7 +81,7 @@ def test_the_rule_holds_for_every_image(width, height, merge, least, more):
 @pytest.mark.parametrize(
     "bounds, merge, words",
     [
-        ((5, 4), (1, 1), "5 is more than"),
+        ((5, 4), (1, 1), "5 is larger than"),
         ((1, 3), (2, 2), "2 x 2"),
         ((0, 4), (1, 1), "got 0"),
         ((1, 2.5), (1, 1), "2.5"),
@@ -118,7 +118,7 @@ def test_settings_come_from_arguments_then_checkpoint_then_defaults():
         ({"mm_patch_merge_type": "spatial_maxpool2x2"}, "flat, spatial, spatial_unpad"),
         ({"mm_packing_video": "film"}, "clip, frames"),
         ({"mm_packing_min_patches": 0}, "got 0"),
-        ({"mm_packing_min_patches": 9, "mm_packing_max_patches": 8}, "9 is more than"),
+        ({"mm_packing_min_patches": 9, "mm_packing_max_patches": 8}, "9 is larger than"),
         ({"mm_packing_max_patches": 3, "mm_projector_type": "patch_merger"}, "1 x 4"),
         ({"mm_newline_position": "rows"}, "one_token"),
         ({"mm_packing_video_max_patches": -1}, "got -1"),
@@ -307,7 +307,7 @@ def test_families_of_images_take_videos_frame_by_frame(golden, family):
     with pytest.raises(ValueError, match="images only"):
         encode_visuals(tower, torch.nn.Identity(), [clip], TokenLayout(clips=True))
     placed = Visual(image[None], patch_positions=torch.zeros(6, 3))
-    with pytest.raises(ValueError, match="no patch_positions"):
+    with pytest.raises(ValueError, match="without patch_positions"):
         encode_visuals(tower, torch.nn.Identity(), [placed], layout)
 
 
@@ -371,7 +371,7 @@ def test_both_libraries_read_the_same_frames(tmp_path, monkeypatch):
 
 def test_without_a_library_for_videos(monkeypatch):
     monkeypatch.setattr(video, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="takes PyAV or decord: pip install av"):
+    with pytest.raises(ValueError, match="needs PyAV or decord: pip install av"):
         read_clip("a.mp4")
 
 

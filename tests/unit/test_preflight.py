@@ -30,16 +30,16 @@ def turns(*texts: str) -> list[dict]:
     ("key", "value", "said"),
     [
         ("mm_tunable_parts", "mm_vision_tower,mm_projector", "mm_tunable_parts names 'mm_projector'"),
-        ("mm_vision_select_feature", "ptach", "mm_vision_select_feature: 'ptach' is not known; the nearest is 'patch'"),
+        ("mm_vision_select_feature", "ptach", "mm_vision_select_feature: 'ptach' is unknown; the nearest is 'patch'"),
         ("mm_vision_select_layer", "-99", "selects hidden state -99, but a tower of"),
-        ("mm_packing_attention", "sdpaa", "mm_packing_attention: 'sdpaa' is not known; the nearest is 'sdpa'"),
-        ("attn_implementation", "flash", "attn_implementation: 'flash' is not known"),
-        ("image_aspect_ratio", "anyrez", "image_aspect_ratio: 'anyrez' is not known"),
-        ("image_aspect_ratio", "anyres_max", "image_aspect_ratio: 'anyres_max' is not known"),
-        ("mm_projector_type", "mlp2_gelu", "mm_projector_type: 'mlp2_gelu' is not known"),
-        ("mm_patch_merge_type", "spatia", "mm_patch_merge_type: 'spatia' is not known"),
-        ("version", "v99", "version: 'v99' is not known"),
-        ("mm_tunable_parts", ",", "mm_tunable_parts ',' names nothing to train"),
+        ("mm_packing_attention", "sdpaa", "mm_packing_attention: 'sdpaa' is unknown; the nearest is 'sdpa'"),
+        ("attn_implementation", "flash", "attn_implementation: 'flash' is unknown"),
+        ("image_aspect_ratio", "anyrez", "image_aspect_ratio: 'anyrez' is unknown"),
+        ("image_aspect_ratio", "anyres_max", "image_aspect_ratio: 'anyres_max' is unknown"),
+        ("mm_projector_type", "mlp2_gelu", "mm_projector_type: 'mlp2_gelu' is unknown"),
+        ("mm_patch_merge_type", "spatia", "mm_patch_merge_type: 'spatia' is unknown"),
+        ("version", "v99", "version: 'v99' is unknown"),
+        ("mm_tunable_parts", ",", "mm_tunable_parts ',' names no part"),
         ("fp16", "true", "bf16 and fp16 exclude each other: --fp16 null"),
         ("model_max_length", "0", "model_max_length must be at least 1, got 0"),
         ("vision_tower", "vit_packing", "vision_tower: vit_packing is neither a folder here nor a hub id, owner/name"),
@@ -103,7 +103,7 @@ def test_tf32_asks_the_gpu(monkeypatch):
             "model_name_or_path",
             "config.json",
             '{"model_type": "opt"}',
-            "says model_type opt, which LLaVA has no decoder",
+            "says model_type opt, for which LLaVA has no decoder",
         ),
         ("model_name_or_path", "tokenizer.json", '{"version": 1}', "tokenizer.json is damaged"),
         ("model_name_or_path", "tokenizer.model", "no model", "tokenizer.model is damaged"),
@@ -111,7 +111,7 @@ def test_tf32_asks_the_gpu(monkeypatch):
             "pretrain_mm_mlp_adapter",
             "mm_projector.bin",
             "half a file",
-            "mm_projector.bin is no whole file of torch.save",
+            "mm_projector.bin is not a complete file of torch.save",
         ),
     ],
 )
@@ -168,7 +168,7 @@ def test_the_host_must_find_a_class_for_the_decoder(tmp_path):
     decoder = tmp_path / "qwen_run"
     decoder.mkdir()
     (decoder / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
-    with pytest.raises(UsageError, match=r"is a LlavaQwenForCausalLM, and the LLaVA in .* has no such class"):
+    with pytest.raises(UsageError, match=r"is a LlavaQwenForCausalLM, a class that the LLaVA in .* does not have"):
         folder_checks.check_decoder(str(decoder), host)
     (tmp_path / "model" / "language_model" / "llava_qwen.py").write_text("")
     folder_checks.check_decoder(str(decoder), host)
@@ -183,7 +183,7 @@ def test_whole_projectors_of_either_format_pass(tmp_path):
         folder_checks.check_adapter(file)
     whole = (tmp_path / "True.bin").read_bytes()
     (tmp_path / "cut.bin").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match=r"cut\.bin is no whole file"):
+    with pytest.raises(UsageError, match=r"cut\.bin is not a complete file"):
         folder_checks.check_adapter(tmp_path / "cut.bin")
 
 
@@ -222,8 +222,8 @@ def test_number_formats_of_the_hardware(monkeypatch, device, values, said):
         ([], "must be a mapping"),
         ({"gradient_cliping": 1.0}, "gradient_cliping is unknown; the nearest is 'gradient_clipping'"),
         ({"zero_optimisation": {"stage": 3}}, "zero_optimisation is unknown; the nearest is 'zero_optimization'"),
-        ({"overlap_comm": True}, "overlap_comm is unknown; it belongs in zero_optimization"),
-        ({"zzz": 1}, "zzz is unknown; DeepSpeed .* has nothing of this name there, the nearest is"),
+        ({"overlap_comm": True}, "overlap_comm is unknown; it belongs to zero_optimization"),
+        ({"zzz": 1}, "zzz is unknown; DeepSpeed .* does not know this key, the nearest is"),
         ({"bf16": {"enabld": True}}, r"bf16\.enabld is unknown; the nearest is 'enabled'"),
         ({"fp16": {"loss_scal": 0}}, r"fp16\.loss_scal is unknown; the nearest is 'loss_scale'"),
         ({"optimizer": {"type": "AdamW", "parms": {}}}, r"optimizer\.parms is unknown; the nearest is 'params'"),
@@ -338,8 +338,8 @@ def test_a_key_given_twice(files, tmp_path):
     ("content", "said"),
     [
         (b"a: \xe9t\xe9\n", "is not UTF-8"),
-        (b"{a: b}: c\n", "line 1: a key must be a word"),
-        (b"? [a, b]\n: c\n", "line 1: a key must be a word"),
+        (b"{a: b}: c\n", "line 1: a key must be text"),
+        (b"? [a, b]\n: c\n", "line 1: a key must be text"),
         (b"a: [1\n", "is not valid YAML"),
         (b"- a\n", "must hold `key: value` lines"),
         (b"", "must hold `key: value` lines"),
@@ -375,7 +375,7 @@ def write(tmp_path: Path, entries: object, name: str = "data.json") -> Path:
         ("[{", "data.json is damaged"),
         ({}, "must hold a list of samples"),
         ([], "must hold a list of samples, found none"),
-        ([1], "entry 0 is no sample but int"),
+        ([1], "entry 0 is not a sample, found int"),
         ([{"id": "x"}], "sample x: no conversations"),
         ([{"id": "x", "conversations": []}], "sample x: no conversations"),
         ([{"id": "x", "conversations": [{"from": "human"}]}], "sample x: a turn must have a value"),

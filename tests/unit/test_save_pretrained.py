@@ -117,7 +117,7 @@ def test_two_saves_in_a_folder_are_not_read(tmp_path):
     shards = sorted((tmp_path / "new").glob("model-*"))
     assert len(shards) > 2
     (tmp_path / "new/model.safetensors").write_bytes((tmp_path / "old/model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="two saves"):
+    with pytest.raises(ValueError, match="two saved models"):
         type(new).from_pretrained(tmp_path / "new")
     (tmp_path / "new/model.safetensors").unlink()
     index = tmp_path / "new/model.safetensors.index.json"
@@ -126,11 +126,11 @@ def test_two_saves_in_a_folder_are_not_read(tmp_path):
     other.write_bytes(shards[0].read_bytes())
     moved = {k: other.name if v == shards[0].name else v for k, v in content["weight_map"].items()}
     index.write_text(json.dumps({**content, "weight_map": moved}))
-    with pytest.raises(ValueError, match="shards of two saves"):
+    with pytest.raises(ValueError, match="shards of two saved models"):
         type(new).from_pretrained(tmp_path / "new")
     index.write_text(json.dumps(content))
     shards[0].write_bytes((tmp_path / "old/model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="of another save"):
+    with pytest.raises(ValueError, match="belongs to another save"):
         type(new).from_pretrained(tmp_path / "new")
 
 
@@ -185,12 +185,12 @@ def test_keywords_of_auto_model(tmp_path):
     ("options", "error", "word"),
     [
         ({"variant": "fp16"}, TypeError, "subfolder="),
-        ({"load_in_8bit": True}, TypeError, "then quantise"),
+        ({"load_in_8bit": True}, TypeError, "then quantize"),
         ({"ignore_mismatched_sizes": True}, TypeError, "every tensor must fit"),
         ({"offload_folder": "x"}, TypeError, "dispatch_model"),
         ({"layers": 3}, TypeError, "layers"),
         ({"device": "cpu", "device_map": "cpu"}, ValueError, "one of them"),
-        ({"device_map": "everywhere"}, ValueError, "is no device"),
+        ({"device_map": "everywhere"}, ValueError, "is not a device"),
         ({"dtype": "bfloat16", "torch_dtype": "float16"}, ValueError, "differ"),
         ({"attn_implementation": "fastest"}, ValueError, "unknown attention backend"),
         ({"use_safetensors": False}, ValueError, "pytorch_model.bin"),

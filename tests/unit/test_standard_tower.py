@@ -87,7 +87,7 @@ def test_bad_input(golden):
         tower([])
     with pytest.raises(ValueError, match="multiples of 4"):
         tower(torch.zeros(1, 3, 8, 9))
-    with pytest.raises(ValueError, match="65 different places"):
+    with pytest.raises(ValueError, match="65 different positions"):
         tower(torch.zeros(1, 3, 65, 4, 4))
     with pytest.raises(ValueError, match="no model for model_type 'siglip2'"):
         tower._model_class("siglip2")

@@ -51,7 +51,7 @@ def test_lists_dropout_and_a_classifier(name, published, golden, golden_case, ca
     _warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         model.train()
-    assert "attention_dropout 0.1; it is trained without dropout" in caplog.text
+    assert "attention_dropout 0.1; the model is trained without dropout" in caplog.text
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -141,11 +141,11 @@ def test_each_damage_fails_the_tests_that_it_concerns(pair, monkeypatch, damage,
 
 def test_verify_command_says_pass_and_fail(pair, capsys):
     assert main(["verify", *map(str, pair)]) == 0
-    assert "does what A does" in (text := capsys.readouterr().out)
+    assert "agrees with A" in (text := capsys.readouterr().out)
     assert all("PASS" in line for line in lines(text).values())
     truncate(pair, None)
     assert main(["verify", *map(str, pair)]) == 1
-    assert "cannot be" in (text := capsys.readouterr().out) and "FAILED: it does not do what A does" in text
+    assert "cannot be" in (text := capsys.readouterr().out) and "FAILED: it differs from A" in text
     assert all("FAIL" in line for line in lines(text).values())
 
 
@@ -206,7 +206,7 @@ def test_what_lies_on_disk_is_what_is_verified(pair, tmp_path, capsys, monkeypat
     assert "".join("P" if "PASS" in line else "F" for line in lines(text).values()) == expected
     if damage == "flip":
         row = json.loads((tmp_path / "out.failed" / "conversion.json").read_text())["verification"][4]
-        assert row["note"] == "1 tensors on disk are not those converted, e.g. layernorm_pre.weight"
+        assert row["note"] == "1 tensors on disk differ from the converted ones, e.g. layernorm_pre.weight"
     assert (tmp_path / "out.failed").is_dir() and not (tmp_path / "out").exists()
 
 

@@ -84,8 +84,8 @@ class LlavaPacking(lmms):
         here = identity(pretrained, model_base) if self.accelerator.is_local_main_process else weights
         if weights is None:
             raise ValueError(
-                f"--use_cache knows a model by its arguments, not by its weights, and would give the answers of other "
-                f"weights at the same path. Add weights={here} to --model_args"
+                f"--use_cache identifies a model by its arguments, not by its weights, and would return the answers "
+                f"of other weights at the same path. Add weights={here} to --model_args"
             )
         if str(weights) != here:
             raise ValueError(f"{pretrained} has the weights {here}, not {weights}: it has changed")
@@ -137,7 +137,7 @@ class LlavaPacking(lmms):
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
-        """The answers of all rounds for each request; in each round, those that go on are asked together.
+        """The answers of all rounds for each request; in each round, those that continue are asked together.
 
         After a round the task's ``doc_to_text`` gets a request's answers so far. It returns what is shown and asked
         next, whether it ends here instead, the answers as it wants them kept, and a note for its next call.
@@ -252,7 +252,7 @@ class LlavaPacking(lmms):
 
 
 def generation_options(given: dict) -> tuple[dict[str, object], list[str]]:
-    """What `generate` is told, and the strings that end an answer, for the ``generation_kwargs`` of lmms-eval."""
+    """The arguments of `generate`, and the strings that end an answer, for the ``generation_kwargs`` of lmms-eval."""
     ends = given.get("until") or []
     ends = [e for e in ([ends] if isinstance(ends, str) else ends) if e and e != LMMS_EVAL_DEFAULT_END]
     temperature = given.get("temperature")

@@ -1,5 +1,5 @@
-"""Models by name: ``create_model("hf_llava_vit_packing_large_ln")``. Importing this file also tells timm the names,
-where timm is installed: then ``timm.create_model`` takes them too."""
+"""Models by name: ``create_model("hf_llava_vit_packing_large_ln")``. Importing this file also registers the names with
+timm, where timm is installed: then ``timm.create_model`` takes them too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def create_model(name: str, pretrained: bool = False, **fields: object) -> LlavaViTPackingModel | LlavaViTModel:
-    """A randomly initialised model of a named size.
+    """A randomly initialized model of a named size.
 
     Args:
         name: ``hf_llava_vit_packing_{small,base,large,huge,giant}_ln`` for the packing model, ``hf_llava_vit_*_ln``

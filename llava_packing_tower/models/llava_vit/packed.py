@@ -201,7 +201,7 @@ class LlavaViTPackingModel(PackedVisionModel):
 
 
 CARRIED_FIELDS = (*STANDARD_FIELDS, "spatial_merge_size", "temporal_patch_size")
-# Fields whose default differs from ours, for configs that leave them out.
+# Fields whose default in the source differs from the one here, for configs that leave them out.
 ONEVISION_DEFAULTS = {
     "hidden_size": 1024,
     "intermediate_size": 4096,

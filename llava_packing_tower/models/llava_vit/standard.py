@@ -48,7 +48,7 @@ def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[
 
 
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn neighbours (2m, 2m + 1) of ``[B, heads, K, head_dim]``, each with the angle of its own element."""
+    """Turn neighbors (2m, 2m + 1) of ``[B, heads, K, head_dim]``, each with the angle of its own element."""
     cos, sin = (part.to(x.dtype) for part in table)
     turned = torch.empty_like(x)
     turned[..., 0::2] = x[..., 0::2] * cos[..., 0::2] - x[..., 1::2] * sin[..., 0::2]
@@ -96,7 +96,7 @@ def clip_in_context(
     batch, channels, count, height, width = frames.shape
     for places in frame_indices.tolist():
         if len(set(places)) != count or min(places) < 0 or max(places) >= context:
-            raise ValueError(f"{count} frames need {count} different places in 0..{context - 1}, got {places}")
+            raise ValueError(f"{count} frames need {count} different positions in 0..{context - 1}, got {places}")
     clip = frames.new_zeros(batch, channels, context, height, width)
     index = frame_indices.to(frames.device).long()
     clip.scatter_(2, index[:, None, :, None, None].expand_as(frames), frames)

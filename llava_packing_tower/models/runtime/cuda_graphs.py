@@ -150,7 +150,7 @@ def my_turn(device: torch.device) -> Iterator[None]:
 
 
 def _capturing(graph: torch.cuda.CUDAGraph, pool: tuple) -> contextlib.AbstractContextManager:
-    """In here kernels are recorded; what other threads do meanwhile (a loader that pins memory) is no error."""
+    """Kernels are recorded in here. Work of other threads (a loader that pins memory) is not an error."""
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 

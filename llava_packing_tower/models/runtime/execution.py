@@ -100,13 +100,13 @@ def _why_eager(
     fused: bool | None,
 ) -> str | None:
     if fused is False or (fused is None and environment.switch(environment.FUSED) is False):
-        return "asked for"
+        return "requested"
     if state.foreign is not None:
         return state.foreign
     if not state.weights:  # the copies that DataParallel makes
-        return "the modules hold no parameters"
+        return "the modules have no parameters"
     if not backend_module(backend).VARLEN:
-        return f"{backend} goes segment by segment"
+        return f"{backend} runs segment by segment"
     if config.hidden_act not in ACTIVATIONS:
         return f"no kernel for {config.hidden_act}"
     if state.weights[0].dtype != dtype and not is_autocast(hidden_states.device):  # (which has blocks cast them)

@@ -1,15 +1,15 @@
-"""What has to be known of a module before each run: whether it is plainly ours, and where its weights lie.
+"""What is known of a module before each run: whether it contains foreign parts, and where its weights are.
 
-Fused blocks and CUDA graphs read weights around the modules that hold them. They may do so only where
-every module is one of ours, runs our own forward and holds plain parameters: an adapter, a quantised or offloaded
-layer, a hook or a parametrization is *called*. :func:`foreign_part` is the one answer to this question.
+Fused blocks and CUDA graphs read weights without calling the modules that hold them. They may do so only where every
+module has a class of this package, runs the forward of that class and holds plain parameters. An adapter, a quantized
+or offloaded layer, a hook or a parametrization must be *called*. :func:`foreign_part` decides this.
 
 torch has no public way to ask a module for its hooks, or for whether its forward was replaced: this is the one file
 that reads ``nn.Module``'s own attributes (``_modules``, ``_parameters``, ``_forward_hooks``, ...; torch 2.1 to 2.13).
 tests/unit/test_module_state.py notices if one of them goes. ``LLAVA_PACKING_FUSED=0`` is the way around it.
 
 It walks a module tree, which for a ViT-L takes a fifth of the time that one image takes on a GPU. So
-:class:`ModuleState` keeps the answer, and looks at every call whether anything that it rests on has changed.
+:class:`ModuleState` keeps the answer, and checks on every call whether anything that it depends on has changed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 # Hooks that every module runs; the names differ between torch versions.
 GLOBAL_HOOKS = tuple(name for name in (f"_global{hook}" for hook in HOOKS) if hasattr(torch_module, name))
 OVERRIDES = ("forward", "_call_impl", "_compiled_call_impl")  # what a module is called through, if set on an instance
-# Constants that are looked at on every call.
+# Constants that are checked on every call.
 LIVE = ("eps", "num_heads", "head_dim", "rotate", "partial_biases", "layout", "approximate")
-OURS = (f"{__name__.partition('.')[0]}.", "torch.nn.modules.", "transformers.activations")
+KNOWN_MODULES = (f"{__name__.partition('.')[0]}.", "torch.nn.modules.", "transformers.activations")
 FSDP, DTENSOR = "torch.distributed.fsdp", "torch.distributed.tensor"
 
 
@@ -42,9 +42,9 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 class Snapshot(NamedTuple):
-    """weights: all of them. hooked: whether any module carries hooks (DeepSpeed ZeRO-3, FSDP, a user's). foreign: None,
-    or the first part that is not plainly ours, in words; hooks on whole blocks, as ZeRO-3 and FSDP have them, do not
-    make a block foreign. version: another number whenever a part was replaced or changed its way of running."""
+    """weights: all of them. hooked: whether any module has hooks (DeepSpeed ZeRO-3, FSDP, a user's). foreign: None, or
+    a description of the first foreign part; hooks on complete blocks, as ZeRO-3 and FSDP use them, do not make a block
+    foreign. version: changes whenever a part was replaced or runs in another way."""
 
     weights: list[nn.Parameter]
     hooked: bool
@@ -52,7 +52,7 @@ class Snapshot(NamedTuple):
     version: int
 
 
-# ---------------------------------------------------------------- is this plainly ours?
+# ---------------------------------------------------------------- foreign parts
 
 
 @functools.cache
@@ -85,16 +85,16 @@ def _is_fsdp(module: nn.Module) -> bool:
 def foreign_part(
     module: nn.Module, template: nn.Module | None = None, name: str = "", sharded: bool = False
 ) -> str | None:
-    """None if a module and all below it are plainly ours, else the first part that is not, in words.
+    """None if a module and all below it are known, else a description of the first foreign part.
 
-    Plainly ours is what has a class of this package or of ``torch.nn``, is called through the forward that its source
-    says, and holds parameters that are plain tensors. Hooks are not looked at here (see :class:`Snapshot`).
+    A module is known if its class is of this package or of ``torch.nn``, if it runs the forward in the source of that
+    class, and if its parameters are plain tensors. Hooks are not checked here (see :class:`Snapshot`).
 
     Args:
-        module: what is to be read around its forward.
+        module: whose weights are to be read without calling it.
         template: a fresh module of the same configuration, on the meta device for example. Given one, the module must
             be made of the same parts: classes, parameters, eps, numbers of heads, activation.
-        name: of the module, for the words.
+        name: of the module, for the description.
         sharded: whether ``fully_shard`` holds its parameters, which are plain only while its block runs.
     """
     cls, where = type(module), name or "the module"
@@ -102,11 +102,11 @@ def foreign_part(
         if not isinstance(module, type(template)):  # FSDP 1, around a whole block
             return foreign_part(module.module, template, name)
         cls, sharded = cls.__bases__[-1], True
-    ours = cls.__module__.startswith(OURS) if template is None else cls is type(template)
-    if not ours:
+    known = cls.__module__.startswith(KNOWN_MODULES) if template is None else cls is type(template)
+    if not known:
         return f"{where} is a {cls.__module__}.{cls.__qualname__}"
     if _overridden(module):
-        return f"{where} has another forward than {cls.__qualname__}"
+        return f"{where} has a forward() that differs from {cls.__qualname__}"
     if found := _foreign_contents(module, template, where, sharded):
         return found
     for key, child in module._modules.items():
@@ -123,16 +123,16 @@ def _foreign_contents(module: nn.Module, template: nn.Module | None, where: str,
     if template is not None:
         held = {**dict.fromkeys(template._parameters), **held}
         held.update((key, own[key]) for key in template._parameters if key in own)  # FSDP 1 sets views of its own
-        for kind, ours, fresh in (
+        for kind, found, fresh in (
             ("parameter", held, template._parameters),
             ("part", module._modules, template._modules),
         ):
-            for key in ours.keys() | fresh.keys():
-                if (ours.get(key) is None) != (fresh.get(key) is None):
-                    return f"{where} has {'no' if ours.get(key) is None else 'a'} {kind} {key}"
+            for key in found.keys() | fresh.keys():
+                if (found.get(key) is None) != (fresh.get(key) is None):
+                    return f"{where} has {'no' if found.get(key) is None else 'a'} {kind} {key}"
         for key, value in vars(template).items():
             if not key.startswith("_") and key != "training" and own.get(key) != value:
-                return f"{where} has {key} {own.get(key)!r} in place of {value!r}"
+                return f"{where} has {key} {own.get(key)!r} instead of {value!r}"
     for key, value in held.items():
         if not is_plain(value) and not (sharded and type(value).__module__.startswith(DTENSOR)):
             return f"{where} has a {type(value).__qualname__} as its {key}"
@@ -145,7 +145,7 @@ def _foreign_contents(module: nn.Module, template: nn.Module | None, where: str,
 class ModuleState:
     """What a :class:`Snapshot` of a module is made from, gathered anew when a part of it was replaced or changed.
 
-    A module that has blocks of ours (``layers``) says with ``fresh_block()`` what these are made of.
+    A module that has encoder blocks (``layers``) defines with ``fresh_block()`` what these are made of.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -200,7 +200,7 @@ class ModuleState:
             weights = self._weights()
         inner, foreign = any(map(any, map(itemgetter(*HOOKS), self._inner))), self._foreign
         if inner and foreign is None:
-            foreign = "a hook lies inside of a block"
+            foreign = "there is a hook inside a block"
         if foreign is None and any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
             foreign = "there are hooks on all modules"
         hooked = inner or any(map(any, map(itemgetter(*HOOKS), self._outer)))

@@ -17,10 +17,10 @@ from .availability import Unavailable
 from .systems import Images, Setting, Step, System, Weights, per_image_shapes
 
 Peer = tuple[list[System], Weights | None]
-"""The systems, and the weights that ours can take over so that the features can be compared."""
+"""The systems, and the weights that the packed encoder can take over so that the features can be compared."""
 
 
-def _initialised(build: Callable[[], nn.Module], setting: Setting, train: bool) -> nn.Module:
+def _initialized(build: Callable[[], nn.Module], setting: Setting, train: bool) -> nn.Module:
     with torch.device(setting.device):
         model = build()
     return model.to(setting.dtype).requires_grad_(train).train(train)
@@ -68,7 +68,7 @@ def _unpad(output: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _sizes(config: PretrainedConfig) -> dict[str, int]:
-    """The fields that our configs share with transformers'."""
+    """The fields that the packed configs share with transformers'."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
     return {name: getattr(config, name) for name in names}
 
@@ -80,7 +80,7 @@ def _siglip2(setting: Setting, train: bool) -> Peer:
         num_patches=c.num_patches,
         vision_use_head=False,
     )
-    model = _initialised(lambda: _transformers_class("Siglip2VisionModel")(config), setting, train)
+    model = _initialized(lambda: _transformers_class("Siglip2VisionModel")(config), setting, train)
 
     def one(rows: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         return model(rows, None, grid).last_hidden_state[0]
@@ -124,7 +124,7 @@ def _dinov3(setting: Setting, train: bool) -> Peer:
 
 
 def _pixels_one_by_one(setting: Setting, name: str, config, prefix: int, train: bool) -> Peer:
-    model = _initialised(lambda: _transformers_class(name)(config), setting, train)
+    model = _initialized(lambda: _transformers_class(name)(config), setting, train)
 
     def call(image: torch.Tensor) -> torch.Tensor:
         return model(image).last_hidden_state[0, prefix:]
@@ -135,7 +135,7 @@ def _pixels_one_by_one(setting: Setting, name: str, config, prefix: int, train: 
 
 
 def _qwen2_vl(setting: Setting, train: bool) -> Peer:
-    """transformers has no LlavaViT; its packed vision tower of the same size stands beside ours."""
+    """transformers has no LlavaViT; its packed vision tower of the same size is compared instead."""
     c = setting.config
     config = _transformers_class("Qwen2VLConfig")().vision_config
     fields = dict(
@@ -153,7 +153,7 @@ def _qwen2_vl(setting: Setting, train: bool) -> Peer:
     config._attn_implementation = "flash_attention_2" if _has_flash_attention(setting) else "sdpa"
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-    model = _initialised(lambda: Qwen2VisionTransformerPretrainedModel(config), setting, train)
+    model = _initialized(lambda: Qwen2VisionTransformerPretrainedModel(config), setting, train)
     model.merger = nn.Identity()
 
     def prepare(images: Images) -> Step:
@@ -216,7 +216,7 @@ def timm_peer(setting: Setting, train: bool, option: str | None) -> Peer:
         global_pool="",
         **kinds[setting.family],
     )
-    model = _initialised(lambda: NaFlexVit(cfg, num_classes=0), setting, train)
+    model = _initialized(lambda: NaFlexVit(cfg, num_classes=0), setting, train)
 
     def prepare(images: Images) -> Step:
         rows, real, grids = _padded(images, setting)
@@ -241,7 +241,7 @@ def original_peer(setting: Setting, train: bool, option: str | None) -> Peer:
     if setting.family != "llava_vit":
         raise Unavailable("the original tower is a LlavaViT")
     if not option:
-        raise Unavailable("say where its clone is: --peers original=PATH")
+        raise Unavailable("name the folder of its clone: --peers original=PATH")
     c = setting.config
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
     sizes = {name: getattr(c, name) for name in names}

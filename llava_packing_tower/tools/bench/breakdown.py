@@ -1,4 +1,4 @@
-"""Where the time of our encoder goes: kernels by kind, per layer, and what no kernel fills."""
+"""Where the time of a packed encoder goes: kernels by kind, per layer, and the gaps between kernels."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def kernels(run, device: torch.device, times: int = PROFILED) -> tuple[Counter, 
 
 
 def _is_range(event) -> bool:
-    """Whether it is no kernel but a named stretch of them (compiled regions are reported as such)."""
+    """Whether it is not a kernel but a named range of kernels (compiled regions are reported as such)."""
     return getattr(event, "is_user_annotation", False) or event.name.startswith(
         ("Torch-Compiled", "## Call", "Profiler")
     )

@@ -13,9 +13,9 @@ from ...models.registry import family_for
 class Preset:
     """What is measured of a family.
 
-    model_type: ours; title: of the full size; full, tiny: fields of our config; select_layer: the hidden state that is
-    wanted, counted from the end as LLaVA does (-1 is the last), or None for the final-normed patch tokens; forward,
-    train: default workloads.
+    model_type: of the packed encoder; title: of the full size; full, tiny: fields of its config; select_layer: the
+    hidden state that is wanted, counted from the end as LLaVA does (-1 is the last), or None for the final-normed
+    patch tokens; forward, train: default workloads.
     """
 
     model_type: str

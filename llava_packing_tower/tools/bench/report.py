@@ -77,12 +77,12 @@ def show(result: Result, out: Console, judge: bool) -> None:
     if result.note:
         out.print(f"  {result.note}")
         return
-    ours = next((s for s in result.systems if s.ours), None)
+    packed = next((s for s in result.systems if s.packed), None)
     table = Table("system", box=None, pad_edge=False)
-    for heading in ("ms", "min to max", "tokens/ms", "MFU", "peak GiB", "ours is", "lowest cosine", "attention"):
+    for heading in ("ms", "min to max", "tokens/ms", "MFU", "peak GiB", "speedup", "lowest cosine", "attention"):
         table.add_column(heading, justify="right")
     for system in result.systems:
-        faster = ratio(result, ours, system.name) if ours and not system.ours else None
+        faster = ratio(result, packed, system.name) if packed and not system.packed else None
         if not system.ms:
             continue
         table.add_row(
@@ -100,13 +100,13 @@ def show(result: Result, out: Console, judge: bool) -> None:
     for system in result.systems:
         if system.note:
             out.print(f"  {system.name}: {system.note}", markup=False)
-    out.print(f"  peak matmul {result.peak / 1e12:.3g} TFLOP/s, {result.rounds} rounds in turns")
+    out.print(f"  peak matmul {result.peak / 1e12:.3g} TFLOP/s, {result.rounds} interleaved rounds")
     if judge:
         show_verdicts(verdicts(result), out)
 
 
 def show_verdicts(found: Sequence[Verdict], out: Console) -> None:
-    """A coloured line for each."""
+    """A colored line for each."""
     for verdict in found:
         style = {True: "green", False: "red", None: "yellow"}[verdict.met]
         out.print(f"  [{style}]{verdict}[/{style}]")
@@ -128,14 +128,14 @@ def _system_record(result: Result, system: Measured) -> dict:
     median = system.median
     return {
         "name": system.name,
-        "ours": system.ours,
+        "packed": system.packed,
         "ms": median,
         "ms_of_each_round": [round(ms, 4) for ms in system.ms],
         "tokens_per_ms": result.work.tokens / median if median else None,
         "mfu": result.mfu(system),
         "peak_allocated_bytes": system.allocated,
         "peak_reserved_bytes": system.reserved,
-        "lowest_cosine_to_ours": system.lowest_cosine,
+        "lowest_cosine_to_packed": system.lowest_cosine,
         "attention_backend": system.backend,
         "warm_up_seconds": system.warm_up_seconds,
         "note": system.note,
@@ -144,7 +144,7 @@ def _system_record(result: Result, system: Measured) -> dict:
 
 def record(result: Result, judge: bool) -> dict:
     """One workload as JSON types."""
-    ours = [s for s in result.systems if s.ours]
+    packed = [s for s in result.systems if s.packed]
     return {
         "family": result.family,
         "model": result.title,
@@ -157,8 +157,8 @@ def record(result: Result, judge: bool) -> dict:
         "note": result.note,
         "systems": [_system_record(result, s) for s in result.systems],
         "times_faster": {
-            s.name: {other.name: ratio(result, s, other.name) for other in result.systems if not other.ours}
-            for s in ours
+            s.name: {other.name: ratio(result, s, other.name) for other in result.systems if not other.packed}
+            for s in packed
         },
         "targets": [verdict_record(v) for v in (verdicts(result) if judge else ())],
     }
@@ -195,7 +195,9 @@ def plot(results: Sequence[Result], file: Path, caption: str) -> None:
     for axis, result in zip(axes[:, 0], results):
         systems = [s for s in result.systems if s.ms][::-1]
         rates = [result.work.tokens / s.median for s in systems]
-        bars = axis.barh([s.name for s in systems], rates, color=["#1a7f5a" if s.ours else "#9aa5b1" for s in systems])
+        bars = axis.barh(
+            [s.name for s in systems], rates, color=["#1a7f5a" if s.packed else "#9aa5b1" for s in systems]
+        )
         axis.bar_label(bars, [f" {rate:.0f}, MFU {result.mfu(s):.2f}" for rate, s in zip(rates, systems)], fontsize=8)
         axis.set_title(f"{result.title}, {result.work.label}: {result.work.tokens} tokens", fontsize=10, loc="left")
         axis.set_xlim(0, max(rates) * 1.3)

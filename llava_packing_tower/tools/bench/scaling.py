@@ -47,7 +47,7 @@ def attention_alone(setting: Setting, work: Workload, backend: str):
 
 @torch.no_grad()
 def measure_scaling(setting: Setting, system: System, clock: Clock, rounds: int, deadline: Deadline, tiny: bool):
-    """Each sweep's points, timed in turns: ``{"over", "title", "points": [{"ms", "attention_ms", ...}]}``."""
+    """Each sweep's points, timed interleaved: ``{"over", "title", "points": [{"ms", "attention_ms", ...}]}``."""
     series = []
     plans = sweeps(tiny)
     for index, (over, title, batches) in enumerate(plans):

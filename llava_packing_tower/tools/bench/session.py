@@ -16,7 +16,7 @@ from .baselines import PEERS
 from .breakdown import measure_breakdown, show_breakdown
 from .models import PRESETS
 from .scaling import measure_scaling, show_scaling
-from .systems import Setting, System, Weights, our_system, random_weights
+from .systems import Setting, System, Weights, packed_system, random_weights
 from .targets import Verdict, over_draws
 from .timing import Clock, Deadline, Measured, Result, first_line, measure, release
 from .workloads import TINY, Workload, parse_workload, useful_flops
@@ -79,7 +79,7 @@ class Session:
 
     def _headline(self) -> None:
         e, v = self.environment, self.environment["versions"]
-        sizes = "tiny models and images, nothing to conclude from" if self.tiny else "full sizes"
+        sizes = "tiny models and images: the times mean nothing" if self.tiny else "full sizes"
         self.out.print(f"{e['device']}, torch {v['torch']}, transformers {v['transformers']}, {e['date']}, {sizes}")
 
     # ---------------------------------------------------------------- building
@@ -93,7 +93,7 @@ class Session:
             try:
                 built, offered = PEERS[name](setting, train, option or None)
             except Unavailable as error:
-                missing.append(Measured(name, False, note=f"not here: {error}"))
+                missing.append(Measured(name, False, note=f"not available: {error}"))
                 continue
             except Exception as error:  # another version of a peer must not take the rest of the run down
                 logger.warning("%s could not be built", name, exc_info=True)
@@ -106,15 +106,15 @@ class Session:
                 for system in built:
                     system.same_weights = False
         weights = weights or random_weights(setting)
-        ours = []
+        packed = []
         for backend in self.backends:
             try:
                 self._check_backend(setting, backend, train)
             except (ImportError, ValueError) as error:
-                missing.append(Measured(f"ours ({backend})", True, note=f"not here: {error}"))
+                missing.append(Measured(f"packed ({backend})", True, note=f"not available: {error}"))
                 continue
-            ours.append(our_system(setting, weights, backend, train))
-        return ours + systems, missing
+            packed.append(packed_system(setting, weights, backend, train))
+        return packed + systems, missing
 
     @staticmethod
     def _check_backend(setting: Setting, backend: str, train: bool) -> None:
@@ -147,24 +147,24 @@ class Session:
             release(self.device)
         if self.judged and (found := over_draws(self.results)):
             self.draws = found
-            self.out.print("\n[bold]over draws of the sizes[/bold]")
+            self.out.print("\n[bold]median over draws of the sizes[/bold]")
             report.show_verdicts(found, self.out)
 
     def scale(self) -> None:
-        """Cost over batch size and image size, for the first backend of ours."""
+        """Cost over batch size and image size, for the first backend of the packed encoder."""
         self._headline()
         setting, _, _ = self.tasks[0]
-        system = our_system(setting, random_weights(setting), self.backends[0], train=False)
+        system = packed_system(setting, random_weights(setting), self.backends[0], train=False)
         self.series = measure_scaling(setting, system, Clock(self.device), self.rounds, self.deadline, self.tiny)
         show_scaling(self.series, self.out)
 
     def break_down(self) -> None:
-        """Time by kind of kernel on each workload, for each backend of ours."""
+        """Time by kind of kernel on each workload, for each backend of the packed encoder."""
         self._headline()
         for setting, train, works in self.tasks:
             weights = random_weights(setting)
             for backend in self.backends:
-                system = our_system(setting, weights, backend, train)
+                system = packed_system(setting, weights, backend, train)
                 for work in works:
                     if self.deadline.left <= 0:
                         self.out.print(f"{setting.family}, {work.label}: not run, the time limit was reached")
@@ -194,6 +194,6 @@ class Session:
             elif self.results:
                 report.plot(self.results, plot_file, caption)
             else:
-                self.out.print("--plot: this view has no picture")
+                self.out.print("--plot: this view has no figure")
                 return
             self.out.print(f"written: {plot_file}")

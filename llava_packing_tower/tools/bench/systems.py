@@ -36,13 +36,14 @@ class Step:
 
 @dataclass
 class System:
-    """name: in the tables; prepare: images to a :class:`Step` (never timed); same_weights: as ours has, so that the
-    features can be compared; backend: the attention backend that ours ran last."""
+    """name: in the tables; prepare: images to a :class:`Step` (never timed); same_weights: whether it has the weights
+    of the packed encoder, so that the features can be compared; backend: the attention backend that the packed encoder
+    ran last."""
 
     name: str
     model: nn.Module
     prepare: Callable[[Images], Step]
-    ours: bool = False
+    packed: bool = False
     same_weights: bool = False
     backend: str | None = None
     weight_bytes: int = field(init=False)
@@ -90,17 +91,17 @@ class InMemory:
 
 
 Weights = tuple[dict, Mapping[str, torch.Tensor]]
-"""config.json content and state dict of the model whose weights ours takes."""
+"""config.json content and state dict of the model whose weights the packed encoder takes."""
 
 
 def random_weights(setting: Setting) -> Weights:
-    """Weights for ours where no other system brings some."""
+    """Weights for the packed encoder where no other system brings some."""
     with torch.device(setting.device):
         model = family_for(setting.preset.model_type)(setting.config)
     return setting.config.to_dict(), model.to(setting.dtype).state_dict()
 
 
-def our_system(setting: Setting, weights: Weights, backend: str, train: bool) -> System:
+def packed_system(setting: Setting, weights: Weights, backend: str, train: bool) -> System:
     """This package's encoder: as LLaVA's tower where the preset selects a hidden state, else the model alone."""
     family = family_for(setting.preset.model_type)
     source, tensors = weights
@@ -114,7 +115,7 @@ def our_system(setting: Setting, weights: Weights, backend: str, train: bool) ->
         run = (lambda: runner(images)) if runner is not model else (lambda: _encode(model, images))
         return Step(run, per_image_shapes(images, config.patch_size, config.hidden_size), list)
 
-    return System(f"ours ({backend})", runner, prepare, ours=True, same_weights=True)
+    return System(f"packed ({backend})", runner, prepare, packed=True, same_weights=True)
 
 
 def _tower_around(model: nn.Module, setting: Setting) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What our encoders are held to on an H100: share of the matmul rate, and distance to what people use today."""
+"""Targets of the packed encoders on an H100: share of the matmul rate, and speedup over other implementations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FA3 = "flash_attention_3"
 @dataclass(frozen=True)
 class Target:
     """kind: mfu (at least), ms (at most), faster (at least so many times than ``than``) or memory (at most this share
-    of ``than``). backend: None for any of ours, a name for that one only, with "not " in front for all others."""
+    of ``than``). backend: None for any backend, a name for that one only, with "not " in front for all others."""
 
     family: str
     label: str
@@ -92,32 +92,32 @@ def _applies(target: Target, measured: Measured) -> bool:
     return (measured.backend == name) != target.backend.startswith("not ")
 
 
-def ratio(result: Result, ours: Measured, other: str, memory: bool = False) -> float | None:
-    """How many times as fast ours is as the other, or which share of its memory it takes; None if not measured."""
+def ratio(result: Result, packed: Measured, other: str, memory: bool = False) -> float | None:
+    """The speedup over the other system, or the share of its memory; None if not measured."""
     peer = next((s for s in result.systems if s.name == other), None)
-    if peer is None or ours.median is None:
+    if peer is None or packed.median is None:
         return None
     if memory:
-        return ours.allocated / peer.allocated if ours.allocated and peer.allocated else None
-    return peer.median / ours.median if peer.median else None
+        return packed.allocated / peer.allocated if packed.allocated and peer.allocated else None
+    return peer.median / packed.median if peer.median else None
 
 
-def _value(target: Target, result: Result, ours: Measured) -> float | None:
+def _value(target: Target, result: Result, packed: Measured) -> float | None:
     if target.kind == "mfu":
-        return result.mfu(ours)
+        return result.mfu(packed)
     if target.kind == "ms":
-        return ours.median
-    return ratio(result, ours, target.than, memory=target.kind == "memory")
+        return packed.median
+    return ratio(result, packed, target.than, memory=target.kind == "memory")
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """All targets for this workload, for each of our systems."""
+    """All targets for this workload, for each packed encoder."""
     return [
-        Verdict(target, ours.name, _value(target, result, ours))
+        Verdict(target, packed.name, _value(target, result, packed))
         for target in TARGETS
         if (target.family, target.label) == (result.family, result.work.label)
-        for ours in result.systems
-        if ours.ours and _applies(target, ours)
+        for packed in result.systems
+        if packed.packed and _applies(target, packed)
     ]
 
 
@@ -135,9 +135,9 @@ def over_draws(results: Sequence[Result]) -> list[Verdict]:
             if (target.family, target.label) == (result.family, result.work.label.partition("#")[0])
         }
         for result in draws.values():
-            for ours in (s for s in result.systems if s.ours and _applies(target, s)):
-                if (value := _value(target, result, ours)) is not None:
-                    drawn.setdefault(ours.name, []).append(value)
+            for packed in (s for s in result.systems if s.packed and _applies(target, s)):
+                if (value := _value(target, result, packed)) is not None:
+                    drawn.setdefault(packed.name, []).append(value)
         found += [
             Verdict(target, name, statistics.median(values), tuple(values), len(draws))
             for name, values in drawn.items()

@@ -119,7 +119,7 @@ class Measured:
     ``allocated`` by tensors, ``reserved`` also what the allocator holds (graph pools, fragmentation)."""
 
     name: str
-    ours: bool
+    packed: bool
     ms: list[float] = field(default_factory=list)
     note: str | None = None
     backend: str | None = None
@@ -179,27 +179,28 @@ def measure(
     rounds: int,
     until: float,
 ) -> Result:
-    """Warm up each system, measure its memory, compare its features with ours, then time all of them in turns.
+    """Warm up each system, measure its memory, compare its features with the packed encoder's, then time
+    all of them interleaved.
 
-    ``until`` (of ``time.monotonic``) ends the rounds early, after three at least. A system other than ours that fails
-    is noted and left out.
+    ``until`` (of ``time.monotonic``) ends the rounds early, after three at least. A system other than the packed
+    encoder that fails is noted and left out.
     """
     flops = useful_flops(setting.config, work.lengths, setting.layers, work.train)
     result = Result(setting.family, setting.title, work, flops, [])
     images = work.images(setting.config.patch_size, setting.device, setting.dtype)
     reference: list[torch.Tensor] | None = None
     running: list[tuple[System, Measured]] = []
-    for system in sorted(systems, key=lambda s: not s.ours):
-        measured = Measured(system.name, system.ours)
+    for system in sorted(systems, key=lambda s: not s.packed):
+        measured = Measured(system.name, system.packed)
         result.systems.append(measured)
         try:
             features = _first_runs(setting, work, system, images, clock, measured)
         except torch.cuda.OutOfMemoryError:
-            if system.ours:
+            if system.packed:
                 raise
             measured.note = "out of memory"
         except (Unavailable, RuntimeError, TypeError, ValueError, AttributeError, AssertionError, ImportError) as error:
-            if system.ours:
+            if system.packed:
                 raise
             logger.warning("%s on %s failed", system.name, work.label, exc_info=True)
             measured.note = f"failed: {first_line(error)}"
@@ -238,7 +239,7 @@ def _first_runs(setting, work, system, images, clock: Clock, measured: Measured)
             clock(run)
             if turn + 1 >= least and compiled_so_far() == graphs:
                 break
-    if system.ours:
+    if system.packed:
         measured.backend = system.backend
     measured.warm_up_seconds = time.perf_counter() - start
     del run
@@ -275,7 +276,7 @@ def _rounds(setting, work, running, images, clock: Clock, rounds: int, until: fl
                     with torch.set_grad_enabled(work.train):
                         measured.ms += turn_of(clock, prepared(setting, work, system, system.prepare(order)))
                 except torch.cuda.OutOfMemoryError:
-                    if system.ours:
+                    if system.packed:
                         raise
                     measured.ms, measured.note = [], "out of memory"
                     running.remove((system, measured))

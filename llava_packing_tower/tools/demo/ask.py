@@ -26,7 +26,7 @@ from ...utils.files import write_aside, write_text
 
 
 def visible(pixels: torch.Tensor, image_processor: object) -> np.ndarray:
-    """Normalised pixels `[C, H, W]` as uint8 `[H, W, C]`."""
+    """Normalized pixels `[C, H, W]` as uint8 `[H, W, C]`."""
     mean, std = (np.asarray(v, np.float32) for v in (image_processor.image_mean, image_processor.image_std))
     image = pixels.float().cpu().numpy().transpose(1, 2, 0) * std + mean
     return np.rint(image.clip(0, 1) * 255).astype(np.uint8)

@@ -65,7 +65,7 @@ class Plan:
         """What the training has to run in."""
         stage = check_deepspeed(dict(self.values), self.config.resolve().parent)
         if stage is None:
-            raise DemoFailed(f"{self.config} has no `deepspeed:`, and the demo is about a DeepSpeed run")
+            raise DemoFailed(f"{self.config} has no `deepspeed:`, which the demo needs")
         return Engine("DeepSpeedEngine", stage, self.processes)
 
     @property
@@ -97,7 +97,7 @@ def make_plan(config: Path, output: Path, words: Sequence[str]) -> Plan:
             values[name] = str(path)
             overrides += [f"--{name}", str(path)]
         if not path.is_relative_to(output):
-            raise DemoFailed(f"{name}: {path} is not inside {output}, where the demo makes it")
+            raise DemoFailed(f"{name}: {path} must be inside {output}")
     return Plan(config, values, tuple(overrides), output, torch.cuda.device_count())
 
 

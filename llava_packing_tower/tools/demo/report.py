@@ -111,14 +111,15 @@ def check_engine(engine: Engine | None, wanted: Engine) -> Check:
     """The training ran in the engine, at the ZeRO stage and over the number of processes that were asked for."""
     if engine == wanted:
         return Check("engine", True, f"really {engine}")
-    return Check("engine", False, f"the training ran in {engine or 'an unknown engine'}; asked for: {wanted}")
+    return Check("engine", False, f"the training ran in {engine or 'an unknown engine'}; requested: {wanted}")
 
 
 # ---------------------------------------------------------------- tables
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="What the model says about each photo, before and after", box=box.SIMPLE_HEAD, padding=0)
+    title = "What the model says about each photo, before and after training"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     for column in COLUMNS:
         table.add_column(column, no_wrap=True)
     for row in rows:

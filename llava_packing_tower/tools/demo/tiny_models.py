@@ -1,4 +1,4 @@
-"""The small, randomly initialised parts that the demo starts from: a packed tower, a tokenizer and a LLaMA decoder."""
+"""The small, randomly initialized parts that the demo starts from: a packed tower, a tokenizer and a LLaMA decoder."""
 
 from __future__ import annotations
 

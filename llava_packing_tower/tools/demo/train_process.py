@@ -128,5 +128,5 @@ def launch(command: Sequence[str], steps: int, log: Path, console: Console) -> T
         shown = "".join(cause or tail)
         raise TrainingFailed(f"training failed with exit status {process.returncode}; log: {log}\n{shown}")
     if [step for step, _ in history] != list(range(1, steps + 1)):
-        raise TrainingFailed(f"{steps} steps were asked for, {len(history)} were reported; log: {log}")
+        raise TrainingFailed(f"{steps} steps were requested, {len(history)} were reported; log: {log}")
     return Trained(history, engine)

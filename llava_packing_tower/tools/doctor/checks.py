@@ -59,7 +59,7 @@ def attention_backends() -> tuple[list[Backend], list[Finding]]:
             result.reason = result.reason[1:]
             text = f"attention backend {name} does not work here: {result.reason}"
             findings.append(Finding(ERROR, "attention", text, "export LLAVA_PACKING_ATTENTION=sdpa"))
-        # A build can lack it, and LLaVA loads checkpoints in it unless it is told otherwise.
+        # A build can lack it, and LLaVA loads checkpoints in it by default.
         if result.runs and dtype == torch.bfloat16:
             half = _try_backend(name, device, torch.float16)
             if half.reason:
@@ -67,7 +67,7 @@ def attention_backends() -> tuple[list[Backend], list[Finding]]:
                 findings.append(Finding(WARNING, "attention", text, "leave mm_packing_attention at auto, or use bf16"))
     kernels = [r for r in results if r.runs and r.name in VARLEN_KERNELS]
     if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and not kernels:
-        text = "no variable-length attention kernel runs on this GPU: batches of many sizes go one size at a time"
+        text = "no variable-length attention kernel runs on this GPU: images of different sizes run one size at a time"
         findings.append(Finding(WARNING, "attention", text, "pip install flash-attn --no-build-isolation"))
     return results, findings
 
@@ -143,7 +143,7 @@ def tower() -> tuple[dict[str, object], list[Finding]]:
     findings = []
     if not finite:
         findings.append(Finding(ERROR, "tower", f"a tiny tower gives values that are not finite on {device}"))
-    if device.type == "cuda" and inference.path == EAGER and inference.reason != "asked for":
+    if device.type == "cuda" and inference.path == EAGER and inference.reason != "requested":
         findings.append(Finding(WARNING, "fused blocks", f"the encoder blocks run eager here: {inference.reason}"))
     result = {
         "device": str(device),
@@ -188,7 +188,7 @@ def _end(process: subprocess.Popen, timeout: float) -> tuple[int, str, str]:
 
 def _last(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it ended without a word"
+    return lines[-1].strip() if lines else "it ended without output"
 
 
 HOST = """

@@ -83,7 +83,7 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
 
 def describe(backend: checks.Backend) -> str:
     if not backend.runs:
-        return f"not here: {backend.reason}"
+        return f"not available: {backend.reason}"
     return f"runs{'' if backend.backward else ', forward only'} (differs from eager by {backend.error:.0e})"
 
 
@@ -116,15 +116,15 @@ def _packages() -> list[Finding]:
         findings.append(Finding(ERROR, "torch", "torch is not installed", "pip install torch"))
     here = installed("transformers")
     if here and Version(here).release[:2] > Version(NEWEST_RUN).release:
-        text = f"transformers {here} is newer than {NEWEST_RUN}, the newest that was tried"
+        text = f"transformers {here} is newer than {NEWEST_RUN}, the newest tested version"
         findings.append(Finding(WARNING, "versions", text, f"pip install 'transformers<={NEWEST_RUN}.99'"))
     if find_spec("deepspeed") is None:
         text = "DeepSpeed is not installed: no ZeRO"
         findings.append(Finding(WARNING, "deepspeed", text, install_command("deepspeed")))
     elif bucket_sizes_are_fractions():
         text = (
-            f"DeepSpeed {installed('deepspeed')} does not take the bucket sizes that transformers {here} makes of "
-            "`auto` under ZeRO-3"
+            f"DeepSpeed {installed('deepspeed')} does not accept the bucket sizes that transformers {here} computes "
+            "for `auto` under ZeRO-3"
         )
         findings.append(Finding(WARNING, "deepspeed", text, install_command("deepspeed")))
     if find_spec("deepspeed") and installed("accelerate") and Version(installed("accelerate")) >= Version("1.13"):
