@@ -1,4 +1,4 @@
-"""Run any script or module with the packing tower in LLaVA: LLaVA's own evaluation scripts stay as they are.
+"""Run any script or module with the packing tower in LLaVA, for example LLaVA's own evaluation scripts.
 
     python -m llava_packing_tower.run -m llava.eval.model_vqa --model-path ...
     python -m llava_packing_tower.run path/to/script.py ...
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def without_cuda() -> bool:
-    """Where there is no CUDA, have tensors and modules stay on the CPU when they are sent to it; returns whether so."""
+    """Without CUDA, keep tensors and modules on the CPU when they are sent to a GPU; returns whether this was done."""
     import torch
 
     if torch.cuda.is_available():

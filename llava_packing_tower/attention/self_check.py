@@ -1,4 +1,4 @@
-"""A look at kernels that others built, before they are used.
+"""Checks kernels that other packages built, before they are used.
 
 A build can lack a dtype or a head width and answer with other numbers and no error: a flash-attn compiled for bfloat16
 alone, to save time, reads float16 as bfloat16, and the features have nothing to do with the image any more.

@@ -1,4 +1,4 @@
-"""Loading and saving that all models of this package share: every tensor fits, or nothing is loaded."""
+"""Loading and saving of all models of this package. Loading is strict: every tensor fits, or nothing is loaded."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class WeightPlan:
 def plan_problems(
     plan: WeightPlan, source: Mapping[str, tuple[int, ...]], target: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[str, str, str]]:
-    """What keeps a plan from being carried out: rows (kind, tensor, detail), kind missing, unexpected or mis-shaped."""
+    """The problems of a plan: rows (kind, tensor, detail) with kind missing, unexpected or mis-shaped."""
     problems = []
     used = set(plan.dropped)
     for name, shape in target.items():
@@ -266,7 +266,7 @@ def construction(dtype: torch.dtype) -> Iterator[None]:
 
 
 def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put another parameter of this name into a module.
+    """Replace the parameter of this name in a module.
 
     Not through ``register_parameter``, as the public ways go (torch 2.1 to 2.13): loaders replace that method to keep
     weights on the meta device, and would send this one back there.

@@ -1,4 +1,4 @@
-"""transformers' own models of the families, run image by image: what the packed encoders are compared with."""
+"""transformers' own models of the families, run image by image: the reference for the packed encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a packed encoder give what transformers' own model gives? Test images, the comparison, its rows."""
+"""Compares a packed encoder with transformers' own model: test images, the comparison, its rows."""
 
 from __future__ import annotations
 

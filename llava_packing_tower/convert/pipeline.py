@@ -1,4 +1,4 @@
-"""The whole way: read, check, write aside, verify, and only then give the folder its name."""
+"""The steps of a conversion: read, check, write to a temporary folder, verify, rename."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def verify_pair(
     options: Options,
     step: Callable[[str], None] = lambda what: None,
 ) -> tuple[list[TestResult], float]:
-    """Compare two existing LlavaViT checkpoints of any kinds; the second is the one in question.
+    """Compare two existing LlavaViT checkpoints of any kinds; the second is checked against the first.
 
     One of them runs as the standard model, the other packed: a packing checkpoint packs, the other kinds do not, and
     of two of the same kind the second packs.

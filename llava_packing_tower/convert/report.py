@@ -1,4 +1,4 @@
-"""What `convert` and `verify` print: what is converted into what, what does not fit, how the tests came out."""
+"""The output of `convert` and `verify`: what is converted into what, what does not fit, the results of the tests."""
 
 from __future__ import annotations
 

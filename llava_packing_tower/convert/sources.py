@@ -1,4 +1,4 @@
-"""What is SRC: a checkpoint folder, a hub id, a weight file? Found from its config.json or its tensor names."""
+"""The kind of a source (checkpoint folder, hub id, weight file), from its config.json or its tensor names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the packing model the same function as the standard one? Five tests on real photographs.
+"""Verifies that the packing model computes the same as the standard one: five tests on photographs.
 
 The standard model sees one sample at a time, videos inside a clip of 64 frames; the packing model sees the same samples
 packed, videos with interpolated frame positions. One model is in memory at a time.

@@ -1,4 +1,4 @@
-"""Metadata of batches (segment borders, positions, tables) that is kept: for the next batch of the same shapes, and for
+"""Cached metadata of batches (segment borders, positions, tables): for the next batch of the same shapes, and for
 as long as a CUDA graph lives that reads it."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a configuration asks for: the keys, their checks, their defaults. No torch: the launcher reads them first."""
+"""The configuration of native resolution: keys, checks, defaults. No torch: the launcher reads them first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POINTWISE = re.compile(r"^(linear|identity|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu)$")
 
 @dataclass(frozen=True)
 class NativeSettings:
-    """What a model at native resolution was made with; in a checkpoint's config under ``mm_packing_<name>``.
+    """The settings of a model at native resolution; in a checkpoint's config under ``mm_packing_<name>``.
 
     min_patches, max_patches: bounds for the patches of one image or frame. video: "clip" (all frames see each other)
     or "frames". video_max_patches: bound for all frames of a video together, None for none.
@@ -39,7 +39,7 @@ class NativeSettings:
         return {PREFIX + name: getattr(self, name) for name in KEYS}
 
     def frame_patches(self, frames: int) -> int:
-        """The most patches that each of this many frames of one video may have."""
+        """The most patches per frame of a video with this many frames."""
         if self.video_max_patches is None:
             return self.max_patches
         return max(1, min(self.max_patches, self.video_max_patches // frames))

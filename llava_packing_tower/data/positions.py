@@ -36,7 +36,7 @@ def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tenso
 def interpolate_frame_indices(
     frame_indices: torch.Tensor, total_frames: torch.Tensor, target_frames: int = 64
 ) -> torch.Tensor:
-    """Where frames of a clip lie in the temporal context that LlavaViT was trained with.
+    """The positions of a clip's frames in the temporal context that LlavaViT was trained with.
 
     ``round(index / max(total - 1, 1) * (target_frames - 1))`` in float32, ties to the even neighbor, clamped to
     ``0 .. target_frames - 1``. Eight of eight frames: 0, 9, 18, 27, 36, 45, 54, 63. (LlavaViT, OneVision-Encoder.)
@@ -65,7 +65,7 @@ def interpolate_frame_indices(
 def compute_patch_positions_with_interpolated_temporal(
     interpolated_indices: torch.Tensor, h_patches: int, w_patches: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Positions of clips whose frames stand at given (interpolated) indices.
+    """Positions of clips whose frames are at given (interpolated) indices.
 
     Args:
         interpolated_indices: integer ``[B, n]``, see :func:`interpolate_frame_indices`.

@@ -1,4 +1,4 @@
-"""Entries of a LLaVA training file: reading them, and what must fit together before training. No torch here."""
+"""Entries of a LLaVA training file: reading and checking them before training. No torch here."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _refuse(sentence: str, lines: Sequence[str]) -> None:
 
 
 def data_files(data_path: str) -> list[Path]:
-    """The files that ``data_path`` stands for: one, ``{a,b}.json``, or the ``json_path`` of a YAML of datasets.
+    """The files that ``data_path`` names: one, ``{a,b}.json``, or the ``json_path`` of a YAML of datasets.
 
     Raises ``ValueError`` for a YAML without them.
     """

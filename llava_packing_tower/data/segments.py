@@ -1,4 +1,4 @@
-"""Where each image lies in the packed row: made once per batch, on the host."""
+"""The segment of each image in a packed batch: made once per batch, on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class VarlenMetadata:
-    """Where each segment of a packed sequence lies.
+    """The borders of the segments of a packed sequence.
 
     cu_seqlens: int32 ``[segments + 1]`` running sums on the device of the tokens; max_seqlen: the longest segment;
     lengths: all lengths, on the host.

@@ -1,4 +1,4 @@
-"""How large an image becomes: its own size, snapped to whole patches, inside a budget. Plain arithmetic, no torch."""
+"""The size to which an image is resized: its own, rounded to whole patches, within bounds. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lmms-eval measured: read from its JSON, as a Markdown table and as a chart, for one run or several."""
+"""Results of lmms-eval, read from its JSON, as a Markdown table and as a chart, for one run or several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One lmms-eval process per task: a task that fails costs no other, and what is done is not done again."""
+"""One lmms-eval process per task: a failing task does not stop the others, and a completed one is not run again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Evaluation:
                 raise ValueError(f"{name}: {value} has a comma or an equals sign, which lmms-eval uses as separators")
 
     def key(self, task: str) -> str:
-        """What a result depends on: the weights, the task, every option but batches and processes, the versions."""
+        """What a result depends on: the weights, the task, every option except batches and processes, the versions."""
         arguments = {name: str(value) for name, value in self.model_args.items() if name != "pretrained"}
         libraries = {name: installed(name) for name in ("lmms-eval", "transformers", "torch")}
         content = [task, arguments, self.limit, self.rest, libraries, __version__]

@@ -1,4 +1,4 @@
-"""Benchmarks by name: groups of lmms-eval's tasks, held against the registry of the installed version."""
+"""Groups of lmms-eval's tasks, checked against the registry of the installed version."""
 
 from __future__ import annotations
 

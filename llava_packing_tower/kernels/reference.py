@@ -1,4 +1,4 @@
-"""What each kernel of the fused blocks computes, in plain torch: the definition, and what runs without a GPU.
+"""The kernels of the fused blocks in plain torch: their definition, used where there is no GPU.
 
 Shapes: ``N`` tokens; ``partials [P, columns]`` are sums over parts of the tokens, made by :func:`partials` and added up
 by :func:`finish`; every column of them is written by exactly one operation.

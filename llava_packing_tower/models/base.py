@@ -1,4 +1,4 @@
-"""What all packed encoders have in common as Hugging Face models: the forward contract. (Loading: ``strict``.)
+"""The base class of the packed encoders: their common interface as Hugging Face models.
 
 From pixels to features: ``packing`` cuts the rows, :meth:`PackedVisionModel.forward` embeds them, lets the family add
 positions and prefix tokens (``prepare``), runs the encoder core, takes the prefixes out again and norms.
@@ -24,7 +24,7 @@ from .unused_parameters import join_idle
 
 
 class _LoadsByName(type(StrictPreTrainedModel)):
-    """Lets a model class be called with a checkpoint in place of a config, as the documents of the family do."""
+    """Lets a model class be called with a checkpoint instead of a config: ``DINOv3ViTPacking(ckpt=...)``."""
 
     def __call__(cls, config=None, *args, ckpt: str | os.PathLike | None = None, **kwargs):
         if isinstance(config, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""Every trained weight takes part in every step: data-parallel training waits for the gradient of each."""
+"""Every trained weight gets a gradient in every step, because data-parallel training waits for each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeing when LLaVA cuts a sequence at ``model_max_length`` inside or before an image."""
+"""Detects when LLaVA cuts a sequence at ``model_max_length`` inside or before an image."""
 
 from __future__ import annotations
 

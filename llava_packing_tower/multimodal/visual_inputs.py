@@ -1,4 +1,4 @@
-"""Images and videos as LLaVA passes them around, read into one form."""
+"""Images and videos in the forms in which LLaVA passes them, read into one form."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Visual:
 
 
 def blank_like(frames: torch.Tensor | None, unit: tuple[int, int], device: torch.device) -> Visual:
-    """A black image of one unit (height, width in pixels), for a batch with nothing to see."""
+    """A black image of one unit (height, width in pixels), for a batch without images."""
     dtype, device = (torch.float32, device) if frames is None else (frames.dtype, frames.device)
     return Visual(torch.zeros(1, 3, *unit, dtype=dtype, device=device))
 

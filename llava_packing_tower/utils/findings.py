@@ -1,4 +1,4 @@
-"""What a check of versions and files finds."""
+"""Findings of the checks of versions and files."""
 
 from __future__ import annotations
 

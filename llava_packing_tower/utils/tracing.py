@@ -1,4 +1,4 @@
-"""Whether what runs now is a trace: then its tensors stand for others, and must not be kept or read as they are."""
+"""Whether the current call is traced: its tensors then stand for others, and must not be cached or read."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PASSED_ON = ("top_p", "top_k", "num_beams", "repetition_penalty", "length_penalt
 
 
 class LlavaPacking(lmms):
-    """A LLaVA checkpoint behind lmms-eval.
+    """A LLaVA checkpoint as a model of lmms-eval.
 
     Args:
         pretrained: checkpoint folder. Its tower is built from it alone where it holds the tower's weights.

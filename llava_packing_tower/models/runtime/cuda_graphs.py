@@ -57,7 +57,7 @@ PIXELS = Policy(capture_at=3, counted=16, most=16)
 
 @dataclass
 class Captured:
-    """What replays a graph, the tensors that it reads and writes, and the metadata that must live as long."""
+    """A captured graph, the tensors that it reads and writes, and the metadata that must live as long."""
 
     replay: Callable[[], None]
     inputs: list[torch.Tensor]
@@ -68,7 +68,7 @@ class Captured:
 
 @dataclass
 class Memory:
-    """How often each kind of batch came, and what was captured for it, of one model.
+    """Counts of the kinds of batches of one model, and what was captured for each.
 
     A key is a tuple that begins with a hash of where the weights lie: what was captured for other weights is dropped.
     """

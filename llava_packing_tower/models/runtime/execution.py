@@ -1,4 +1,4 @@
-"""How the blocks of one forward are run: decided here, once, from every switch that there is."""
+"""How the blocks of one forward pass are run: one decision, made here from all switches."""
 
 from __future__ import annotations
 

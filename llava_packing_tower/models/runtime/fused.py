@@ -1,4 +1,4 @@
-"""Encoder blocks in few kernels, forward and backward written out: the fast path of half precision on a GPU.
+"""Encoder blocks as a few fused kernels, forward and backward: the fast path in half precision on a GPU.
 
 ``reference`` says what each operation computes, in plain torch; ``kernels`` are the same operations in Triton;
 ``functions`` are the two halves of a block around its attention; here they are put together.

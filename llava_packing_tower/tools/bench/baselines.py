@@ -1,4 +1,4 @@
-"""What people use today: transformers' models, timm's NaFlex, the original tower; each as its users would run it.
+"""Other implementations: transformers' models, timm's NaFlex, the original tower; each as its users would run it.
 
 Their inputs are prepared outside of the measured time, pooling heads that nobody asked for are left out where a config
 can say so, and models that stand in for LlavaViT have just as many layers as the task needs.

@@ -1,4 +1,4 @@
-"""What a run says: the tables, the JSON with everything, the picture."""
+"""The output of a run: tables, JSON, figure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def console() -> Console:
 
 
 def environment(device: torch.device, argv: Sequence[str]) -> dict:
-    """Everything that a reader needs to run the same again."""
+    """What a reader needs to repeat the run."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""One call of `llava-packing bench`: what was asked for, the systems, the results."""
+"""One call of `llava-packing bench`: the options, the systems, the results."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Session:
     # ---------------------------------------------------------------- building
 
     def _build(self, setting: Setting, train: bool) -> tuple[list[System], list[Measured]]:
-        """The systems, and a line for each that cannot run here. Ours takes the first weights that are offered."""
+        """The systems, and a line for each that cannot run here. The packed encoder takes the first weights."""
         systems: list[System] = []
         missing: list[Measured] = []
         weights: Weights | None = None

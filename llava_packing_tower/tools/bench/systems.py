@@ -1,4 +1,4 @@
-"""Who is measured: the packed encoders of this package, and the table of the others (each a function in ``peers``)."""
+"""The measured systems: the packed encoders of this package, and the table of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job in miniature: `llava-packing demo` fine-tunes a tiny LLaVA on photographs out of PyPI packages."""
+"""`llava-packing demo`: fine-tunes a tiny LLaVA on photographs out of PyPI packages."""
 
 OUTPUT = "demo_output"
 """Folder of everything the demo makes; configs/demo.yaml names paths inside it."""

@@ -36,7 +36,7 @@ PROCESSES = 2
 
 
 class DemoFailed(Exception):
-    """The demo could not be run to its end; the message is for the user."""
+    """The demo failed; the message is for the user."""
 
 
 @dataclass(frozen=True)

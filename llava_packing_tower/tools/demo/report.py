@@ -1,4 +1,4 @@
-"""What the demo leaves behind: the table, the verdict and the pictures."""
+"""The output of the demo: the table, the checks and the figures."""
 
 from __future__ import annotations
 

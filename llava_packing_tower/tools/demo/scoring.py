@@ -1,4 +1,4 @@
-"""The trained checkpoint, scored by lmms-eval: the last link from training to a number in a results file."""
+"""The trained checkpoint, scored by lmms-eval."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""`llava-packing doctor`: what is here, what is broken, and the command that fixes it."""
+"""`llava-packing doctor`: what is installed, what is broken, and the command that fixes it."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trying things out: attention backends, the tower, collectives, DeepSpeed, and the host with its compat patches."""
+"""The checks that run something: attention backends, the tower, collectives, DeepSpeed, the host with its patches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
 @dataclass
 class Backend:
-    """What became of one attention backend. ``error``: its largest difference from the eager one, in float32."""
+    """The result of one attention backend. ``error``: its largest difference from the eager one, in float32."""
 
     name: str
     runs: bool

@@ -1,4 +1,4 @@
-"""All of the examination in order, and how it is printed."""
+"""All checks in order, and how they are printed."""
 
 from __future__ import annotations
 
