@@ -1,7 +1,7 @@
 # Everything goes into .venv (and .venv-new, for tests with the newest transformers); each step leaves a stamp and runs
 # again only when its requirements file changed.
 #   make demo   fine-tune LLaVA through the packing tower on real photographs, reload it, ask about each, score it
-#   make test   the test suite          make lint   ruff          make docs   the site, in build/site, without a warning
+#   make test   the test suite          make lint   ruff, mypy          make docs   the site, in build/site, without a warning
 #   make clean  remove .venv and outputs
 # PYTHON=...          interpreter to build .venv with (3.10 to 3.12)
 # LLAVA_NEXT_DIR=...  a clone of LLaVA-NeXT: used as the host in place of the LLaVA from PyPI
@@ -47,6 +47,7 @@ test: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/eval $(HOST) $(NE
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(STAMPS)/docs
 	$(BIN)/mkdocs build --strict

@@ -137,15 +137,15 @@ def _choose(
 _verdicts: dict[tuple, str | None] = {}
 
 
-def _checked(name: str, *kind: object) -> str | None:
+def _checked(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
     """What :func:`self_check_error` says of a backend for this kind of tensors: it is asked once."""
-    key = (name, *kind)
+    key = (name, device, dtype, head_dim, needs_grad)
     if key not in _verdicts:
-        if not _can_check(kind[0]):
+        if not _can_check(device):
             return None
-        _verdicts[key] = self_check_error(backend_module(name), *kind)
+        _verdicts[key] = self_check_error(backend_module(name), device, dtype, head_dim, needs_grad)
         if _verdicts[key] is not None:
-            logger.warning("attention backend %s, %s, head width %d: %s", name, *kind[1:3], _verdicts[key])
+            logger.warning("attention backend %s, %s, head width %d: %s", name, dtype, head_dim, _verdicts[key])
     return _verdicts[key]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,9 +25,11 @@ def functions(interface: ModuleType) -> tuple[Callable | None, Callable | None]:
     operators = (
         getattr(interface, name, None) for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
     )
-    found = tuple(getattr(operator, "_init_fn", None) for operator in operators)
-    known = all(function and inspect.signature(function).parameters.keys() >= PARAMETERS for function in found)
-    return found if known else (None, None)
+    forward, backward = (getattr(operator, "_init_fn", None) for operator in operators)
+    known = all(
+        function and inspect.signature(function).parameters.keys() >= PARAMETERS for function in (forward, backward)
+    )
+    return (forward, backward) if known else (None, None)
 
 
 def make_attention(forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
@@ -37,7 +40,7 @@ def make_attention(forward: Callable, backward: Callable) -> type[torch.autograd
 
         @staticmethod
         def forward(
-            ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float
+            ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float
         ) -> torch.Tensor:
             cu, longest = segments.cu_seqlens, segments.max_seqlen
             out, logsumexp, _, state = forward(q, k, v, cu, cu, longest, longest, 0.0, scale, False)
@@ -47,11 +50,11 @@ def make_attention(forward: Callable, backward: Callable) -> type[torch.autograd
 
         @staticmethod
         @once_differentiable
-        def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             q, k, v, out, logsumexp, cu, state = ctx.saved_tensors
             grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
             backward(
-                *(grad, q, k, v, out, logsumexp, *grads, cu, cu, ctx.longest, ctx.longest),
+                *(*grad_outputs, q, k, v, out, logsumexp, *grads, cu, cu, ctx.longest, ctx.longest),
                 *(0.0, ctx.scale, False, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(), state),
             )
             return *grads, None, None

@@ -39,9 +39,10 @@ def attend(
         return _batched(q, k, v, scale, causal).flatten(0, 1)
 
     parts = [x.split(list(lengths)) for x in (q, k, v)]
-    outputs: list[torch.Tensor | None] = [None] * len(lengths)
+    outputs: dict[int, torch.Tensor] = {}
     for indices in members.values():
-        out = _batched(*(torch.stack([part[i] for i in indices]) for part in parts), scale, causal)
+        stacked_q, stacked_k, stacked_v = (torch.stack([part[i] for i in indices]) for part in parts)
+        out = _batched(stacked_q, stacked_k, stacked_v, scale, causal)
         for index, segment in zip(indices, out.unbind(0), strict=True):
             outputs[index] = segment
-    return torch.cat(outputs)
+    return torch.cat([outputs[index] for index in range(len(lengths))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def attend(
     causal: bool = False,
 ) -> torch.Tensor:
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    more: dict[str, object] = {}
+    more: dict[str, Any] = {}
     if causal:  # torch 2.11 and newer have a window in place of is_causal
         more = {"window_size": (-1, 0)} if "window_size" in _TAKEN else {"is_causal": True}
     if k.shape[1] != q.shape[1]:
@@ -50,8 +51,10 @@ def attend(
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if "scale" in _TAKEN:  # torch 2.11 and newer
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, **more)
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, **more)
+        return out[0] if isinstance(out, tuple) else out
     # torch 2.10 always scales by head_dim ** -0.5: put the rest of the wanted factor on q.
     factor = scale * math.sqrt(q.shape[-1])
     q = q if factor == 1.0 else q * factor
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **more)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **more)
+    return out[0] if isinstance(out, tuple) else out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -31,7 +32,7 @@ DROPOUTS = ("attention_dropout", "drop_path_rate")
 """Fields of transformers' configs for training, which the encoders here do not have: see :func:`check_rate`."""
 
 
-def one_side(name: str, value: object) -> object:
+def one_side(name: str, value: Any) -> Any:
     """A side in pixels, from a number or, as transformers also writes it, a list of equal ones.
 
     Raises ``ValueError`` for a list of different ones. Anything else is left to :func:`check_config`.
@@ -43,7 +44,7 @@ def one_side(name: str, value: object) -> object:
     return value[0]
 
 
-def check_rate(name: str, rate: object) -> None:
+def check_rate(name: str, rate: Any) -> None:
     """Raises ``ValueError`` for a dropout that is not a probability below 1. A valid one has no effect in inference,
     and training warns that it has none there either (``StrictPreTrainedModel.train``)."""
     if not _is_float(rate) or rate >= 1:
@@ -56,7 +57,7 @@ def check_config(config: PretrainedConfig, where: object) -> None:
     for cls in type(config).__mro__:
         if cls is PretrainedConfig:
             break
-        parameters = {**inspect.signature(cls.__init__).parameters, **parameters}
+        parameters = {**inspect.signature(cls).parameters, **parameters}
     for name, parameter in parameters.items():
         kind, _, rest = str(parameter.annotation).partition(" | ")
         value = getattr(config, name, None)

@@ -15,7 +15,7 @@ from ..utils.files import CONFIG_NAME
 def tensor_digest(tensor: torch.Tensor) -> str:
     """ "<dtype> <shape> <sha256 of the bytes>": equal for two tensors exactly if every bit of them is equal."""
     data = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy())
+    digest = hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().data)
     return f"{str(data.dtype).removeprefix('torch.')} {list(data.shape)} {digest.hexdigest()}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,7 @@ class KeyMap:
     """
 
     qkv: str
-    renames: Mapping[str, str | tuple[str, object]]
+    renames: Mapping[str, str | tuple[str, Callable[..., torch.Tensor]]]
     dropped: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
 
@@ -43,7 +43,8 @@ class KeyMap:
             if reason := next((why for rule, why in self.dropped.items() if re.fullmatch(rule, name)), None):
                 plan.dropped[name] = reason
                 continue
-            prefix = re.match(f"(?:{self.prefix})?", name).group()
+            found = re.match(f"(?:{self.prefix})?", name)
+            prefix = found.group() if found else ""
             own = name[len(prefix) :]
             if match := re.fullmatch(self.qkv, own):
                 target, sources = self._fused(match, biases)
@@ -62,9 +63,9 @@ class KeyMap:
         start, end = match.span("part")
         return f"{target}.{match['kind']}", [match.string[:start] + part + match.string[end:] for part in "qkv"]
 
-    def _renamed(self, name: str):
+    def _renamed(self, name: str) -> tuple[str, Callable[..., torch.Tensor] | None]:
         for rule, target in self.renames.items():
             if match := re.fullmatch(rule, name):
-                target, build = target if isinstance(target, tuple) else (target, None)
-                return match.expand(target), build
+                template, build = target if isinstance(target, tuple) else (target, None)
+                return match.expand(template), build
         return name, None

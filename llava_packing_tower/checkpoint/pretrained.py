@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -161,7 +162,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         use_safetensors: bool | None = None,
         output_loading_info: bool = False,
         **options: object,
-    ) -> StrictPreTrainedModel | tuple[StrictPreTrainedModel, dict[str, list | set]]:
+    ) -> Any:
         """Load a checkpoint, or convert a known foreign one in memory. Strict: all tensors fit, or an error.
 
         Args:
@@ -307,7 +308,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         if isinstance(attn_implementation, dict):
             if set(attn_implementation) != {""}:
                 raise ValueError(f"this model has no sub-models to choose attention for, got {attn_implementation}")
-            attn_implementation = attn_implementation[""]
+            attn_implementation = str(attn_implementation[""])
         try:
             self.set_attention_backend(attn_implementation)
         except ValueError as error:

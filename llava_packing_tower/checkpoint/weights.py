@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,7 @@ def is_weight_file(name: str) -> bool:
     return bool(re.fullmatch(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?", name))
 
 
-def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", **hub: object) -> Path:
+def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", **hub: Any) -> Path:
     """A local folder for a folder name or a hub id (downloaded through huggingface_hub, or taken from its cache), or
     ``subfolder`` in it.
 
@@ -129,7 +130,7 @@ class WeightFiles:
                     f"{self.folder / file} belongs to another save than {index.name}: it also has {extra[0]}"
                 )
 
-    def _handle(self, file: str):
+    def _handle(self, file: str) -> Any:
         if file not in self._open:
             self._open[file] = open_weights(self.folder / file)
         return self._open[file]
@@ -200,13 +201,13 @@ def plan_problems(
     for name, shape in target.items():
         recipe = plan.recipes.get(name)
         absent = [key for key in recipe.sources if key not in source] if recipe else [name]
-        if absent:
+        if recipe is None or absent:
             problems.append(("missing", name, f"not in the checkpoint: {', '.join(absent)}"))
             continue
         used.update(recipe.sources)
         found = [source[key] for key in recipe.sources]
         try:
-            built = tuple(recipe.build(*(torch.empty(s, device="meta") for s in found)).shape)
+            built: object = tuple(recipe.build(*(torch.empty(s, device="meta") for s in found)).shape)
         except RuntimeError as error:
             built = str(error).splitlines()[0]
         if built != tuple(shape):

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ class CachedMetadata:
         return self._made[-1]
 
 
-def once(make: Callable, *arguments: object) -> object:
+def once(make: Callable, *arguments: object) -> Any:
     """``make(*arguments)``, or that value of the active :class:`CachedMetadata`."""
     active = getattr(_thread, "active", None)
     return make(*arguments) if active is None else active.take(make, arguments)
@@ -104,7 +105,7 @@ def _captures(arguments: tuple) -> bool:
     return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
-def cached(maxsize: int) -> Callable[[Callable], Callable]:
+def cached(maxsize: int) -> Callable[[Callable], Any]:
     """A least-recently-used cache for functions that make tensors on a device, of hashable arguments.
 
     What is kept serves every later call: it is made outside of inference mode, for training may need it, and neither
@@ -114,18 +115,18 @@ def cached(maxsize: int) -> Callable[[Callable], Callable]:
     ``__wrapped__`` of the result makes without keeping.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable) -> Any:
         entries: OrderedDict[tuple[Hashable, ...], _Made] = OrderedDict()
         lock = threading.Lock()
 
         @functools.wraps(function)
-        def make(*arguments):
+        def make(*arguments: Any) -> Any:
             if traced():
                 return function(*arguments)
             with torch.inference_mode(False), torch.no_grad():
                 return function(*arguments)
 
-        def find(*arguments):
+        def find(*arguments: Any) -> Any:
             with lock:
                 made = entries.get(arguments)
                 if made is not None:
@@ -141,10 +142,11 @@ def cached(maxsize: int) -> Callable[[Callable], Callable]:
             return made.get()
 
         @functools.wraps(function)
-        def call(*arguments):
+        def call(*arguments: Any) -> Any:
             return function(*arguments) if traced() else once(find, *arguments)
 
-        call.__wrapped__, call.cache_clear = make, entries.clear
-        return call
+        kept_call: Any = call
+        kept_call.__wrapped__, kept_call.cache_clear = make, entries.clear
+        return kept_call
 
     return decorate

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -175,7 +175,7 @@ class PackingImageProcessor:
         scales = [old / new for old, new in zip(image.size, target)]
         ends = (start + part for start, part in zip(starts, kept))
         box = [edge * scale for edges in (starts, ends) for edge, scale in zip(edges, scales)]
-        return image.resize(tuple(kept), resample=self.resample, box=tuple(box))
+        return image.resize((kept[0], kept[1]), resample=self.resample, box=(box[0], box[1], box[2], box[3]))
 
     def _crop(self, pixels: np.ndarray) -> np.ndarray:
         """Center crop of ``[H, W, C]``; an image smaller than the crop is centered on zeros."""
@@ -209,10 +209,10 @@ class PackingImageProcessor:
         if self.do_rescale:
             values = values * np.float32(self.rescale_factor)
         if self.do_normalize:
-            values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
+            values = (values - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
-    def preprocess(self, images, return_tensors: str | None = None, **overrides) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
         """Process photos.
 
         Args:
@@ -235,13 +235,13 @@ class PackingImageProcessor:
             return other.preprocess(images, return_tensors)
         return self._batch(images, return_tensors)
 
-    def _batch(self, images, return_tensors: str | None, max_patches: int | None = None) -> BatchFeature:
+    def _batch(self, images: Any, return_tensors: str | None, max_patches: int | None = None) -> BatchFeature:
         if isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim <= 3):
             images = [images]
         arrays = [self._one(image, max_patches) for image in images]
         same = len({array.shape for array in arrays}) == 1
         if return_tensors == "pt":
-            values = torch.from_numpy(np.stack(arrays)) if same else [torch.from_numpy(array) for array in arrays]
+            values: Any = torch.from_numpy(np.stack(arrays)) if same else [torch.from_numpy(array) for array in arrays]
         else:
             values = np.stack(arrays) if same and return_tensors == "np" else arrays
         return BatchFeature({"pixel_values": values})

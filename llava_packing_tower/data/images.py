@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageColor, ImageFile, ImageOps
@@ -192,7 +192,8 @@ def open_image(
         raise UnreadableImage(f"{name} cannot be read as an image: {reason}") from error
     longest = max(picture.size)
     if square and longest**2 > reading.max_pixels:
-        picture = picture.resize(tuple(max(1, side * REDUCED_SIDE // longest) for side in picture.size))
+        width, height = (max(1, side * REDUCED_SIDE // longest) for side in picture.size)
+        picture = picture.resize((width, height))
     return picture
 
 
@@ -273,7 +274,7 @@ class HostImage:
         return getattr(Image, name)
 
     @staticmethod
-    def open(file: str | Path | BinaryIO, *args: object, **kwargs: object) -> Image.Image:
+    def open(file: str | Path | BinaryIO, *args: Any, **kwargs: Any) -> Image.Image:
         current = _current.get()
         if current is None:
             return Image.open(file, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .smart_resize import MERGES, check_bounds, merge_of
 
@@ -56,7 +57,7 @@ def settings_of(args: object) -> NativeSettings | None:
     """
     if not asks_for_native(args):
         return None
-    values = {name: getattr(args, PREFIX + name, None) for name in KEYS}
+    values: dict[str, Any] = {name: getattr(args, PREFIX + name, None) for name in KEYS}
     for name in ("min_patches", "max_patches", "video"):
         if values[name] is None:
             raise ValueError(f"the config has image_aspect_ratio {NATIVE!r}, but no {PREFIX}{name}")
@@ -73,7 +74,7 @@ def make_settings(args: object, earlier: object, nominal_patches: int, image_onl
         nominal_patches: patches of the tower's nominal image, the default of ``max_patches``.
         image_only: whether the tower knows no time, so that "frames" is the default for videos and "clip" an error.
     """
-    values = {
+    values: dict[str, Any] = {
         name: next((v for v in (getattr(a, PREFIX + name, None) for a in (args, earlier)) if v is not None), None)
         for name in KEYS
     }
@@ -91,7 +92,7 @@ def make_settings(args: object, earlier: object, nominal_patches: int, image_onl
     return settings
 
 
-def check_settings(values: Mapping[str, object]) -> None:
+def check_settings(values: Mapping[str, Any]) -> None:
     """Check what can be checked without a model.
 
     ``values`` holds some of the keys above, ``mm_projector_type``, ``mm_patch_merge_type`` and the options for videos.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class NativeImageProcessor(PackingImageProcessor):
         target = self.rule.size(*image.size, max_patches=max_patches)
         return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image
 
-    def preprocess(self, images, return_tensors: str | None = None, **overrides) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
         """As :meth:`PackingImageProcessor.preprocess`, at native resolution.
 
         An array ``[T, H, W, C]`` is a video, and a list inside :meth:`reading`: all its frames get one size, within the

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -198,7 +199,7 @@ def batch_images_to_packing_input(
 
 
 def image_to_packing_input(
-    image: torch.Tensor, patch_size: int = 16, layout: PatchLayout = PatchLayout.CHANNEL_FIRST, **options
+    image: torch.Tensor, patch_size: int = 16, layout: PatchLayout = PatchLayout.CHANNEL_FIRST, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One image ``[C, H, W]`` (or clip ``[C, T, H, W]``) as ``hidden_states [N, patch_dim]`` and ``grid_thw [1, 3]``.
 

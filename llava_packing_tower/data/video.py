@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,8 @@ def read_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = 
 
     Raises ``ValueError`` for a file without a frame that can be decoded, and where neither library is installed.
     """
-    reader = next((read for name, read in (("decord", _Decord), ("av", _PyAV)) if find_spec(name)), None)
+    readers: dict[str, Any] = {"decord": _Decord, "av": _PyAV}
+    reader = next((read for name, read in readers.items() if find_spec(name)), None)
     if reader is None:
         raise ValueError(f"reading {file} needs PyAV or decord: pip install av")
     try:
@@ -61,9 +62,10 @@ def probe_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool =
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 1)
             total = stream.frames or round(float(container.duration or 0) / av.time_base * rate) or 1
-            return stream.width, stream.height, len(sample_indices(total, rate, wanted_fps, upbound, force))
+            size, indices = (stream.width, stream.height), sample_indices(total, rate, wanted_fps, upbound, force)
     except (OSError, IndexError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a video: {error}") from error
+    return *size, len(indices)
 
 
 class _PyAV:

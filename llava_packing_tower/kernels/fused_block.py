@@ -24,6 +24,7 @@ except ImportError:  # no Triton: torch's CPU builds, macOS
     kernels = None
 
 Tensor = torch.Tensor
+__all__ = ["AfterAttention", "BeforeAttention", "Block", "BlockSpec", "kernels", "operations"]
 
 
 def operations(x: Tensor) -> ModuleType:

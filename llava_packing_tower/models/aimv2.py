@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,18 +58,17 @@ class AIMv2PackingConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         use_head: bool = True,
         is_native: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_rate("attention_dropout", attention_dropout)
-        patch_size, image_size = one_side("patch_size", patch_size), one_side("image_size", image_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_channels = num_channels
-        self.image_size = image_size
-        self.patch_size = patch_size
+        self.image_size: int = one_side("image_size", image_size)
+        self.patch_size: int = one_side("patch_size", patch_size)
         self.rms_norm_eps = rms_norm_eps
         self.hidden_act = hidden_act
         self.attention_dropout = attention_dropout

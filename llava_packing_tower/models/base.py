@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,11 +22,13 @@ from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
 from .unused_parameters import join_idle
 
+_Meta: Any = type(StrictPreTrainedModel)
 
-class _LoadsByName(type(StrictPreTrainedModel)):
+
+class _LoadsByName(_Meta):
     """Lets a model class be called with a checkpoint instead of a config: ``DINOv3ViTPacking(ckpt=...)``."""
 
-    def __call__(cls, config=None, *args, ckpt: str | os.PathLike | None = None, **kwargs):
+    def __call__(cls: Any, config: Any = None, *args: Any, ckpt: str | os.PathLike | None = None, **kwargs: Any) -> Any:
         if isinstance(config, (str, os.PathLike)):
             config, ckpt = None, config
         if ckpt is None:
@@ -166,7 +168,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         patch_positions: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         feature_layers: Sequence[int] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...] | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Encode a packed batch in one pass.
 
         Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,19 +67,18 @@ class DINOv3PackingConfig(PretrainedConfig):
         pos_embed_jitter: float | None = None,
         pos_embed_rescale: float | None = 2.0,
         rope_augmentation: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         for name, rate in (("attention_dropout", attention_dropout), ("drop_path_rate", drop_path_rate)):
             check_rate(name, rate)
-        patch_size, image_size = one_side("patch_size", patch_size), one_side("image_size", image_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_channels = num_channels
-        self.image_size = image_size
-        self.patch_size = patch_size
+        self.image_size: int = one_side("image_size", image_size)
+        self.patch_size: int = one_side("patch_size", patch_size)
         self.hidden_act = hidden_act
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ class BlockConfig:
     rotary: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rotary", OLD_ROTARY.get(self.rotary, self.rotary))
+        object.__setattr__(self, "rotary", OLD_ROTARY.get(self.rotary or "", self.rotary))
         if self.rotary not in (None, *ROTATE):
             raise ValueError(f"unknown rotary {self.rotary!r}; choose one of {', '.join(ROTATE)}")
         if self.hidden_size % self.num_attention_heads:
@@ -85,7 +86,7 @@ class PatchProjection(nn.Conv2d):
     layout: how the numbers of a patch lie in memory, which makes no difference to the result.
     """
 
-    def __init__(self, *args, layout: PatchLayout = PatchLayout.CHANNEL_FIRST, **kwargs) -> None:
+    def __init__(self, *args: Any, layout: PatchLayout = PatchLayout.CHANNEL_FIRST, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.layout = layout
 
@@ -137,7 +138,8 @@ class FusedQKV(nn.Linear):
         if not self.partial_biases:
             return self.bias
         zeros = self.weight.new_zeros(self.in_features)
-        return torch.cat([zeros if b is None else b for b in (self.q_bias, self.k_bias, self.v_bias)])
+        biases: tuple[Any, ...] = (self.q_bias, self.k_bias, self.v_bias)
+        return torch.cat([zeros if bias is None else bias for bias in biases])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.whole_bias())
@@ -163,7 +165,10 @@ class PackedAttention(nn.Module):
     ) -> torch.Tensor:
         """``[N, hidden]`` to ``[N, hidden]``, plus ``residual`` where one is given."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.unbind(1) if rotary is None else apply_rotary(qkv, *rotary, self.rotate)
+        if rotary is None or self.rotate is None:
+            q, k, v = qkv.unbind(1)
+        else:
+            q, k, v = apply_rotary(qkv, *rotary, self.rotate)
         out = self.proj(attend(q, k, v, segments.to(q.device), backend=backend).flatten(1))
         return out if residual is None else residual + out
 

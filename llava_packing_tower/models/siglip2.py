@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,26 +58,25 @@ class Siglip2PackingConfig(PretrainedConfig):
         attention_dropout: float = 0.0,
         initializer_range: float = 0.02,
         image_size: int | Sequence[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         side = math.isqrt(num_patches)
         if side**2 != num_patches:
             raise ValueError(f"num_patches must be a square number (the position table is square), got {num_patches}")
         check_rate("attention_dropout", attention_dropout)
-        patch_size, image_size = one_side("patch_size", patch_size), one_side("image_size", image_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_channels = num_channels
         self.num_patches = num_patches
-        self.patch_size = patch_size
+        self.patch_size: int = one_side("patch_size", patch_size)
         self.hidden_act = hidden_act
         self.layer_norm_eps = layer_norm_eps
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
-        self.image_size = patch_size * side if image_size is None else image_size
+        self.image_size: int = self.patch_size * side if image_size is None else one_side("image_size", image_size)
 
 
 @cached(maxsize=256)
@@ -103,15 +103,16 @@ class ResizedPositions(nn.Module):
 
     def forward(self, tokens: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Tokens ``[N, hidden]`` plus the position of each."""
-        starts, lines = {}, []
+        starts: dict[int, int] = {}
+        lines: list[torch.Tensor] = []
         for length in dict.fromkeys(n for _, h, w in grids for n in (h, w)):
-            starts[length] = sum(map(len, lines))
+            starts[length] = sum(len(line) for line in lines)
             lines.append(axis_weights(length, self.side))
         device = tokens.device
-        lines = to_device(torch.cat(lines), device)
+        table = to_device(torch.cat(lines), device)
         first = torch.tensor([(starts[h], starts[w]) for _, h, w in grids], device="cpu")
         places = per_token(first, [h * w for _, h, w in grids], device) + positions_of_grids(grids, device)[:, 1:]
-        rows, columns = lines.index_select(0, places[:, 0]), lines.index_select(0, places[:, 1])
+        rows, columns = table.index_select(0, places[:, 0]), table.index_select(0, places[:, 1])
         shares = (rows[:, :, None] * columns[:, None, :]).flatten(1)
         if tokens.dtype == self.weight.dtype and tokens.dtype in HALF:
             # In half precision the shares are two numbers each, so that their product is as good as one of float32.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +15,13 @@ class _ZeroGradients(torch.autograd.Function):
     """The first tensor unchanged; the others get gradients of zeros, without being read."""
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         ctx.others = [(p.shape, p.dtype, p.device) for p in others]
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (gradient,) = gradients
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others)
 
 
@@ -28,7 +30,7 @@ def _is_whole(parameter: torch.Tensor) -> bool:
     return not hasattr(parameter, "ds_id") and not getattr(parameter, "_fsdp_flattened", False)
 
 
-def join_idle(model: nn.Module, states: Sequence[torch.Tensor], layers_run: int) -> tuple[torch.Tensor, ...]:
+def join_idle(model: Any, states: Sequence[torch.Tensor], layers_run: int) -> tuple[torch.Tensor, ...]:
     """``states``, tied to the trained weights of ``model`` that they do not depend on, whose gradients become zeros.
 
     LLaVA selects a hidden state below the top: the blocks above it, the final norm and a pooling head are not run.

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ class HEVCViTPackingVisionTower(nn.Module):
     Features keep the tower's own dtype, whatever the dtype of the images.
     """
 
-    def __init__(self, vision_tower: str, args: object, delay_load: bool = False) -> None:
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
         super().__init__()
         self.is_loaded = False
         self.vision_tower_name = vision_tower
@@ -86,7 +87,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             getattr(args, "mm_packing_attention", None) or environment.read(environment.ATTENTION) or "auto"
         )
         self.fused = None if getattr(args, "mm_packing_compile", True) else False
-        self._saved = getattr(args, "mm_packing_config", None)
+        self._saved: dict[str, Any] = getattr(args, "mm_packing_config", None) or {}
         self._native = settings_of(args)
         self._reading = reading_of(args, is_checkpoint=bool(self._saved))
         self._unfilled = False
@@ -101,7 +102,7 @@ class HEVCViTPackingVisionTower(nn.Module):
     @property
     def _in_checkpoint(self) -> bool:
         """Whether the weights come from the LLaVA checkpoint that is being loaded around this tower."""
-        return bool(self._saved) and self._saved.get("weights") == "checkpoint"
+        return self._saved.get("weights") == "checkpoint"
 
     def _model_class(self, model_type: str | None) -> type[StrictPreTrainedModel]:
         """What a checkpoint of this ``model_type`` is loaded as. Raises ``ValueError`` for an unknown one."""
@@ -240,7 +241,7 @@ class HEVCViTPackingVisionTower(nn.Module):
 
     # ---------------------------------------------------------------- forward
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # ZeRO-3's hooks would count each returned image as a step of the backward pass, and DeepSpeed compares the
         # steps of all ranks, which have other numbers of images. Here is nothing to gather: the weights are further in.
         partitioned = self.is_loaded and hasattr(next(self.vision_tower.parameters()), "ds_id")
@@ -374,7 +375,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
 
-def _device_of(device_map: object) -> torch.device:
+def _device_of(device_map: Any) -> torch.device:
     """Where the weights go for what LLaVA passes as ``device_map``."""
     if isinstance(device_map, dict):
         hits = [value for key, value in device_map.items() if key == "" or key.endswith("vision_tower")]

@@ -49,7 +49,7 @@ class HEVCViTVisionTower(HEVCViTPackingVisionTower):
                 f"standard one: use a packing checkpoint, or the prefix 'packing:'"
             )
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _encode_square(self, pixels: torch.Tensor) -> torch.Tensor:
         """``[B, C, H, W]`` or ``[B, C, T, H, W]`` to ``[B, tokens, hidden_size]`` in the dtype of the pixels."""
         model, visible = self.vision_tower, None
         inputs = pixels.to(device=self.device, dtype=self.dtype)
@@ -63,7 +63,7 @@ class HEVCViTVisionTower(HEVCViTPackingVisionTower):
         states = model(inputs, visible_indices=visible, feature_layers=self.feature_layers)
         return torch.cat(states, dim=-1).to(pixels.dtype)
 
-    def forward(
+    def forward(  # type: ignore[override]  # it takes no patch_positions
         self, images: torch.Tensor | Sequence[torch.Tensor], return_spatial_dims: bool = False
     ) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor | list[torch.Tensor], int, int]:
         """Features of images or clips.
@@ -84,9 +84,9 @@ class HEVCViTVisionTower(HEVCViTPackingVisionTower):
         if len(images) == 0:
             raise ValueError("no images: the batch is empty")
         if isinstance(images, torch.Tensor):
-            features = self._encode(images)
+            features: torch.Tensor | list[torch.Tensor] = self._encode_square(images)
         else:
-            features = [self._encode(image.unsqueeze(0)) for image in images]
+            features = [self._encode_square(image.unsqueeze(0)) for image in images]
         if not return_spatial_dims:
             return features
         patch = self.vision_tower.config.patch_size

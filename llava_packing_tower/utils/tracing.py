@@ -15,6 +15,6 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 def traced(*tensors: torch.Tensor) -> bool:
     """Whether torch.compile, torch.export, torch.jit or a mode that makes other tensors (``FakeTensorMode``) is at
     work, or one of these tensors is not a plain one."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]  # it is documented
         return True
     return not is_plain(torch.empty(0), *tensors)

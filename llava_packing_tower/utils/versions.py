@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .findings import ERROR, Finding
 
 OLDEST_TRANSFORMERS = "4.40"
-NEWEST_RUN = "5.23"
+NEWEST_RUN = "5.24"
 """The newest transformers with which the host matrix (docs/hosts.md) was run."""
 WORKING: tuple[tuple[str | None, dict[str, str]], ...] = (
     (
@@ -56,7 +57,7 @@ class Run:
     on_cpu: bool = False
     processes: int | None = 1
     attention: str | None = None
-    deepspeed: Mapping[str, object] | None = None
+    deepspeed: Mapping[str, Any] | None = None
     hidden_size: int | None = None
 
 
@@ -142,7 +143,7 @@ def bucket_sizes_are_fractions() -> bool:
 
 
 def _automatic_bucket_sizes(run: Run) -> list[Finding]:
-    asked = (run.deepspeed or {}).get("zero_optimization", {}).get("stage3_prefetch_bucket_size")
+    asked = dict(run.deepspeed or {}).get("zero_optimization", {}).get("stage3_prefetch_bucket_size")
     if run.zero_stage != 3 or asked != "auto" or not run.hidden_size or run.hidden_size % 10 == 0:
         return []
     if not bucket_sizes_are_fractions():
@@ -198,7 +199,7 @@ def filelock() -> list[Finding]:
     spec = find_spec("lmms_eval")
     if spec is None or not _at_least("filelock", "4.3"):
         return []
-    evaluator = Path(next(iter(spec.submodule_search_locations))) / "evaluator.py"
+    evaluator = Path(next(iter(spec.submodule_search_locations or ()))) / "evaluator.py"
     if "filelock._api" not in evaluator.read_text(encoding="utf-8"):
         return []
     text = f"lmms-eval imports filelock._api, which filelock {installed('filelock')} does not have: no evaluation"

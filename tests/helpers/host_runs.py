@@ -93,12 +93,14 @@ def environment(next_dir: str) -> dict[str, str]:
     return {**os.environ, "LLAVA_NEXT_DIR": next_dir, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def execute(command: list[str], env: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
+def execute(
+    command: list[str], env: dict[str, str], timeout: float = 240, cwd: Path = REPOSITORY
+) -> subprocess.CompletedProcess:
     """Run a launcher in a process group of its own; past the time limit all of it is killed, and the test fails."""
     process = subprocess.Popen(
         command,
         env=env,
-        cwd=REPOSITORY,
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -91,13 +91,13 @@ def test_a_transformers_that_nobody_tried_is_warned_of(pretend):
 
 
 def test_the_newest_that_was_tried_is_what_the_matrix_and_the_second_environment_have():
-    results = sorted((REPOSITORY / "benchmarks" / "results").glob("host_matrix_*.json"))
-    stages: dict[str, set[tuple[str, str]]] = {}
+    results = sorted((REPOSITORY / "benchmarks" / "results").glob("shipped_configs_*.json"))
+    configs: dict[str, set[str]] = {}
     for cell in json.loads(results[-1].read_text()).values():
         if cell["result"] == "pass":
-            stages.setdefault(cell["versions"]["transformers"], set()).add((cell["host"], cell["stage"]))
-    newest = max(stages, key=lambda version: [int(part) for part in version.split(".")])
-    assert newest.rpartition(".")[0] == versions.NEWEST_RUN and len(stages[newest]) == 6
+            configs.setdefault(cell["versions"]["transformers"], set()).add(cell["config"])
+    newest = max(configs, key=lambda version: [int(part) for part in version.split(".")])
+    assert newest.rpartition(".")[0] == versions.NEWEST_RUN and len(configs[newest]) == 9
     pinned = (REPOSITORY / "requirements" / "newest.txt").read_text().splitlines()
     assert any(line.startswith(f"transformers=={newest};") for line in pinned)
 

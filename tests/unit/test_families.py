@@ -312,7 +312,7 @@ def test_head_widths_that_a_backend_cannot_do(backend):
     """DINOv3 allows multiples of 4, the kernels want multiples of 8: the reason is given before anything runs."""
     reason = backend_module(backend).unsupported_reason(torch.device("cuda"), torch.bfloat16, 12)
     assert reason == "head width must be a multiple of 8 and at most 256"
-    with pytest.raises((ValueError, ImportError), match=f"{backend}'.*(heads of 12|needs)"):
+    with pytest.raises((ValueError, ImportError), match=f"{backend}'.*(head width 12|needs)"):
         resolve_backend(backend, "cuda", torch.bfloat16, 12)
 
 

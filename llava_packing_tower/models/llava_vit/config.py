@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -35,18 +36,17 @@ class LlavaViTConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         rope_theta: float = 10000.0,
         use_head: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_rate("attention_dropout", attention_dropout)
-        patch_size, image_size = one_side("patch_size", patch_size), one_side("image_size", image_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_channels = num_channels
-        self.image_size = image_size
-        self.patch_size = patch_size
+        self.image_size: int = one_side("image_size", image_size)
+        self.patch_size: int = one_side("patch_size", patch_size)
         self.hidden_act = hidden_act
         self.layer_norm_eps = layer_norm_eps
         self.layer_norm_type = layer_norm_type
@@ -75,7 +75,7 @@ class OneVisionEncoderConfig(LlavaViTConfig):
         num_attention_heads: int = 16,
         patch_size: int = 14,
         rope_temporal_size: int | None = 64,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, patch_size=patch_size, **kwargs

@@ -7,6 +7,9 @@ import logging
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
 
 from .config import LlavaViTConfig
 from .packed import LlavaViTPackingConfig, LlavaViTPackingModel
@@ -30,15 +33,16 @@ def create_model(name: str, pretrained: bool = False, **fields: object) -> Llava
         ValueError: an unknown name, or ``pretrained``.
     """
     chosen = preset(name)
+    sizes: dict[str, Any] = {**chosen.fields, **fields}
     if pretrained:
         raise ValueError(f"no weights are published under the name {name!r}: use from_pretrained(folder or hub id)")
     if chosen.form == PACKING:
-        return LlavaViTPackingModel(LlavaViTPackingConfig(**{**chosen.fields, **fields}))
-    return LlavaViTModel(LlavaViTConfig(**{**chosen.fields, **fields}))
+        return LlavaViTPackingModel(LlavaViTPackingConfig(**sizes))
+    return LlavaViTModel(LlavaViTConfig(**sizes))
 
 
 def _entry_point(name: str) -> Callable:
-    def make(pretrained: bool = False, **fields: object):
+    def make(pretrained: bool = False, **fields: object) -> nn.Module:
         # timm passes its own bookkeeping along, empty for models without published weights.
         ours = {key: value for key, value in fields.items() if not key.startswith("pretrained_") and key != "cache_dir"}
         return create_model(name, pretrained, **ours)

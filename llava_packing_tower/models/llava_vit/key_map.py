@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import torch
 
 from ...checkpoint.key_map import KeyMap
 from ...checkpoint.weights import Recipe, WeightPlan
@@ -69,8 +71,8 @@ _PIECES = {
 }
 
 
-def _third(index: int):
-    def cut(fused):
+def _third(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def cut(fused: torch.Tensor) -> torch.Tensor:
         rows = fused.shape[0] // 3
         return fused[index * rows : (index + 1) * rows]
 

@@ -7,6 +7,7 @@ State-dict names are those of the converted ``llava_vit_packing`` checkpoints. N
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class LlavaViTPackingConfig(LlavaViTConfig):
 
     model_type = "llava_vit_packing"
 
-    def __init__(self, *args, spatial_merge_size: int = 1, temporal_patch_size: int = 1, **kwargs) -> None:
+    def __init__(self, *args: Any, spatial_merge_size: int = 1, temporal_patch_size: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.spatial_merge_size = spatial_merge_size
         self.temporal_patch_size = temporal_patch_size
@@ -145,7 +146,7 @@ class LlavaViTPackingModel(PackedVisionModel):
         segment = torch.repeat_interleave(torch.arange(len(grids), device="cpu"), lengths)
         return self.head(tokens, to_device(segment, tokens.device), len(grids))
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers' own models: an output class, return_dict
         self,
         hidden_states: torch.Tensor,
         grid_thw: torch.Tensor,

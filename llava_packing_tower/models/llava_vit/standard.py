@@ -8,8 +8,9 @@ are written out here a second time, so that a mistake in one of the two models s
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -203,7 +204,9 @@ class Embeddings(nn.Module):
     def __init__(self, config: LlavaViTConfig) -> None:
         super().__init__()
         self.patch_size = patch = config.patch_size
-        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, patch, stride=patch, bias=False)
+        self.patch_embedding: nn.Module = nn.Conv2d(
+            config.num_channels, config.hidden_size, patch, stride=patch, bias=False
+        )
 
     def forward(self, clips: torch.Tensor, visible_indices: torch.Tensor | None) -> torch.Tensor:
         """Tokens ``[B, K, hidden]`` of clips ``[B, C, T, H, W]``; frames without a visible patch are not embedded."""
@@ -224,7 +227,7 @@ class Embeddings(nn.Module):
 class LlavaViTModel(StrictPreTrainedModel):
     """The standard LlavaViT encoder; loads ``llava_vit`` and ``onevision_encoder`` folders (and packing ones)."""
 
-    config_class = LlavaViTConfig
+    config_class: type[PretrainedConfig] = LlavaViTConfig
     main_input_name = "pixel_values"
     base_model_prefix = "vision_model"
     supports_gradient_checkpointing = True
@@ -264,7 +267,8 @@ class LlavaViTModel(StrictPreTrainedModel):
         """``auto`` and ``sdpa`` are torch's scaled_dot_product_attention, ``eager`` a float32 softmax."""
         if name not in ("auto", "sdpa", "eager"):
             raise ValueError(f"the standard model has the attention backends auto, sdpa and eager, not {name!r}")
-        for layer in self.encoder.layers:
+        layers: Any = self.encoder.layers
+        for layer in layers:
             layer.self_attn.implementation = "eager" if name == "eager" else "sdpa"
 
     def _visible(
@@ -386,7 +390,7 @@ class LlavaViTModel(StrictPreTrainedModel):
         return plan_standard(source["model_type"], shapes)
 
     @classmethod
-    def load_image_processor(cls, folder, config: PretrainedConfig) -> PackingImageProcessor:
+    def load_image_processor(cls, folder: str | os.PathLike, config: PretrainedConfig) -> PackingImageProcessor:
         """That of the folder, else CLIP statistics at the config's image size."""
         from .packed import LlavaViTPackingModel
 

@@ -19,6 +19,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,9 +62,9 @@ class Captured:
 
     replay: Callable[[], None]
     inputs: list[torch.Tensor]
-    result: object
+    result: Any
     metadata: CachedMetadata
-    sources: tuple = (None, None)  # the rotary table and the segments that were copied in last
+    sources: tuple[Any, Any] = (None, None)  # the rotary table and the segments that were copied in last
 
 
 @dataclass
@@ -129,7 +130,9 @@ class _Device:
     (they never run at the same time, and results are copied out)."""
 
     def __init__(self) -> None:
-        self.lock, self.stream, self.pool = threading.RLock(), None, None
+        self.lock = threading.RLock()
+        self.stream: torch.cuda.Stream | None = None
+        self.pool: tuple[Any, torch.cuda.CUDAGraph] | None = None
 
 
 _devices: dict[torch.device, _Device] = {}
@@ -141,7 +144,7 @@ def my_turn(device: torch.device) -> Iterator[None]:
     turn = _devices.setdefault(device, _Device())
     with turn.lock:
         current = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        if turn.stream is not None and turn.stream != current:
+        if current is not None and turn.stream is not None and turn.stream != current:
             current.wait_stream(turn.stream)
         try:
             yield
@@ -149,12 +152,12 @@ def my_turn(device: torch.device) -> Iterator[None]:
             turn.stream = current
 
 
-def _capturing(graph: torch.cuda.CUDAGraph, pool: tuple) -> contextlib.AbstractContextManager:
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> contextlib.AbstractContextManager:
     """Kernels are recorded in here. Work of other threads (a loader that pins memory) is not an error."""
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
-def _pool(device: torch.device) -> tuple:
+def _pool(device: torch.device) -> Any:
     shared = _devices[device]
     if shared.pool is None:
         pool, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
@@ -222,7 +225,7 @@ def run_blocks(
     with torch.inference_mode(False), torch.no_grad():
         fill = (0, 0, 0, bucket - tokens)
         padded = F.pad(hidden_states, fill)
-        tables = None if rotary is None else tuple(F.pad(table, (0, 0, *fill)) for table in rotary)
+        tables: Any = None if rotary is None else tuple(F.pad(table, (0, 0, *fill)) for table in rotary)
         cu_seqlens = F.pad(segments.cu_seqlens, (0, int(bucket > tokens)), value=bucket)
         # No lengths, as in a graph: a kernel that reads them would be another one.
         states = run(padded, VarlenMetadata(cu_seqlens, longest, ()), tables, keep, backend)
@@ -236,7 +239,7 @@ def _replay_blocks(
     static, cu_seqlens, *tables = captured.inputs
     static[:tokens].copy_(hidden_states)
     if captured.sources[0] is not rotary:
-        for table, source in zip(tables, rotary, strict=True):
+        for table, source in zip(tables, rotary or (), strict=True):
             table[:tokens].copy_(source)
     if captured.sources[1] is not segments:
         cu_seqlens[: len(segments.lengths) + 1].copy_(segments.cu_seqlens)
@@ -263,8 +266,9 @@ def _capture_blocks(
         borders = [bucket * i // count for i in range(count)] + [bucket]
         cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
     # No lengths: only kernels that read cu_seqlens on the device can be replayed for other segments.
-    given = (tokens, VarlenMetadata(cu_seqlens, longest, ()), tuple(tables) if tables else None, keep, backend)
-    return _capture(lambda: run(*given), [tokens, cu_seqlens, *tables], device)
+    segments = VarlenMetadata(cu_seqlens, longest, ())
+    padded: Any = tuple(tables) if tables else None
+    return _capture(lambda: run(tokens, segments, padded, keep, backend), [tokens, cu_seqlens, *tables], device)
 
 
 # ---------------------------------------------------------------- from pixels to features
@@ -311,7 +315,7 @@ def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | N
     if model.training or not batch or not all(isinstance(x, torch.Tensor) for x in batch):
         return None
     parameters, hooked, foreign, version = state_of(model).snapshot()
-    encoder = model.encoder
+    encoder: Any = model.encoder
     if hooked or foreign is not None or not parameters or encoder.fused is False or traced(*batch):
         return None
     device, dtype = parameters[0].device, parameters[0].dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ from ..layers import BlockConfig, EncoderBlock, Rotary
 from .module_state import has_forward_hooks
 
 logger = logging.getLogger(__name__)
+
+Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
 
 
 @functools.cache
@@ -49,7 +52,7 @@ def kernels_work(device: torch.device) -> bool:
     return True
 
 
-def _own(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _own(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias."""
     return module.weight, getattr(module, "bias", None)
 
@@ -65,13 +68,11 @@ def _fit(hidden_states: torch.Tensor, cast: bool, weights: Iterable[torch.Tensor
     return all(x.is_floating_point() if cast else x.dtype == dtype for x in present)
 
 
-def _cast(pair: tuple[torch.Tensor | None, ...], dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+def _cast(pair: Any, dtype: torch.dtype) -> Any:
     return tuple(None if x is None else x.to(dtype) for x in pair)
 
 
-def _scaled(
-    weight: torch.Tensor, bias: torch.Tensor | None, scale: nn.Module
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _scaled(weight: torch.Tensor, bias: torch.Tensor | None, scale: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a linear layer with those of a layer scale behind it multiplied in."""
     if isinstance(scale, nn.Identity):
         return weight, bias
@@ -88,7 +89,7 @@ def fused_block(
     segments: VarlenMetadata,
     rotary: Rotary | None,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``layer(hidden_states, pending, segments, rotary, backend)`` in fused kernels; ``kind``: :func:`block_spec_of`.
 
     Without ``grad`` (which is not what ``torch.is_grad_enabled()`` says inside of a reentrant checkpoint)
@@ -98,10 +99,10 @@ def fused_block(
     Weights that are no plain tensors on the device of the states have the block called as it is.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    cos, sin = rotary if kind.rotary is not None else (None, None)
+    cos, sin = (None, None) if kind.rotary is None or rotary is None else rotary
     norm1, norm2, fc1, fc2 = map(_own, (layer.layer_norm1, layer.layer_norm2, mlp.fc1, mlp.fc2))
     qkv, proj = _own(attention.qkv), _own(attention.proj)
-    gate = (None, None) if mlp.gate is None else _own(mlp.gate)
+    gate: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None) if mlp.gate is None else _own(mlp.gate)
     scales = (layer.layer_scale1, layer.layer_scale2)
     more = [x for module in (attention.qkv, *scales) for x in module.parameters(recurse=False)]
     if not _fit(hidden_states, cast, (*norm1, *qkv, *proj, *norm2, *gate, *fc1, *fc2, *more)):
@@ -118,19 +119,27 @@ def fused_block(
     if not grad:
         if has_forward_hooks(layer):  # which may keep what they are given
             hidden_states = hidden_states.clone()
-        *heads, row = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
-        attended = attend(*heads, segments, backend=backend, resolved=True)
-        del heads
+        q, k, v, row = _infer_before(kind, hidden_states, pending, norm1, qkv, proj[1], (cos, sin))
+        attended = attend(q, k, v, segments, backend=backend, resolved=True)
+        del q, k, v
         return hidden_states, _infer_after(kind, hidden_states, row, attended, proj[0], norm2, gate, fc1, fc2)
     before, after = (hidden_states, pending, *norm1, *qkv, cos, sin), (*proj, *norm2, *gate, *fc1, *fc2)
-    if (attention := getattr(backend_module(backend), "Attention", None)) is not None:
-        return Block.apply(kind, attention, segments, (before[4].shape[1] // kind.heads) ** -0.5, *before, *after)
+    if (function := getattr(backend_module(backend), "Attention", None)) is not None:
+        return Block.apply(kind, function, segments, (before[4].shape[1] // kind.heads) ** -0.5, *before, *after)
     total, q, k, v = BeforeAttention.apply(kind, *before)
     attended = attend(q, k, v, segments, backend=backend, resolved=True)
     return AfterAttention.apply(kind, total, attended, *after)
 
 
-def _infer_before(kind, total, row, norm, qkv, proj_bias, rotary):
+def _infer_before(
+    kind: BlockSpec,
+    total: torch.Tensor,
+    row: torch.Tensor | None,
+    norm: Pair,
+    qkv: Pair,
+    proj_bias: torch.Tensor | None,
+    rotary: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> tuple[Any, ...]:
     """q, k, v; and the row of biases that belongs to the total, with that of the projection."""
     run = operations(total)
     normed, row = run.row_norm(total, row, *norm, kind.eps, kind.rms, proj_bias)
@@ -140,7 +149,17 @@ def _infer_before(kind, total, row, norm, qkv, proj_bias, rotary):
     return *product.unbind(1), row
 
 
-def _infer_after(kind, total, row, attended, proj_weight, norm, gate, fc1, fc2):
+def _infer_after(
+    kind: BlockSpec,
+    total: torch.Tensor,
+    row: torch.Tensor | None,
+    attended: torch.Tensor,
+    proj_weight: torch.Tensor,
+    norm: Pair,
+    gate: Any,
+    fc1: Pair,
+    fc2: Pair,
+) -> torch.Tensor | None:
     """Projection and MLP are summed onto the total by their last matmuls; returns the row of biases. Where a GELU
     follows the first layer of the MLP, that matmul (cuBLASLt's) applies it, in its tanh form, to the float32 sums. For
     the exact GELU too that is nearer to the float32 result than the exact form of rounded sums: the forms differ by
@@ -152,7 +171,7 @@ def _infer_after(kind, total, row, attended, proj_weight, norm, gate, fc1, fc2):
         inner, factor = F.linear(normed, gate[0]), F.linear(normed, fc1[0])
         active = run.act(kind.activation, inner, gate[1], factor, fc1[1])
     elif total.is_cuda and kind.activation.startswith("gelu") and fc1[1] is not None and total.dtype in HALF:
-        active = linear_gelu(normed, *fc1)
+        active = linear_gelu(normed, fc1[0], fc1[1])
     else:
         active = run.act(kind.activation, F.linear(normed, fc1[0]), fc1[1])
     total.addmm_(active, fc2[0].t())
@@ -162,6 +181,6 @@ def _infer_after(kind, total, row, attended, proj_weight, norm, gate, fc1, fc2):
 def settled(grad: bool, hidden_states: torch.Tensor, pending: torch.Tensor | None) -> torch.Tensor:
     """The state of which :func:`fused_block` left the two parts, in memory that the next block does not write to."""
     if grad:
-        return hidden_states + pending
+        return hidden_states if pending is None else hidden_states + pending
     out = torch.empty_like(hidden_states)
     return out.copy_(hidden_states) if pending is None else torch.add(hidden_states, pending, out=out)

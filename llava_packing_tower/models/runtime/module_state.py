@@ -19,7 +19,7 @@ import types
 import weakref
 from itertools import chain
 from operator import itemgetter, methodcaller
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ def _overridden(module: nn.Module) -> bool:
     """Whether this instance, or its class since it was defined, got another forward. (accelerate leaves the bound
     method of the class on the instance when it removes its hooks.)"""
     cls, own = type(module), vars(module)
-    if not _as_defined(cls, cls.forward):
+    if not _as_defined(cls, cls.forward):  # type: ignore[arg-type]  # a class is hashable
         return True
     values = ((own.get(name), getattr(cls, name, None)) for name in OVERRIDES)
     return any(x is not None and not (getattr(x, "__func__", None) is of and x.__self__ is module) for x, of in values)
@@ -100,7 +100,7 @@ def foreign_part(
     cls, where = type(module), name or "the module"
     if template is not None and cls is not type(template) and _is_fsdp(module):
         if not isinstance(module, type(template)):  # FSDP 1, around a whole block
-            return foreign_part(module.module, template, name)
+            return foreign_part(module.get_submodule("module"), template, name)
         cls, sharded = cls.__bases__[-1], True
     known = cls.__module__.startswith(KNOWN_MODULES) if template is None else cls is type(template)
     if not known:
@@ -154,6 +154,7 @@ class ModuleState:
 
     def _gather(self) -> None:
         root, self._version = self._root(), self._version + 1
+        assert root is not None  # whoever asks holds it
         modules = list(root.modules())
         self._below, self._dicts = modules[1:], [vars(module) for module in modules]  # (not the root: it must be freed)
         # What lies inside of a block: such a class is one that DeepSpeed takes for a leaf (see layers.EncoderBlock).
@@ -161,7 +162,7 @@ class ModuleState:
         inside = {id(below) for block in blocks for below in block.modules() if below is not block}
         self._inner = [vars(module) for module in modules if id(module) in inside]
         self._outer = [vars(module) for module in modules if id(module) not in inside]
-        self._kinds = list(dict.fromkeys(map(type, modules)))
+        self._kinds: list[Any] = list(dict.fromkeys(map(type, modules)))
         # (Whatever is put into a module without parts runs only if its class, or how it is called, changes as well.)
         self._with_parts = [held for held in self._dicts if held["_modules"]]
         self._with_weights = [held for held in self._dicts if held["_parameters"]]
@@ -169,7 +170,7 @@ class ModuleState:
         self._known = self._now(self._weights())
         self._foreign = self._foreign_part(root)
 
-    def _foreign_part(self, root: nn.Module) -> str | None:
+    def _foreign_part(self, root: Any) -> str | None:
         if not hasattr(root, "fresh_block"):
             return foreign_part(root)
         fresh, name = root.fresh_block(), "layers"

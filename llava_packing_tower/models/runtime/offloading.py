@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def _hooks(module: nn.Module) -> tuple[object, ...]:
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
     """accelerate's hooks of a module (``_hf_hook`` is its documented attribute; one hook may be a sequence of them)."""
     hook = getattr(module, "_hf_hook", None)
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
