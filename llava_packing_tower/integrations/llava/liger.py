@@ -182,7 +182,7 @@ def wrong_layers(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 def _values(function: Callable, given: Sequence[torch.Tensor], fixed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The result of a function and the gradients of what it is given."""
     with torch.enable_grad():
-        given = [x.detach().requires_grad_() for x in given]
+        given = [x.detach().clone().requires_grad_() for x in given]  # liger's SwiGLU writes gradients over its inputs
         out = function(*given, *fixed)
         weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
         return [out.detach(), *torch.autograd.grad(out, given, weights)]
