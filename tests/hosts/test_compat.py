@@ -85,7 +85,7 @@ def test_switched_off_by_name(one_patch, monkeypatch):
 
 def test_a_name_that_no_patch_has_is_an_error(one_patch, monkeypatch):
     monkeypatch.setenv(compat.DISABLE_ENV, "cur")
-    with pytest.raises(ValueError, match="'cur', which is no compat patch; the nearest is 'cure'"):
+    with pytest.raises(ValueError, match="'cur', which is not a compat patch; the nearest is 'cure'"):
         compat.install("sickhost", one_patch.hooks, one_patch.patches)
 
 

@@ -243,7 +243,7 @@ def _import_failure(line: str) -> Finding:
     missing = line.partition("No module named ")[2].strip("'\"").partition(".")[0]
     # Where the package itself is there, a part of it is missing, and installing it again would not help.
     command = None if not missing or find_spec(missing) else install_command(DISTRIBUTIONS.get(missing, missing))
-    if "which is no compat patch" in line:
+    if "which is not a compat patch" in line:
         command = f"unset {environment.DISABLE_PATCHES}"
     return Finding(ERROR, "host", f"the host cannot be imported: {line}", command)
 

@@ -75,7 +75,7 @@ def disabled() -> frozenset[str]:
     names = frozenset(name.strip() for name in (environment.read(DISABLE_ENV) or "").split(",") if name.strip())
     for name in sorted(names - load_all().keys()):
         nearest = difflib.get_close_matches(name, COMPAT_PATCHES, n=1, cutoff=0)
-        raise ValueError(f"{DISABLE_ENV} names {name!r}, which is no compat patch; the nearest is {nearest[0]!r}")
+        raise ValueError(f"{DISABLE_ENV} names {name!r}, which is not a compat patch; the nearest is {nearest[0]!r}")
     return names
 
 
