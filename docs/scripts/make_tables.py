@@ -103,7 +103,7 @@ def environment_variables() -> Iterable[str]:
 def compatibility_patches() -> Iterable[str]:
     yield "| patch | module | defect | issue |"
     yield "|---|---|---|---|"
-    for name, patch in compat.load_all().items():
+    for name, patch in sorted(compat.load_all().items()):
         module = patch.module.replace("{package}", "llava")
         yield f"| `{name}` | `{module}` | {patch.reason} | {patch.issue or '-'} |"
 

@@ -132,7 +132,7 @@ def test_automatic_bucket_size(pretend, transformers, deepspeed, hidden, asked, 
     found = versions._automatic_bucket_sizes(Run(zero_stage=stage, deepspeed=config, hidden_size=hidden))
     assert bool(found) == wrong
     if wrong:
-        assert "into 3686.4" in found[0].text and "Give 3686" in found[0].text
+        assert "into 3686.4" in found[0].text and "Write 3686" in found[0].text
         assert found[0].command.endswith("deepspeed==0.14.4")
 
 
