@@ -195,6 +195,8 @@ def train(name: str, checkpoint: str) -> dict:
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32)
     model.requires_grad_(True).train()
     model.gradient_checkpointing_enable()
+    if blocks == "padded":  # LLaVA's own step
+        model.config.mm_packing_decoder, model.config.mm_packing_full_logits = False, True
     if blocks == "fused":
         fuse(model.get_vision_tower().vision_tower.encoder)
     start = everything(model)

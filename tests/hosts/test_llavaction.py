@@ -180,3 +180,13 @@ def test_anyres_with_the_processor_of_clip(model_class, pinpoints):
     assert torch.equal(tiles, torch.stack(expected))
     config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=pinpoints)
     assert torch.equal(utils.process_images([image], processor, config)[0], tiles)
+
+
+def test_its_own_loss_stays_its_own(model_class, tower):
+    """Its forward adds losses of its own to the cross entropy: the step is not packed, and the plan says so."""
+    from llava_packing_tower.integrations.llava.packed_step import make_plan
+
+    model = make(model_class, mm_vision_tower=str(tower))
+    plan = make_plan(model)
+    assert plan.attention is None and plan.decoder_reason == "LlavaQwenForCausalLM computes its loss itself"
+    assert plan.head_reason == plan.liger_reason == plan.decoder_reason and not plan.fused

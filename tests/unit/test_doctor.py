@@ -392,6 +392,8 @@ def test_the_real_machine(monkeypatch, capsys):
     status = main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert status == int(not report["ok"]) == 0, report["findings"]
+    assert report["training_step"]["attention"] in ("sdpa", "flash_attention_2", "flash_attention_4", "torch_varlen")
+    assert report["training_step"]["decoder_reason"] is None
     assert report["collectives"]["works"] and report["tower"]["finite"] and "llava" in report["host"].lower()
     found = {patch["name"]: patch["applied"] for patch in report["patches"]}
     off = {name for name, applied in found.items() if not applied}

@@ -84,7 +84,7 @@ def _attend(
     )
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     angles = embeddings or _angles(attention, v, segments, position_ids)
-    rotate = liger.rotate if liger.is_fused(attention) and q.is_cuda else _module(attention).apply_rotary_pos_emb
+    rotate = liger.rotate if liger.is_fused(attention) and liger.on_gpu(q) else _module(attention).apply_rotary_pos_emb
     q, k = rotate(q, k, *angles)
     scale = getattr(attention, "scaling", attention.head_dim**-0.5)
     out = causal_attention(q.transpose(1, 2)[0], k.transpose(1, 2)[0], v[0], segments, scale)

@@ -60,6 +60,7 @@ def _extend(package: str) -> None:
 
     # Imported when the host is: these modules need torch, and `import builder_patch` must stay cheap.
     def on_arch(arch: ModuleType) -> None:
+        from .packed_step import into_decoders
         from .saving import note_when_saving
         from .text_only_batches import into_model
         from .trainable_parts import remember_tower
@@ -67,13 +68,12 @@ def _extend(package: str) -> None:
         remember_tower(arch, _patches)
         note_when_saving(arch, _patches)
         into_model(arch, _patches)
+        into_decoders(_patches)
 
     def on_models(models: ModuleType) -> None:
-        from .packed_step import into_models
         from .saving import note_with_models
 
         note_with_models(models, _patches)
-        into_models(models, _patches)
 
     def on_builder(builder: ModuleType) -> None:
         from .after_load import after_load

@@ -87,9 +87,13 @@ def is_fused(module: nn.Module) -> bool:
     return vars(module).get(_ON, False)
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def _norm(original: Callable) -> Callable:
     def forward(self, hidden_states):
-        if not is_fused(self) or not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
+        if not is_fused(self) or not on_gpu(hidden_states) or hidden_states.dtype != self.weight.dtype:
             return original(self, hidden_states)
         # Not in place: the gradient may be somebody else's too.
         return liger_rms_norm(hidden_states, self.weight, self.variance_epsilon, in_place=False)
@@ -99,7 +103,7 @@ def _norm(original: Callable) -> Callable:
 
 def _swiglu(original: Callable) -> Callable:
     def forward(self, x):
-        if not is_fused(self) or not x.is_cuda:
+        if not is_fused(self) or not on_gpu(x):
             return original(self, x)
         return self.down_proj(liger_swiglu(self.gate_proj(x), self.up_proj(x)))
 

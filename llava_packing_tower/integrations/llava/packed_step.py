@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -100,6 +100,8 @@ def unsupported_model(model: nn.Module) -> str | None:
     base = decoder_base(type(model))
     if base is None:
         return f"{type(model).__name__} is not built on {', '.join(DECODERS.values())} of transformers"
+    if not _hands_over(type(model)):
+        return f"{type(model).__name__} computes its loss itself"
     if getattr(model.config, "pretraining_tp", 1) > 1:
         return f"pretraining_tp is {model.config.pretraining_tp}"
     if getattr(model, "loss_type", None) not in (None, "ForCausalLM") or "_loss_function" in vars(model):
@@ -113,6 +115,12 @@ def decoder_base(cls: type) -> type | None:
         if DECODERS.get(base.__module__) == base.__name__:
             return base
     return None
+
+
+def _hands_over(cls: type) -> bool:
+    """Whether a LLaVA class leaves the loss to the ``forward`` that it inherits (LLaVAction's does not)."""
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    return code is not None and {"super", "forward"} <= set(code.co_names)
 
 
 def unsupported_decoder(model: nn.Module) -> str | None:
@@ -240,12 +248,10 @@ def _run_decoder(
 # ---------------------------------------------------------------- into the host
 
 
-def into_models(models: ModuleType, patches: Patches) -> None:
-    """Wrap ``forward`` of the decoders that the models of a host are built on."""
-    for cls in list(vars(models).values()):
-        base = decoder_base(cls) if isinstance(cls, type) else None
-        if base is not None and base is not cls:
-            _wrap(base, patches)
+def into_decoders(patches: Patches) -> None:
+    """Wrap ``forward`` of the decoders that models of hosts are built on. Idempotent."""
+    for module, name in DECODERS.items():
+        _wrap(getattr(import_module(module), name), patches)
 
 
 def _wrap(base: type, patches: Patches) -> None:
@@ -256,6 +262,8 @@ def _wrap(base: type, patches: Patches) -> None:
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
+        if not self.training:
+            return original(self, *args, **kwargs)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
         others = {name for name, value in given.items() if name not in KNOWN and value}

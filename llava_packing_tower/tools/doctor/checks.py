@@ -155,6 +155,34 @@ def tower() -> tuple[dict[str, object], list[Finding]]:
     return result, findings
 
 
+def training_step() -> tuple[dict[str, object], list[Finding]]:
+    """What the decoder of a LLaVA would train with here: attention of packed rows, and liger-kernel."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from ...integrations.llava.decoder_attention import unsupported_attention
+    from ...integrations.llava.liger import unsupported_liger
+    from ...multimodal.packed_decoder import causal_backend
+
+    device, dtype = _device()
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = Qwen2ForCausalLM(config).to(device, dtype)
+    attention = model.model.layers[0].self_attn
+    reason, findings = unsupported_attention(attention), []
+    backend = None if reason else causal_backend(device, dtype, attention.head_dim)
+    if backend == "sdpa" and device.type == "cuda":
+        text = "no variable-length attention kernel for the packed decoder: attention runs sample by sample"
+        findings.append(Finding(WARNING, "training step", text, "pip install flash-attn --no-build-isolation"))
+    result = {"attention": backend, "decoder_reason": reason, "liger_reason": unsupported_liger(model, None)}
+    return result, findings
+
+
 # ---------------------------------------------------------------- in processes of their own
 
 

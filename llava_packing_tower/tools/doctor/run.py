@@ -39,7 +39,7 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
     """Everything, as JSON types. ``say`` gets a line for each part as it is done; about a minute on a CPU.
 
     Keys: python, versions, host, findings ([{level, topic, text, command}]), ok, and, unless something keeps the
-    libraries from being loaded at all: gpus, attention, tower, collectives, patches, deepspeed.
+    libraries from being loaded at all: gpus, attention, tower, training_step, collectives, patches, deepspeed.
     """
     report: dict[str, object] = {"python": platform.python_version(), "versions": {p: installed(p) for p in PACKAGES}}
     findings = [*_host(report), *impossible(Run()), *_packages()]
@@ -63,6 +63,11 @@ def examine(say: Callable[[str], None] = lambda line: None) -> dict[str, object]
     say(f"tower: {tower['dtype']} on {tower['device']}")
     say(f"  inference: {tower['inference']}")
     say(f"  training: {tower['training']}")
+    report["training_step"], found = checks.training_step()
+    findings += found
+    step = report["training_step"]
+    say(f"packed decoder: {step['attention'] or 'off (' + step['decoder_reason'] + ')'}")
+    say(f"liger-kernel: {step['liger_reason'] or 'RMSNorm, rotary, SwiGLU'}")
     report["collectives"], found = checks.collectives()
     findings += found
     joined = report["collectives"]
