@@ -157,23 +157,103 @@ RENAMED: dict[str, str] = {
 }
 # Names that a module lost when it was split, or that were renamed: old module -> {old name: new place}.
 MOVED: dict[str, dict[str, str]] = {
+    "bench.systems": {
+        "our_system": "tools.bench.systems:packed_system",
+    },
+    "hosts.native_data": {
+        "NativeCollator": "integrations.llava.native_dataset:FittingCollator",
+    },
+    "attention.checking": {
+        "why_wrong": "attention.self_check:self_check_error",
+    },
+    "demo.photos": {
+        "QUESTION": "tools.demo.dataset:QUESTION",
+        "conversation": "tools.demo.dataset:conversation",
+        "write_dataset": "tools.demo.dataset:write_dataset",
+    },
+    "doctor": {
+        "Finding": "utils.findings:Finding",
+    },
+    "encoder": {
+        "compute_dtype": "models.runtime.execution:compute_dtype",
+    },
+    "families.llava_vit_standard": {
+        "RESIDUAL_PATCHES": "models.llava_vit.standard_positions:RESIDUAL_PATCHES",
+        "clip_in_context": "models.llava_vit.standard_positions:clip_in_context",
+    },
+    "fused": {
+        "FUSED_ENV": "utils.environment:FUSED",
+        "kind_of": "models.runtime.fused:block_spec_of",
+    },
+    "fused.functions": {
+        "Kind": "kernels.fused_block:BlockSpec",
+    },
+    "graphs": {
+        "GRAPHS_ENV": "utils.environment:GRAPHS",
+    },
     "hosts": {
         "FoundHost": "integrations.llava.host:FoundHost",
+        "HOSTS": "integrations.llava.registry:HOSTS",
         "Host": "integrations.llava.host:Host",
+        "NEXT_DIR_ENV": "integrations.llava.registry:NEXT_DIR_ENV",
         "all_hosts": "integrations.llava.registry:all_hosts",
         "find_host": "integrations.llava.registry:find_host",
     },
+    "hosts.mends": {
+        "MENDS": "integrations.llava.compat:COMPAT_PATCHES",
+        "MEND_MODULES": "integrations.llava.compat:PATCH_MODULES",
+        "Mend": "integrations.llava.compat:CompatPatch",
+        "mend": "integrations.llava.compat:compat_patch",
+    },
+    "hosts.tuning": {
+        "LORA_EXTRAS": "integrations.llava.checkpoint_files:LORA_EXTRAS",
+        "check_tower_weights": "integrations.llava.checkpoint:check_tower_weights",
+        "has_weights": "integrations.llava.checkpoint_files:has_weights",
+        "refuse": "integrations.llava.checkpoint_files:refuse",
+        "tower_tensors": "integrations.llava.checkpoint_files:tower_tensors",
+    },
+    "hosts.whole": {
+        "ADAPTER_PREFIX": "integrations.llava.checkpoint_files:ADAPTER_PREFIX",
+        "check_whole": "integrations.llava.checkpoint:check_complete",
+    },
+    "launch": {
+        "zero_stage": "train.deepspeed_config:zero_stage",
+    },
     "loading": {
         "CONFIG_NAME": "utils.files:CONFIG_NAME",
+        "atomic_folder": "utils.files:atomic_folder",
+        "open_to_others": "utils.files:open_to_others",
         "write_json": "utils.files:write_json",
     },
-    "native.resolution": {"ResolutionRule": "data.smart_resize:SmartResize"},
+    "native.report": {
+        "IMAGE_WORD": "data.samples:IMAGE_WORD",
+        "check_places": "data.samples:check_places",
+        "text_of": "data.samples:text_of",
+    },
+    "native.resolution": {
+        "ResolutionRule": "data.smart_resize:SmartResize",
+    },
     "packing": {
         "PackedSegments": "data.segments:VarlenMetadata",
         "kept": "data.cached_metadata:cached",
         "make_segments": "data.segments:make_segments",
         "read_grid": "data.segments:read_grid",
         "to_device": "data.segments:to_device",
+    },
+    "rotation": {
+        "ROTATIONS": "kernels.rotary:ROTATE",
+        "rotate_halves": "kernels.rotary:rotate_half",
+        "rotate_pairs": "kernels.rotary:rotate_interleaved",
+        "rotated": "kernels.rotary:apply_rotary",
+        "turned_back": "kernels.rotary:rotary_backward",
+    },
+    "tape": {
+        "Tape": "data.cached_metadata:CachedMetadata",
+        "taped": "data.cached_metadata:cached",
+    },
+    "tower": {
+        "ATTENTION_ENV": "utils.environment:ATTENTION",
+        "NAME_PREFIX": "towers.names:NAME_PREFIX",
     },
 }
 # Old packages: their submodules are in RENAMED under their own names.

@@ -22,7 +22,8 @@ from ..checkpoint.pretrained import StrictPreTrainedModel
 from ..data.patches import batch_images_to_packing_input, split_packed
 from ..data.positions import compute_patch_positions_with_interpolated_temporal
 from ..models.llava_vit.packed import LlavaViTPackingModel
-from ..models.llava_vit.standard import LlavaViTModel, clip_in_context
+from ..models.llava_vit.standard import LlavaViTModel
+from ..models.llava_vit.standard_positions import clip_in_context
 from .test_images import CONTEXT, Photographer, Sample
 
 THRESHOLDS = {torch.float64: 0.99999, torch.float32: 0.99999, torch.bfloat16: 0.99, torch.float16: 0.99}

@@ -9,7 +9,8 @@ import torch
 from ..checkpoint.pretrained import StrictPreTrainedModel
 from ..data.native_config import NativeSettings
 from ..data.positions import interpolate_frame_indices
-from ..models.llava_vit.standard import LlavaViTModel, OneVisionEncoderModel, clip_in_context
+from ..models.llava_vit.standard import LlavaViTModel, OneVisionEncoderModel
+from ..models.llava_vit.standard_positions import clip_in_context
 from .packing_tower import HEVCViTPackingVisionTower
 
 STANDARD_MODELS: dict[str, type[LlavaViTModel]] = {

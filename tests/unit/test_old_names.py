@@ -1,7 +1,10 @@
-"""Names of modules before 0.2 that the documentation told users to import: they work, with a warning."""
+"""Names of before 0.2 still import from where they were, with a warning: all of 34c8e29 but those that are gone."""
 
 import importlib
+import json
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +57,45 @@ def test_old_words_for_the_rotary_form():
     assert BlockConfig(32, 64, 4, "gelu", rotary="halves").rotary == "half"
     with pytest.raises(ValueError, match=r"unknown rotary 'quarters'; choose one of interleaved, half"):
         BlockConfig(32, 64, 4, "gelu", rotary="quarters")
+
+
+# ---------------------------------------------------------------- every public name of 34c8e29
+
+NAMES = json.loads((Path(__file__).parents[1] / "made_before" / "public_names.json").read_text())
+GONE: dict[str, tuple[str, str]] = {
+    "compiling": ("*", "blocks compiled by torch.compile"),
+    "linears": ("*", "the compiled path"),
+    "rotation_kernel": ("*", "the compiled path"),
+    "activations": ("normal_cdf fast_gelu Gelu GeluTanh", "the compiled path"),
+    "recording": ("*", "one mechanism of CUDA graphs"),
+    "graphs": ("CAPTURE_AT suspended graphs_wanted run_graphed capturing shared_pool", "one mechanism of CUDA graphs"),
+    "fused": ("FUSED_KINDS can_be_fused fused_wanted", "decided by models.runtime.execution.make_plan"),
+    "attention.recorded_launches": ("*", "flash-attn 4 is called by its public function"),
+    "attention.plain": ("*", "attention.flash_attn_functions"),
+    "attention.flash_attention_4": ("MOST_SEGMENTS Attention", "flash-attn 4 is called by its public function"),
+    "attention.flash_attention_3": ("Attention", "flash-attn 3 is called by its public function"),
+    "attention.cudnn": ("Attention", "scaled_dot_product_attention"),
+    "cli": ("Command COMMANDS UsageError main", "a package now: cli.main; the command is `llava-packing`"),
+    "bench.breakdown": ("kind_of", "renamed in a tool"),
+    "commands.eval": ("OURS", "renamed in a tool"),
+    "hosts.inference": ("model_name", "the class is that of `architectures`"),
+    "module_state": ("ADAPTERS", "whatever is not plainly ours is foreign"),
+}
+EVERY_BACKEND = "why_not"  # unsupported_reason now, in all of them
+
+
+@pytest.mark.parametrize("module", sorted(NAMES))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_public_name_of_before(module):
+    if module.startswith("fused.") and module not in ("fused.reference", "fused.functions") and not find_spec("triton"):
+        pytest.skip("needs Triton")
+    gone = GONE.get(module, ("", ""))[0].split()
+    if gone == ["*"]:
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(f"{PACKAGE}.{module}")
+        return
+    found = importlib.import_module(f"{PACKAGE}.{module}" if module else PACKAGE)
+    if module.startswith("attention."):
+        gone.append(EVERY_BACKEND)
+    missing = [name for name in NAMES[module].split() if not hasattr(found, name)]
+    assert set(missing) <= set(gone), missing
