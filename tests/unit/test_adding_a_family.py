@@ -13,6 +13,7 @@ from conftest import assert_close
 from families import pack, per_image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from toy_vit import HEADS, PATCH, WIDTH, publish
 
 from llava_packing_tower import HEVCViTPackingVisionTower, register_family
 from llava_packing_tower.cli.main import main
@@ -21,7 +22,7 @@ from llava_packing_tower.models.registry import FAMILIES, family_for
 
 pytestmark = pytest.mark.newest
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_family.md"
-MODULE, D, HEADS, P = "a_users_toy_vit", 32, 2, 4
+MODULE, D, P = "a_users_toy_vit", WIDTH, PATCH
 GRIDS = ((3, 5), (1, 7), (5, 3), (3, 5))
 
 
@@ -46,20 +47,7 @@ def toy(module):
 
 @pytest.fixture
 def published(tmp_path):
-    """A checkpoint as its makers would publish it: their names, their config."""
-    shapes = {"stem.weight": (D, 3, P, P), "stem.bias": (D,), "rows.weight": (8, D), "columns.weight": (8, D)}
-    shapes |= {"norm.weight": (D,), "norm.bias": (D,), "classifier.weight": (10, D)}
-    for block in (f"blocks.{i}" for i in range(2)):
-        for linear in ("attn.q", "attn.k", "attn.v", "attn.out"):
-            shapes |= {f"{block}.{linear}.weight": (D, D), f"{block}.{linear}.bias": (D,)}
-        shapes |= {f"{block}.mlp.fc1.weight": (48, D), f"{block}.mlp.fc1.bias": (48,)}
-        shapes |= {f"{block}.mlp.fc2.weight": (D, 48), f"{block}.mlp.fc2.bias": (D,)}
-        shapes |= {f"{block}.norm{n}.{kind}": (D,) for n in (1, 2) for kind in ("weight", "bias")}
-    folder = tmp_path / "published"
-    folder.mkdir()
-    save_file({name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "toy_vit", "dim": D, "num_hidden_layers": 2}))
-    return folder
+    return publish(tmp_path / "published")
 
 
 def plain(w, image):

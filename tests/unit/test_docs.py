@@ -1,12 +1,12 @@
 """The documentation against the code: generated tables, links, the index of messages, the pages of the site."""
 
-import ast
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from code_messages import messages
 
 from llava_packing_tower.data.images import ImageReading
 from llava_packing_tower.data.native_config import DEFAULT_MIN_PATCHES
@@ -92,24 +92,6 @@ def test_files_that_are_named_exist(page):
 
 
 # ---------------------------------------------------------------- messages
-
-
-def messages() -> list[str]:
-    """Every text in the code, with ``...`` for what is filled in."""
-    found = []
-    for file in (ROOT / "llava_packing_tower").rglob("*.py"):
-        found += [template(node) for node in ast.walk(ast.parse(file.read_text("utf-8")))]
-    return [text for text in found if text]
-
-
-def template(node: ast.AST) -> str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%(\.\d)?[sdrf]", "...", node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(template(part) if isinstance(part, ast.Constant) else "..." for part in node.values)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return template(node.left) + template(node.right)
-    return ""
 
 
 def test_messages_of_the_troubleshooting_page_are_in_the_code():

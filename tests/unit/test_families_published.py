@@ -1,6 +1,5 @@
 """The checkpoints as they are published: every size, every naming, by hub id. Sizes on the meta device, no weights."""
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 import transformers
 from conftest import assert_close
 from families import GOLDEN_FAMILIES
+from published import HUB_IDS, make_hub
 
 from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
 from llava_packing_tower.checkpoint.weights import construction, parameter_shapes, plan_problems
@@ -260,25 +260,13 @@ def test_fixed_resolution_siglip2_is_not_taken_for_naflex():
 
 # ---------------------------------------------------------------- by hub id
 
-HUB_IDS = {
-    "siglip2": "google/siglip2-so400m-patch16-naflex",
-    "aimv2_native": "apple/aimv2-large-patch14-native",
-    "aimv2_learned": "apple/aimv2-large-patch14-224",
-    "dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m",
-}
-
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch, golden):
+def hub(tmp_path, monkeypatch):
     """A hub cache, as a download leaves it, that holds the golden checkpoints under published names."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, hub_id in HUB_IDS.items():
-        cached = tmp_path / f"models--{hub_id.replace('/', '--')}"
-        commit = "0123456789abcdef0123456789abcdef01234567"
-        shutil.copytree(golden / name, cached / "snapshots" / commit)
-        (cached / "refs").mkdir()
-        (cached / "refs" / "main").write_text(commit)
+    make_hub(tmp_path)
 
 
 @pytest.mark.parametrize("name", HUB_IDS)
