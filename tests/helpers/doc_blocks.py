@@ -33,6 +33,7 @@ TEXT = {
     r"--device cuda": "--device cpu",
     r'"cuda"': '"cpu"',
     r"image_b\], 16": "image_b], 4",  # the DINOv3 that stands in for the hub's has patches of 4
+    r" --use_real_images": "",  # photographs of 512 pixels have 16,000 patches of 4
     r"--peers transformers,timm": "--peers transformers",  # timm is not among the requirements
 }
 """Pattern -> what it becomes, in bash and Python."""
