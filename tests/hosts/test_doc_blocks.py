@@ -359,3 +359,24 @@ def test_block(block, folder, monkeypatch, capsys):
 def test_every_page_is_read():
     fences = sum(len(re.findall(r"^ *(?:```|~~~)", page.read_text("utf-8"), re.MULTILINE)) for page in PAGES)
     assert fences == 2 * len(BLOCKS) and len(BLOCKS) > 30
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("toml", "a = 1"),
+        ("bash", "curl https://example.com"),
+        ("bash", "llava-packing convert checkpoints/hevc_vit_large --no_such_option"),
+        ("bash", "llava-packing bench --work unheard3"),
+        ("bash", "pip install no-such-package-of-ours"),
+        ("bash", "make no_such_target"),
+        ("bash", "export NO_SUCH_VARIABLE=1"),
+        ("bash", "python benchmarks/eval_throughput.py --no_such_option 1"),
+        ("python", "print(name_that_the_page_never_made)"),
+        ("yaml", "no_such_key: 1"),
+        ("", "a line that no command prints"),
+    ],
+)
+def test_a_wrong_block_fails(language, text, folder, monkeypatch, capsys):
+    with pytest.raises((AssertionError, SystemExit, ValueError, pytest.fail.Exception)):
+        test_block(Block(ROOT / "README.md", 1, language, text), folder, monkeypatch, capsys)
