@@ -11,6 +11,7 @@ import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -214,3 +215,22 @@ class Trainings:
                 log = train(self.config, output, NEXT, *words, processes=1 if kind == "frozen" else 2)
             self.kept[kind] = (folder, log)
         return self.kept[kind]
+
+
+def run_checks(module: str, next_dir: str, folder: Path, timeout: float) -> dict[str, str | None]:
+    """What each check of a module of this folder said in a host: None, or how it failed (see ``checks_in_host``)."""
+    report = folder / "checks.xml"
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent / "checks_in_host.py"), "-q"]
+    command += ["--timeout=0", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+    command += [f"--basetemp={folder / 'temp'}"]
+    env = {**environment(next_dir), "PYTHONPATH": str(REPOSITORY), "HOST_CHECKS": module}
+    for name in [name for name in env if name.startswith(("PYTEST_", "COV_"))]:
+        del env[name]
+    result = execute(command, env, timeout=timeout)
+    assert report.is_file(), result.stdout + result.stderr
+    said: dict[str, str | None] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.attrib["name"].partition("[")[2].removesuffix("]")
+        failed = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        said[name] = "\n".join(child.text or child.tag for child in failed) or None
+    return said

@@ -10,9 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
-import json
 import sys
-import traceback
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -607,23 +605,7 @@ def the_interface_of_the_attention_is_known(models):
             assert unsupported_attention(attention) is None, cls
 
 
-def main() -> None:
-    import builder_patch  # noqa: F401
-
-    models = Models(Path(sys.argv[1]))
-    models.folder = Path(sys.argv[1])
-    wanted, results = sys.argv[2:], {}
-    for name, function in CHECKS.items():
-        if wanted and name not in wanted:
-            continue
-        torch.manual_seed(0)
-        try:
-            function(models)
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    print("\n" + json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+def make(folder: Path) -> Models:
+    models = Models(folder)
+    models.folder = folder
+    return models

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
 import packed_step_checks
 import pytest
-from host_runs import HOSTS, REPOSITORY, environment, execute, needs_host
+from host_runs import HOSTS, needs_host, run_checks
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.newest, needs_host]
 
@@ -17,10 +13,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.newest, needs_host]
 def results(request, tmp_path_factory):
     """What every check said, from one process for each host."""
     folder = tmp_path_factory.mktemp("packed_step")
-    command = [sys.executable, str(Path(packed_step_checks.__file__)), str(folder)]
-    result = execute(command, {**environment(request.param), "PYTHONPATH": str(REPOSITORY)}, timeout=500)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return run_checks("packed_step_checks", request.param, folder, timeout=500)
 
 
 @pytest.mark.parametrize("name", packed_step_checks.CHECKS)
