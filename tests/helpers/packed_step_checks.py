@@ -430,6 +430,31 @@ def evaluation_and_generation_are_the_hosts(models):
         assert call(model, without).logits is not None
 
 
+@check
+def generation_is_the_hosts(models):
+    for word in models.words:
+        model = models.make(word)
+        batch = batch_of(model, "one sample")
+        ids, images = batch["input_ids"], batch["images"]
+        more = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        with host_path():
+            expected = copy.deepcopy(model).eval().generate(ids, images=images, **more)
+        call(model, batch).loss.backward()  # everything is wrapped
+        assert torch.equal(model.eval().generate(ids, images=images, **more), expected) and expected.shape[1] >= 4
+
+
+@check
+def an_evaluation_with_use_liger_kernel(models):
+    """transformers then tells the model to skip its logits, which LLaVA's forward does not take."""
+    model = models.make()
+    trainer = _trainer(models, models.folder, model)
+    batch = batch_of(model, "text alone")
+    batch.pop("images")
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(model.eval(), {**batch, "skip_logits": True}, return_outputs=True)
+    assert loss.isfinite() and outputs.logits is not None
+
+
 def _trainer(models, folder, model, cls=None, **options):
     from transformers import Trainer, TrainingArguments
 

@@ -52,24 +52,27 @@ def cuda_sync(train: ModuleType, patches: Patches) -> None:
 
 
 def _strict_forwards(model: ModuleType) -> list[type]:
-    """The host's language models whose forward takes no ``cache_position`` though transformers' own one does."""
+    """The host's language models whose forward takes no ``cache_position``, or ``cache``, though transformers' own one
+    does."""
     package = model.__name__.partition(".")[0]
     found = []
     for cls in vars(model).values():
         if not (isinstance(cls, type) and cls.__module__.startswith(package) and "forward" in vars(cls)):
             continue
         taken = inspect.signature(cls.forward).parameters
-        if "cache_position" in taken or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        lacking = {"cache_position", "cache"} - taken.keys()
+        if not lacking or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
             continue
         theirs = [base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")]
-        if theirs and "cache_position" in inspect.signature(theirs[0].forward).parameters:
+        if theirs and lacking & inspect.signature(theirs[0].forward).parameters.keys():
             found.append(cls)
     return found
 
 
 @compat_patch(
     module="{package}.model",
-    reason="generate() passes cache_position, which the host's forward() does not accept",
+    reason="generate() passes cache_position, or in transformers 5.24 cache, which the host's forward() does not "
+    "accept",
     issue="haotian-liu/LLaVA#1448",
     defect=lambda model: bool(_strict_forwards(model)),
 )
@@ -81,6 +84,8 @@ def fwd_kw(model: ModuleType, patches: Patches) -> None:
         # generate() and the Trainer read the signature and must go on seeing the host's: hence wraps.
         @functools.wraps(forward)
         def wrapped(self, *args, _forward=forward, _known=known, **kwargs):
+            if "cache" in kwargs and "cache" not in _known:  # its newer name
+                kwargs["past_key_values"] = kwargs.pop("cache")
             # The language model works cache_position out again by itself.
             return _forward(self, *args, **{key: value for key, value in kwargs.items() if key in _known})
 
