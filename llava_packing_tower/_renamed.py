@@ -92,7 +92,7 @@ RENAMED: dict[str, str] = {
     "graphs": "models.runtime.cuda_graphs",
     "hostfile": "train.hostfile",
     "hosts": "integrations.llava.install",
-    "hosts.after_load": "integrations.llava.after_load",
+    "hosts.after_load": "integrations.llava.checkpoint",
     "hosts.answering": "integrations.llava.batched_inference",
     "hosts.arguments": "integrations.llava.arguments",
     "hosts.arguments_table": "integrations.llava.arguments_table",

@@ -3,10 +3,9 @@ marks on complete checkpoints, an orderly end."""
 
 from __future__ import annotations
 
-import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +15,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from ..attention.dispatch import resolve_backend
 from ..integrations.llava import compat
+from ..integrations.llava.methods import Call, add_step
 from ..integrations.llava.patcher import Patches
 from ..integrations.llava.trainable_parts import count_parts
 from ..towers.packing_tower import HEVCViTPackingVisionTower
@@ -161,13 +161,12 @@ class Progress(TrainerCallback):
 
 def mark_checkpoints(trainer_class: type[Trainer], patches: Patches) -> None:
     """Mark each checkpoint as complete when every rank has written its part; only then are older ones deleted."""
-    save = trainer_class._save_checkpoint
 
-    @functools.wraps(save)
-    def _save_checkpoint(self, *args, **kwargs):
+    def mark(call: Call) -> Iterator[None]:
+        self = call.self
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            save(self, *args, **kwargs)
+            yield
         finally:
             self.args.save_total_limit = limit
         barrier()
@@ -178,7 +177,7 @@ def mark_checkpoints(trainer_class: type[Trainer], patches: Patches) -> None:
         if self.args.should_save:
             _rotate(self)
 
-    patches.set(trainer_class, "_save_checkpoint", _save_checkpoint)
+    add_step(trainer_class, "LLaVATrainer._save_checkpoint", "mark_complete", mark, patches)
 
 
 def _rotate(trainer: Trainer) -> None:
@@ -200,11 +199,10 @@ def install(train: ModuleType, patches: Patches) -> list[Trainer]:
     """Give every trainer that the host's ``train.train`` makes the check, marks on its checkpoints, and the progress in
     place of a bar. Returns the list in which these trainers will be."""
     trainer_class, trainers = train.LLaVATrainer, []
-    init, run = trainer_class.__init__, trainer_class.train
 
-    @functools.wraps(init)
-    def __init__(self, *args, **kwargs):
-        init(self, *args, **kwargs)
+    def add_callbacks(call: Call) -> Iterator[None]:
+        yield
+        self = call.self
         # In place of transformers' bar; its log lines (disable_tqdm) stay for the programs that read them.
         self.remove_callback(ProgressCallback)
         self.add_callback(EngineCheck(self))
@@ -213,16 +211,16 @@ def install(train: ModuleType, patches: Patches) -> list[Trainer]:
         self.add_callback(StopWhereNothingIsLeft())
         trainers.append(self)
 
-    @functools.wraps(run)
-    def train_to_the_end(self, *args, **kwargs):
+    def to_the_end(call: Call) -> Iterator[None]:
         try:
-            return run(self, *args, **kwargs)
+            yield
         except _NothingLeft:
-            if self.state.is_world_process_zero:
-                print(f"all {self.state.global_step} steps were done before: the model is saved", flush=True)
+            call.result, state = None, call.self.state
+            if state.is_world_process_zero:
+                print(f"all {state.global_step} steps were done before: the model is saved", flush=True)
 
-    patches.set(trainer_class, "__init__", __init__)
-    patches.set(trainer_class, "train", train_to_the_end)
+    add_step(trainer_class, "LLaVATrainer.__init__", "training_callbacks", add_callbacks, patches)
+    add_step(trainer_class, "LLaVATrainer.train", "end_where_nothing_is_left", to_the_end, patches)
     mark_checkpoints(trainer_class, patches)
     return trainers
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import FIVE
 from host_runs import HOSTS, execute
 
-from llava_packing_tower.integrations.llava import tower_builder
+from llava_packing_tower.integrations.llava import methods, tower_builder
 from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 from llava_packing_tower.integrations.llava.patcher import Patches
 from llava_packing_tower.integrations.llava.registry import find_host
@@ -231,6 +233,76 @@ def test_real_host(next_dir, late, golden):
         environment["PYTHONPATH"] = next_dir  # imported before the plugin can put it on the path
     result = execute([sys.executable, "-c", script], environment)
     assert result.stdout.strip().endswith("passed"), result.stdout + result.stderr
+
+
+LAYERS = """
+import importlib, os, sys
+from types import FunctionType, ModuleType
+import builder_patch, llava_packing_tower
+from llava_packing_tower.train import callbacks
+from llava_packing_tower.integrations.llava import methods
+from llava_packing_tower.integrations.llava.patcher import Patches
+OURS = os.path.dirname(llava_packing_tower.__file__)
+PARTS = ("model.llava_arch", "model", "model.builder", "mm_utils", "train.train", "train.llava_trainer")
+sys.argv.append("--fsdp=full_shard")  # the compat patches of FSDP are looked for
+builder_patch.apply()
+for name in PARTS:
+    importlib.import_module(f"llava.{{name}}")
+others = Patches()
+callbacks.install(sys.modules["llava.train.train"], others)
+
+def functions():
+    # Every function of the host's modules, of its classes and of their base classes in transformers.
+    owners = {{}}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "llava" and isinstance(module, ModuleType):
+            classes = [v for v in list(vars(module).values()) if isinstance(v, type)]
+            for owner in (module, *classes, *(base for cls in classes for base in cls.__mro__)):
+                owners[id(owner)] = owner
+    for owner in owners.values():
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, FunctionType):
+                yield owner, name, value
+
+def layers(function):
+    count = 0
+    while function is not None:
+        count += function.__code__.co_filename.startswith(OURS) if isinstance(function, FunctionType) else 0
+        function = getattr(function, "__wrapped__", None)
+    return count
+
+counts = [(layers(value), owner.__name__, name) for owner, name, value in functions()]
+assert (double := [entry for entry in counts if entry[0] > 1]) == [], double
+touched = {{name for count, _, name in counts if count}}
+for expected in ("initialize_vision_modules", "prepare_inputs_labels_for_multimodal", "load_pretrained_model",
+                 "safe_save_model_for_hf_trainer", "_save_checkpoint", "create_optimizer", "build_vision_tower"):
+    assert expected in touched, expected
+steps = {{name: list(value._llava_packing_steps) for _, name, value in functions()
+          if hasattr(value, "_llava_packing_steps")}}
+assert {{"remember_tower", "native_settings", "fsdp_tower"}} <= set(steps["initialize_vision_modules"]), steps
+assert {{"mark_complete", "lora_extras", "save_what_is_trained"}} <= set(steps["_save_checkpoint"]), steps
+others.undo()
+builder_patch.undo()
+left = [(owner.__name__, name) for owner, name, value in functions() if layers(value)]
+assert left == [], left
+print("passed")
+"""
+
+
+@pytest.mark.parametrize("next_dir", HOSTS)
+def test_no_method_of_a_host_is_wrapped_twice(next_dir):
+    environment = {**os.environ, "LLAVA_NEXT_DIR": next_dir}
+    result = execute([sys.executable, "-c", LAYERS.format()], environment)
+    assert result.stdout.strip().endswith("passed"), result.stdout + result.stderr
+
+
+def test_the_table_of_steps_is_what_is_added():
+    added = set()
+    for file in Path(methods.__file__).parents[2].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "add_step":
+                added.add(node.args[2].value)
+    assert added == {name for steps in methods.STEPS.values() for name in steps}
 
 
 def test_find_host_names_what_to_install(monkeypatch, tmp_path):

@@ -87,11 +87,11 @@ def test_a_lora_without_deepspeed_goes_on_with_its_projector(tmp_path):
         def _save_checkpoint(self, model, trial):
             (tmp_path / "checkpoint-4").mkdir()
 
-        def _load_from_checkpoint(self, folder):
+        def _load_from_checkpoint(self, resume_from_checkpoint):
             return "loaded"
 
     patches = Patches()
-    saving.resume_extras(SimpleNamespace(LLaVATrainer=Trainer), patches)
+    saving.resume_extras(Trainer, patches)
     first, second = Trainer(), Trainer()
     first._save_checkpoint(None, None)
     assert second._load_from_checkpoint(str(tmp_path / "checkpoint-4")) == "loaded"

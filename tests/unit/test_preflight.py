@@ -526,7 +526,8 @@ def test_the_plan_says_what_is_cut(files, tmp_path):
 
 
 def test_a_host_that_opens_the_data_itself_gets_no_empty_image():
-    from llava_packing_tower.integrations.llava.native_dataset import _read_empty_media_as_text
+    from llava_packing_tower.integrations.llava.methods import add_step
+    from llava_packing_tower.integrations.llava.native_dataset import empty_media
     from llava_packing_tower.integrations.llava.patcher import Patches
 
     class Dataset:
@@ -534,7 +535,7 @@ def test_a_host_that_opens_the_data_itself_gets_no_empty_image():
             self.list_data_dict = [{"image": None}, {"image": "a.png"}, {"video": ""}]
 
     patches = Patches()
-    _read_empty_media_as_text(Dataset, patches)
+    add_step(Dataset, "LazySupervisedDataset.__init__", "empty_media", empty_media, patches)
     assert Dataset("x").list_data_dict == [{}, {"image": "a.png"}, {}]
     patches.undo()
     assert Dataset("x").list_data_dict[0] == {"image": None}

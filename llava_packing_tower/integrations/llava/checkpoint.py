@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,9 +14,10 @@ from torch import nn
 from ...checkpoint.weights import resolve_folder
 from ...towers.packing_tower import HEVCViTPackingVisionTower
 from .checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, names_in_files, refuse, tower_tensors
+from .methods import Call, Step, add_step
 from .patcher import Patches
 from .restore_frozen import adapter_has_tower, restore_frozen
-from .trainable_parts import foreign_layers, is_readable
+from .trainable_parts import foreign_layers, is_packing_tower, is_readable
 
 # transformers 5 stores the experts of a layer in one tensor, whatever the file calls them.
 RENAMED_BY_TRANSFORMERS = (".experts.",)
@@ -77,45 +79,62 @@ def projector_in_full(model: nn.Module, model_path: str, model_base: str | None 
             named[name].copy_(value)
 
 
-def strict_adapter(builder: ModuleType, patches: Patches) -> None:
+def check_when_loaded(builder: ModuleType, patches: Patches) -> None:
+    """Have ``load_pretrained_model`` finish and check every model with a packing tower before anybody has it."""
+    method = "builder.load_pretrained_model"
+    add_step(builder, method, "strict_adapter", strict_adapter, patches)
+    add_step(builder, method, "check_loaded", after_load(check_loaded), patches)
+    add_step(builder, method, "restore_frozen", after_load(restore_frozen), patches)
+    add_step(builder, method, "projector_in_full", after_load(projector_in_full), patches)
+
+
+def after_load(act: Callable[[nn.Module, str, str | None], object]) -> Step:
+    """A step of ``load_pretrained_model`` that calls ``act(model, model_path, model_base)`` on what was loaded, if that
+    has a packing tower. An error of ``act`` is one of the loading."""
+
+    def step(call: Call) -> Iterator[None]:
+        yield
+        model = call.result[1]
+        if is_packing_tower(getattr(model, "get_vision_tower", lambda: None)()):
+            act(model, call.arguments["model_path"], call.arguments.get("model_base"))
+
+    return step
+
+
+def strict_adapter(call: Call) -> Iterator[None]:
     """Have ``load_pretrained_model`` refuse a LoRA that does not fit: peft skips what has no place, without a word."""
-    original = builder.load_pretrained_model
+    model_path, base = call.arguments["model_path"], call.arguments.get("model_base")
+    folder = Path(model_path).expanduser()
+    if not (folder / ADAPTER).is_file():
+        yield
+        return
+    from peft import PeftModel
 
-    @functools.wraps(original)
-    def load_pretrained_model(model_path, *args, **kwargs):
-        folder = Path(model_path).expanduser()
-        if not (folder / ADAPTER).is_file():
-            return original(model_path, *args, **kwargs)
-        from peft import PeftModel
+    kept = {name: vars(PeftModel)[name] for name in ("load_adapter", "from_pretrained")}
+    load, start = PeftModel.load_adapter, PeftModel.from_pretrained
 
-        kept = {name: vars(PeftModel)[name] for name in ("load_adapter", "from_pretrained")}
-        load, start = PeftModel.load_adapter, PeftModel.from_pretrained
-        base = kwargs.get("model_base", next(iter(args), None))
+    @functools.wraps(load)
+    def load_adapter(self, *words, **options):
+        result = load(self, *words, **options)
+        missing = [name for name in result.missing_keys if "lora_" in name and "vision_tower." not in name]
+        refuse(
+            {"missing from the files": missing, "in the files, but not in the model": list(result.unexpected_keys)},
+            f"the LoRA of {model_path} does not fit {type(self.get_base_model()).__name__}: model_base must be "
+            f"the model that it was trained on",
+        )
+        return result
 
-        @functools.wraps(load)
-        def load_adapter(self, *words, **options):
-            result = load(self, *words, **options)
-            missing = [name for name in result.missing_keys if "lora_" in name and "vision_tower." not in name]
-            refuse(
-                {"missing from the files": missing, "in the files, but not in the model": list(result.unexpected_keys)},
-                f"the LoRA of {model_path} does not fit {type(self.get_base_model()).__name__}: model_base must be "
-                f"the model that it was trained on",
-            )
-            return result
+    def from_pretrained(model, *words, **options):
+        if adapter_has_tower(folder):  # it is merged into the weights that the tower has now
+            restore_frozen(model, model_path, base, even_adapted=True)
+        return start(model, *words, **options)
 
-        def from_pretrained(model, *words, **options):
-            if adapter_has_tower(folder):  # it is merged into the weights that the tower has now
-                restore_frozen(model, model_path, base, even_adapted=True)
-            return start(model, *words, **options)
-
-        PeftModel.load_adapter, PeftModel.from_pretrained = load_adapter, staticmethod(from_pretrained)
-        try:
-            return original(model_path, *args, **kwargs)
-        finally:
-            for name, value in kept.items():
-                setattr(PeftModel, name, value)
-
-    patches.set(builder, "load_pretrained_model", load_pretrained_model)
+    PeftModel.load_adapter, PeftModel.from_pretrained = load_adapter, staticmethod(from_pretrained)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(PeftModel, name, value)
 
 
 def check_tower_weights(

@@ -7,13 +7,14 @@ It comes from reentrant checkpointing above frozen layers, from a part of the mo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 import torch
 from torch import nn
 
 from ...towers.packing_tower import HEVCViTPackingVisionTower
+from .methods import Call, add_step
 from .patcher import Patches
 from .trainable_parts import is_packing_tower
 
@@ -129,25 +130,24 @@ def refuse_without(names: Iterable[str]) -> None:
 
 def check_gradients(train: ModuleType, patches: Patches) -> None:
     """Have the host's trainer look at the gradients of its first step, before the optimizer uses them."""
-    trainer = train.LLaVATrainer
-    step = trainer.training_step
 
-    @functools.wraps(step)
-    def training_step(self, model, *args, **kwargs):
+    def watch(call: Call) -> Iterator[None]:
+        self = call.self
         if getattr(self, "_llava_packing_watched", False):
-            return step(self, model, *args, **kwargs)
+            yield
+            return
         plain = getattr(self.model, "get_vision_tower", lambda: None)
         if not is_packing_tower(plain()):
             self._llava_packing_watched = True
-            return step(self, model, *args, **kwargs)
+            yield
+            return
+        watched = call.arguments["model"] if self.args.fsdp else self.model
         if not hasattr(self, "_llava_packing_watch"):
-            self._llava_packing_watch = GradientWatch(model if self.args.fsdp else self.model)
-        result = step(self, model, *args, **kwargs)
+            self._llava_packing_watch = GradientWatch(watched)
+        yield
         if self.accelerator.sync_gradients:  # not before all batches of the step were seen
-            watched = model if self.args.fsdp else self.model
             refuse_without(self._llava_packing_watch.without(watched))
             self._llava_packing_watched = True
             del self._llava_packing_watch
-        return result
 
-    patches.set(trainer, "training_step", training_step)
+    add_step(train.LLaVATrainer, "LLaVATrainer.training_step", "check_gradients", watch, patches)

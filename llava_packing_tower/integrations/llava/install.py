@@ -76,13 +76,10 @@ def _extend(package: str) -> None:
         note_with_models(models, _patches)
 
     def on_builder(builder: ModuleType) -> None:
-        from .after_load import after_load
-        from .checkpoint import check_loaded, projector_in_full, strict_adapter
+        from .checkpoint import check_when_loaded
         from .model_class import load_by_architectures
-        from .restore_frozen import restore_frozen
 
-        after_load(builder, _patches, projector_in_full, restore_frozen, check_loaded)
-        strict_adapter(builder, _patches)
+        check_when_loaded(builder, _patches)
         load_by_architectures(builder, _patches)
 
     def on_train(train: ModuleType) -> None:

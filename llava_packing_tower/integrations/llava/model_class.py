@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import logging
 import re
@@ -24,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...utils.files import CONFIG_NAME, read_json
 from .checkpoint_files import ADAPTER, PROJECTOR
+from .methods import Call, add_step
 from .patcher import Patches
 from .self_contained import self_contained
 
@@ -229,15 +229,15 @@ def base_of(folder: Path, given: str | None) -> str | None:
 
 def load_by_architectures(builder: ModuleType, patches: Patches) -> None:
     """Have ``load_pretrained_model`` load the class that config.json names, LoRAs of every decoder among them."""
-    original = builder.load_pretrained_model
-    signature = inspect.signature(original)
 
-    @functools.wraps(original)
-    def load_pretrained_model(model_path, model_base=None, model_name="", *args, **kwargs):
-        content = read_config(str(model_path)) or {}
-        name = class_name(content)
+    def load(call: Call) -> Iterator[None]:
+        given = call.arguments
+        model_path = given["model_path"]
+        model_base, model_name = given.setdefault("model_base", None), given.setdefault("model_name", "")
+        name = class_name(read_config(str(model_path)) or {})
         if name is None:
-            return original(model_path, model_base, model_name, *args, **kwargs)
+            yield
+            return
         target = find_class(builder.__name__.split(".")[0], name)
         folder = Path(model_path).expanduser()
         model_base = base_of(folder, model_base)
@@ -246,12 +246,11 @@ def load_by_architectures(builder: ModuleType, patches: Patches) -> None:
         with contextlib.ExitStack() as stack:
             place = stack.enter_context(self_contained(folder)) if folder.is_dir() else model_path
             stack.enter_context(_classes_are(builder, target, str(place)))
-            result = original(str(place), model_base, asked, *args, **kwargs)
-            result[1].config._name_or_path = str(model_path)
-            return result
+            given.update(model_path=str(place), model_base=model_base, model_name=asked)
+            yield
+            call.result[1].config._name_or_path = str(model_path)
 
-    load_pretrained_model.__signature__ = signature
-    patches.set(builder, "load_pretrained_model", load_pretrained_model)
+    add_step(builder, "builder.load_pretrained_model", "class_by_architectures", load, patches)
 
 
 def train_by_architectures(train: ModuleType, patches: Patches) -> None:

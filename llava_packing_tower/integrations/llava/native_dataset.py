@@ -7,7 +7,8 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 import numpy as np
@@ -20,6 +21,7 @@ from ...data.samples import check_places, drop_empty_media, images_of
 from ...data.video import Clip, read_clip
 from ...multimodal.dataset_report import measure
 from .arguments import current_arguments
+from .methods import Call, add_step
 from .native_resolution import token_layout
 from .patcher import Patches
 
@@ -33,57 +35,45 @@ SKIPS = 3
 
 
 def into_training(train: ModuleType, patches: Patches) -> None:
-    """Wrap what a host's ``train.train`` makes batches with."""
+    """Change what a host's ``train.train`` makes batches with."""
     dataset = train.LazySupervisedDataset
     patches.set(train, "Image", HostImage())
-    _read_empty_media_as_text(dataset, patches)
+    add_step(dataset, "LazySupervisedDataset.__init__", "empty_media", empty_media, patches)
     if hasattr(dataset, "process_image"):
-        _keep_sizes(dataset, patches)
+        add_step(dataset, "LazySupervisedDataset.process_image", "keep_sizes", keep_sizes, patches)
     if hasattr(train, "process_video_with_decord"):
         reader = ClipReader(train.process_video_with_decord)
         patches.set(train, "process_video_with_decord", reader)
     else:
         reader = None
-    takes_the_next = hasattr(dataset, "_get_item")
-    _add_details(dataset, "_get_item" if takes_the_next else "__getitem__", reader, patches)
-    if takes_the_next:
-        _go_further(dataset, patches)
+    details = functools.partial(sample_details, reader=reader)
+    if hasattr(dataset, "_get_item"):  # LLaVA-NeXT's __getitem__ calls it, and again for the next sample
+        add_step(dataset, "LazySupervisedDataset._get_item", "sample_details", details, patches)
+        add_step(dataset, "LazySupervisedDataset.__getitem__", "go_further", go_further, patches)
+    else:
+        add_step(dataset, "LazySupervisedDataset.__getitem__", "sample_details", details, patches)
 
-    make = train.make_supervised_data_module
-
-    @functools.wraps(make)
-    def make_supervised_data_module(tokenizer, data_args):
-        module = make(tokenizer=tokenizer, data_args=data_args)
+    def fit_batches(call: Call) -> Iterator[None]:
+        yield
+        module, tokenizer, data_args = call.result, call.arguments["tokenizer"], call.arguments["data_args"]
         limit, token = tokenizer.model_max_length, train.IMAGE_TOKEN_INDEX
         module["data_collator"] = FittingCollator(module["data_collator"], limit, token)
         if asks_for_native(data_args):
             report_tokens(train, module["train_dataset"].list_data_dict, tokenizer, data_args)
-        return module
 
-    patches.set(train, "make_supervised_data_module", make_supervised_data_module)
-
-
-def _read_empty_media_as_text(dataset: type, patches: Patches) -> None:
-    init = dataset.__init__
-
-    @functools.wraps(init)
-    def __init__(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        drop_empty_media(self.list_data_dict)
-
-    patches.set(dataset, "__init__", __init__)
+    add_step(train, "train.make_supervised_data_module", "fit_batches", fit_batches, patches)
 
 
-def _keep_sizes(dataset: type, patches: Patches) -> None:
-    process = dataset.process_image
+def empty_media(call: Call) -> Iterator[None]:
+    """A dataset that was made: samples with ``image: null`` or an empty path are samples of text."""
+    yield
+    drop_empty_media(call.self.list_data_dict)
 
-    @functools.wraps(process)
-    def process_image(self, image_file, overwrite_image_aspect_ratio=None):
-        # LLaVA-NeXT pads every image of a sample with several to a square.
-        native = asks_for_native(self.data_args)
-        return process(self, image_file, None if native else overwrite_image_aspect_ratio)
 
-    patches.set(dataset, "process_image", process_image)
+def keep_sizes(call: Call) -> None:
+    """LLaVA-NeXT pads every image of a sample with several to a square: not at native resolution."""
+    if asks_for_native(call.self.data_args):
+        call.arguments["overwrite_image_aspect_ratio"] = None
 
 
 class ClipReader:
@@ -102,62 +92,60 @@ class ClipReader:
         return clip.frames, clip.total / clip.fps, times, len(clip.indices)
 
 
-def _add_details(dataset: type, name: str, reader: ClipReader | None, patches: Patches) -> None:
-    """Have a dataset's samples carry the places of their frames and their own positions."""
-    get = getattr(dataset, name)
+@contextmanager
+def reading_sample(dataset: torch.utils.data.Dataset, i: int | slice) -> Iterator[None]:
+    """Within it, the images of sample ``i`` are read as the tower's image processor says.
 
-    def read_item(self, i):
-        """The host's own sample, with its images read as the tower's image processor says."""
-        processor = self.data_args.image_processor
-        if not isinstance(processor, PackingImageProcessor):
-            return get(self, i)
-        entry = self.list_data_dict[i] if isinstance(i, int) else {}
-        several = isinstance(entry.get("image"), list)  # which LLaVA-NeXT pads
-        square = not asks_for_native(self.data_args) and (several or self.data_args.image_aspect_ratio == "pad")
-        try:
-            with reading_as(processor.image_reading, square):
-                return get(self, i)
-        except UnreadableImage as error:
-            raise UnreadableImage(f"sample {entry.get('id', i)}: {error}") from error
-
-    @functools.wraps(get)
-    def get_item(self, i):
-        if not asks_for_native(self.data_args):
-            return read_item(self, i)
-        # LLaVA-NeXT goes on with the next sample where a video cannot be read, and there is none after the last.
-        i = i % len(self.list_data_dict) if isinstance(i, int) else i
-        if reader is not None:
-            reader.last = None
-        video = isinstance(i, int) and "video" in self.list_data_dict[i]
-        with self.data_args.image_processor.reading(video):
-            sample = read_item(self, i)
-        if DETAILS not in sample and "image" in sample:  # else it is another one, which has been here
-            sample[DETAILS] = make_details(sample["image"], self.list_data_dict[i], i, self.data_args, reader)
-        return sample
-
-    patches.set(dataset, name, get_item)
+    Raises ``UnreadableImage`` with the sample's id for one that cannot be read.
+    """
+    processor = dataset.data_args.image_processor
+    if not isinstance(processor, PackingImageProcessor):
+        yield
+        return
+    entry = dataset.list_data_dict[i] if isinstance(i, int) else {}
+    several = isinstance(entry.get("image"), list)  # which LLaVA-NeXT pads
+    square = not asks_for_native(dataset.data_args) and (several or dataset.data_args.image_aspect_ratio == "pad")
+    try:
+        with reading_as(processor.image_reading, square):
+            yield
+    except UnreadableImage as error:
+        raise UnreadableImage(f"sample {entry.get('id', i)}: {error}") from error
 
 
-def _go_further(dataset: type, patches: Patches) -> None:
+def sample_details(call: Call, reader: ClipReader | None) -> Iterator[None]:
+    """Read a sample's images as the tower wants them; add the places of its frames and its own positions."""
+    self, i = call.self, call.arguments["i"]
+    if not asks_for_native(self.data_args):
+        with reading_sample(self, i):
+            yield
+        return
+    # LLaVA-NeXT goes on with the next sample where a video cannot be read, and there is none after the last.
+    i = call.arguments["i"] = i % len(self.list_data_dict) if isinstance(i, int) else i
+    if reader is not None:
+        reader.last = None
+    video = isinstance(i, int) and "video" in self.list_data_dict[i]
+    with self.data_args.image_processor.reading(video), reading_sample(self, i):
+        yield
+    sample = call.result
+    if DETAILS not in sample and "image" in sample:  # else it is another one, which has been here
+        sample[DETAILS] = make_details(sample["image"], self.list_data_dict[i], i, self.data_args, reader)
+
+
+def go_further(call: Call) -> None:
     """LLaVA-NeXT takes the next sample for one that cannot be read, and stops at two in a row and at the last one."""
-    fetch = dataset.__getitem__
-
-    @functools.wraps(fetch)
-    def __getitem__(self, i):
-        if not asks_for_native(self.data_args):
-            return fetch(self, i)
-        count, index = len(self.list_data_dict), i
-        for skips in range(SKIPS + 1):
-            try:
-                return fetch(self, index)
-            except Exception as error:
-                if skips == SKIPS:
-                    raise
-                further = (index + (1 if index == count - 1 else 2)) % count
-                logger.warning("sample %d cannot be read; sample %d is used instead: %s", index, further, error)
-                index = further
-
-    patches.set(dataset, "__getitem__", __getitem__)
+    if not asks_for_native(call.self.data_args):
+        return
+    count, index = len(call.self.list_data_dict), call.arguments["i"]
+    for skips in range(SKIPS + 1):
+        try:
+            call.result = call.method(index)
+            return
+        except Exception as error:
+            if skips == SKIPS:
+                raise
+            further = (index + (1 if index == count - 1 else 2)) % count
+            logger.warning("sample %d cannot be read; sample %d is used instead: %s", index, further, error)
+            index = further
 
 
 def make_details(

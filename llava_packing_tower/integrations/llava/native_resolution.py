@@ -6,10 +6,9 @@ Only the first half is replaced: the second, with its labels, masks and position
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -27,6 +26,7 @@ from ...multimodal.truncation import Truncations
 from ...multimodal.visual_inputs import blank_like, fill_slots, read_visuals
 from ...multimodal.visual_tokens import TokenLayout, encode_visuals
 from .arguments import current_arguments
+from .methods import Call, add_step
 from .patcher import Patches
 from .trainable_parts import is_packing_tower
 
@@ -46,37 +46,35 @@ class Encoded:
 
 
 def into_model(arch: ModuleType, patches: Patches) -> None:
-    """Wrap the three methods of LLaVA's mixins that have to do with images."""
-    _wrap_initialize(arch, patches)
+    """Add what native resolution does in the three methods of LLaVA's mixins that have to do with images."""
     mixin = arch.LlavaMetaForCausalLM
-    prepare, encode = getattr(mixin, PREPARE), mixin.encode_images
-    signature = inspect.signature(prepare)
+    takes_modalities = "modalities" in inspect.signature(getattr(mixin, PREPARE)).parameters
     truncations = Truncations()
 
-    @functools.wraps(prepare)
-    def prepare_inputs_labels_for_multimodal(self, *args, **kwargs):
-        call = signature.bind(self, *args, **kwargs)
-        given = call.arguments
-        ids, images = given["input_ids"], given["images"]
+    def native_images(call: Call) -> None:
+        self, given = call.self, call.arguments
+        ids, images = given["input_ids"], given.get("images")
         tower = self.get_vision_tower()
         if images is None or not is_packing_tower(tower) or not asks_for_native(self.config) or ids.shape[1] == 1:
-            return prepare(self, *args, **kwargs)
+            return
         features = _encode(self, tower, given, arch.IMAGE_TOKEN_INDEX, truncations)
         given["images"] = Encoded(features)
         given["image_sizes"] = None
-        if "modalities" in signature.parameters:
+        if takes_modalities:
             given["modalities"] = ["image"] * len(ids)  # LLaVA-NeXT drops samples beyond their number
         if given.get("attention_mask") is None and len(ids) > 1:
             # Samples may differ in length now, and without a mask LLaVA would let them see their padding.
             given["attention_mask"] = torch.ones_like(ids)
-        return prepare(*call.args, **call.kwargs)
 
-    @functools.wraps(encode)
-    def encode_images(self, images, *args, **kwargs):
-        return images.features if isinstance(images, Encoded) else encode(self, images, *args, **kwargs)
+    def native_features(call: Call) -> None:
+        if isinstance(images := call.arguments.get("images"), Encoded):
+            call.result = images.features
 
-    patches.set(mixin, PREPARE, prepare_inputs_labels_for_multimodal)
-    patches.set(mixin, "encode_images", encode_images)
+    add_step(
+        arch.LlavaMetaModel, "LlavaMetaModel.initialize_vision_modules", "native_settings", native_settings, patches
+    )
+    add_step(mixin, f"LlavaMetaForCausalLM.{PREPARE}", "native_images", native_images, patches)
+    add_step(mixin, "LlavaMetaForCausalLM.encode_images", "native_features", native_features, patches)
 
 
 def into_generate(models: ModuleType, patches: Patches) -> None:
@@ -88,20 +86,21 @@ def into_generate(models: ModuleType, patches: Patches) -> None:
     for cls in {id(c): c for c in vars(models).values() if isinstance(c, type)}.values():
         if not (hasattr(cls, PREPARE) and "generate" in vars(cls)):
             continue
-        generate = cls.generate
+        add_step(cls, "LlavaForCausalLM.generate", "pad_left", pad_left, patches)
 
-        @functools.wraps(generate)
-        def padded_left(self, *args, _generate=generate, **kwargs):
-            if not asks_for_native(self.config):
-                return _generate(self, *args, **kwargs)
-            side = getattr(self.config, "tokenizer_padding_side", "right")
-            self.config.tokenizer_padding_side = "left"
-            try:
-                return _generate(self, *args, **kwargs)
-            finally:
-                self.config.tokenizer_padding_side = side
 
-        patches.set(cls, "generate", padded_left)
+def pad_left(call: Call) -> Iterator[None]:
+    """See :func:`into_generate`."""
+    config = call.self.config
+    if not asks_for_native(config):
+        yield
+        return
+    side = getattr(config, "tokenizer_padding_side", "right")
+    config.tokenizer_padding_side = "left"
+    try:
+        yield
+    finally:
+        config.tokenizer_padding_side = side
 
 
 def _encode(
@@ -148,31 +147,25 @@ def token_layout(config: object, settings: NativeSettings) -> TokenLayout:
     )
 
 
-def _wrap_initialize(arch: ModuleType, patches: Patches) -> None:
-    """Have ``initialize_vision_modules`` settle what native resolution means for a run, and note it in the config."""
-    original = arch.LlavaMetaModel.initialize_vision_modules
-
-    @functools.wraps(original)
-    def initialize_vision_modules(self, model_args, fsdp=None):
-        original(self, model_args, fsdp)
-        tower = self.get_vision_tower()
-        data = current_arguments("DataArguments")
-        if not asks_for_native(model_args if data is None else data):
-            if is_packing_tower(tower):
-                tower.set_native(None)
-                for name in KEYS:
-                    vars(self.config).pop(PREFIX + name, None)
-            return
-        if not is_packing_tower(tower):
-            raise ValueError("image_aspect_ratio: native needs a packing tower: its name must contain 'packing'")
-        check_settings({name: getattr(model_args, name, None) for name in (*OPTIONS, "add_faster_video")})
-        nominal = (tower.image_size // tower.config.patch_size) ** 2
-        settings = make_settings(model_args, self.config, nominal, getattr(tower.vision_tower, "image_only", False))
-        tower.set_native(settings)
-        for name, value in settings.items().items():
-            setattr(self.config, name, value)
-        if (mode := getattr(model_args, "mm_spatial_pool_mode", None)) is not None:
-            self.config.mm_spatial_pool_mode = mode
-        logger.info("native resolution: %s", tower.image_processor.rule)
-
-    patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+def native_settings(call: Call) -> Iterator[None]:
+    """After ``initialize_vision_modules``: settle what native resolution means for a run, and note it in the config."""
+    yield
+    config, tower, model_args = call.self.config, call.self.get_vision_tower(), call.arguments["model_args"]
+    data = current_arguments("DataArguments")
+    if not asks_for_native(model_args if data is None else data):
+        if is_packing_tower(tower):
+            tower.set_native(None)
+            for name in KEYS:
+                vars(config).pop(PREFIX + name, None)
+        return
+    if not is_packing_tower(tower):
+        raise ValueError("image_aspect_ratio: native needs a packing tower: its name must contain 'packing'")
+    check_settings({name: getattr(model_args, name, None) for name in (*OPTIONS, "add_faster_video")})
+    nominal = (tower.image_size // tower.config.patch_size) ** 2
+    settings = make_settings(model_args, config, nominal, getattr(tower.vision_tower, "image_only", False))
+    tower.set_native(settings)
+    for name, value in settings.items().items():
+        setattr(config, name, value)
+    if (mode := getattr(model_args, "mm_spatial_pool_mode", None)) is not None:
+        config.mm_spatial_pool_mode = mode
+    logger.info("native resolution: %s", tower.image_processor.rule)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .checkpoint_files import LORA_EXTRAS
+from .methods import Call, add_step
 from .patcher import Patches
 from .trainable_parts import is_packing_tower
 
@@ -62,40 +63,26 @@ def note_when_saving(arch: ModuleType, patches: Patches) -> None:
     The hosts save the config alone for a LoRA and for a projector. A config does not know its model: they are looked
     up among the living ones.
     """
-    init = arch.LlavaMetaModel.__init__
 
-    @functools.wraps(init)
-    def __init__(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        _models.add(self)
+    def know(call: Call) -> Iterator[None]:
+        yield
+        _models.add(call.self)
 
-    patches.set(arch.LlavaMetaModel, "__init__", __init__)
-    save = PretrainedConfig.save_pretrained
-    if hasattr(save, "_llava_packing_note"):  # another host's package was imported before
-        return
-
-    @functools.wraps(save)
-    def save_pretrained(self, *args, **kwargs):
+    def refresh(call: Call) -> None:
         for model in list(_models):
-            if model.config is self:
+            if model.config is call.self:
                 _refresh(model)
-        return save(self, *args, **kwargs)
 
-    save_pretrained._llava_packing_note = True
-    patches.set(PretrainedConfig, "save_pretrained", save_pretrained)
+    add_step(arch.LlavaMetaModel, "LlavaMetaModel.__init__", "know_model", know, patches)
+    add_step(PretrainedConfig, "PretrainedConfig.save_pretrained", "refresh_note", refresh, patches)
 
 
 def note_with_models(models: ModuleType, patches: Patches) -> None:
     """The same for ``save_pretrained`` of the model classes of a host: a copy of a model was never made by a class."""
     for cls in {id(c): c for c in vars(models).values() if isinstance(c, type)}.values():
-        if not (hasattr(cls, "prepare_inputs_labels_for_multimodal") and hasattr(cls, "save_pretrained")):
-            continue
-
-        def save_pretrained(self, *args, _cls=cls, **kwargs):
-            _refresh(self)
-            return super(_cls, self).save_pretrained(*args, **kwargs)
-
-        patches.set(cls, "save_pretrained", functools.wraps(cls.save_pretrained)(save_pretrained))
+        if hasattr(cls, "prepare_inputs_labels_for_multimodal") and hasattr(cls, "save_pretrained"):
+            refresh = lambda call: _refresh(call.self)  # noqa: E731
+            add_step(cls, "LlavaForCausalLM.save_pretrained", "refresh_note", refresh, patches)
 
 
 def _refresh(model: nn.Module) -> None:
@@ -161,56 +148,48 @@ def _log_whole(count: int, example: str) -> None:
 
 def save_what_is_trained(train: ModuleType, patches: Patches) -> None:
     """Have the host's train.py and trainer save what is trained, whatever the arguments say."""
+
+    def what_is_trained(call: Call) -> Iterator[None]:
+        with saves_what_is_trained(call.arguments["trainer"] if call.self is None else call.self):
+            yield
+
+    def whole_tower(call: Call) -> None:
+        given = call.arguments
+        if given.get("require_grad_only", True):
+            given.update(named_params=complete_tower(given["named_params"]), require_grad_only=False)
+
     trainer = train.LLaVATrainer
-    for name in ("_save_checkpoint", "_save"):
-        patches.set(trainer, name, _within(getattr(trainer, name)))
-    patches.set(train, "safe_save_model_for_hf_trainer", _within(train.safe_save_model_for_hf_trainer))
-    original = train.get_peft_state_non_lora_maybe_zero_3
-
-    @functools.wraps(original)
-    def get_peft_state_non_lora_maybe_zero_3(named_params, require_grad_only=True):
-        return original(complete_tower(named_params) if require_grad_only else named_params, require_grad_only=False)
-
-    patches.set(train, "get_peft_state_non_lora_maybe_zero_3", get_peft_state_non_lora_maybe_zero_3)
-    resume_extras(train, patches)
+    add_step(trainer, "LLaVATrainer._save", "save_what_is_trained", what_is_trained, patches)
+    add_step(trainer, "LLaVATrainer._save_checkpoint", "save_what_is_trained", what_is_trained, patches)
+    add_step(train, "train.safe_save_model_for_hf_trainer", "save_what_is_trained", what_is_trained, patches)
+    add_step(train, "train.get_peft_state_non_lora_maybe_zero_3", "complete_tower", whole_tower, patches)
+    resume_extras(trainer, patches)
 
 
-def _within(save: Callable) -> Callable:
-    @functools.wraps(save)
-    def saved(trainer, *args, **kwargs):
-        with saves_what_is_trained(trainer):
-            return save(trainer, *args, **kwargs)
-
-    return saved
-
-
-def resume_extras(train: ModuleType, patches: Patches) -> None:
+def resume_extras(trainer: type, patches: Patches) -> None:
     """In a checkpoint of a LoRA that DeepSpeed does not write: what is trained beside it, and back at a resume.
 
     transformers' own Trainer saves and loads the adapter alone; the projector would start anew.
     """
-    trainer = train.LLaVATrainer
-    save, load = trainer._save_checkpoint, trainer._load_from_checkpoint
 
     def concerned(self) -> bool:
         return getattr(self.args, "lora_enable", False) and not self.is_deepspeed_enabled and not self.args.fsdp
 
-    @functools.wraps(save)
-    def _save_checkpoint(self, *args, **kwargs):
-        result = save(self, *args, **kwargs)
+    def save(call: Call) -> Iterator[None]:
+        yield
+        self = call.self
         if concerned(self) and self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             extras = {name: p.detach().cpu() for name, p in complete_tower(self.model.named_parameters())}
             aside = folder / f".{LORA_EXTRAS}"
             torch.save(extras, aside)
             aside.replace(folder / LORA_EXTRAS)
-        return result
 
-    @functools.wraps(load)
-    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
-        result = load(self, resume_from_checkpoint, *args, **kwargs)
+    def load(call: Call) -> Iterator[None]:
+        yield
+        self, resume_from_checkpoint = call.self, call.arguments["resume_from_checkpoint"]
         if not concerned(self):
-            return result
+            return
         file = Path(resume_from_checkpoint) / LORA_EXTRAS
         extras = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
         named = dict(complete_tower(self.model.named_parameters()))
@@ -222,7 +201,6 @@ def resume_extras(train: ModuleType, patches: Patches) -> None:
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(extras[name])
-        return result
 
-    patches.set(trainer, "_save_checkpoint", _save_checkpoint)
-    patches.set(trainer, "_load_from_checkpoint", _load_from_checkpoint)
+    add_step(trainer, "LLaVATrainer._save_checkpoint", "lora_extras", save, patches)
+    add_step(trainer, "LLaVATrainer._load_from_checkpoint", "lora_extras", load, patches)

@@ -6,13 +6,14 @@ the tower, and the others would wait for it for ever.
 
 from __future__ import annotations
 
-import functools
 import inspect
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
 from ...checkpoint.weights import zero3_enabled
+from .methods import Call, add_step
 from .patcher import Patches
 from .trainable_parts import is_packing_tower
 
@@ -37,29 +38,28 @@ def into_model(arch: ModuleType, patches: Patches) -> None:
     same is done for ``image_newline``, which LLaVA leaves out in a batch of text alone.
     """
     mixin = arch.LlavaMetaForCausalLM
-    prepare = getattr(mixin, PREPARE)
-    signature = inspect.signature(prepare)
+    takes_modalities = "modalities" in inspect.signature(getattr(mixin, PREPARE)).parameters
     embeds = 4  # of what it returns: ids, positions, mask, past, embeddings, labels (one more in some hosts)
 
-    @functools.wraps(prepare)
-    def prepare_inputs_labels_for_multimodal(self, *args, **kwargs):
+    def blanks(call: Call) -> Iterator[None]:
+        self, given = call.self, call.arguments
         tower = self.get_vision_tower()
-        call = signature.bind(self, *args, **kwargs)
-        given = call.arguments
         ids, images = given["input_ids"], given.get("images")
         if not is_packing_tower(tower) or ids is None or ids.shape[1] == 1 or not takes_part(self):
-            return prepare(self, *args, **kwargs)
+            yield
+            return
         if images is None or len(images) == 0:
             if asked := int((ids == arch.IMAGE_TOKEN_INDEX).sum()):
                 raise ValueError(f"the text has {asked} <image>, but there are no images")
             given["images"] = blank_images(tower, len(ids))
             given["image_sizes"] = [tuple(given["images"][0].shape[-2:])] * len(ids)
-            if "modalities" in signature.parameters:
+            if takes_modalities:
                 given["modalities"] = ["image"] * len(ids)
-        result = list(prepare(*call.args, **call.kwargs))
+        yield
         newline = getattr(self.get_model(), "image_newline", None)
+        result = list(call.result)
         if newline is not None and newline.requires_grad and result[embeds] is not None:
             result[embeds] = result[embeds] + 0 * newline.sum()
-        return tuple(result)
+        call.result = tuple(result)
 
-    patches.set(mixin, PREPARE, prepare_inputs_labels_for_multimodal)
+    add_step(mixin, f"LlavaMetaForCausalLM.{PREPARE}", "blank_images", blanks, patches)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +16,7 @@ from ...towers.packing_tower import HEVCViTPackingVisionTower
 from ...utils.tracing import is_plain
 from .arguments import host_lacks
 from .arguments_table import PARTS, tunable_parts
+from .methods import Call, add_step
 from .patcher import Patches
 
 logger = logging.getLogger(__name__)
@@ -32,17 +33,16 @@ def is_packing_tower(tower: object) -> bool:
 
 def remember_tower(arch: ModuleType, patches: Patches) -> None:
     """Have ``initialize_vision_modules`` note in the LLaVA config where the tower's weights will be found again."""
-    original = arch.LlavaMetaModel.initialize_vision_modules
 
-    @functools.wraps(original)
-    def initialize_vision_modules(self, model_args, fsdp=None):
+    def remember(call: Call) -> Iterator[None]:
+        self, model_args = call.self, call.arguments["model_args"]
         parts = tunable_parts(getattr(model_args, "mm_tunable_parts", None))
         train = _train_module(arch)
         if train is not None and host_lacks(train, "mm_tunable_parts") and parts == ("mm_mlp_adapter",):
             model_args.tune_mm_mlp_adapter = True  # this host's own word for it: it then saves the adapter alone
         kept = self.get_vision_tower()
         other = kept is not None and is_another_tower(kept, self.config, model_args.vision_tower)
-        original(self, model_args, fsdp)
+        yield
         if not is_packing_tower(self.get_vision_tower()):
             return
         if other:
@@ -60,7 +60,7 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
         for name in ("mm_tunable_parts", "unfreeze_mm_vision_tower"):
             setattr(self.config, name, getattr(model_args, name, None))
 
-    patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+    add_step(arch.LlavaMetaModel, "LlavaMetaModel.initialize_vision_modules", "remember_tower", remember, patches)
 
 
 def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
@@ -122,27 +122,22 @@ def tune_parts(train: ModuleType, patches: Patches) -> None:
     """On a host without ``mm_tunable_parts`` and ``mm_vision_tower_lr``: carry them out as its trainer is made."""
     trainer = train.LLaVATrainer
     if host_lacks(train, "mm_tunable_parts"):
-        init = trainer.__init__
 
-        @functools.wraps(init)
-        def __init__(self, *args, **kwargs):
-            if kwargs.get("model") is not None:
-                set_trainable(kwargs["model"], lora=getattr(kwargs.get("args"), "lora_enable", False))
-            init(self, *args, **kwargs)
+        def tune(call: Call) -> None:
+            if (model := call.arguments.get("model")) is not None:
+                set_trainable(model, lora=getattr(call.arguments.get("args"), "lora_enable", False))
 
-        patches.set(trainer, "__init__", __init__)
+        add_step(trainer, "LLaVATrainer.__init__", "tune_parts", tune, patches)
     if host_lacks(train, "mm_vision_tower_lr"):
-        create = trainer.create_optimizer
 
-        @functools.wraps(create)
-        def create_optimizer(self, *model):
-            optimizer = create(self, *model)
-            rate = getattr(self.args, "mm_vision_tower_lr", None)
+        def split(call: Call) -> Iterator[None]:
+            yield
+            rate = getattr(call.self.args, "mm_vision_tower_lr", None)
             if rate is not None:
-                split_groups(optimizer, {id(p) for n, p in self.model.named_parameters() if _part(n) == PARTS[0]}, rate)
-            return optimizer
+                tower = {id(p) for n, p in call.self.model.named_parameters() if _part(n) == PARTS[0]}
+                split_groups(call.result, tower, rate)
 
-        patches.set(trainer, "create_optimizer", create_optimizer)
+        add_step(trainer, "LLaVATrainer.create_optimizer", "tower_learning_rate", split, patches)
 
 
 def split_groups(optimizer: torch.optim.Optimizer, ids: set[int], rate: float) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
 from types import ModuleType
 
+from ..methods import Call, add_step
 from ..patcher import Patches
 from . import compat_patch
 
@@ -59,18 +59,12 @@ def _loader_asks_for_flash(builder: ModuleType) -> bool:
     defect=_loader_asks_for_flash,
 )
 def loader_attention(builder: ModuleType, patches: Patches) -> None:
-    original = builder.load_pretrained_model
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def load_pretrained_model(*args: object, **kwargs: object) -> object:
+    def without_flash(call: Call) -> None:
         # Asked now, not when the patch is applied: to look for a GPU starts CUDA.
         from transformers.utils import is_flash_attn_2_available
 
-        named = "attn_implementation" in signature.bind_partial(*args, **kwargs).arguments
-        if not named and not is_flash_attn_2_available():
+        if "attn_implementation" not in call.arguments and not is_flash_attn_2_available():
             logger.warning("flash-attn cannot be used here: the decoder is loaded with sdpa attention")
-            kwargs["attn_implementation"] = "sdpa"
-        return original(*args, **kwargs)
+            call.arguments["attn_implementation"] = "sdpa"
 
-    patches.set(builder, "load_pretrained_model", load_pretrained_model)
+    add_step(builder, "builder.load_pretrained_model", "loader_attention", without_flash, patches)

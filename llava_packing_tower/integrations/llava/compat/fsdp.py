@@ -8,6 +8,7 @@ import os
 import sys
 from types import ModuleType
 
+from ..methods import Call, add_step
 from ..patcher import Patches
 from . import compat_patch
 from .trainer import _source
@@ -83,15 +84,13 @@ def fsdp_on_cpu(accelerate: ModuleType, patches: Patches) -> None:
 def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
     from ..tower_builder import tower_class
 
-    initialize = arch.LlavaMetaModel.initialize_vision_modules
-
-    @functools.wraps(initialize)
-    def initialize_vision_modules(self, model_args, fsdp=None):
+    def in_the_model(call: Call) -> None:
         # All that the host does with `fsdp` is to make that list.
-        ours = self.get_vision_tower() is not None or tower_class(model_args.vision_tower) is not None
-        initialize(self, model_args, None if ours else fsdp)
+        asked = call.arguments["model_args"].vision_tower
+        if call.self.get_vision_tower() is not None or tower_class(asked) is not None:
+            call.arguments["fsdp"] = None
 
-    patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+    add_step(arch.LlavaMetaModel, "LlavaMetaModel.initialize_vision_modules", "fsdp_tower", in_the_model, patches)
 
 
 @compat_patch(
@@ -101,16 +100,12 @@ def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
     defect=lambda train: _asked() and "fsdp=training_args.fsdp" in _source(train.train),
 )
 def fsdp_dtypes(train: ModuleType, patches: Patches) -> None:
-    init = train.LLaVATrainer.__init__
-
-    @functools.wraps(init)
-    def __init__(self, *args, **kwargs):
-        arguments, model = kwargs.get("args"), kwargs.get("model")
+    def one_dtype(call: Call) -> None:
+        arguments, model = call.arguments.get("args"), call.arguments.get("model")
         if model is not None and arguments is not None and arguments.fsdp and (arguments.bf16 or arguments.fp16):
             model.to(model.dtype)
-        init(self, *args, **kwargs)
 
-    patches.set(train.LLaVATrainer, "__init__", __init__)
+    add_step(train.LLaVATrainer, "LLaVATrainer.__init__", "fsdp_dtypes", one_dtype, patches)
 
 
 @compat_patch(
@@ -122,17 +117,15 @@ def fsdp_dtypes(train: ModuleType, patches: Patches) -> None:
     ),
 )
 def fsdp_save(train: ModuleType, patches: Patches) -> None:
-    save = train.safe_save_model_for_hf_trainer
-
-    @functools.wraps(save)
-    def safe_save_model_for_hf_trainer(trainer, output_dir):
+    def by_trainer(call: Call) -> None:
+        trainer = call.arguments["trainer"]
         if not trainer.args.fsdp or getattr(trainer.args, "tune_mm_mlp_adapter", False):
-            return save(trainer, output_dir)
+            return
         plugin = trainer.accelerator.state.fsdp_plugin
         plugin.set_state_dict_type("FULL_STATE_DICT")  # else transformers saves nothing here
-        return trainer.save_model(output_dir)
+        call.result = trainer.save_model(call.arguments["output_dir"])
 
-    patches.set(train, "safe_save_model_for_hf_trainer", safe_save_model_for_hf_trainer)
+    add_step(train, "train.safe_save_model_for_hf_trainer", "fsdp_save", by_trainer, patches)
 
 
 def _unwraps_before_gathering(accelerate: ModuleType) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import builtins
 import dis
-import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from ..arguments import current_training_arguments
+from ..methods import Call, add_step
 from ..patcher import Patches
 from . import compat_patch
 
@@ -36,19 +36,16 @@ def _save_assumes_cuda(train: ModuleType) -> bool:
 def cuda_sync(train: ModuleType, patches: Patches) -> None:
     import torch
 
-    save = train.safe_save_model_for_hf_trainer
-
-    @functools.wraps(save)
-    def safe_save_model_for_hf_trainer(*args: object, **kwargs: object) -> object:
+    def without_cuda(call: Call) -> Iterator[None]:
         # Only while the host saves: elsewhere a missing CUDA stays an error.
         synchronize = torch.cuda.synchronize
         torch.cuda.synchronize = lambda device=None: None
         try:
-            return save(*args, **kwargs)
+            yield
         finally:
             torch.cuda.synchronize = synchronize
 
-    patches.set(train, "safe_save_model_for_hf_trainer", safe_save_model_for_hf_trainer)
+    add_step(train, "train.safe_save_model_for_hf_trainer", "cuda_sync", without_cuda, patches)
 
 
 def _strict_forwards(model: ModuleType) -> list[type]:
@@ -78,18 +75,15 @@ def _strict_forwards(model: ModuleType) -> list[type]:
 )
 def fwd_kw(model: ModuleType, patches: Patches) -> None:
     for cls in _strict_forwards(model):
-        forward = cls.forward
-        known = frozenset(inspect.signature(forward).parameters)
+        known = frozenset(inspect.signature(cls.forward).parameters)
 
-        # generate() and the Trainer read the signature and must go on seeing the host's: hence wraps.
-        @functools.wraps(forward)
-        def wrapped(self, *args, _forward=forward, _known=known, **kwargs):
-            if "cache" in kwargs and "cache" not in _known:  # its newer name
-                kwargs["past_key_values"] = kwargs.pop("cache")
-            # The language model works cache_position out again by itself.
-            return _forward(self, *args, **{key: value for key, value in kwargs.items() if key in _known})
+        def known_only(call: Call, known: frozenset[str] = known) -> None:
+            if "cache" in call.arguments and "cache" not in known:  # its newer name
+                call.arguments["past_key_values"] = call.arguments.pop("cache")
+            for name in call.arguments.keys() - known:  # the language model works cache_position out again by itself
+                del call.arguments[name]
 
-        patches.set(cls, "forward", wrapped)
+        add_step(cls, "LlavaForCausalLM.forward", "fwd_kw", known_only, patches)
 
 
 def _undefined_globals(function: Callable, module: ModuleType) -> set[str]:
@@ -122,17 +116,15 @@ def inner_loop(trainer: ModuleType, patches: Patches) -> None:
 )
 def tower_fp32(train: ModuleType, patches: Patches) -> None:
     arch = sys.modules[train.__name__.partition(".")[0] + ".model.llava_arch"]
-    initialize = arch.LlavaMetaModel.initialize_vision_modules
 
-    @functools.wraps(initialize)
-    def initialize_vision_modules(self, model_args, fsdp=None):
-        initialize(self, model_args, fsdp)
+    def stay_float32(call: Call) -> Iterator[None]:
+        yield
         arguments = current_training_arguments()
         if arguments is None or arguments.bf16 or arguments.fp16:
             return
         import torch
 
-        tower = self.get_vision_tower()
+        tower = call.self.get_vision_tower()
 
         def to(*args, **kwargs):
             del tower.to  # for the one call that train() makes next
@@ -142,7 +134,7 @@ def tower_fp32(train: ModuleType, patches: Patches) -> None:
 
         tower.to = to
 
-    patches.set(arch.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+    add_step(arch.LlavaMetaModel, "LlavaMetaModel.initialize_vision_modules", "tower_fp32", stay_float32, patches)
 
 
 @compat_patch(
@@ -152,13 +144,10 @@ def tower_fp32(train: ModuleType, patches: Patches) -> None:
     defect=lambda trainer: "optimizer_grouped_parameters" in _source(trainer.LLaVATrainer.create_optimizer),
 )
 def empty_groups(trainer: ModuleType, patches: Patches) -> None:
-    create = trainer.LLaVATrainer.create_optimizer
-
-    @functools.wraps(create)
-    def create_optimizer(self, *model):
-        optimizer = create(self, *model)
+    def drop_empty(call: Call) -> Iterator[None]:
+        yield
+        groups = call.result.param_groups
         # In place: the optimizer has no state yet, and whoever holds it sees the same list.
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
+        groups[:] = [group for group in groups if group["params"]]
 
-    patches.set(trainer.LLaVATrainer, "create_optimizer", create_optimizer)
+    add_step(trainer.LLaVATrainer, "LLaVATrainer.create_optimizer", "empty_groups", drop_empty, patches)

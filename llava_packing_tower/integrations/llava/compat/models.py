@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from ..methods import Call, add_step
 from ..patcher import Patches
 from ..tower_builder import holders, restore_copies
 from . import compat_patch
@@ -99,17 +100,13 @@ def _additional_tokens(folder: str) -> tuple[str, ...]:
 )
 def chat_template_ids(train: ModuleType, patches: Patches) -> None:
     for name in PREPROCESS:
-        preprocess = getattr(train, name, None)
-        if preprocess is None:
-            continue
+        if hasattr(train, name):
+            add_step(train, f"train.{name}", "chat_template_ids", _tokenize_as_in_transformers_4, patches)
 
-        @functools.wraps(preprocess)
-        def wrapped(sources, tokenizer, *args, _preprocess=preprocess, **kwargs):
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.__class__ = _as_in_transformers_4(type(tokenizer))
-            return _preprocess(sources, tokenizer, *args, **kwargs)
 
-        patches.set(train, name, wrapped)
+def _tokenize_as_in_transformers_4(call: Call) -> None:
+    tokenizer = call.arguments["tokenizer"] = copy.copy(call.arguments["tokenizer"])
+    tokenizer.__class__ = _as_in_transformers_4(type(tokenizer))
 
 
 # ---------------------------------------------------------------- images
@@ -189,14 +186,16 @@ def _tower_stays(tower_class: type) -> Iterator[None]:
 def tower_half(builder: ModuleType, patches: Patches) -> None:
     # Only here: `import builder_patch` must stay cheap.
     from ....towers.packing_tower import HEVCViTPackingVisionTower
-    from ..after_load import after_load
 
-    def beside_projector(model, *_):
-        # A frozen tower may have come from its own folder, in that folder's dtype.
-        projector = next(model.get_model().mm_projector.parameters(), None)
-        if projector is not None and not projector.is_meta:
-            model.get_vision_tower().to(device=projector.device, dtype=projector.dtype)
+    def beside_projector(call: Call) -> Iterator[None]:
+        with _tower_stays(HEVCViTPackingVisionTower):
+            yield
+        model = call.result[1]
+        tower = getattr(model, "get_vision_tower", lambda: None)()
+        if isinstance(tower, HEVCViTPackingVisionTower):
+            # A frozen tower may have come from its own folder, in that folder's dtype.
+            projector = next(model.get_model().mm_projector.parameters(), None)
+            if projector is not None and not projector.is_meta:
+                tower.to(device=projector.device, dtype=projector.dtype)
 
-    stays = _tower_stays(HEVCViTPackingVisionTower)
-    patches.set(builder, "load_pretrained_model", stays(builder.load_pretrained_model))
-    after_load(builder, patches, beside_projector)
+    add_step(builder, "builder.load_pretrained_model", "tower_half", beside_projector, patches)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
+from ..methods import Call, add_step
 from ..patcher import Patches
 from . import compat_patch
 
@@ -62,13 +63,8 @@ def _save_passes_metrics(trainer: ModuleType) -> bool:
     defect=_save_passes_metrics,
 )
 def save_metrics(trainer: ModuleType, patches: Patches) -> None:
-    save = _base(trainer)._save_checkpoint
-
-    @functools.wraps(save)
-    def _save_checkpoint(self, model, trial, metrics=None):
-        return save(self, model, trial)
-
-    patches.set(_base(trainer), "_save_checkpoint", _save_checkpoint)
+    drop = lambda call: call.take("metrics")  # noqa: E731
+    add_step(_base(trainer), "Trainer._save_checkpoint", "save_metrics", drop, patches)
 
 
 def _samplers_without_dataset(trainer: ModuleType) -> list[type]:
@@ -93,13 +89,8 @@ def _samplers_without_dataset(trainer: ModuleType) -> list[type]:
 )
 def sampler_dataset(trainer: ModuleType, patches: Patches) -> None:
     for cls in _samplers_without_dataset(trainer):
-        sampler = cls._get_train_sampler
-
-        @functools.wraps(sampler)
-        def _get_train_sampler(self, train_dataset=None, _sampler=sampler):
-            return _sampler(self)  # it reads self.train_dataset, the same one
-
-        patches.set(cls, "_get_train_sampler", _get_train_sampler)
+        drop = lambda call: call.take("train_dataset")  # noqa: E731  (it reads self.train_dataset, the same one)
+        add_step(cls, "LLaVATrainer._get_train_sampler", "sampler_dataset", drop, patches)
 
 
 def _seeds_workers_by_number_alone(trainer: ModuleType) -> bool:
@@ -146,18 +137,16 @@ def _optimizer_gets_the_model(trainer: ModuleType) -> bool:
     defect=_optimizer_gets_the_model,
 )
 def optimizer_model(trainer: ModuleType, patches: Patches) -> None:
-    create = trainer.LLaVATrainer.create_optimizer
-
-    @functools.wraps(create)
-    def create_optimizer(self, model=None):
+    def as_self_model(call: Call) -> Iterator[None]:
+        self, model = call.self, call.take("model")
         own = self.model
         self.model = own if model is None else model  # the host reads self.model
         try:
-            return create(self)
+            yield
         finally:
             self.model = own
 
-    patches.set(trainer.LLaVATrainer, "create_optimizer", create_optimizer)
+    add_step(trainer.LLaVATrainer, "LLaVATrainer.create_optimizer", "optimizer_model", as_self_model, patches)
 
 
 @compat_patch(
@@ -167,15 +156,11 @@ def optimizer_model(trainer: ModuleType, patches: Patches) -> None:
     defect=lambda trainer: not _takes(_base(trainer).__init__, "tokenizer", unwrap=False),
 )
 def tokenizer_argument(trainer: ModuleType, patches: Patches) -> None:
-    init = trainer.LLaVATrainer.__init__
+    def rename(call: Call) -> None:
+        if "tokenizer" in call.arguments:
+            call.arguments["processing_class"] = call.arguments.pop("tokenizer")
 
-    @functools.wraps(init)
-    def __init__(self, *args, **kwargs):
-        if "tokenizer" in kwargs:
-            kwargs["processing_class"] = kwargs.pop("tokenizer")
-        init(self, *args, **kwargs)
-
-    patches.set(trainer.LLaVATrainer, "__init__", __init__)
+    add_step(trainer.LLaVATrainer, "LLaVATrainer.__init__", "tokenizer_argument", rename, patches)
 
 
 def _group_by_length_is_gone(trainer: ModuleType) -> bool:
