@@ -113,7 +113,7 @@ RENAMED: dict[str, str] = {
     "hosts.mends.names": "integrations.llava.compat.transformers_imports",
     "hosts.mends.resuming": "integrations.llava.compat.torch_load",
     "hosts.mends.trainer": "integrations.llava.compat.trainer",
-    "hosts.native": "integrations.llava.native_install",
+    "hosts.native": "integrations.llava.tower_builder",
     "hosts.native_data": "integrations.llava.native_dataset",
     "hosts.native_model": "integrations.llava.native_resolution",
     "hosts.participation": "integrations.llava.text_only_batches",
@@ -198,12 +198,16 @@ MOVED: dict[str, dict[str, str]] = {
         "NEXT_DIR_ENV": "integrations.llava.registry:NEXT_DIR_ENV",
         "all_hosts": "integrations.llava.registry:all_hosts",
         "find_host": "integrations.llava.registry:find_host",
+        "packages": "integrations.llava.registry:packages",
     },
     "hosts.mends": {
         "MENDS": "integrations.llava.compat:COMPAT_PATCHES",
         "MEND_MODULES": "integrations.llava.compat:PATCH_MODULES",
         "Mend": "integrations.llava.compat:CompatPatch",
         "mend": "integrations.llava.compat:compat_patch",
+    },
+    "hosts.participation": {
+        "into_model": "integrations.llava.text_only_batches:run_on_blanks",
     },
     "hosts.tuning": {
         "LORA_EXTRAS": "integrations.llava.checkpoint_files:LORA_EXTRAS",

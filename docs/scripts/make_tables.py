@@ -19,6 +19,7 @@ from llava_packing_tower.data.native_config import MERGE_TYPES, NEWLINES, POOL_M
 from llava_packing_tower.data.smart_resize import MERGES
 from llava_packing_tower.integrations.llava import compat
 from llava_packing_tower.integrations.llava.arguments_table import PARTS, PLUGIN_ARGUMENTS
+from llava_packing_tower.integrations.llava.registry import all_hosts
 from llava_packing_tower.towers.feature_select import SELECT_FEATURES
 from llava_packing_tower.train.preflight import ATTENTIONS
 from llava_packing_tower.utils.environment import VARIABLES
@@ -103,8 +104,9 @@ def environment_variables() -> Iterable[str]:
 def compatibility_patches() -> Iterable[str]:
     yield "| patch | module | defect | issue |"
     yield "|---|---|---|---|"
+    modules = next(iter(all_hosts())).modules()
     for name, patch in sorted(compat.load_all().items()):
-        module = patch.module.replace("{package}", "llava")
+        module = patch.module.format(**modules)
         yield f"| `{name}` | `{module}` | {patch.reason} | {patch.issue or '-'} |"
 
 

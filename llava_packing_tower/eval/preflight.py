@@ -77,7 +77,7 @@ def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
             f"{checkpoint} has no packing tower: its mm_vision_tower is {tower!r}. Use lmms-eval's own models "
             f"llava or llava_onevision"
         )
-    check_host_has(find_host().root, class_name(config), checkpoint)
+    check_host_has(find_host(), class_name(config), checkpoint)
     in_checkpoint = (config.get("mm_packing_config") or {}).get("weights") == "checkpoint"
     if in_checkpoint and not any("vision_tower." in name for name in names_in_files(checkpoint, base)):
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from ..attention.dispatch import resolve_backend
-from ..integrations.llava import compat
+from ..integrations.llava import compat, registry
 from ..integrations.llava.methods import Call, add_step
 from ..integrations.llava.patcher import Patches
 from ..integrations.llava.trainable_parts import count_parts
@@ -198,7 +198,7 @@ def barrier() -> None:
 def install(train: ModuleType, patches: Patches) -> list[Trainer]:
     """Give every trainer that the host's ``train.train`` makes the check, marks on its checkpoints, and the progress in
     place of a bar. Returns the list in which these trainers will be."""
-    trainer_class, trainers = train.LLaVATrainer, []
+    trainer_class, trainers = registry.trainer_class(train), []
 
     def add_callbacks(call: Call) -> Iterator[None]:
         yield

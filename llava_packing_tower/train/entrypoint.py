@@ -27,7 +27,8 @@ def main() -> None:
     logging.getLogger("llava_packing_tower").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.basicConfig(format="%(message)s")
     install.apply()
-    train = import_module(f"{registry.find_host().package}.train.train")
+    host = registry.find_host().host
+    train = import_module(host.module(host.train))
 
     from transformers import TrainingArguments, set_seed
 

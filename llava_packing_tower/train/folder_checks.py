@@ -52,7 +52,7 @@ def _read_json(key: str, file: Path) -> dict:
 
 def check_decoder(name: str, found: FoundHost) -> None:
     """A decoder that the host has no class for, or whose name has none of the words by which it chooses one."""
-    words = path_words(found.root)
+    words = path_words(found)
     if words and not any(word in name.lower() for word in words):
         raise UsageError(
             f"model_name_or_path: {found.host.title} chooses the model class by a word in this path, and {name} has "
@@ -69,17 +69,17 @@ def check_decoder(name: str, found: FoundHost) -> None:
     if own is None:
         raise UsageError(f"model_name_or_path: {file} says model_type {model_type}, for which LLaVA has no decoder")
     try:
-        check_host_has(found.root, own, name)
+        check_host_has(found, own, name)
     except ValueError as error:
         raise UsageError(f"model_name_or_path: {error}") from error
 
 
-def path_words(root: Path) -> tuple[str, ...]:
+def path_words(found: FoundHost) -> tuple[str, ...]:
     """The words, one of which a host's ``get_model`` must find in ``model_name_or_path``; read without running it.
 
     Empty for LLaVA 1.x, which takes every other name for a Llama.
     """
-    tree = ast.parse((root / "train" / "train.py").read_text(encoding="utf-8"))
+    tree = ast.parse(found.file(found.host.train).read_text(encoding="utf-8"))
     for function in (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "get_model"):
         for node in (n for n in ast.walk(function) if isinstance(n, ast.If)):
             tests = [node.test]

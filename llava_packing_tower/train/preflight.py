@@ -47,7 +47,7 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
     if attention is not None and "/" not in str(attention):  # owner/name is a kernel of the hub
         _one_of("attn_implementation", attention, ATTENTIONS)
     if (version := values.get("version")) is not None:
-        _one_of("version", version, (*conversations(found.root), *UNLISTED_VERSIONS))
+        _one_of("version", version, (*conversations(found), *UNLISTED_VERSIONS))
     check_tower(values)
 
 
@@ -57,9 +57,9 @@ def _one_of(key: str, value: object, known: Collection[str]) -> None:
         raise UsageError(f"{key}: {value!r} is unknown; the nearest is {nearest[0]!r}, of {', '.join(sorted(known))}")
 
 
-def conversations(root: Path) -> tuple[str, ...]:
+def conversations(found: FoundHost) -> tuple[str, ...]:
     """The names in ``conv_templates`` of a host's conversation.py, read without running it."""
-    file = root / "conversation.py"
+    file = found.file(found.host.conversation)
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(t, ast.Name) and t.id == "conv_templates" for t in targets) and isinstance(
@@ -153,7 +153,7 @@ def check_samples(
     try:
         lengths = None if limit is None else LengthCheck(values, tower, limit)
         look = lengths and lengths.look
-        count = check_data(str(values["data_path"]), folders, found.host.name == "llava_next", look)
+        count = check_data(str(values["data_path"]), folders, found.host.reads_videos, look)
         return count, lengths and lengths.result()
     except ValueError as error:
         raise UsageError(str(error) if str(error).startswith("model_") else f"data_path: {error}") from error

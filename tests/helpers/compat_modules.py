@@ -6,12 +6,20 @@ import importlib
 import sys
 from types import ModuleType
 
-from llava_packing_tower.integrations.llava import compat
+from llava_packing_tower.integrations.llava import compat, registry
+from llava_packing_tower.integrations.llava.host import Host
 from llava_packing_tower.integrations.llava.patcher import Patches
 
 
+def stand_in_host(package: str) -> Host:
+    """A host that is laid out like LLaVA-NeXT, under a package name of its own."""
+    return Host(name=package, title=package, package=package, recognises=lambda root: True, install="")
+
+
 def module_from(tmp_path, monkeypatch, name: str, text: str) -> ModuleType:
-    """A module with a source file, imported under ``name``."""
+    """A module with a source file, imported under ``name``: one of a stand-in for a host."""
+    package = name.partition(".")[0]
+    monkeypatch.setitem(registry._in_use, package, stand_in_host(package))
     file = tmp_path / (name.replace(".", "/") + ".py")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)

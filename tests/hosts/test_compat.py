@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compat_modules import module_from, patched
+from compat_modules import module_from, patched, stand_in_host
 from conftest import only_four
 from torch import nn
 
@@ -51,7 +51,7 @@ def one_patch(tmp_path, monkeypatch):
 
 def test_applied_once_logged_once_and_undone(one_patch, caplog):
     caplog.set_level(logging.INFO, "llava_packing_tower")
-    compat.install("sickhost", one_patch.hooks, one_patch.patches)
+    compat.install(stand_in_host("sickhost"), one_patch.hooks, one_patch.patches)
     assert compat.applied() == ()
     part = importlib.import_module("sickhost.part")
     assert part.VALUE == "well" and compat.applied() == ("cure",)
@@ -65,28 +65,28 @@ def test_applied_once_logged_once_and_undone(one_patch, caplog):
 
 def test_a_module_that_is_imported_already_is_mended_at_once(one_patch):
     part = importlib.import_module("sickhost.part")
-    compat.install("sickhost", one_patch.hooks, one_patch.patches)
+    compat.install(stand_in_host("sickhost"), one_patch.hooks, one_patch.patches)
     assert part.VALUE == "well"
 
 
 def test_nothing_is_done_where_there_is_no_defect(one_patch, caplog):
     caplog.set_level(logging.INFO, "llava_packing_tower")
     one_patch.file.write_text("VALUE = 'healthy'")
-    compat.install("sickhost", one_patch.hooks, one_patch.patches)
+    compat.install(stand_in_host("sickhost"), one_patch.hooks, one_patch.patches)
     assert importlib.import_module("sickhost.part").VALUE == "healthy"
     assert compat.applied() == () and not caplog.records
 
 
 def test_switched_off_by_name(one_patch, monkeypatch):
     monkeypatch.setenv(compat.DISABLE_ENV, " cure ,")
-    compat.install("sickhost", one_patch.hooks, one_patch.patches)
+    compat.install(stand_in_host("sickhost"), one_patch.hooks, one_patch.patches)
     assert importlib.import_module("sickhost.part").VALUE == "sick" and compat.applied() == ()
 
 
 def test_a_name_that_no_patch_has_is_an_error(one_patch, monkeypatch):
     monkeypatch.setenv(compat.DISABLE_ENV, "cur")
     with pytest.raises(ValueError, match="'cur', which is not a compat patch; the nearest is 'cure'"):
-        compat.install("sickhost", one_patch.hooks, one_patch.patches)
+        compat.install(stand_in_host("sickhost"), one_patch.hooks, one_patch.patches)
 
 
 def test_every_patch_says_what_and_why():

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import transformers.pytorch_utils
-from compat_modules import module_from, patched
+from compat_modules import module_from, patched, stand_in_host
 from transformers import Trainer, TrainingArguments
 
 from llava_packing_tower.integrations.llava import compat
@@ -348,7 +348,7 @@ def test_a_defect_that_is_left_is_known(tmp_path, monkeypatch):
         compat.compat_patch(module="left_host.part", reason="x", defect=lambda module, sick=sick: sick)(function)
     monkeypatch.setenv(compat.DISABLE_ENV, "one,two")
     hooks, patches = ImportHooks(), Patches()
-    compat.install("left_host", hooks, patches)
+    compat.install(stand_in_host("left_host"), hooks, patches)
     monkeypatch.setitem(sys.modules, "left_host.part", ModuleType("left_host.part"))
     sys.modules["left_host.part"].__spec__ = None
     for callback in hooks._after["left_host.part"]:
@@ -380,7 +380,7 @@ def test_a_library_is_mended_once_for_all_hosts(tmp_path, monkeypatch, loaded):
             assert importlib.import_module("sicklibrary").VALUE == [1]
         for _ in range(2):  # and again after everything was taken back
             for host in ("firsthost", "secondhost"):
-                compat.install(host, hooks, patches)
+                compat.install(stand_in_host(host), hooks, patches)
             importlib.import_module("firsthost")
             importlib.import_module("secondhost")
             assert sys.modules["sicklibrary"].VALUE == [1, 2]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from host_runs import HOSTS, environment, execute
 
 from llava_packing_tower.eval.preflight import check_checkpoint
 from llava_packing_tower.integrations.llava import model_class
+from llava_packing_tower.integrations.llava.host import FoundHost
+from llava_packing_tower.integrations.llava.hosts.llava_v1 import HOST
 from llava_packing_tower.utils.files import write_json
 
 needs_llava = pytest.mark.skipif(find_spec("llava") is None, reason="no LLaVA is installed")
@@ -58,7 +59,7 @@ def test_an_evaluation_asks_first_whether_the_host_has_the_class(tmp_path, monke
 
     host = tmp_path / "host"
     (host / "model" / "language_model").mkdir(parents=True)
-    monkeypatch.setattr(preflight, "find_host", lambda: SimpleNamespace(root=host))
+    monkeypatch.setattr(preflight, "find_host", lambda: FoundHost(HOST, host, "1"))
     write_json({"architectures": ["LlavaQwenForCausalLM"], "mm_vision_tower": "packing:x"}, tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"is a LlavaQwenForCausalLM, a class that the LLaVA in .* does not have"):
         check_checkpoint(tmp_path, None)

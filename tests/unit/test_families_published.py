@@ -273,7 +273,7 @@ def hub(tmp_path, monkeypatch):
 def test_hub_id_in_the_yaml_selects_the_family(hub, golden_case, name):
     """``mm_vision_tower: packing:google/siglip2-...``, through the hook that LLaVA's builder gets."""
 
-    def never(*_args, **_kwargs):
+    def never(vision_tower_cfg, **_kwargs):
         raise AssertionError("LLaVA's own builder was asked")
 
     build = tower_builder.hooked(never)

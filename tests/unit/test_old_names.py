@@ -78,6 +78,7 @@ GONE: dict[str, tuple[str, str]] = {
     "cli": ("Command COMMANDS UsageError main", "a package now: cli.main; the command is `llava-packing`"),
     "bench.breakdown": ("kind_of", "renamed in a tool"),
     "commands.eval": ("OURS", "renamed in a tool"),
+    "hosts.builder_hook": ("FUNCTION", "tower_builders, a field of Host"),
     "hosts.inference": ("model_name", "the class is that of `architectures`"),
     "module_state": ("ADAPTERS", "whatever is not plainly ours is foreign"),
 }

@@ -72,7 +72,7 @@ def test_what_is_right_passes(files):
         ["--tf32", "false"],
     ):
         assert launcher.make_plan(files(), words, num_processes=1).samples >= 1
-    names = preflight.conversations(find_host().root)
+    names = preflight.conversations(find_host())
     assert {"v1", "plain", "llava_llama_2"} <= set(names)
 
 
@@ -160,7 +160,7 @@ def get_model(model_args):
 
 def test_the_host_must_find_a_class_for_the_decoder(tmp_path):
     host = host_with(tmp_path, NEXT_TRAIN, "llava_llama")
-    assert folder_checks.path_words(tmp_path) == ("vicuna", "llama", "qwen")
+    assert folder_checks.path_words(host) == ("vicuna", "llama", "qwen")
     folder_checks.check_decoder("lmsys/Vicuna-7b", host)
     for name in ("owner/moe", "gpt/2"):
         with pytest.raises(UsageError, match="none of vicuna, llama, qwen: rename the folder"):

@@ -79,7 +79,7 @@ def test_one_line_says_why_a_name_with_packing_is_not_ours(tmp_path, caplog):
 
 
 def test_llava_never_makes_a_random_clip_of_an_encoder_of_ours(tmp_path):
-    built = hooked(lambda cfg, **kwargs: "LLaVA's own")
+    built = hooked(lambda vision_tower_cfg, **kwargs: "LLaVA's own")
     folder = make_folder(tmp_path, "siglip2-so400m", "siglip2")
     with pytest.raises(ValueError, match=f"random weights. Write packing:{folder}"):
         built(type("Config", (), {"mm_vision_tower": folder}))

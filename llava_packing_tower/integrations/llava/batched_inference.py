@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from importlib import import_module
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from ...data.images import to_rgb
 from ...data.native_config import asks_for_native
 from ...data.video import Clip, read_clip
 from ...multimodal.visual_inputs import VIDEO
-from .inference import Checkpoint, build_prompt
+from .inference import Checkpoint, build_prompt, host_module
 from .model_class import class_name
 
 IGNORE = -100
@@ -87,7 +86,7 @@ def prepare(
     An ``<image>`` for each goes in front of the text, unless the text has them already. Raises ``ValueError`` where it
     has more or fewer, for a video that cannot be read, and for videos where the model takes none.
     """
-    constants, utilities = import_module("llava.constants"), import_module("llava.mm_utils")
+    constants, utilities = host_module("constants", loaded.model), host_module("mm_utils", loaded.model)
     mark = constants.DEFAULT_IMAGE_TOKEN
     given = text.count(mark)
     if given == 0 and visuals:
@@ -123,7 +122,7 @@ def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) 
             config = copy(config)
             config.image_aspect_ratio = "pad"
         image = to_rgb(visual, loaded.image_processor.image_reading)
-        made = import_module("llava.mm_utils").process_images([image], loaded.image_processor, config)
+        made = host_module("mm_utils", loaded.model).process_images([image], loaded.image_processor, config)
         pixels = made[0]
         return pixels, IMAGE, {"size": image.size, "modality": IMAGE} if native else image.size
     if not reads_videos(loaded.model):

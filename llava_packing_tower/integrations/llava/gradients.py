@@ -16,6 +16,7 @@ from torch import nn
 from ...towers.packing_tower import HEVCViTPackingVisionTower
 from .methods import Call, add_step
 from .patcher import Patches
+from .registry import trainer_class
 from .trainable_parts import is_packing_tower
 
 # Which experts of a layer are asked depends on the words of a batch.
@@ -150,4 +151,4 @@ def check_gradients(train: ModuleType, patches: Patches) -> None:
             self._llava_packing_watched = True
             del self._llava_packing_watch
 
-    add_step(train.LLaVATrainer, "LLaVATrainer.training_step", "check_gradients", watch, patches)
+    add_step(trainer_class(train), "LLaVATrainer.training_step", "check_gradients", watch, patches)

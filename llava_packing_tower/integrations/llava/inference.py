@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from ...data.images import to_rgb
 from ...utils.files import CONFIG_NAME, read_json
 from .model_class import loaded_as
+from .registry import host_of, host_of_model
 
 
 class Checkpoint(NamedTuple):
@@ -24,12 +26,18 @@ class Checkpoint(NamedTuple):
     context_length: int
 
 
+def host_module(name: str, model: torch.nn.Module | None = None) -> ModuleType:
+    """The module that a field of :class:`.host.Host` names (`mm_utils`), of a model's host or of the one here."""
+    host = host_of() if model is None else host_of_model(model)
+    return import_module(host.module(getattr(host, name)))
+
+
 def build_prompt(version: str, question: str, answer: str | None = None) -> str:
     """The host's conversation template `version` around a question, up to where the answer starts or through it.
 
     Raises ``ValueError`` for a template that the host does not have.
     """
-    templates = import_module("llava.conversation").conv_templates
+    templates = host_module("conversation").conv_templates
     if version not in templates:
         raise ValueError(f"this LLaVA has no conversation template {version!r}; it has {', '.join(sorted(templates))}")
     conversation = templates[version].copy()
@@ -48,7 +56,7 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     content = read_json(folder / CONFIG_NAME)
     dtype = str(content.get("torch_dtype") or content.get("dtype") or "float16")  # transformers 5 writes `dtype`
-    builder = import_module("llava.model.builder")
+    builder = host_module("loader")
     accepted = inspect.signature(builder.load_pretrained_model).parameters
     options: dict[str, object] = {}
     if "device" in accepted:
@@ -60,7 +68,7 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
         options["torch_dtype"] = dtype if dtype in ("float16", "bfloat16") else "bfloat16"
     if "attn_implementation" in accepted:
         options["attn_implementation"] = "sdpa"
-    name = import_module("llava.mm_utils").get_model_name_from_path(str(folder))  # the hook looks at the config
+    name = host_module("mm_utils").get_model_name_from_path(str(folder))  # the hook looks at the config
     base = None if model_base is None else str(model_base)
     with loaded_as(getattr(torch, dtype)):
         loaded = Checkpoint(*builder.load_pretrained_model(str(folder), base, name, **options))
@@ -70,7 +78,7 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
 
 def prepare_image(loaded: Checkpoint, image: Image.Image) -> torch.Tensor:
     """What the host's `process_images` makes of one image: `[1, C, H, W]`, or `[1, crops, C, H, W]` for anyres."""
-    process_images = import_module("llava.mm_utils").process_images
+    process_images = host_module("mm_utils", loaded.model).process_images
     pixels = process_images(
         [to_rgb(image, loaded.image_processor.image_reading)], loaded.image_processor, loaded.model.config
     )
@@ -80,7 +88,7 @@ def prepare_image(loaded: Checkpoint, image: Image.Image) -> torch.Tensor:
 @torch.inference_mode()
 def ask(loaded: Checkpoint, image: Image.Image, question: str, version: str, max_new_tokens: int = 16) -> str:
     """The greedy answer to a question about one image, as the host's own scripts would get it."""
-    utilities, constants = import_module("llava.mm_utils"), import_module("llava.constants")
+    utilities, constants = host_module("mm_utils", loaded.model), host_module("constants", loaded.model)
     prompt = build_prompt(version, f"{constants.DEFAULT_IMAGE_TOKEN}\n{question}")
     ids = utilities.tokenizer_image_token(
         prompt, loaded.tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt"

@@ -1,18 +1,18 @@
 """The one place where LLaVA is touched: which hosts there are, and how the packing tower gets into them.
 
 Nothing of a host is edited. :func:`apply` makes changes in memory when the host is imported, :func:`undo` takes them
-back. A host is one module here and one line in HOSTS.
+back. A host is one module here and one line in HOSTS; what is changed in which method is listed in :mod:`.methods`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from types import ModuleType
 
-from . import compat, native_install, refused, tower_builder
+from . import compat, refused, registry, tower_builder
+from .host import Host, Part
 from .import_hooks import ImportHooks
 from .patcher import Patches
-from .registry import packages, put_next_on_path, take_off_path
 
 _hooks = ImportHooks()
 _patches = Patches()
@@ -22,21 +22,19 @@ _active = False
 def apply() -> None:
     """Make every host, imported already or later, build packing towers; apply the compat patches. Idempotent.
 
-    ``LLAVA_NEXT_DIR``, if set, is put in front of ``sys.path``. Raises ``ValueError`` where it is no LLaVA-NeXT.
+    ``LLAVA_NEXT_DIR``, if set, is put in front of ``sys.path``. Raises ``ValueError`` where it is no LLaVA-NeXT, and
+    where a compat patch is switched off that does not exist.
     """
     global _active
     if _active:
         return
     _active = True
     try:
-        put_next_on_path()
+        compat.disabled()
+        registry.put_next_on_path()
         _hooks.install()
-        for package in packages():
-            compat.install(package, _hooks, _patches)
-            tower_builder.install(package, _hooks, _patches)
-            native_install.install(package, _hooks, _patches)
-            refused.install(package, _hooks)
-            _extend(package)
+        for package in registry.packages():
+            _when_imported(package)
     except BaseException:
         undo()
         raise
@@ -47,7 +45,8 @@ def undo() -> None:
     global _active
     _hooks.remove()
     _patches.undo()
-    take_off_path()
+    registry.take_off_path()
+    registry.forget_all()
     _active = False
 
 
@@ -55,59 +54,87 @@ def is_active() -> bool:
     return _active
 
 
-def _extend(package: str) -> None:
-    """What the plugin adds to every host: arguments, tuned parts, a config that remembers the tower, a check."""
+def _when_imported(package: str) -> None:
+    """Change a package right before its own body runs, or now: which host it is, its files say."""
+    seen = set()
 
-    # Imported when the host is: these modules need torch, and `import builder_patch` must stay cheap.
-    def on_arch(arch: ModuleType) -> None:
-        from .packed_step import into_decoders
-        from .saving import note_when_saving
-        from .text_only_batches import into_model
-        from .trainable_parts import remember_tower
+    def prepare(module: ModuleType) -> None:
+        host = registry.use(package, module)
+        if host.name not in seen:  # once: what is imported again runs the same hooks
+            seen.add(host.name)
+            _install(host)
 
-        remember_tower(arch, _patches)
-        note_when_saving(arch, _patches)
-        into_model(arch, _patches)
-        into_decoders(_patches)
+    if package in sys.modules:
+        prepare(sys.modules[package])
+    else:
+        _hooks.before(package, prepare)
 
-    def on_models(models: ModuleType) -> None:
-        from .saving import note_with_models
 
-        note_with_models(models, _patches)
+def _install(host: Host) -> None:
+    """Have each module of a host changed right after it is imported."""
+    refused.install(host, _hooks)
+    compat.install(host, _hooks, _patches)
+    tower_builder.install(host, _hooks, _patches)
+    tower_builder.hook_function(host, host.projector_builder, tower_builder.hooked_projector, _hooks, _patches)
+    names = Part(host.mm_utils, "get_model_name_from_path")
+    tower_builder.hook_function(host, names, tower_builder.hooked_names, _hooks, _patches)
+    _hooks.after(host.module(host.arch), _on_arch)
+    _hooks.after(host.module(host.models), _on_models)
+    _hooks.after(host.module(host.loader), _on_loader)
+    _hooks.after(host.module(host.train), _on_train)
+    _hooks.after(host.module(host.trainer.module), _on_trainer)
 
-    def on_builder(builder: ModuleType) -> None:
-        from .checkpoint import check_when_loaded
-        from .model_class import load_by_architectures
 
-        check_when_loaded(builder, _patches)
-        load_by_architectures(builder, _patches)
+# Imported when the host is: these modules need torch, and `import builder_patch` must stay cheap.
 
-    def on_train(train: ModuleType) -> None:
-        from .arguments import extend
-        from .gradients import check_gradients
-        from .model_class import train_by_architectures
-        from .saving import save_what_is_trained
-        from .trainable_parts import tune_parts
 
-        extend(train, _patches)
-        tune_parts(train, _patches)
-        train_by_architectures(train, _patches)
-        save_what_is_trained(train, _patches)
-        check_gradients(train, _patches)
+def _on_arch(arch: ModuleType) -> None:
+    from .native_resolution import into_model
+    from .packed_step import into_decoders
+    from .saving import note_when_saving
+    from .text_only_batches import run_on_blanks
+    from .trainable_parts import remember_tower
 
-    def on_utilities(original: Callable) -> Callable:
-        from .model_class import name_by_architectures
+    into_model(arch, _patches)
+    remember_tower(arch, _patches)
+    note_when_saving(arch, _patches)
+    run_on_blanks(arch, _patches)
+    into_decoders(_patches)
 
-        return tower_builder.mark_wrapper(name_by_architectures(original), original)
 
-    def on_trainer(trainer: ModuleType) -> None:
-        from .packed_step import into_trainer
+def _on_models(models: ModuleType) -> None:
+    from .native_resolution import into_generate
+    from .saving import note_with_models
 
-        into_trainer(_patches)
+    into_generate(models, _patches)
+    note_with_models(models, _patches)
 
-    tower_builder.hook_function(package, "mm_utils", "get_model_name_from_path", on_utilities, _hooks, _patches)
-    _hooks.after(f"{package}.model.llava_arch", on_arch)
-    _hooks.after(f"{package}.model", on_models)
-    _hooks.after(f"{package}.model.builder", on_builder)
-    _hooks.after(f"{package}.train.train", on_train)
-    _hooks.after(f"{package}.train.llava_trainer", on_trainer)
+
+def _on_loader(builder: ModuleType) -> None:
+    from .checkpoint import check_when_loaded
+    from .model_class import load_by_architectures
+
+    check_when_loaded(builder, _patches)
+    load_by_architectures(builder, _patches)
+
+
+def _on_train(train: ModuleType) -> None:
+    from .arguments import extend
+    from .gradients import check_gradients
+    from .model_class import train_by_architectures
+    from .native_dataset import into_training
+    from .saving import save_what_is_trained
+    from .trainable_parts import tune_parts
+
+    into_training(train, _patches)
+    extend(train, _patches)
+    tune_parts(train, _patches)
+    train_by_architectures(train, _patches)
+    save_what_is_trained(train, _patches)
+    check_gradients(train, _patches)
+
+
+def _on_trainer(_: ModuleType) -> None:
+    from .packed_step import into_trainer
+
+    into_trainer(_patches)

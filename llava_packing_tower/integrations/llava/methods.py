@@ -46,6 +46,9 @@ STEPS: dict[str, tuple[str, ...]] = {
     "LlavaForCausalLM.save_pretrained": (
         "refresh_note",  # saving: the config says whether the checkpoint has the tower's weights
     ),
+    "DecoderForCausalLM.forward": (  # of transformers, under each of them
+        "packed_step",  # packed_step: a training step has its samples in one row, and the head on supervised positions
+    ),
     "PretrainedConfig.save_pretrained": (
         "refresh_note",  # saving: the same where the host saves the config alone
     ),
@@ -121,6 +124,12 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "LLaVATrainer._load_from_checkpoint": (
         "lora_extras",  # saving: what was trained beside a LoRA
+    ),
+    "Trainer.training_step": (
+        "full_logits",  # packed_step: a compute_loss that somebody has overridden gets all logits
+    ),
+    "Trainer.compute_loss": (
+        "skip_logits",  # packed_step: an evaluation with use_liger_kernel
     ),
     "Trainer._save_checkpoint": (
         "save_metrics",  # compat patch: the host passes metrics, which transformers takes no more
@@ -206,6 +215,8 @@ def _wrapper(owner: object, attribute: str, order: Sequence[str], steps: dict[st
     of_class = isinstance(owner, type)
     own = vars(owner).get(attribute)
     seen = getattr(owner, attribute) if own is None else own
+    if hasattr(seen, _STEPS):  # inherited from a class that has a wrapper: it looks like the host's
+        seen = seen.__wrapped__
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = tuple(p.name for p in inspect.signature(seen).parameters.values() if p.kind in kinds)
     names = names[1:] if of_class else names

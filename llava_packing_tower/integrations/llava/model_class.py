@@ -23,8 +23,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...utils.files import CONFIG_NAME, read_json
 from .checkpoint_files import ADAPTER, PROJECTOR
+from .host import FoundHost, Host
 from .methods import Call, add_step
 from .patcher import Patches
+from .registry import host_of
 from .self_contained import self_contained
 
 logger = logging.getLogger(__name__)
@@ -85,9 +87,9 @@ def read_config(name_or_path: str) -> dict | None:
         return None
 
 
-def find_class(package: str, name: str) -> type[PreTrainedModel]:
-    """A model class of the LLaVA in ``package``. Raises ``ValueError`` where this LLaVA does not have it."""
-    module = f"{package}.model.language_model.{module_name(name)}"
+def find_class(host: Host, name: str) -> type[PreTrainedModel]:
+    """A model class of a host. Raises ``ValueError`` where this LLaVA does not have it."""
+    module = f"{host.module(host.language_models)}.{module_name(name)}"
     found = getattr(import_module(module), name, None) if find_spec(module) is not None else None
     if found is None:
         raise ValueError(
@@ -97,12 +99,12 @@ def find_class(package: str, name: str) -> type[PreTrainedModel]:
     return found
 
 
-def check_host_has(root: Path, name: str | None, where: object) -> None:
-    """Raises ``ValueError`` where the LLaVA in folder ``root`` has no class of this name; imports nothing."""
-    if name is not None and not (root / "model" / "language_model" / f"{module_name(name)}.py").is_file():
+def check_host_has(found: FoundHost, name: str | None, where: object) -> None:
+    """Raises ``ValueError`` where the LLaVA that was found has no class of this name; imports nothing."""
+    if name is not None and not found.file(f"{found.host.language_models}.{module_name(name)}").is_file():
         raise ValueError(
-            f"{where} is a {name}, a class that the LLaVA in {root} does not have. LLaVA-NeXT has the classes of Qwen, "
-            f"Mixtral and Gemma: clone it and set LLAVA_NEXT_DIR"
+            f"{where} is a {name}, a class that the LLaVA in {found.root} does not have. LLaVA-NeXT has the classes of "
+            f"Qwen, Mixtral and Gemma: clone it and set LLAVA_NEXT_DIR"
         )
 
 
@@ -122,8 +124,8 @@ def loaded_as(dtype: torch.dtype) -> Iterator[None]:
 class _Loader:
     """Stands for a model class in a module of the host, and loads the class that a checkpoint's config names."""
 
-    def __init__(self, package: str, asked: type, target: type | None = None, config_of: str | None = None) -> None:
-        self._package, self._asked, self._target, self._config_of = package, asked, target, config_of
+    def __init__(self, host: Host, asked: type, target: type | None = None, config_of: str | None = None) -> None:
+        self._host, self._asked, self._target, self._config_of = host, asked, target, config_of
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._asked, name)
@@ -147,7 +149,7 @@ class _Loader:
             name,
             self._asked.__name__,
         )
-        return find_class(self._package, name)
+        return find_class(self._host, name)
 
 
 def _as_class(config: PretrainedConfig, cls: type[PretrainedConfig], source: str) -> PretrainedConfig:
@@ -179,12 +181,12 @@ def _model_classes(module: ModuleType) -> dict[str, type]:
 @contextlib.contextmanager
 def _classes_are(builder: ModuleType, target: type, model_path: str) -> Iterator[None]:
     """Within it, whichever class the host's loader chooses, ``target`` is loaded."""
-    package = builder.__name__.split(".")[0]
+    host = host_of(builder)
     kept = {**_model_classes(builder)}
-    stand_ins: dict[str, object] = {name: _Loader(package, cls, target, model_path) for name, cls in kept.items()}
+    stand_ins: dict[str, object] = {name: _Loader(host, cls, target, model_path) for name, cls in kept.items()}
     for name in ("LlavaQwenMoeForCausalLM", "LlavaGemmaForCausalLM"):  # the loader knows them, but does not import them
         if name not in kept and target.__name__ == name:
-            stand_ins[name] = _Loader(package, target, target, model_path)
+            stand_ins[name] = _Loader(host, target, target, model_path)
     if target.__name__ not in ("LlavaLlamaForCausalLM", "LlavaMptForCausalLM"):
         kept["AutoTokenizer"] = builder.AutoTokenizer
         stand_ins["AutoTokenizer"] = _Tokenizers(builder.AutoTokenizer)
@@ -238,7 +240,7 @@ def load_by_architectures(builder: ModuleType, patches: Patches) -> None:
         if name is None:
             yield
             return
-        target = find_class(builder.__name__.split(".")[0], name)
+        target = find_class(host_of(builder), name)
         folder = Path(model_path).expanduser()
         model_base = base_of(folder, model_base)
         lora = (folder / ADAPTER).is_file() or (model_base is not None and "lora" in str(model_name).lower())
@@ -255,9 +257,8 @@ def load_by_architectures(builder: ModuleType, patches: Patches) -> None:
 
 def train_by_architectures(train: ModuleType, patches: Patches) -> None:
     """The same for ``train.py``: the decoder's config.json decides, not the words in the path to it."""
-    package = train.__name__.split(".")[0]
     for name, cls in _model_classes(train).items():
-        patches.set(train, name, _Loader(package, cls))
+        patches.set(train, name, _Loader(host_of(train), cls))
 
 
 # ---------------------------------------------------------------- the name that the host's scripts pass around

@@ -24,6 +24,7 @@ from .arguments import current_arguments
 from .methods import Call, add_step
 from .native_resolution import token_layout
 from .patcher import Patches
+from .registry import host_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ SKIPS = 3
 
 def into_training(train: ModuleType, patches: Patches) -> None:
     """Change what a host's ``train.train`` makes batches with."""
-    dataset = train.LazySupervisedDataset
+    dataset = getattr(train, host_of(train).dataset)
     patches.set(train, "Image", HostImage())
     add_step(dataset, "LazySupervisedDataset.__init__", "empty_media", empty_media, patches)
     if hasattr(dataset, "process_image"):

@@ -28,6 +28,7 @@ from ...multimodal.visual_tokens import TokenLayout, encode_visuals
 from .arguments import current_arguments
 from .methods import Call, add_step
 from .patcher import Patches
+from .registry import meta_model, mixin
 from .trainable_parts import is_packing_tower
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class Encoded:
 
 def into_model(arch: ModuleType, patches: Patches) -> None:
     """Add what native resolution does in the three methods of LLaVA's mixins that have to do with images."""
-    mixin = arch.LlavaMetaForCausalLM
-    takes_modalities = "modalities" in inspect.signature(getattr(mixin, PREPARE)).parameters
+    owner = mixin(arch)
+    takes_modalities = "modalities" in inspect.signature(getattr(owner, PREPARE)).parameters
     truncations = Truncations()
 
     def native_images(call: Call) -> None:
@@ -70,11 +71,10 @@ def into_model(arch: ModuleType, patches: Patches) -> None:
         if isinstance(images := call.arguments.get("images"), Encoded):
             call.result = images.features
 
-    add_step(
-        arch.LlavaMetaModel, "LlavaMetaModel.initialize_vision_modules", "native_settings", native_settings, patches
-    )
-    add_step(mixin, f"LlavaMetaForCausalLM.{PREPARE}", "native_images", native_images, patches)
-    add_step(mixin, "LlavaMetaForCausalLM.encode_images", "native_features", native_features, patches)
+    initialize = "LlavaMetaModel.initialize_vision_modules"
+    add_step(meta_model(arch), initialize, "native_settings", native_settings, patches)
+    add_step(owner, f"LlavaMetaForCausalLM.{PREPARE}", "native_images", native_images, patches)
+    add_step(owner, "LlavaMetaForCausalLM.encode_images", "native_features", native_features, patches)
 
 
 def into_generate(models: ModuleType, patches: Patches) -> None:

@@ -7,7 +7,6 @@ method that is wrapped, and it does what it always did for everything but a trai
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from ...multimodal.supervised_head import next_labels, supervised_loss
 from .arguments import current_arguments
 from .decoder_attention import read_rows, unsupported_attention, without_mask
 from .liger import fuse_layers, unsupported_liger
+from .methods import Call, add_step
 from .patcher import Patches
 from .trainable_parts import is_packing_tower
 
@@ -34,7 +34,7 @@ DECODERS = {  # transformers' own classes, by their modules
     "transformers.models.mistral.modeling_mistral": "MistralForCausalLM",
 }
 CACHES = ("past_key_values", "cache", "cache_position")
-_PLAN, _WRAPPED = "_llava_packing_step", "_llava_packing_wrapped"
+_PLAN = "_llava_packing_step"
 _full_logits: ContextVar[bool] = ContextVar("a loss is computed from the logits", default=False)
 
 
@@ -249,30 +249,18 @@ def _run_decoder(
 
 
 def into_decoders(patches: Patches) -> None:
-    """Wrap ``forward`` of the decoders that models of hosts are built on. Idempotent."""
-    for module, name in DECODERS.items():
-        _wrap(getattr(import_module(module), name), patches)
+    """Add the packed step to ``forward`` of the decoders that models of hosts are built on."""
 
-
-def _wrap(base: type, patches: Patches) -> None:
-    original = base.forward
-    if hasattr(original, _WRAPPED):
-        return
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def forward(self, *args, **kwargs):
+    def step(call: Call) -> None:
+        self, given = call.self, call.arguments
         if not self.training:
-            return original(self, *args, **kwargs)
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
-        given.update(given.pop("kwargs", {}))
+            return
         others = {name for name, value in given.items() if name not in KNOWN and value}
-        if others or not is_training_step(self, given) or unsupported_model(self) is not None:
-            return original(self, *args, **kwargs)
-        return packed_step(self, plan_of(self, patches), given)
+        if not others and is_training_step(self, given) and unsupported_model(self) is None:
+            call.result = packed_step(self, plan_of(self, patches), given)
 
-    setattr(forward, _WRAPPED, True)
-    patches.set(base, "forward", forward)
+    for module, name in DECODERS.items():
+        add_step(getattr(import_module(module), name), "DecoderForCausalLM.forward", "packed_step", step, patches)
 
 
 def into_trainer(patches: Patches) -> None:
@@ -283,30 +271,22 @@ def into_trainer(patches: Patches) -> None:
     """
     from transformers import Trainer
 
-    original = Trainer.training_step
-    if hasattr(original, _WRAPPED):
-        return
-
-    @functools.wraps(original)
-    def training_step(self, model, *args, **kwargs):
+    def with_logits(call: Call) -> Iterator[None]:
+        self = call.self
         plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # under PEFT
         if is_packing_tower(getattr(plain, "get_vision_tower", lambda: None)()):
             plan_of(plain, patches)
         with full_logits() if _is_overridden(self.compute_loss) else contextlib.nullcontext():
-            return original(self, model, *args, **kwargs)
+            yield
 
-    setattr(training_step, _WRAPPED, True)
-    patches.set(Trainer, "training_step", training_step)
-    compute = Trainer.compute_loss
-
-    @functools.wraps(compute)
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def without_skip(call: Call) -> None:
         # With use_liger_kernel an evaluation says so to models that liger has given another forward.
-        if "skip_logits" in inputs and hasattr(self.model, "get_vision_tower"):
-            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
-        return compute(self, model, inputs, *args, **kwargs)
+        inputs = call.arguments["inputs"]
+        if "skip_logits" in inputs and hasattr(call.self.model, "get_vision_tower"):
+            call.arguments["inputs"] = {name: value for name, value in inputs.items() if name != "skip_logits"}
 
-    patches.set(Trainer, "compute_loss", compute_loss)
+    add_step(Trainer, "Trainer.training_step", "full_logits", with_logits, patches)
+    add_step(Trainer, "Trainer.compute_loss", "skip_logits", without_skip, patches)
 
 
 def _is_overridden(compute_loss: Callable) -> bool:

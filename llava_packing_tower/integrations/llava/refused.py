@@ -5,31 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+from .host import Host
 from .import_hooks import ImportHooks
-
-REFUSED = {
-    "llava.train.train_dpo": "LLaVA-NeXT's train_dpo does not work with a packing tower (and its repository lacks "
-    "data_processing, which it imports). Fine-tune with `llava-packing train`; to train by DPO with another tower, "
-    "start it without llava-packing",
-}
+from .registry import all_hosts
 
 
 def refused(target: str) -> str | None:
     """Why a module (``llava.train.train_dpo``) or a script (``.../llava/train/train_dpo.py``) is refused, or None."""
-    if target in REFUSED:
-        return REFUSED[target]
-    if target.endswith(".py"):
-        parts = Path(target).expanduser().resolve().with_suffix("").parts
-        return next((why for name, why in REFUSED.items() if ".".join(parts[-3:]) == name), None)
+    is_script = target.endswith(".py")
+    parts = list(Path(target).expanduser().resolve().with_suffix("").parts) if is_script else target.split(".")
+    for host in all_hosts():
+        for module, why in host.refused:
+            words = host.module(module).split(".")
+            if (parts[-len(words) :] if is_script else parts) == words:
+                return why
     return None
 
 
-def install(package: str, hooks: ImportHooks) -> None:
-    """Have the import of a refused module of ``package`` raise ``ImportError`` with the reason."""
-    for name, why in REFUSED.items():
+def install(host: Host, hooks: ImportHooks) -> None:
+    """Have the import of a refused module of a host raise ``ImportError`` with the reason."""
+    for module, why in host.refused:
+        name = host.module(module)
 
         def refuse(_: ModuleType, name: str = name, why: str = why) -> None:
             raise ImportError(f"{name}: {why}", name=name)
 
-        if name.partition(".")[0] == package:
-            hooks.before(name, refuse)
+        hooks.before(name, refuse)

@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from ...utils import environment
 from .host import FoundHost, Host
@@ -15,6 +16,7 @@ from .host import FoundHost, Host
 HOSTS: tuple[str, ...] = ("llava_next", "llava_v1", "llavaction")
 NEXT_DIR_ENV = environment.NEXT_DIR
 _on_path: list[str] = []
+_in_use: dict[str, Host] = {}  # by package: what it was recognised as when it was imported
 
 
 def all_hosts() -> tuple[Host, ...]:
@@ -24,6 +26,61 @@ def all_hosts() -> tuple[Host, ...]:
 def packages() -> tuple[str, ...]:
     """The names under which hosts are imported."""
     return tuple(dict.fromkeys(host.package for host in all_hosts()))
+
+
+def use(package: str, module: ModuleType) -> Host:
+    """The host that an imported package is, which :func:`host_of` answers from now on.
+
+    One that no host recognises is taken for the first with that package's name.
+    """
+    hosts = [host for host in all_hosts() if host.package == package]
+    roots = [Path(path) for path in module.__path__]
+    _in_use[package] = next((h for h in hosts for root in roots if h.recognises(root)), hosts[0])
+    return _in_use[package]
+
+
+def forget_all() -> None:
+    """Undo every :func:`use`."""
+    _in_use.clear()
+
+
+def host_of(module: str | ModuleType = "llava") -> Host:
+    """The host that a module, given itself or by its full name, belongs to: of the hosts in use, else of those here.
+
+    Raises ``ValueError`` for a module of no host.
+    """
+    name = module if isinstance(module, str) else module.__name__
+    for host in _in_use.values():
+        if host.owns(name):
+            return host
+    for package in packages():
+        if name == package or name.startswith(f"{package}."):
+            return find_host(package).host
+    raise ValueError(f"module {name} belongs to no LLaVA: those known are the packages {', '.join(packages())}")
+
+
+def host_of_model(model: object) -> Host:
+    """The host that the class of a model, or one of its base classes, comes from; else the one that is here."""
+    for cls in type(model).__mro__:
+        for host in (*_in_use.values(), *all_hosts()):
+            if host.owns(cls.__module__):
+                return host
+    return host_of()
+
+
+def meta_model(arch: ModuleType) -> type:
+    """The class with ``initialize_vision_modules`` in a host's ``arch`` module."""
+    return getattr(arch, host_of(arch).meta_model)
+
+
+def mixin(arch: ModuleType) -> type:
+    """The class with ``encode_images`` in a host's ``arch`` module."""
+    return getattr(arch, host_of(arch).mixin)
+
+
+def trainer_class(module: ModuleType) -> type:
+    """The host's trainer, as its ``trainer`` or its ``train`` module has it."""
+    return getattr(module, host_of(module).trainer.name)
 
 
 def put_next_on_path() -> None:

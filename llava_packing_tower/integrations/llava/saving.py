@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from .checkpoint_files import LORA_EXTRAS
 from .methods import Call, add_step
 from .patcher import Patches
+from .registry import meta_model, trainer_class
 from .trainable_parts import is_packing_tower
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def note_when_saving(arch: ModuleType, patches: Patches) -> None:
             if model.config is call.self:
                 _refresh(model)
 
-    add_step(arch.LlavaMetaModel, "LlavaMetaModel.__init__", "know_model", know, patches)
+    add_step(meta_model(arch), "LlavaMetaModel.__init__", "know_model", know, patches)
     add_step(PretrainedConfig, "PretrainedConfig.save_pretrained", "refresh_note", refresh, patches)
 
 
@@ -158,7 +159,7 @@ def save_what_is_trained(train: ModuleType, patches: Patches) -> None:
         if given.get("require_grad_only", True):
             given.update(named_params=complete_tower(given["named_params"]), require_grad_only=False)
 
-    trainer = train.LLaVATrainer
+    trainer = trainer_class(train)
     add_step(trainer, "LLaVATrainer._save", "save_what_is_trained", what_is_trained, patches)
     add_step(trainer, "LLaVATrainer._save_checkpoint", "save_what_is_trained", what_is_trained, patches)
     add_step(train, "train.safe_save_model_for_hf_trainer", "save_what_is_trained", what_is_trained, patches)

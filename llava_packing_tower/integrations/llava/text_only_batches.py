@@ -15,6 +15,7 @@ import torch
 from ...checkpoint.weights import zero3_enabled
 from .methods import Call, add_step
 from .patcher import Patches
+from .registry import mixin
 from .trainable_parts import is_packing_tower
 
 PREPARE = "prepare_inputs_labels_for_multimodal"
@@ -31,14 +32,14 @@ def blank_images(tower: torch.nn.Module, count: int) -> list[torch.Tensor]:
     return [torch.zeros(tower.config.num_channels, side, side, device=tower.device, dtype=tower.dtype)] * count
 
 
-def into_model(arch: ModuleType, patches: Patches) -> None:
+def run_on_blanks(arch: ModuleType, patches: Patches) -> None:
     """Have a batch without images encode blanks, one per sample, as LLaVA's own data does for text-only samples.
 
     LLaVA joins an empty slice of the features of such a sample to its text: all weights get gradients, of zeros. The
     same is done for ``image_newline``, which LLaVA leaves out in a batch of text alone.
     """
-    mixin = arch.LlavaMetaForCausalLM
-    takes_modalities = "modalities" in inspect.signature(getattr(mixin, PREPARE)).parameters
+    owner = mixin(arch)
+    takes_modalities = "modalities" in inspect.signature(getattr(owner, PREPARE)).parameters
     embeds = 4  # of what it returns: ids, positions, mask, past, embeddings, labels (one more in some hosts)
 
     def blanks(call: Call) -> Iterator[None]:
@@ -62,4 +63,4 @@ def into_model(arch: ModuleType, patches: Patches) -> None:
             result[embeds] = result[embeds] + 0 * newline.sum()
         call.result = tuple(result)
 
-    add_step(mixin, f"LlavaMetaForCausalLM.{PREPARE}", "blank_images", blanks, patches)
+    add_step(owner, f"LlavaMetaForCausalLM.{PREPARE}", "blank_images", blanks, patches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from ...towers.names import random_clip, tower_kind
+from .host import Host, Part, TowerBuilder
 from .import_hooks import ImportHooks
 from .patcher import Patches
 
@@ -18,7 +20,7 @@ TOWERS: tuple[tuple[str, str, str], ...] = (
     ("packing", "llava_packing_tower.towers.packing_tower", "HEVCViTPackingVisionTower"),
     ("hevc_vit", "llava_packing_tower.towers.standard_tower", "HEVCViTVisionTower"),
 )
-FUNCTION = "build_vision_tower"
+TOWER_BUILDER = Host.tower_builders[0]
 _MARK = "_llava_packing_original"
 
 
@@ -41,61 +43,90 @@ def tower_class(name: object, note: Mapping | None = None) -> type | None:
     return None
 
 
-def hooked(original: Callable) -> Callable:
-    """LLaVA's ``build_vision_tower(vision_tower_cfg, **kwargs)`` with our rule in front."""
+def hooked(original: Callable, builder: TowerBuilder = TOWER_BUILDER) -> Callable:
+    """LLaVA's ``build_vision_tower(vision_tower_cfg, **kwargs)``, or another host's builder, with our rule in front."""
+    names = tuple(inspect.signature(original).parameters)
 
     @functools.wraps(original)
-    def build_vision_tower(vision_tower_cfg: object, **kwargs: object) -> object:
-        # The same two attributes, in the same order, as the function it stands in for.
-        name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
-        saved = getattr(vision_tower_cfg, "mm_packing_config", None)
+    def build_vision_tower(*args: object, **kwargs: object) -> object:
+        given = {**dict(zip(names, args)), **kwargs}
+        config = given.pop(builder.config)
+        if builder.tower is None:
+            # The same two attributes, in the same order, as the function it stands in for.
+            name = getattr(config, "mm_vision_tower", getattr(config, "vision_tower", None))
+        else:
+            name = given.pop(builder.tower)
+        saved = getattr(config, "mm_packing_config", None)
         cls = tower_class(name, saved)
         if cls is None:
             if reason := random_clip(name):
                 raise ValueError(reason)
-            return original(vision_tower_cfg, **kwargs)
+            return original(*args, **kwargs)
         if saved and saved.get("weights") == "checkpoint":
             # LLaVA 1.x always asks to delay; these weights can only arrive while its checkpoint loads.
-            kwargs["delay_load"] = False
-        return cls(name, args=vision_tower_cfg, **kwargs)
+            given["delay_load"] = False
+        return cls(name, args=config, **given)
 
     return mark_wrapper(build_vision_tower, original)
 
 
-def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
-    """Hook the tower builder of the LLaVA in ``package``."""
-    hook_function(package, "model.multimodal_encoder.builder", FUNCTION, hooked, hooks, patches)
-    hooks.surface_failures(f"{package}.model")
+def hooked_projector(original: Callable) -> Callable:
+    """LLaVA's ``build_vision_projector(config, ...)`` with our two projectors, which merge patches, in front."""
+    from ...multimodal.projectors import make_projector
+
+    @functools.wraps(original)
+    def build_vision_projector(config: object, *args: object, **kwargs: object) -> object:
+        kind = getattr(config, "mm_projector_type", None)
+        ours = make_projector(kind, getattr(config, "mm_hidden_size", 0), config.hidden_size)
+        return original(config, *args, **kwargs) if ours is None else ours
+
+    return mark_wrapper(build_vision_projector, original)
+
+
+def hooked_names(original: Callable) -> Callable:
+    """LLaVA's ``get_model_name_from_path``; see :func:`.model_class.name_by_architectures`."""
+    from .model_class import name_by_architectures
+
+    return mark_wrapper(name_by_architectures(original), original)
+
+
+def install(host: Host, hooks: ImportHooks, patches: Patches) -> None:
+    """Hook the tower builders of a host."""
+    for builder in host.tower_builders:
+        hook_function(host, builder, functools.partial(hooked, builder=builder), hooks, patches, in_arch=True)
+    hooks.surface_failures(host.module(host.models))
 
 
 def hook_function(
-    package: str,
-    defined_in: str,
-    name: str,
+    host: Host,
+    part: Part,
     wrap: Callable[[Callable], Callable],
     hooks: ImportHooks,
     patches: Patches,
+    in_arch: bool = False,
 ) -> None:
-    """Wrap a function of the LLaVA in ``package``, and every copy of it that its modules took.
+    """Wrap a function of a host, and every copy of it that its modules took.
 
-    ``wrap(original)`` makes the wrapper, with the original in its attribute ``_llava_packing_original``.
+    ``wrap(original)`` makes the wrapper, with the original in its attribute ``_llava_packing_original``. in_arch:
+    whether the ``arch`` module must have a copy of it.
     """
+    defined_in, name = host.module(part.module), part.name
 
     def patch(module: ModuleType) -> None:
         function = vars(module).get(name)
         if function is None:
-            if module.__name__ != f"{package}.{defined_in}" and name != FUNCTION:
+            if module.__name__ != defined_in and not in_arch:
                 return  # llava_arch takes a copy of some of them
             raise AttributeError(f"{module.__name__} has no {name}: this LLaVA does not have the expected layout")
         original = getattr(function, _MARK, function)
         wrapper = function if original is not function else wrap(original)
-        for other in holders(package, name, original):
+        for other in holders(host, name, original):
             patches.set(other, name, wrapper)
         # A module that is imported later copies the wrapper itself; undo has to know of it.
-        patches.on_undo(lambda: restore_copies(package, name, wrapper, original))
+        patches.on_undo(lambda: restore_copies(host, name, wrapper, original))
 
-    hooks.after(f"{package}.{defined_in}", patch)
-    hooks.after(f"{package}.model.llava_arch", patch)
+    hooks.after(defined_in, patch)
+    hooks.after(host.module(host.arch), patch)
 
 
 def mark_wrapper(wrapper: Callable, original: Callable) -> Callable:
@@ -104,17 +135,17 @@ def mark_wrapper(wrapper: Callable, original: Callable) -> Callable:
     return wrapper
 
 
-def restore_copies(package: str, name: str, wrapper: Callable, original: Callable) -> None:
-    """Put ``original`` back in every imported module of ``package`` in which ``name`` stands for ``wrapper``."""
-    for module in holders(package, name, wrapper):
+def restore_copies(host: Host, name: str, wrapper: Callable, original: Callable) -> None:
+    """Put ``original`` back in every imported module of a host in which ``name`` stands for ``wrapper``."""
+    for module in holders(host, name, wrapper):
         setattr(module, name, original)
 
 
-def holders(package: str, name: str, function: Callable) -> list[ModuleType]:
-    """The imported modules of ``package`` in which ``name`` stands for ``function``."""
+def holders(host: Host, name: str, function: Callable) -> list[ModuleType]:
+    """The imported modules of a host in which ``name`` stands for ``function``."""
     # vars(), not getattr(): asking a lazy module for an attribute it lacks can import half of transformers.
     return [
         module
         for key, module in list(sys.modules.items())
-        if key.split(".")[0] == package and isinstance(module, ModuleType) and vars(module).get(name) is function
+        if host.owns(key) and isinstance(module, ModuleType) and vars(module).get(name) is function
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from .arguments import host_lacks
 from .arguments_table import PARTS, tunable_parts
 from .methods import Call, add_step
 from .patcher import Patches
+from .registry import host_of, meta_model, trainer_class
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
     def remember(call: Call) -> Iterator[None]:
         self, model_args = call.self, call.arguments["model_args"]
         parts = tunable_parts(getattr(model_args, "mm_tunable_parts", None))
-        train = _train_module(arch)
+        train = sys.modules.get(host_of(arch).module(host_of(arch).train))
         if train is not None and host_lacks(train, "mm_tunable_parts") and parts == ("mm_mlp_adapter",):
             model_args.tune_mm_mlp_adapter = True  # this host's own word for it: it then saves the adapter alone
         kept = self.get_vision_tower()
@@ -60,7 +62,7 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
         for name in ("mm_tunable_parts", "unfreeze_mm_vision_tower"):
             setattr(self.config, name, getattr(model_args, name, None))
 
-    add_step(arch.LlavaMetaModel, "LlavaMetaModel.initialize_vision_modules", "remember_tower", remember, patches)
+    add_step(meta_model(arch), "LlavaMetaModel.initialize_vision_modules", "remember_tower", remember, patches)
 
 
 def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
@@ -85,12 +87,6 @@ def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
         "the vision tower is loaded from the checkpoint (%s); %s is not loaded", kept.vision_tower_name, asked
     )
     return True
-
-
-def _train_module(arch: ModuleType) -> ModuleType | None:
-    import sys
-
-    return sys.modules.get(f"{arch.__name__.partition('.')[0]}.train.train")
 
 
 def set_trainable(model: nn.Module, lora: bool) -> None:
@@ -120,7 +116,7 @@ def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def tune_parts(train: ModuleType, patches: Patches) -> None:
     """On a host without ``mm_tunable_parts`` and ``mm_vision_tower_lr``: carry them out as its trainer is made."""
-    trainer = train.LLaVATrainer
+    trainer = trainer_class(train)
     if host_lacks(train, "mm_tunable_parts"):
 
         def tune(call: Call) -> None:

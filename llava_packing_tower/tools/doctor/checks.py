@@ -225,10 +225,10 @@ from importlib import import_module
 import builder_patch
 from llava_packing_tower.integrations import llava as hosts
 from llava_packing_tower.integrations.llava import compat
-package = hosts.find_host().package
+host = hosts.find_host().host
 report = {}
-for name in ("train.train", "model.builder"):
-    import_module(f"{package}.{name}")
+for name in (host.train, host.loader):
+    import_module(host.module(name))
 try:
     from deepspeed.accelerator import get_accelerator
     import deepspeed, torch

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import difflib
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
 from ....utils import environment
+from ..host import Host
 from ..import_hooks import ImportHooks
 from ..patcher import Patches
 
@@ -29,7 +29,8 @@ PATCH_MODULES = ("transformers_imports", "llava", "trainer", "models", "deepspee
 
 @dataclass(frozen=True)
 class CompatPatch:
-    """``module`` is where it looks, with ``{package}`` for the host's package; ``defect(module)`` says whether the
+    """``module`` is where it looks: a library, or one of the words of :meth:`..host.Host.modules` for a module of the
+    host, like ``{arch}``; ``defect(module)`` says whether the
     defect is there; ``apply(module, patches)`` removes it."""
 
     name: str
@@ -64,10 +65,11 @@ def compat_patch(
 
 
 def load_all() -> dict[str, CompatPatch]:
-    """Every compat patch by name."""
+    """Every compat patch by name, in the order of PATCH_MODULES, whichever of them was imported first."""
     for name in PATCH_MODULES:
         import_module(f"{__name__}.{name}")
-    return COMPAT_PATCHES
+    order = {f"{__name__}.{name}": place for place, name in enumerate(PATCH_MODULES)}
+    return dict(sorted(COMPAT_PATCHES.items(), key=lambda entry: order.get(entry[1].apply.__module__, len(order))))
 
 
 def disabled() -> frozenset[str]:
@@ -89,8 +91,8 @@ def left() -> tuple[str, ...]:
     return tuple(_left)
 
 
-def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
-    """Have every compat patch applied when it is due, for the LLaVA in ``package``."""
+def install(host: Host, hooks: ImportHooks, patches: Patches) -> None:
+    """Have every compat patch applied when it is due, for a host that is about to be imported, or has been."""
     off = disabled()
     for item in load_all().values():
 
@@ -108,14 +110,11 @@ def install(package: str, hooks: ImportHooks, patches: Patches) -> None:
                 issue = f" ({item.issue})" if item.issue else ""
                 logger.info("compat patch %s: %s%s", item.name, item.reason, issue)
 
-        name = item.module.format(package=package)
+        name = item.module.format(**host.modules())
         if item.before:
             hooks.before(name, act)
         elif item.module != name:
             hooks.after(name, act)
-        elif name in sys.modules and package not in sys.modules:
-            # A library that is loaded already: patched when its user, the first host, comes, not before.
-            hooks.before(package, lambda _, act=act, item=item: item.name in _applied or act(sys.modules[item.module]))
         elif item.name not in _watched:  # once, however many hosts there are
             _watched.add(item.name)
             patches.on_undo(lambda item=item: _watched.discard(item.name))

@@ -31,7 +31,7 @@ def _asks_cudnn_first(_: ModuleType) -> bool:
 
 
 @compat_patch(
-    module="{package}.model.llava_arch",
+    module="{arch}",
     reason="on Hopper and Blackwell, scaled_dot_product_attention tries cuDNN first, which builds a plan for every new "
     "shape: one for each token of an answer and for each length of a batch",
     issue="modelscope/FunASR#3704",
@@ -53,7 +53,7 @@ def _loader_asks_for_flash(builder: ModuleType) -> bool:
 
 
 @compat_patch(
-    module="{package}.model.builder",
+    module="{loader}",
     reason="the loader asks for flash_attention_2 unless its caller names another backend, which no script of the host "
     "does; where flash-attn or CUDA is missing, sdpa is used instead",
     defect=_loader_asks_for_flash,

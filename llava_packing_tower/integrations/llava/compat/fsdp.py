@@ -10,6 +10,7 @@ from types import ModuleType
 
 from ..methods import Call, add_step
 from ..patcher import Patches
+from ..registry import meta_model, trainer_class
 from . import compat_patch
 from .trainer import _source
 
@@ -74,11 +75,11 @@ def fsdp_on_cpu(accelerate: ModuleType, patches: Patches) -> None:
 
 
 @compat_patch(
-    module="{package}.model.llava_arch",
+    module="{arch}",
     reason="under --fsdp the host keeps the tower in a list outside of the model, so that it is neither trained nor "
     "saved; later steps of the host fail on that list",
     defect=lambda arch: (
-        _asked() and "self.vision_tower = [vision_tower]" in _source(arch.LlavaMetaModel.initialize_vision_modules)
+        _asked() and "self.vision_tower = [vision_tower]" in _source(meta_model(arch).initialize_vision_modules)
     ),
 )
 def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
@@ -90,11 +91,11 @@ def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
         if call.self.get_vision_tower() is not None or tower_class(asked) is not None:
             call.arguments["fsdp"] = None
 
-    add_step(arch.LlavaMetaModel, "LlavaMetaModel.initialize_vision_modules", "fsdp_tower", in_the_model, patches)
+    add_step(meta_model(arch), "LlavaMetaModel.initialize_vision_modules", "fsdp_tower", in_the_model, patches)
 
 
 @compat_patch(
-    module="{package}.train.train",
+    module="{train}",
     reason="the projector is made in float32 beside a decoder in half precision, and FSDP takes one dtype only; the "
     "projector is cast, as DeepSpeed does, and trained parameters are upcast to float32 again",
     defect=lambda train: _asked() and "fsdp=training_args.fsdp" in _source(train.train),
@@ -105,11 +106,11 @@ def fsdp_dtypes(train: ModuleType, patches: Patches) -> None:
         if model is not None and arguments is not None and arguments.fsdp and (arguments.bf16 or arguments.fp16):
             model.to(model.dtype)
 
-    add_step(train.LLaVATrainer, "LLaVATrainer.__init__", "fsdp_dtypes", one_dtype, patches)
+    add_step(trainer_class(train), "LLaVATrainer.__init__", "fsdp_dtypes", one_dtype, patches)
 
 
 @compat_patch(
-    module="{package}.train.train",
+    module="{train}",
     reason="under FSDP the host gathers the whole model on every GPU to save it, or (transformers 5) cannot save its "
     "shards; the trainer's own save_model() gathers it on rank 0",
     defect=lambda train: (

@@ -12,6 +12,7 @@ from types import ModuleType
 from ..arguments import current_training_arguments
 from ..methods import Call, add_step
 from ..patcher import Patches
+from ..registry import host_of, meta_model, trainer_class
 from . import compat_patch
 
 
@@ -29,7 +30,7 @@ def _save_assumes_cuda(train: ModuleType) -> bool:
 
 
 @compat_patch(
-    module="{package}.train.train",
+    module="{train}",
     reason="torch.cuda.synchronize() is called before the model is saved, which fails on a machine without CUDA",
     defect=_save_assumes_cuda,
 )
@@ -51,10 +52,9 @@ def cuda_sync(train: ModuleType, patches: Patches) -> None:
 def _strict_forwards(model: ModuleType) -> list[type]:
     """The host's language models whose forward takes no ``cache_position``, or ``cache``, though transformers' own one
     does."""
-    package = model.__name__.partition(".")[0]
-    found = []
+    host, found = host_of(model), []
     for cls in vars(model).values():
-        if not (isinstance(cls, type) and cls.__module__.startswith(package) and "forward" in vars(cls)):
+        if not (isinstance(cls, type) and host.owns(cls.__module__) and "forward" in vars(cls)):
             continue
         taken = inspect.signature(cls.forward).parameters
         lacking = {"cache_position", "cache"} - taken.keys()
@@ -67,7 +67,7 @@ def _strict_forwards(model: ModuleType) -> list[type]:
 
 
 @compat_patch(
-    module="{package}.model",
+    module="{models}",
     reason="generate() passes cache_position, or in transformers 5.24 cache, which the host's forward() does not "
     "accept",
     issue="haotian-liu/LLaVA#1448",
@@ -93,29 +93,29 @@ def _undefined_globals(function: Callable, module: ModuleType) -> set[str]:
 
 
 def _own_loop_is_broken(trainer: ModuleType) -> bool:
-    loop = vars(trainer.LLaVATrainer).get("_inner_training_loop")
+    loop = vars(trainer_class(trainer)).get("_inner_training_loop")
     return loop is not None and bool(_undefined_globals(loop, trainer))
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="the trainer's own copy of transformers' training loop uses names that it does not import, such as "
     "DebugOption; transformers' loop is used instead, and trainer_mode=zo is not available",
     issue="LLaVA-VL/LLaVA-NeXT#504",
     defect=_own_loop_is_broken,
 )
 def inner_loop(trainer: ModuleType, patches: Patches) -> None:
-    patches.delete(trainer.LLaVATrainer, "_inner_training_loop")
+    patches.delete(trainer_class(trainer), "_inner_training_loop")
 
 
 @compat_patch(
-    module="{package}.train.train",
+    module="{train}",
     reason="the vision tower is cast to float16 whenever bf16 is off, even in float32 training, where it now stays "
     "float32",
     defect=lambda train: "torch.bfloat16 if training_args.bf16 else torch.float16" in _source(train.train),
 )
 def tower_fp32(train: ModuleType, patches: Patches) -> None:
-    arch = sys.modules[train.__name__.partition(".")[0] + ".model.llava_arch"]
+    arch = sys.modules[host_of(train).module(host_of(train).arch)]
 
     def stay_float32(call: Call) -> Iterator[None]:
         yield
@@ -134,14 +134,14 @@ def tower_fp32(train: ModuleType, patches: Patches) -> None:
 
         tower.to = to
 
-    add_step(arch.LlavaMetaModel, "LlavaMetaModel.initialize_vision_modules", "tower_fp32", stay_float32, patches)
+    add_step(meta_model(arch), "LlavaMetaModel.initialize_vision_modules", "tower_fp32", stay_float32, patches)
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="a separate learning rate for a frozen part gives the optimizer an empty parameter group; DeepSpeed drops "
     "the group, and the learning-rate scheduler still expects it",
-    defect=lambda trainer: "optimizer_grouped_parameters" in _source(trainer.LLaVATrainer.create_optimizer),
+    defect=lambda trainer: "optimizer_grouped_parameters" in _source(trainer_class(trainer).create_optimizer),
 )
 def empty_groups(trainer: ModuleType, patches: Patches) -> None:
     def drop_empty(call: Call) -> Iterator[None]:
@@ -150,4 +150,4 @@ def empty_groups(trainer: ModuleType, patches: Patches) -> None:
         # In place: the optimizer has no state yet, and whoever holds it sees the same list.
         groups[:] = [group for group in groups if group["params"]]
 
-    add_step(trainer.LLaVATrainer, "LLaVATrainer.create_optimizer", "empty_groups", drop_empty, patches)
+    add_step(trainer_class(trainer), "LLaVATrainer.create_optimizer", "empty_groups", drop_empty, patches)

@@ -13,6 +13,7 @@ from types import ModuleType
 
 from ..methods import Call, add_step
 from ..patcher import Patches
+from ..registry import host_of
 from ..tower_builder import holders, restore_copies
 from . import compat_patch
 from .trainer import _source
@@ -25,12 +26,13 @@ def _rope_is_erased(model: ModuleType) -> bool:
 
     if not isinstance(vars(PretrainedConfig).get("rope_scaling"), property):
         return False
-    files = (Path(model.__file__).parent / "language_model").glob("*.py")
+    folder = Path(model.__file__).parent / host_of(model).language_models.rpartition(".")[2]
+    files = folder.glob("*.py")
     return any("config.rope_scaling = None" in file.read_text(encoding="utf-8") for file in files)
 
 
 @compat_patch(
-    module="{package}.model",
+    module="{models}",
     reason="the host sets config.rope_scaling to None for no scaling, which in transformers 5 also erases the base "
     "frequency",
     defect=_rope_is_erased,
@@ -93,7 +95,7 @@ def _additional_tokens(folder: str) -> tuple[str, ...]:
 
 
 @compat_patch(
-    module="{package}.train.train",
+    module="{train}",
     reason="the host tokenizes with additional_special_tokens_ids, which transformers 5 removed, and concatenates the "
     "results of apply_chat_template, which are dicts there instead of lists",
     defect=_chat_template_returns_a_dict,
@@ -133,13 +135,13 @@ def _size_is_no_dict(mm_utils: ModuleType) -> bool:
 
 
 @compat_patch(
-    module="{package}.mm_utils",
+    module="{mm_utils}",
     reason="the host tests whether an image processor's size is a dict, and takes the SizeDict of transformers 5 (CLIP "
     "with anyres) for a pair of numbers",
     defect=_size_is_no_dict,
 )
 def size_dicts(mm_utils: ModuleType, patches: Patches) -> None:
-    package, name = mm_utils.__name__.partition(".")[0], "process_anyres_image"
+    host, name = host_of(mm_utils), "process_anyres_image"
     original = vars(mm_utils)[name]
 
     @functools.wraps(original)
@@ -147,9 +149,9 @@ def size_dicts(mm_utils: ModuleType, patches: Patches) -> None:
         return original(image, _SizesAsDicts(processor), grid_pinpoints)
 
     # Modules that are imported already hold copies, and those that come later make them.
-    for holder in holders(package, name, original):
+    for holder in holders(host, name, original):
         patches.set(holder, name, process_anyres_image)
-    patches.on_undo(lambda: restore_copies(package, name, process_anyres_image, original))
+    patches.on_undo(lambda: restore_copies(host, name, process_anyres_image, original))
 
 
 # ---------------------------------------------------------------- the loader
@@ -176,7 +178,7 @@ def _tower_stays(tower_class: type) -> Iterator[None]:
 
 
 @compat_patch(
-    module="{package}.model.builder",
+    module="{loader}",
     reason="unless device_map is 'auto', the loader moves the tower to the first GPU as float16, whatever the device "
     "and dtype of the model: this fails without CUDA and rounds a bfloat16 tower",
     defect=lambda builder: (

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from ..methods import Call, add_step
 from ..patcher import Patches
+from ..registry import trainer_class
 from . import compat_patch
 
 
@@ -27,11 +28,11 @@ def _takes(function: object, name: str, unwrap: bool = True) -> bool:
 
 def _base(trainer: ModuleType) -> type:
     """transformers' own Trainer, under the host's."""
-    return next(cls for cls in trainer.LLaVATrainer.__mro__ if cls.__module__ == "transformers.trainer")
+    return next(cls for cls in trainer_class(trainer).__mro__ if cls.__module__ == "transformers.trainer")
 
 
 def _accelerator_is_made_wrongly(trainer: ModuleType) -> bool:
-    make = vars(trainer.LLaVATrainer).get("create_accelerator_and_postprocess")
+    make = vars(trainer_class(trainer)).get("create_accelerator_and_postprocess")
     if make is None or "dispatch_batches=self.args.dispatch_batches" not in _source(make):
         return False
     from accelerate import Accelerator
@@ -42,23 +43,23 @@ def _accelerator_is_made_wrongly(trainer: ModuleType) -> bool:
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="the trainer creates its Accelerator with arguments that no longer exist; transformers' own method is used "
     "instead (timeout: ddp_timeout)",
     issue="LLaVA-VL/LLaVA-NeXT#388",
     defect=_accelerator_is_made_wrongly,
 )
 def accelerator_arguments(trainer: ModuleType, patches: Patches) -> None:
-    patches.delete(trainer.LLaVATrainer, "create_accelerator_and_postprocess")
+    patches.delete(trainer_class(trainer), "create_accelerator_and_postprocess")
 
 
 def _save_passes_metrics(trainer: ModuleType) -> bool:
-    own = vars(trainer.LLaVATrainer).get("_save_checkpoint")
+    own = vars(trainer_class(trainer)).get("_save_checkpoint")
     return own is not None and _takes(own, "metrics") and not _takes(_base(trainer)._save_checkpoint, "metrics")
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="the trainer passes `metrics` to transformers' _save_checkpoint, which no longer accepts it",
     defect=_save_passes_metrics,
 )
@@ -83,7 +84,7 @@ def _samplers_without_dataset(trainer: ModuleType) -> list[type]:
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="transformers calls _get_train_sampler with the dataset, which the host's own method does not accept",
     defect=lambda trainer: bool(_samplers_without_dataset(trainer)),
 )
@@ -105,7 +106,7 @@ def _seeds_workers_by_number_alone(trainer: ModuleType) -> bool:
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="the host passes seed_worker to its own DataLoader, which calls it with the worker's number only; from "
     "transformers 4.52 on it also needs the number of workers and the rank",
     defect=_seeds_workers_by_number_alone,
@@ -126,12 +127,12 @@ def seed_worker(worker_id: int) -> None:
 
 
 def _optimizer_gets_the_model(trainer: ModuleType) -> bool:
-    own = vars(trainer.LLaVATrainer).get("create_optimizer")
+    own = vars(trainer_class(trainer)).get("create_optimizer")
     return own is not None and _takes(_base(trainer).create_optimizer, "model") and not _takes(own, "model")
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="under FSDP 1 transformers 5 calls create_optimizer with the wrapped model, which the host's own method "
     "does not accept",
     defect=_optimizer_gets_the_model,
@@ -146,11 +147,11 @@ def optimizer_model(trainer: ModuleType, patches: Patches) -> None:
         finally:
             self.model = own
 
-    add_step(trainer.LLaVATrainer, "LLaVATrainer.create_optimizer", "optimizer_model", as_self_model, patches)
+    add_step(trainer_class(trainer), "LLaVATrainer.create_optimizer", "optimizer_model", as_self_model, patches)
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="the host passes `tokenizer` to its trainer, which transformers 5 calls `processing_class`",
     # From 4.46 to the last 4.x, a decorator takes it and hands it on under its new name.
     defect=lambda trainer: not _takes(_base(trainer).__init__, "tokenizer", unwrap=False),
@@ -160,19 +161,19 @@ def tokenizer_argument(trainer: ModuleType, patches: Patches) -> None:
         if "tokenizer" in call.arguments:
             call.arguments["processing_class"] = call.arguments.pop("tokenizer")
 
-    add_step(trainer.LLaVATrainer, "LLaVATrainer.__init__", "tokenizer_argument", rename, patches)
+    add_step(trainer_class(trainer), "LLaVATrainer.__init__", "tokenizer_argument", rename, patches)
 
 
 def _group_by_length_is_gone(trainer: ModuleType) -> bool:
     from transformers import TrainingArguments
 
-    sampler = vars(trainer.LLaVATrainer).get("_get_train_sampler")
+    sampler = vars(trainer_class(trainer)).get("_get_train_sampler")
     gone = "group_by_length" not in TrainingArguments.__dataclass_fields__
     return gone and "self.args.group_by_length" in _source(sampler)
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="the sampler reads the argument group_by_length, which transformers 5 calls train_sampling_strategy",
     defect=_group_by_length_is_gone,
 )

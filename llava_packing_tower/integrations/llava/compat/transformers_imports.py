@@ -83,7 +83,7 @@ def _found(name: str, places: tuple[str, ...]) -> object:
 
 
 @compat_patch(
-    module="{package}.model.multimodal_resampler.qformer",
+    module="{qformer}",
     reason="a resampler imports helpers from transformers.modeling_utils that moved to transformers.pytorch_utils; "
     "without them no LLaVA model can be imported",
     issue="EvolvingLMMs-Lab/lmms-eval#860",
@@ -95,7 +95,7 @@ def resampler_names(qformer: ModuleType, patches: Patches) -> None:
 
 
 @compat_patch(
-    module="{package}.train.llava_trainer",
+    module="{trainer}",
     reason="the trainer imports names from transformers.trainer that have moved",
     issue="huggingface/transformers#38922",
     defect=lambda trainer: bool(missing_names(trainer.__file__)),

@@ -17,6 +17,7 @@ HOST = Host(
     package="llava",
     recognises=recognises,
     install="git clone https://github.com/LLaVA-VL/LLaVA-NeXT and set LLAVA_NEXT_DIR to the clone",
+    reads_videos=True,
     own_arguments=(
         "image_grid_pinpoints",
         "image_crop_resolution",
@@ -30,5 +31,13 @@ HOST = Host(
         "mm_resampler_type",
         "rope_scaling_factor",
         "group_by_varlen",
+    ),
+    refused=(
+        (
+            "train.train_dpo",
+            "LLaVA-NeXT's train_dpo does not work with a packing tower (and its repository lacks data_processing, "
+            "which it imports). Fine-tune with `llava-packing train`; to train by DPO with another tower, start it "
+            "without llava-packing",
+        ),
     ),
 )
