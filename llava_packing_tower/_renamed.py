@@ -221,6 +221,9 @@ MOVED: dict[str, dict[str, str]] = {
         "check_whole": "integrations.llava.checkpoint:check_complete",
     },
     "launch": {
+        "RENAMED": "train.arguments:RENAMED",
+        "REQUIRED": "train.arguments:REQUIRED",
+        "nearest": "train.arguments:nearest",
         "zero_stage": "train.deepspeed_config:zero_stage",
     },
     "loading": {

@@ -20,9 +20,10 @@ from rich.console import Console
 from ...data.sample_photos import PHOTOS, Photo
 from ...integrations.llava import install, registry
 from ...integrations.llava.inference import build_prompt
+from ...train.arguments import ALIASES
+from ...train.config import read_overrides, read_yaml
 from ...train.deepspeed_config import check_deepspeed
 from ...train.history import TOWER_RECORD
-from ...train.launcher import ALIASES, read_overrides, read_yaml
 from . import OUTPUT, report
 from .dataset import QUESTION, write_dataset
 from .scoring import score
