@@ -17,6 +17,7 @@ from rich.console import Console
 
 from llava_packing_tower.checkpoint.hashing import differing, tensor_digest
 from llava_packing_tower.data.sample_photos import PHOTOS, Photo, source_of
+from llava_packing_tower.integrations.llava.hosts.llava_v1 import HOST
 from llava_packing_tower.tools.demo import pipeline, report, train_process
 from llava_packing_tower.tools.demo.dataset import QUESTION, write_dataset
 from llava_packing_tower.tools.demo.train_process import Engine
@@ -272,7 +273,7 @@ def test_the_seed_is_set_before_the_host_makes_its_projector(monkeypatch, words,
 
     host = SimpleNamespace(LLaVATrainer=Trainer, train=lambda attn_implementation: seen.append(torch.initial_seed()))
     monkeypatch.setattr(install, "apply", lambda: None)
-    monkeypatch.setattr(registry, "find_host", lambda: SimpleNamespace(package="llava"))
+    monkeypatch.setattr(registry, "find_host", lambda: SimpleNamespace(host=HOST))
     monkeypatch.setattr(entrypoint, "import_module", lambda name: host)
     monkeypatch.setattr(sys, "argv", ["train", *words])
     torch.manual_seed(0)
