@@ -271,9 +271,13 @@ def test_the_seed_is_set_before_the_host_makes_its_projector(monkeypatch, words,
         def train(self):
             pass
 
-    host = SimpleNamespace(LLaVATrainer=Trainer, train=lambda attn_implementation: seen.append(torch.initial_seed()))
+    host = SimpleNamespace(
+        __name__="llava.train.train",
+        LLaVATrainer=Trainer,
+        train=lambda attn_implementation: seen.append(torch.initial_seed()),
+    )
     monkeypatch.setattr(install, "apply", lambda: None)
-    monkeypatch.setattr(registry, "find_host", lambda: SimpleNamespace(host=HOST))
+    monkeypatch.setattr(registry, "find_host", lambda *_: SimpleNamespace(host=HOST))
     monkeypatch.setattr(entrypoint, "import_module", lambda name: host)
     monkeypatch.setattr(sys, "argv", ["train", *words])
     torch.manual_seed(0)
