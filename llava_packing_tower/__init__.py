@@ -6,7 +6,7 @@ from importlib import import_module
 
 from . import _renamed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "AIMv2Packing": "models.aimv2",
