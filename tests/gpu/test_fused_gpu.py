@@ -208,3 +208,19 @@ def test_fused_is_the_default_in_half_precision():
     with torch.autocast("cuda", torch.bfloat16):
         model(rows.float(), grid)
     assert model.encoder.last_plan.path == "fused"
+
+
+def test_kernels_launched_directly_give_what_triton_gives(monkeypatch):
+    """The compiled kernels of the installed Triton take what ``launcher.launch`` passes them."""
+    launcher = pytest.importorskip("llava_packing_tower.kernels.triton.launcher")
+    norm = pytest.importorskip("llava_packing_tower.kernels.triton.norm")
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(37, 96, generator=generator, device="cuda").to(torch.bfloat16)
+    weight = torch.rand(96, generator=generator, device="cuda").to(torch.bfloat16)
+    assert launcher._DIRECT, "Triton is beyond the versions in launcher.py: try it there, and raise them"
+    _, *direct = (norm.add_norm(x, None, weight, None, 1e-6, True) for _ in range(3))  # the first one builds
+    assert launcher._compiled
+    monkeypatch.setattr(launcher, "_DIRECT", False)
+    plain = norm.add_norm(x, None, weight, None, 1e-6, True)
+    for found in direct:
+        assert all(torch.equal(a, b) for a, b in zip(found, plain) if a is not None)
