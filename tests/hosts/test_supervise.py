@@ -45,11 +45,24 @@ sys.exit(supervise([sys.executable, "-c", *sys.argv[1:]], os.environ))
 """
 
 
+def _default_signals() -> None:
+    """Whoever started the tests may ignore some (nohup, `&` in a script), and a launcher leaves those ignored."""
+    for name in ("SIGHUP", "SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 def started(folder: Path, before: list[str] = ()) -> tuple[subprocess.Popen, list[int]]:
     """A launcher, and the pids of all its processes once they run."""
     command = [*before, sys.executable, "-c", LAUNCHER, AGENT, str(folder), RANK]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    launcher = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=_default_signals,
+    )
     until = time.monotonic() + 30
     while time.monotonic() < until:
         pids = [int(pid) for file in folder.iterdir() for pid in file.read_text().split()]
