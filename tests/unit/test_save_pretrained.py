@@ -221,7 +221,10 @@ import sys, torch
 from families import TINY, tiny
 from transformers import Trainer, TrainingArguments
 from llava_packing_tower import batch_images_to_packing_input
+from deepspeed.comm.torch import TorchBackend
 
+# Else a C++ operation that only inference uses is built: that takes a compiler, and waits for a build that was killed.
+TorchBackend.__init__.__globals__["build_shm_op"] = lambda: None
 folder, name = sys.argv[1:]
 config = {
     "train_micro_batch_size_per_gpu": 1, "train_batch_size": 1,
