@@ -15,13 +15,13 @@ No torch here: the launcher asks before anything is loaded.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..models.registry import FAMILIES
+from ..utils.files import CONFIG_NAME, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +43,8 @@ def folder_model_type(name: str) -> str | None:
 
     Raises ``ValueError`` for a file that is no JSON object.
     """
-    file = Path(strip_prefix(name)).expanduser() / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}")
-    found = content.get("model_type")
+    file = Path(strip_prefix(name)).expanduser() / CONFIG_NAME
+    found = read_json(file).get("model_type") if file.is_file() else None
     return found if isinstance(found, str) else None
 
 

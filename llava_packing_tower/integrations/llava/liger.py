@@ -162,7 +162,7 @@ def wrong_layers(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         "rotary": (fused_rotary, eager_rotary, [noise(1, 4, 37, head), noise(1, 2, 37, head)], [cos, sin]),
         "SwiGLU": (
             liger_swiglu,
-            lambda a, b: torch.nn.functional.silu(a) * b,
+            eager_swiglu,
             [noise(37, middle), noise(37, middle)],
             [],
         ),

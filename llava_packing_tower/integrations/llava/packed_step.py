@@ -17,6 +17,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
+from ...models.runtime.execution import compute_dtype
 from ...multimodal.packed_decoder import PackedRow, causal_backend, pack_batch
 from ...multimodal.supervised_head import next_labels, supervised_loss
 from .arguments import current_arguments
@@ -75,22 +76,12 @@ def make_plan(model: nn.Module) -> StepPlan:
     if decoder is None:
         weight = next(model.model.layers[0].self_attn.q_proj.parameters())
         # Quantised projections hold integers, and compute in the dtype of the norms.
-        dtype = _working_dtype(model)
+        dtype = compute_dtype(model.model.norm.weight)
         attention = causal_backend(weight.device, dtype, model.model.layers[0].self_attn.head_dim)
     full = "mm_packing_full_logits" if setting(model, "mm_packing_full_logits", False) else None
     liger = unsupported_liger(model, _liger_asked(model))
     layers = ("RMSNorm", *["rotary"] * (decoder is None), "SwiGLU")
     return StepPlan(attention, decoder, full, layers if liger is None else (), liger)
-
-
-def _working_dtype(model: nn.Module) -> torch.dtype:
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device) if _PER_DEVICE_AUTOCAST else torch.is_autocast_enabled():
-        return torch.get_autocast_dtype(device) if _PER_DEVICE_AUTOCAST else torch.get_autocast_gpu_dtype()
-    return model.model.norm.weight.dtype
-
-
-_PER_DEVICE_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4
 
 
 def unsupported_model(model: nn.Module) -> str | None:
