@@ -47,7 +47,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     :meth:`from_pretrained` with the same keywords.
 
     A family sets the class attributes, builds ``patch_embed`` and ``encoder`` in its ``__init__`` and implements
-    :meth:`prepare` and :meth:`final_norm`; see ``families/``.
+    :meth:`prepare` and :meth:`final_norm`; see ``siglip2``, ``aimv2`` and ``dinov3``.
     """
 
     config_class: type[PretrainedConfig]

@@ -230,7 +230,7 @@ class EncoderBlock(nn.Module):
         backend: str,
         body: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``body(self, ...)`` with the same arguments is run in place of what follows: see :mod:`fused`."""
+        """``body(self, ...)`` with the same arguments is run in place of what follows: see :mod:`.runtime.fused`."""
         if body is not None:
             return body(self, hidden_states, pending, segments, rotary, backend)
         if pending is not None:

@@ -70,7 +70,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             ``mm_packing_compile`` (False: eager blocks; the key is older than fused blocks),
             ``mm_packing_config`` (written into a LLaVA checkpoint; lets a tower whose weights are in that checkpoint
             be rebuilt without its folder), ``unfreeze_mm_vision_tower``, ``mm_tunable_parts``, and for native
-            resolution ``image_aspect_ratio`` with the ``mm_packing_*`` keys of :mod:`.native.settings`.
+            resolution ``image_aspect_ratio`` with the ``mm_packing_*`` keys of :mod:`..data.native_config`.
         delay_load: read only the config now, unless the arguments say that the tower is trained.
 
     Features keep the tower's own dtype, whatever the dtype of the images.

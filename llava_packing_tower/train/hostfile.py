@@ -2,7 +2,7 @@
 
 DeepSpeed hands its command line to pdsh, which hands it to a shell on each machine: parentheses, quotes, ``$`` and
 ``%n`` in a value would be taken for the shell's or pdsh's own. And of the environment it passes on next to nothing. So
-arguments and environment travel as one word of letters and digits, which :mod:`.train_entry` opens.
+arguments and environment travel as one word of letters and digits, which :mod:`.entrypoint` opens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton kernels of the fused blocks on a GPU: against the plain torch of ``fused.reference``, and whole towers
+"""The Triton kernels of the fused blocks on a GPU: against the plain torch of ``kernels.reference``, and whole towers
 against float32."""
 
 import pytest

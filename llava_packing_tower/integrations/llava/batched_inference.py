@@ -40,8 +40,8 @@ class Question:
     """One request, ready for the model: ids ``[L]`` with LLaVA's number for each ``<image>``, and what these stand for.
 
     pixels: ``[C, H, W]``, ``[crops, C, H, W]`` or, for a video, ``[T, C, H, W]``. kinds: "image" or "video" of each.
-    details: (width, height) of each, or at native resolution what ``native.visuals.Detail`` says. answer: number of
-    ids at the end that are the answer (to be scored), 0 in front of generation.
+    details: (width, height) of each, or at native resolution what ``multimodal.visual_inputs.Detail`` says. answer:
+    number of ids at the end that are the answer (to be scored), 0 in front of generation.
     """
 
     ids: torch.Tensor

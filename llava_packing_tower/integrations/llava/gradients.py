@@ -28,7 +28,7 @@ def idle_names(model: nn.Module) -> set[str]:
     """Trained parameters of packing towers that a selected feature does not depend on, and that may stay without a
     gradient: blocks above the selected layer, and what stands behind or beside the blocks.
 
-    Under ZeRO-3 and FSDP they are not tied to the features (see :mod:`..participation`).
+    Under ZeRO-3 and FSDP they are not tied to the features (see :mod:`...models.unused_parameters`).
     """
     names = set()
     for prefix, tower in model.named_modules():

@@ -29,7 +29,7 @@ from .registry import host_of
 logger = logging.getLogger(__name__)
 
 DETAILS = "packing_details"
-"""Where a sample carries, for each of its images, what LLaVA has no place for (see ``native.visuals.Detail``)."""
+"""Where a sample carries what LLaVA has no place for: a ``multimodal.visual_inputs.Detail`` for each of its images."""
 POSITIONS = "positions_thw"
 SKIPS = 3
 """How often a run goes on behind a sample, and the one after it, that cannot be read."""

@@ -15,7 +15,7 @@ from .host import Host, Part, TowerBuilder
 from .import_hooks import ImportHooks
 from .patcher import Patches
 
-# What tower_names.tower_kind calls them, module and class of the tower.
+# What towers.names.tower_kind calls them, module and class of the tower.
 TOWERS: tuple[tuple[str, str, str], ...] = (
     ("packing", "llava_packing_tower.towers.packing_tower", "HEVCViTPackingVisionTower"),
     ("hevc_vit", "llava_packing_tower.towers.standard_tower", "HEVCViTVisionTower"),
@@ -25,7 +25,7 @@ _MARK = "_llava_packing_original"
 
 
 def tower_class(name: object, note: Mapping | None = None) -> type | None:
-    """The tower class for a vision tower name, or None where LLaVA is to decide: see :mod:`..tower_names`.
+    """The tower class for a vision tower name, or None where LLaVA is to decide: see :mod:`...towers.names`.
 
     note: ``mm_packing_config`` of the LLaVA checkpoint that names it, if there is one.
 

@@ -48,7 +48,7 @@ def _entry_point(name: str) -> Callable:
         return create_model(name, pretrained, **ours)
 
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = f"{name}, see llava_packing_tower.variants.create_model."
+    make.__doc__ = f"{name}, see llava_packing_tower.create_model."
     return make
 
 

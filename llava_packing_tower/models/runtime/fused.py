@@ -1,7 +1,7 @@
 """Encoder blocks as a few fused kernels, forward and backward: the fast path in half precision on a GPU.
 
-``reference`` says what each operation computes, in plain torch; ``kernels`` are the same operations in Triton;
-``functions`` are the two halves of a block around its attention; here they are put together.
+``kernels.reference`` says what each operation computes, in plain torch; ``kernels.triton`` has the same operations in
+Triton; ``kernels.fused_block`` the two parts of a block around its attention. Here they are put together.
 """
 
 from __future__ import annotations
