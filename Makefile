@@ -2,6 +2,7 @@
 # again only when its requirements file changed.
 #   make demo   fine-tune LLaVA through the packing tower on real photographs, reload it, ask about each, score it
 #   make test   the test suite          make lint   ruff, mypy          make docs   the site, in build/site, without a warning
+#   make test-long  the tests that take minutes each (marked "long"), in both environments
 #   make clean  remove .venv and outputs
 # PYTHON=...          interpreter to build .venv with (3.10 to 3.12)
 # LLAVA_NEXT_DIR=...  a clone of LLaVA-NeXT: used as the host in place of the LLaVA from PyPI
@@ -26,23 +27,25 @@ HOST := $(if $(LLAVA_NEXT_DIR),$(STAMPS)/next) $(STAMPS)/host
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint docs clean env
+.PHONY: help demo test test-long lint docs clean env
 help:
-	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+	@sed -n '3,10s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/eval $(HOST)
 	$(BIN)/llava-packing demo $(DEMO_ARGS)
 
 # Both environments, also if the first fails; of the second, 5 says that TEST_ARGS selected none of its tests.
-test: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/eval $(HOST) $(NEW)/.stamps/ready
+test test-long: $(STAMPS)/project $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/eval $(HOST) $(NEW)/.stamps/ready
 	@trap 'exit 130' INT; first=0; second=0; \
 	echo "[$(VENV)] all tests, $(WORKERS) at a time"; \
-	$(BIN)/python -m pytest tests $(SPREAD) $(TEST_ARGS) || first=$$?; \
+	$(BIN)/python -m pytest tests -m "$(LENGTH)" $(SPREAD) $(TEST_ARGS) || first=$$?; \
 	echo "[$(NEW)] the tests marked newest"; \
-	$(NEW)/bin/python -m pytest tests -m newest $(SPREAD) $(TEST_ARGS) || second=$$?; \
-	$(if $(TEST_ARGS),if [ $$second = 5 ]; then second=0; fi;) \
+	$(NEW)/bin/python -m pytest tests -m "newest and $(LENGTH)" $(SPREAD) $(TEST_ARGS) || second=$$?; \
+	if [ $$second = 5 ] && [ -n "$(TEST_ARGS)$(filter test-long,$@)" ]; then second=0; fi; \
 	echo "[$(VENV)] exit status $$first   [$(NEW)] exit status $$second"; \
 	exit $$((first ? first : second))
+test: LENGTH := not long
+test-long: LENGTH := long
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
