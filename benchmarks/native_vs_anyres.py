@@ -28,36 +28,36 @@ pixels are noise.
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
-import random
 import statistics
 import sys
-import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from llava_packing_tower.tools.bench.training.models import FULL as LARGE
+from llava_packing_tower.tools.bench.training.models import TINY as SMALL
+from llava_packing_tower.tools.bench.training.models import (
+    build_packed,
+    host_classes,
+    set_checkpointing,
+)
+from llava_packing_tower.tools.bench.training.photos import (
+    PATCH,
+    Batch,
+    Mode,
+    draw_photos,
+    make_batch,
+    prepared,
+)
+
 STARTED = time.monotonic()
-IGNORE, IMAGE = -100, -200
-# Width x height in pixels, and how many of the photos have that size.
-COCO = """
-640x480:33 640x427:22 480x640:12 640x426:6 500x375:6 375x500:5 640x424:5 427x640:4 640x428:4 640x425:4 500x333:3
-478x640:3 640x399:2 640x433:2 640x579:1 640x474:1 640x383:1 640x640:1 500x406:1 640x360:1 376x500:1 640x522:1
-640x463:1 640x342:1 640x422:1 621x640:1 640x506:1 640x382:1 640x400:1 640x393:1 640x361:1 479x640:1 414x640:1
-500x500:1 640x478:1 500x377:1 333x500:1 612x612:1 640x358:1 457x640:1 640x423:1 640x457:1 424x640:1 428x640:1
-474x640:1 470x640:1 500x334:1 640x304:1 640x464:1 640x559:1 640x414:1 383x640:1 640x406:1 640x313:1 640x408:1
-500x374:1 358x640:1 640x461:1 500x400:1 640x484:1 426x640:1 640x476:1
-"""
-GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # of tiles, width x height
 TASKS = ("features", "first token", "training")
 MODES = ("anyres", "native, same tokens", "native, own size")
 FULL = {"tile": 336, "scale": 1.0, "batch": 8, "train_batch": 4, "rounds": 15, "words": (40, 60)}
 TINY = {"tile": 56, "scale": 1 / 6, "batch": 3, "train_batch": 2, "rounds": 2, "words": (5, 7)}
-PATCH = 14
 TOLERANCE = 0.02
 BATCHES = 6
 WARM_UPS = 2
@@ -66,137 +66,22 @@ WARM_UPS = 2
 # ---------------------------------------------------------------- photos
 
 
-def photo_sizes(scale: float) -> list[tuple[int, int]]:
-    """Width and height of each photo."""
-    sizes = []
-    for entry in COCO.split():
-        size, count = entry.split(":")
-        sizes += [tuple(round(int(side) * scale) for side in size.split("x"))] * int(count)
-    return sizes
-
-
 def photo_batches(size: dict, seed: int = 0) -> list[list]:
     """Batches of photos (noise) whose sizes are drawn from the table, the same on every machine."""
-    import numpy as np
-    from PIL import Image
-
-    draw, noise = random.Random(seed), np.random.default_rng(seed)
-    drawn = draw.sample(photo_sizes(size["scale"]), BATCHES * size["batch"])
-    made = [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in drawn]
+    made = draw_photos(BATCHES * size["batch"], size["scale"], seed)
     return [made[i : i + size["batch"]] for i in range(0, len(made), size["batch"])]
 
 
 # ---------------------------------------------------------------- model
 
 
-def build(size: dict, tiny: bool, device: str) -> tuple[str, object]:
+def build(tiny: bool, device: str) -> tuple[str, object]:
     """Name of the host and a model of it with random weights, in bfloat16 on a GPU."""
     import torch
-    from two_gpu_training import FULL as LARGE
-    from two_gpu_training import TINY as SMALL
-    from two_gpu_training import decoder_attention, host_classes
 
-    from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
-
-    dimensions, tile = SMALL if tiny else LARGE, size["tile"]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "vit_packing"
-        # Without a head: LLaVA reads hidden states before it.
-        config = LlavaViTPackingConfig(image_size=tile, patch_size=PATCH, use_head=False, **dimensions["tower"])
-        LlavaViTPackingModel(config).to(dtype).save_pretrained(folder)
-        PackingImageProcessor(size=tile).save_pretrained(folder)
-        host, config_class, model_class = host_classes()
-        config = config_class(
-            **dimensions["decoder"],
-            attn_implementation=decoder_attention(device),
-            mm_vision_tower=str(folder),
-            mm_hidden_size=dimensions["tower"]["hidden_size"],
-            mm_vision_select_layer=-1,
-            mm_projector_type="mlp2x_gelu",
-            mm_patch_merge_type="spatial_unpad",
-            unfreeze_mm_vision_tower=True,
-            image_aspect_ratio="anyres",
-            image_grid_pinpoints=[[w * tile, h * tile] for w, h in GRIDS],
-            tokenizer_model_max_length=dimensions["decoder"]["max_position_embeddings"],
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-        model = model_class(config)
-    with torch.no_grad():
-        model.get_model().image_newline.normal_(std=0.02)  # LLaVA leaves it uninitialised
-    model = model.to(device, dtype).requires_grad_(True)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return host, model
-
-
-class Mode(NamedTuple):
-    """What a mode sets in the model's config."""
-
-    name: str
-    bounds: tuple[int, int] | None  # fewest and most patches, None for anyres
-
-    def set(self, model: object) -> None:
-        from llava_packing_tower.data.native_config import settings_of
-
-        config = model.config
-        config.image_aspect_ratio = "native" if self.bounds else "anyres"
-        if self.bounds:
-            config.mm_packing_min_patches, config.mm_packing_max_patches = self.bounds
-            config.mm_packing_video = "frames"
-        model.get_vision_tower().set_native(settings_of(config))
-
-
-class Batch(NamedTuple):
-    """What a model is called with."""
-
-    given: dict
-    labels: object
-
-    @property
-    def patches(self) -> int:
-        """How many the tower will encode."""
-        return sum(pixels.numel() // (3 * PATCH**2) for pixels in self.given["images"])
-
-    def first(self, count: int) -> Batch:
-        return Batch({key: value[:count] for key, value in self.given.items()}, self.labels[:count])
-
-
-def make_batch(model: object, mode: Mode, photos: list, size: dict, vocabulary: int) -> Batch:
-    """Photos as the host's own ``process_images`` makes them, each behind some words and in front of an answer."""
-    import torch
-    from two_gpu_training import host_classes
-
-    utilities = import_module(host_classes()[2].__module__.split(".")[0] + ".mm_utils")
-    mode.set(model)
-    processor = model.get_vision_tower().image_processor
-    device, dtype = model.device, model.dtype
-    pixels = [p.to(device, dtype) for p in utilities.process_images(photos, processor, model.config)]
-    draw = torch.Generator().manual_seed(1)
-    question, answer = size["words"]
-    words = torch.randint(3, vocabulary, (len(photos), question + answer), generator=draw)
-    ids = torch.cat([words[:, :4], torch.full((len(photos), 1), IMAGE), words[:, 4:]], dim=1).to(device)
-    labels = ids.clone()
-    labels[:, : question + 1] = IGNORE
-    given = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
-        "images": pixels,
-        "image_sizes": [photo.size for photo in photos],
-    }
-    if "modalities" in inspect.signature(type(model).forward).parameters:
-        given["modalities"] = ["image"] * len(photos)  # LLaVA-NeXT drops the samples beyond their number
-    return Batch(given, labels)
-
-
-def prepared(model: object, batch: Batch) -> tuple[object, object]:
-    """Embeddings ``[B, L, hidden]`` that the decoder gets, and their mask ``[B, L]``."""
-    given = dict(batch.given)
-    words = (given.pop("input_ids"), None, given.pop("attention_mask"), None, batch.labels, given.pop("images"))
-    made = model.prepare_inputs_labels_for_multimodal(*words, **given)
-    return made[4], made[2]
+    model = build_packed(SMALL if tiny else LARGE, torch.device(device))
+    set_checkpointing(model, True)
+    return host_classes()[0], model
 
 
 def visual_tokens(model: object, mode: Mode, batches: list[Batch], size: dict) -> tuple[list[int], int]:
@@ -344,12 +229,12 @@ def main() -> None:
     from llava_packing_tower.tools.bench.report import environment, write_json
 
     device = "cpu" if args.tiny else "cuda"
-    host, model = build(size, args.tiny, device)
-    photos, vocabulary = photo_batches(size), model.config.vocab_size
+    host, model = build(args.tiny, device)
+    photos = photo_batches(size)
     batches, tokens = {}, {}
 
     def add(mode: Mode) -> Mode:
-        batches[mode.name] = [make_batch(model, mode, some, size, vocabulary) for some in photos]
+        batches[mode.name] = [make_batch(model, mode, some, size["words"]) for some in photos]
         tokens[mode.name] = visual_tokens(model, mode, batches[mode.name], size)
         return mode
 

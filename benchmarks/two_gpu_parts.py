@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from llava_packing_tower.tools.bench.training.models import FULL as LARGE
+from llava_packing_tower.tools.bench.training.models import TINY as SMALL
+from llava_packing_tower.tools.bench.training.models import host_classes
 
 if TYPE_CHECKING:
     import torch
@@ -15,53 +17,20 @@ IGNORE, IMAGE = -100, -200
 MICRO, SLOTS = 4, 2  # samples of a micro-batch, micro-batches of a step
 FULL = {
     "steps": 50,
-    "tower": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "tower": LARGE["tower"],
     "patch": 14,
     "sides": (8, 33),  # of an image in patches
-    "decoder": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
+    "decoder": LARGE["decoder"],
     "rate": 2e-4,
 }
 TINY = {
     "steps": 24,
-    "tower": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "tower": SMALL["tower"],
     "patch": 14,
     "sides": (1, 6),
-    "decoder": {
-        "vocab_size": 200,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
+    "decoder": SMALL["decoder"],
     "rate": 5e-3,
 }
-
-
-def host_classes() -> tuple[str, type, type]:
-    """Name, config and model class of the host."""
-    if os.environ.get("LLAVA_NEXT_DIR"):
-        from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
-
-        return "LLaVA-NeXT (LlavaQwenForCausalLM)", LlavaQwenConfig, LlavaQwenForCausalLM
-    if importlib.util.find_spec("llavaction"):
-        from llavaction.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
-
-        return "llavaction (LlavaQwenForCausalLM)", LlavaQwenConfig, LlavaQwenForCausalLM
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-
-    return "llava-torch (LlavaLlamaForCausalLM)", LlavaConfig, LlavaLlamaForCausalLM
 
 
 def make(folder: Path, size: dict, device: str) -> dict:

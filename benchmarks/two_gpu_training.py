@@ -26,9 +26,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from two_gpu_parts import FULL, MICRO, SLOTS, TINY, host_classes, make, micro_batch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from two_gpu_parts import FULL, MICRO, SLOTS, TINY, host_classes, make, micro_batch
 
 WARM_UP = 8
 STARTED = time.time()

@@ -4,22 +4,29 @@ All systems get the same images, in one process, with interleaved rounds. The co
 the targets of the packed encoder on an H100, and writes JSON and a figure. On a GPU it runs the real sizes in bfloat16.
 On a CPU it runs tiny sizes in float32, which only shows that everything works.
 
+With --training-step it measures a whole training step of LLaVA instead (forward and backward), beside stock LLaVA-NeXT
+with its CLIP tower; LLAVA_NEXT_DIR names its folder. The results are written after every turn.
+
 examples:
   llava-packing bench
   llava-packing bench --family llava_vit --work uni1,uni32,ragged64,train:uni16 --peers timm,original=OneVision-Encoder
   llava-packing bench --family siglip2,dinov3,aimv2 --peers transformers --json bench.json --plot bench.png
   llava-packing bench --breakdown --work uni32,ragged64
   llava-packing bench --scaling --plot scaling.png
+  llava-packing bench --training-step --limit 300 --json step.json --plot step.png
+  llava-packing bench --training-step --rows stock,native,16+flash_attention_4 --repeat 2 --memory 80
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
 
+from ..utils import environment
 from ..utils.errors import UsageError
 
 
@@ -47,13 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scaling", action="store_true", help="tokens per second over images and over tokens, packed encoder only"
     )
     parser.add_argument("--breakdown", action="store_true", help="time per kind of kernel, packed encoder only")
+    parser.add_argument("--training-step", action="store_true", help="a training step, beside stock LLaVA-NeXT")
+    parser.add_argument(
+        "--rows",
+        help="with --training-step: which rows of its table, joined by commas (default: all); ROW+no_liger, "
+        "ROW+padded, ROW+full_logits and ROW+BACKEND (of the decoder's attention) are variants of a row",
+    )
+    parser.add_argument("--memory", type=float, help="with --training-step: GiB of GPU memory to use (default: all)")
+    parser.add_argument(
+        "--check", action="store_true", help="with --training-step: compare gradients with those in float32 first"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--plot", type=Path, help="write a figure (PNG) to this file; needs matplotlib")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..tools.bench.session import Session
-
+    began = time.monotonic()
     if args.plot:
         _require_matplotlib()
     if args.scaling and args.breakdown:
@@ -63,8 +79,13 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA GPU")
+    argv = ["llava-packing", "bench", *sys.argv[2:]]
+    if args.training_step:
+        return _run_training_step(args, device, argv, began)
+    from ..tools.bench.session import Session
+
     try:
-        session = Session.from_arguments(args, device, ["llava-packing", "bench", *sys.argv[2:]])
+        session = Session.from_arguments(args, device, argv)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     if args.scaling:
@@ -75,6 +96,19 @@ def run(args: argparse.Namespace) -> int:
         session.compare()
     session.write(args.json, args.plot)
     return 0
+
+
+def _run_training_step(args: argparse.Namespace, device: torch.device, argv: list[str], began: float) -> int:
+    if args.scaling or args.breakdown:
+        raise UsageError("--training-step excludes --scaling and --breakdown")
+    if not environment.read(environment.NEXT_DIR):
+        raise UsageError("--training-step compares with LLaVA-NeXT: set LLAVA_NEXT_DIR to its folder")
+    from ..tools.bench.training import session
+
+    try:
+        return session.run(args, device, argv, began)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _require_matplotlib() -> None:

@@ -5,9 +5,11 @@ Positions begin anew with each sample, and attention goes by ``cu_seqlens``: a `
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +130,24 @@ def causal_backend(
 ) -> str:
     """The backend for training a decoder on such segments: the fastest of those that are here and right."""
     order = tuple(name for name in auto_order(lengths, needs_grad=True) if name not in WITHOUT_CAUSAL)
-    return _choose(order, torch.device(device), dtype, head_dim)
+    return _choose((_only,) if _only else order, torch.device(device), dtype, head_dim)
+
+
+_only: str | None = None  # not of a context: the backward pass, which may compute layers again, has its own threads
+
+
+@contextlib.contextmanager
+def only_backend(name: str | None) -> Iterator[None]:
+    """Within it, packed rows are computed by this backend and no other; None changes nothing.
+
+    Where it cannot run, what asks for attention raises ``ValueError``.
+    """
+    global _only
+    kept, _only = _only, name
+    try:
+        yield
+    finally:
+        _only = kept
 
 
 @functools.cache

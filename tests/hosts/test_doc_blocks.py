@@ -142,6 +142,10 @@ class Reader:
         if name == "eval":
             self.monkeypatch.setattr("llava_packing_tower.eval.runner.run_tasks", lambda evaluation, tasks, _: {})
         words = [*words, *MORE.get(name, "").split()]
+        if "--training-step" in words:  # in another process, for it changes LLaVA
+            if NEXT:
+                self.printed += self.python(["-m", "llava_packing_tower", name, *words, "--rows", "stock,4-ckpt"])
+            return
         if words.count("--num_processes") > 1:
             where = words.index("--num_processes")
             del words[where : where + 2]

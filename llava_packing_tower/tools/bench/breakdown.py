@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from ...multimodal.flops import attention_flops
 from .systems import Setting, System
 from .timing import WARM_UPS, Clock, PeakMatmul, compiled_so_far, prepared, turn_of
-from .workloads import Workload, attention_flops, reordered, useful_flops
+from .workloads import Workload, reordered, useful_flops
 
 # The first rule that finds its pattern in a kernel's name counts: attention kernels are built on matmul libraries.
 KINDS: tuple[tuple[str, str], ...] = (

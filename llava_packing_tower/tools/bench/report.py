@@ -172,14 +172,14 @@ def write_json(content: dict, file: Path) -> None:
     aside.replace(file)
 
 
-def _save(figure, file: Path) -> None:
+def save_figure(figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{os.getpid()}.{file.name}")
     figure.savefig(aside, dpi=150, bbox_inches="tight", format=file.suffix.lstrip(".") or "png")
     aside.replace(file)
 
 
-def _figure(columns: int, rows: int = 1, size: tuple[float, float] = (6.0, 3.6)):
+def new_figure(columns: int, rows: int = 1, size: tuple[float, float] = (6.0, 3.6)):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +191,7 @@ def _figure(columns: int, rows: int = 1, size: tuple[float, float] = (6.0, 3.6))
 def plot(results: Sequence[Result], file: Path, caption: str) -> None:
     """Bars of tokens per millisecond, one panel per workload, MFU at each bar's end."""
     results = [r for r in results if any(s.ms for s in r.systems)]
-    figure, axes = _figure(1, max(len(results), 1), (9.0, 2.4))
+    figure, axes = new_figure(1, max(len(results), 1), (9.0, 2.4))
     for axis, result in zip(axes[:, 0], results):
         systems = [s for s in result.systems if s.ms][::-1]
         rates = [result.work.tokens / s.median for s in systems]
@@ -205,12 +205,12 @@ def plot(results: Sequence[Result], file: Path, caption: str) -> None:
         axis.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel(f"tokens per millisecond ({caption})", fontsize=8)
     figure.tight_layout()
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_scaling(series: Sequence[dict], file: Path, caption: str) -> None:
     """Tokens per second over images per batch and over tokens per image, with and without attention."""
-    figure, axes = _figure(len(series))
+    figure, axes = new_figure(len(series))
     for axis, line in zip(axes[0], series):
         done = [p for p in line["points"] if p["ms"]]
         x = [p[line["over"]] for p in done]
@@ -230,4 +230,4 @@ def plot_scaling(series: Sequence[dict], file: Path, caption: str) -> None:
         axis.legend()
     figure.suptitle(caption, fontsize=8)
     figure.tight_layout()
-    _save(figure, file)
+    save_figure(figure, file)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...multimodal.flops import encoder_flops
+
 UNIFORM_SIDE = 448
 RAGGED_AREA = (224.0**2, 0.7 * 1120.0**2)
 RAGGED_LOG_ASPECT = 0.7
@@ -107,18 +109,9 @@ def uniform(count: int, side: int) -> Workload:
 
 
 def useful_flops(config: object, lengths: Sequence[int], layers: int, train: bool = False) -> float:
-    """Floating-point operations that the task asks for, whoever runs it.
+    """Floating-point operations that the task asks for, whoever runs it; see :mod:`...multimodal.flops`.
 
-    Linear layers ``2 * (4 D^2 + k D I)`` per token and layer (k = 2, gated MLPs 3; ``24 D^2`` for I = 4 D) and
-    attention ``4 s^2 D`` per image and layer, over real patches (no padding, no prefix tokens) and ``layers``
-    layers; the backward pass counts twice the forward.
+    Over real patches (no padding, no prefix tokens) and ``layers`` layers; with ``train``, those of a training step.
     """
-    width, inner = config.hidden_size, config.intermediate_size
-    matrices = 3 if getattr(config, "use_gated_mlp", config.model_type == "aimv2_packing") else 2
-    linear = 2 * (4 * width**2 + matrices * width * inner) * sum(lengths)
-    return (linear + attention_flops(width, lengths)) * layers * (3 if train else 1)
-
-
-def attention_flops(width: int, lengths: Sequence[int]) -> float:
-    """``4 s^2 D`` summed over the images: scores and weighted values of one layer."""
-    return 4.0 * width * sum(n * n for n in lengths)
+    forward = encoder_flops(config, lengths, layers)
+    return forward.step(trained=True) if train else forward.forward
