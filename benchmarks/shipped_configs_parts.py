@@ -24,6 +24,7 @@ from two_gpu_parts import FULL
 from llava_packing_tower import PackingImageProcessor
 from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.tools.bench.models import PRESETS
+from llava_packing_tower.tools.bench.training.photos import photo_sizes
 from llava_packing_tower.tools.demo.tiny_models import make_tokenizer as make_llama_tokenizer
 
 SIZES = ("tiny", "half")
@@ -92,7 +93,7 @@ def _data(folder: Path, size: str, photos: Path | None, seed: int) -> None:
         return
     (folder / "images").mkdir(exist_ok=True)
     draw, noise = random.Random(seed), np.random.default_rng(seed)
-    sizes = native_vs_anyres.photo_sizes(1.0 if size == "half" else 0.35)
+    sizes = photo_sizes(1.0 if size == "half" else 0.35)
     sources = [Image.open(file).convert("RGB") for file in sorted(photos.iterdir())] if photos else []
     count = 320 if size == "half" else 24
     for number in range(count):

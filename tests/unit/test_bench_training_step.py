@@ -75,6 +75,7 @@ def test_targets_are_held_against_what_was_measured():
 def test_the_photos_have_the_sizes_of_coco():
     sizes = photo_sizes(1)
     assert len(sizes) == 159 and sizes.count((640, 480)) == 33 and max(map(max, sizes)) == 640
+    assert sizes.count((480, 640)) == 12 and sum(width > height for width, height in sizes) == 119
 
 
 # ---------------------------------------------------------------- the search
