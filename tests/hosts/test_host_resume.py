@@ -44,7 +44,10 @@ safetensors.serialize_file = serialize_file
 @needs_host
 @pytest.mark.timeout(400)
 # The state of the trainer is a checkpoint's last file (weights and optimizer are there), the weights are its first.
-@pytest.mark.parametrize(("kind", "file"), [("zero2", resume.STATE), ("zero3", "model.safetensors")])
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [pytest.param("zero2", resume.STATE, marks=pytest.mark.long), ("zero3", "model.safetensors")],
+)
 def test_killed_while_saving(trainings, tmp_path, kind, file):
     config = trainings.config
     words = ["--deepspeed", f"configs/{kind}.json", "--save_strategy", "steps", "--save_steps", "2"]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -33,10 +32,6 @@ def test_loads_with_the_same_weights_and_features(folder):
             out = model(expected["patches"], expected["grid_thw"])
         out = out if torch.is_tensor(out) else out.last_hidden_state
         torch.testing.assert_close(out, expected["features"], atol=1e-5, rtol=1e-5)
-        with safe_open(folder / "expected.safetensors", "pt") as file:
-            made = file.metadata()
-        if (made["torch"], made["cpu"]) == (torch.__version__, torch.backends.cpu.get_cpu_capability()):
-            assert torch.equal(out, expected["features"])  # (other kernels round otherwise)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
