@@ -25,6 +25,18 @@ _RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "str": (lambda value: isinstance(value, str), "a text"),
 }
+_LARGEST = {
+    "num_hidden_layers": 1024,
+    "num_channels": 1024,
+    "patch_size": 1024,
+    "num_attention_heads": 8192,
+    "hidden_size": 1 << 16,
+    "image_size": 1 << 16,
+    "num_register_tokens": 1 << 16,
+    "intermediate_size": 1 << 20,
+    "num_patches": 1 << 24,
+}
+"""Far beyond every published encoder: a larger value is a mistake, and would cost memory before anything notices."""
 _NOT_ZERO = ("rope_theta", "image_size", "patch_size", "num_channels", "num_attention_heads", "hidden_size")
 
 
@@ -65,6 +77,8 @@ def check_config(config: PretrainedConfig, where: object) -> None:
             continue
         fits, wanted = _RULES[kind]
         if not fits(value):
-            raise ValueError(f"{where}: {name} in its config is {value!r}, it should be {wanted}")
+            raise ValueError(f"{where}: {name} in its config is {value!r:.80}, it should be {wanted}")
         if name in _NOT_ZERO and value == 0:
             raise ValueError(f"{where}: {name} in its config is {value!r}, it cannot be zero")
+        if name in _LARGEST and isinstance(value, int) and value > _LARGEST[name]:
+            raise ValueError(f"{where}: {name} in its config is {value!r:.40}, beyond the largest, {_LARGEST[name]}")

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..utils.files import CONFIG_NAME, atomic_folder, read_json, write_json
 from .config_check import DROPOUTS, check_config
+from .load_options import AUTO_OPTIONS, HUB_OPTIONS, check_options, placement, spread
 from .weights import (
     Recipe,
     WeightFiles,
@@ -29,43 +30,6 @@ from .weights import (
 )
 
 logger = logging.getLogger(__name__)
-
-HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
-AUTO_OPTIONS = {
-    "adapter_kwargs",
-    "trust_remote_code",
-    "low_cpu_mem_usage",
-    "_from_auto",
-    "_commit_hash",
-}
-"""What changes nothing here: no code of a checkpoint is run, and no weight is made twice."""
-_DISPATCH = "pass device_map= alone, or call accelerate.dispatch_model on the loaded model"
-_QUANTISE = "load the model, then quantize its layers"
-_STRICT = "every tensor must fit; create a model from the config and load the tensors into it"
-INSTEAD = {
-    "variant": "keep each variant in a folder of its own and pass subfolder=",
-    "max_memory": _DISPATCH,
-    "offload_folder": _DISPATCH,
-    "offload_state_dict": _DISPATCH,
-    "offload_buffers": _DISPATCH,
-    "quantization_config": _QUANTISE,
-    "load_in_8bit": _QUANTISE,
-    "load_in_4bit": _QUANTISE,
-    "ignore_mismatched_sizes": _STRICT,
-    "state_dict": _STRICT,
-    "key_mapping": "convert the checkpoint: llava-packing convert",
-    "gguf_file": "convert the checkpoint: llava-packing convert",
-    "from_tf": "convert the checkpoint to safetensors",
-    "from_flax": "convert the checkpoint to safetensors",
-    "tp_plan": "use DeepSpeed, FSDP or DDP",
-    "tp_size": "use DeepSpeed, FSDP or DDP",
-    "device_mesh": "use DeepSpeed, FSDP or DDP",
-    "distributed_config": "use DeepSpeed, FSDP or DDP",
-    "adapter_name": "load an adapter with peft.PeftModel.from_pretrained",
-    "use_kernels": "choose kernels with attn_implementation= and set_compile()",
-}
-"""Keywords of transformers that are refused, and the word or step to use in their place."""
-SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class StrictPreTrainedModel(PreTrainedModel):
@@ -82,6 +46,27 @@ class StrictPreTrainedModel(PreTrainedModel):
         shapes: name and shape of its tensors, where they are known, for what a config may leave unsaid.
         """
         raise NotImplementedError
+
+    @classmethod
+    def read_config(
+        cls, source: dict, shapes: Mapping[str, tuple[int, ...]] | None = None, where: object = "the checkpoint"
+    ) -> PretrainedConfig:
+        """This model's config from the content of a config.json, own or foreign, with values that can be.
+
+        Raises ``ValueError`` that begins with ``where``.
+        """
+        own = source.get("model_type") == cls.config_class.model_type
+        try:
+            config = cls.config_class.from_dict(source) if own else cls.config_from_source(source, shapes)
+        except Exception as error:  # transformers' own fields are read by its code, which checks none of them
+            raise ValueError(f"{where}: its config cannot be used: {error}") from error
+        layers = getattr(config, "num_hidden_layers", 0)
+        if shapes is not None and isinstance(layers, int) and layers > len(shapes):
+            raise ValueError(
+                f"{where}: the config has {layers} layers, but the weights have only {len(shapes)} tensors"
+            )
+        check_config(config, where)
+        return config
 
     @classmethod
     def plan_from_source(
@@ -117,20 +102,25 @@ class StrictPreTrainedModel(PreTrainedModel):
             known = ", ".join((own_type, *cls.source_model_types))
             raise ValueError(f"{where}: model_type {found!r} is not one that {cls.__name__} loads ({known})")
         own = found == own_type
-        try:
-            config = config or (cls.config_class.from_dict(source) if own else cls.config_from_source(source, shapes))
-        except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
-            raise ValueError(f"{where}: its config cannot be used: {error}") from error
+        if config is None:
+            config = cls.read_config(source, shapes, where)
         check_config(config, where)
         plan = (
             WeightPlan({key: Recipe((key,)) for key in shapes}) if own else cls.plan_from_source(source, config, shapes)
         )
-        layers = getattr(config, "num_hidden_layers", 0)
-        if layers > len(shapes):  # before a model of that many layers is built
-            raise ValueError(
-                f"{where}: the config has {layers} layers, but the weights have only {len(shapes)} tensors"
-            )
         return config, plan
+
+    @classmethod
+    def without_values(cls, config: PretrainedConfig, dtype: torch.dtype, where: object) -> StrictPreTrainedModel:
+        """A model whose weights are yet to come, see :func:`weights.construction`.
+
+        Raises ``ValueError`` that begins with ``where`` for a config that no model can be made from.
+        """
+        try:
+            with construction(dtype):
+                return cls(config)
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(f"{where}: no model can be made from its config: {error}") from error
 
     @classmethod
     def from_weights(
@@ -142,8 +132,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         device: torch.device | str = "cpu",
     ) -> StrictPreTrainedModel:
         """A model in evaluation mode whose every parameter comes from ``files`` by ``plan``; else ``ValueError``."""
-        with construction(dtype):
-            model = cls(config)
+        model = cls.without_values(config, dtype, files.folder / CONFIG_NAME)
         load_weights(model, plan, files, device)
         return model.eval()
 
@@ -190,7 +179,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             ValueError: no config, another model_type, or missing, unexpected, mis-shaped or non-float tensors; both
                 ``device`` and ``device_map``; two different dtypes.
         """
-        _check_options(cls, options)
+        check_options(cls, options)
         if device is not None and device_map is not None:
             raise ValueError(f"device {device!r} and device_map {device_map!r} are alternatives: pass only one of them")
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
@@ -205,14 +194,14 @@ class StrictPreTrainedModel(PreTrainedModel):
             dtype = _changed_dtype(config, raw) if dtype is None else dtype
             attn_implementation = attn_implementation or getattr(config, "_attn_implementation_internal", None)
             config._attn_implementation_internal = None  # transformers has other names for backends
-        config, plan = cls.plan(raw, files.shapes(), config, folder)
+        config, plan = cls.plan(raw, files.shapes(), config, folder / CONFIG_NAME)
         if (found := raw.get("model_type")) != cls.config_class.model_type:
             logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, config.model_type)
-        one, spread = _placement(device_map if device is None else device)
+        one, device_map = placement(device_map if device is None else device)
         model = cls.from_weights(config, plan, files, _as_dtype(dtype, files), one)
         model.set_attention_backend(attn_implementation or "auto")
-        if spread is not None:
-            _spread(model, spread)
+        if device_map is not None:
+            spread(model, device_map)
         if not output_loading_info:
             return model
         kind = list if transformers.__version__.startswith("4.") else set
@@ -328,47 +317,6 @@ def _on_its_own(tensor: torch.Tensor) -> torch.Tensor:
     """The same values; a copy where the tensor is a part of a larger one, as what ZeRO-3 gathers is."""
     whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
     return tensor if whole else tensor.clone()
-
-
-def _check_options(cls: type, options: dict[str, object]) -> None:
-    """Raises ``TypeError`` for keywords that would have no effect."""
-    # What transformers passes along, or means "no".
-    strange = {key for key in set(options) - HUB_OPTIONS - AUTO_OPTIONS if key not in INSTEAD or options[key]}
-    if strange:
-        words = "; ".join(f"instead of {key}: {INSTEAD[key]}" for key in sorted(strange) if key in INSTEAD)
-        raise TypeError(
-            f"{cls.__name__}.from_pretrained() got unexpected arguments {', '.join(sorted(strange))}"
-            + (f" ({words})" if words else "")
-        )
-
-
-def _placement(device_map: torch.device | str | int | dict | None) -> tuple[torch.device, str | dict | None]:
-    """The device that weights are loaded to, and how they are spread afterwards (None: they stay)."""
-    if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
-        device_map = next(iter(device_map.values()))
-    if isinstance(device_map, dict) or device_map in SPREADING:
-        return torch.device("cpu"), device_map
-    try:
-        device = torch.device("cpu" if device_map is None else device_map)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device_map {device_map!r} is not a device, a dict of devices or one of {', '.join(SPREADING)}: {error}"
-        ) from error
-    return device, None
-
-
-def _spread(model: StrictPreTrainedModel, device_map: str | dict) -> None:
-    """Put the parts of a model on several devices, by accelerate."""
-    from accelerate import dispatch_model, infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
-    if isinstance(device_map, str):
-        whole, memory = model._no_split_modules, None
-        if device_map != "sequential":
-            low = device_map == "balanced_low_0"
-            memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=low)
-        device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
-    dispatch_model(model, device_map)
 
 
 def _changed_dtype(config: PretrainedConfig, raw: dict) -> torch.dtype | str | None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..utils.files import read_json
+from ..utils.hub import check_is_here
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
@@ -47,6 +48,7 @@ def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", **hub: 
         return folder / subfolder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ValueError(f"checkpoint folder {name!r} does not exist")
+    check_is_here(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -113,6 +115,9 @@ class WeightFiles:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
+        for file in {str(file): file for file in weight_map.values()}.values():
+            if not isinstance(file, str) or Path(file).name != file or not os.path.isfile(self.folder / file):
+                raise ValueError(f"{index}: cannot read {file!r:.80}, which is no file in {self.folder}")
         for key, file in weight_map.items():
             if key not in self._keys_of(file):
                 raise ValueError(f"{index} says that {key} is in {file}, but it is not")
@@ -132,7 +137,10 @@ class WeightFiles:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            self._open[file] = open_weights(self.folder / file)
+            content = open_weights(self.folder / file)
+            if not hasattr(content, "keys"):
+                raise ValueError(f"{self.folder / file} must hold tensors by name, found {type(content).__name__}")
+            self._open[file] = content
         return self._open[file]
 
     def _in_file(self, key: str) -> str:
@@ -302,7 +310,8 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, device: torch.device | str = "cpu") -> None:
     """Fill every parameter of ``module`` from ``source``, one tensor at a time.
 
-    Raises ``ValueError`` before anything is read if a tensor is missing, unexpected, mis-shaped or not floating-point.
+    Raises ``ValueError`` before anything is read if a tensor is missing, unexpected, mis-shaped or not floating-point;
+    and for NaN or infinity in one.
     """
     shapes = parameter_shapes(module)
     dtypes = {key: dtype for key, dtype in source.dtypes().items() if key not in plan.dropped}
@@ -312,4 +321,7 @@ def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, devic
         )
     for name in shapes:
         recipe = plan.recipes[name]
-        assign(module, name, recipe.build(*(source[key] for key in recipe.sources)), torch.device(device))
+        tensor = recipe.build(*(source[key] for key in recipe.sources))
+        if not tensor.isfinite().all():
+            raise ValueError(f"the weights of {source.folder} are damaged: NaN or infinity in {recipe.sources[0]}")
+        assign(module, name, tensor, torch.device(device))

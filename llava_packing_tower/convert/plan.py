@@ -16,7 +16,6 @@ from transformers import PretrainedConfig
 from ..checkpoint.pretrained import StrictPreTrainedModel, config_content
 from ..checkpoint.weights import (
     WeightPlan,
-    construction,
     describe_problems,
     dtype_problems,
     parameter_shapes,
@@ -155,13 +154,9 @@ def plan_conversion(
         ValueError: nothing to convert, a contradiction, or a config that cannot be.
     """
     cls, shapes = choose(source, target_name), source.files.shapes()
-    try:
-        config, plan = cls.plan(source.raw, shapes, None, source.path)
-        with construction(torch.float32):
-            targets = parameter_shapes(cls(config))
-        fields = config.to_dict()
-    except (TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise ValueError(f"{source.path}: no model can be made from its config: {error}") from error
+    config, plan = cls.plan(source.raw, shapes, None, source.path)
+    targets = parameter_shapes(cls.without_values(config, torch.float32, source.path))
+    fields = config.to_dict()
     if target_name and target_name not in (*STANDARD_MODELS, "llava_vit_packing"):
         check_preset(preset(target_name), fields, source.name)
     used = {key for recipe in plan.recipes.values() for key in recipe.sources}

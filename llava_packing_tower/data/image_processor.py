@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 PROCESSOR_NAME = "preprocessor_config.json"
 WHOLE_PROCESSOR_NAME = "processor_config.json"
 """Where transformers 5 writes the image processor of a model that has a tokenizer too, under ``image_processor``."""
+LARGEST_SIDE, LARGEST_NUMBER, SMALLEST_STD = 8192, 1e6, 1e-6
 LARGEST_ENLARGED = 1 << 24
 """Pixels of a resized image beyond which only the part that is kept is made; 16 times as long as wide at 1024."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -43,11 +44,15 @@ class Size(dict):
 
 def _as_size(size: int | dict, square: bool) -> dict[str, int]:
     """transformers' spellings of a size: an int, {"shortest_edge": n} or {"height": h, "width": w}."""
+    given = size
     if isinstance(size, int):
-        return {"height": size, "width": size} if square else {"shortest_edge": size}
-    size = {key: int(value) for key, value in dict(size).items() if value is not None}
-    if set(size) not in ({"shortest_edge"}, {"height", "width"}) or min(size.values()) < 1:
-        raise ValueError(f"a size is {{'shortest_edge': n}} or {{'height': h, 'width': w}} in pixels, got {size}")
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    size = {key: value for key, value in dict(size).items() if value is not None} if hasattr(size, "keys") else {}
+    if set(size) not in ({"shortest_edge"}, {"height", "width"}) or not all(map(_is_side, size.values())):
+        raise ValueError(
+            f"{'crop_size' if square else 'size'}: a size is {{'shortest_edge': n}} or {{'height': h, 'width': w}} in "
+            f"pixels up to {LARGEST_SIDE}, got {given!r:.80}"
+        )
     return {"height": size["shortest_edge"], "width": size["shortest_edge"]} if square and len(size) == 1 else size
 
 
@@ -83,6 +88,22 @@ def processor_content(folder: str | os.PathLike) -> dict | None:
     return inner
 
 
+def _is_side(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIDE
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    """Numbers, one per channel or one for all. Raises ``ValueError``."""
+    found = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values]
+    if not found or not all(map(_is_number, found)):
+        raise ValueError(f"{name} must be numbers, one per channel, got {values!r:.80}")
+    return found
+
+
 class PackingImageProcessor:
     """Resize, crop, rescale and normalize photos.
 
@@ -112,6 +133,19 @@ class PackingImageProcessor:
         do_convert_rgb: bool = True,
         patch_size: int | None = None,
     ) -> None:
+        if patch_size is not None and not _is_side(patch_size):
+            raise ValueError(
+                f"patch_size must be a whole number of pixels up to {LARGEST_SIDE}, got {patch_size!r:.80}"
+            )
+        if (type(resample) is not int and not isinstance(resample, Image.Resampling)) or resample not in range(6):
+            raise ValueError(f"resample must be the number of a filter of PIL, 0 to 5, got {resample!r:.80}")
+        if not _is_number(rescale_factor) or rescale_factor <= 0:
+            raise ValueError(f"rescale_factor must be a number above 0, got {rescale_factor!r:.80}")
+        switches = {"do_resize": do_resize, "do_center_crop": do_center_crop, "do_rescale": do_rescale}
+        switches |= {"do_normalize": do_normalize, "do_convert_rgb": do_convert_rgb}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r:.80}")
         self.size = Size(_as_size(size, square=False))
         self.crop_size = _as_size(self.size if crop_size is None else crop_size, square=True)
         if patch_size is not None:
@@ -119,7 +153,13 @@ class PackingImageProcessor:
             if "height" in self.size:
                 self.size = Size(_whole_patches(self.size, patch_size))
             self.crop_size = _whole_patches(self.crop_size, patch_size)
-        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.image_mean, self.image_std = _numbers("image_mean", image_mean), _numbers("image_std", image_std)
+        if min(self.image_std) < SMALLEST_STD:
+            raise ValueError(f"image_std must be at least {SMALLEST_STD}, got {image_std!r:.80}")
+        if len({len(self.image_mean), len(self.image_std)} - {1}) > 1:
+            raise ValueError(
+                f"image_mean and image_std are for different numbers of channels: {image_mean}, {image_std}"
+            )
         self.resample = int(resample)
         self.do_resize, self.do_center_crop = do_resize, do_center_crop
         self.do_rescale, self.rescale_factor, self.do_normalize = do_rescale, rescale_factor, do_normalize
@@ -130,10 +170,16 @@ class PackingImageProcessor:
     # ---------------------------------------------------------------- config files
 
     @classmethod
-    def from_dict(cls, content: dict) -> PackingImageProcessor:
-        """From a preprocessor_config.json; fields that this processor does not have are ignored, null ones default."""
+    def from_dict(cls, content: Mapping, where: object = PROCESSOR_NAME) -> PackingImageProcessor:
+        """From a preprocessor_config.json; fields that this processor does not have are ignored, null ones default.
+
+        Raises ``ValueError`` that begins with ``where`` and names the field, for a value that cannot be.
+        """
         known = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
-        return cls(**{key: value for key, value in content.items() if key in known and value is not None})
+        try:
+            return cls(**{key: value for key, value in content.items() if key in known and value is not None})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> PackingImageProcessor:
@@ -141,7 +187,7 @@ class PackingImageProcessor:
         content = processor_content(folder)
         if content is None:
             raise ValueError(f"{folder} has no {PROCESSOR_NAME} and no image_processor in a {WHOLE_PROCESSOR_NAME}")
-        return cls.from_dict(content)
+        return cls.from_dict(content, Path(folder) / PROCESSOR_NAME)
 
     def to_dict(self) -> dict:
         fields = {name: value for name, value in self.__dict__.items() if name != "image_reading"}

@@ -53,6 +53,9 @@ class ImageReading:
     max_aspect: int = MAX_ASPECT
 
     def __post_init__(self) -> None:
+        for name, kind in (("exif", bool), ("background", str), ("max_pixels", int), ("max_aspect", int)):
+            if type(value := getattr(self, name)) is not kind:
+                raise ValueError(f"{PREFIX}{name} must be of type {kind.__name__}, got {value!r:.80}")
         if self.background != DROP_ALPHA:
             try:
                 ImageColor.getrgb(self.background)

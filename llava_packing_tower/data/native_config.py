@@ -101,12 +101,12 @@ def check_settings(values: Mapping[str, Any]) -> None:
     smallest, largest = (values.get(PREFIX + name) for name in ("min_patches", "max_patches"))
     check_bounds(
         1 if smallest is None else smallest,
-        max(smallest or 1, 1 << 30) if largest is None else largest,
-        merge_of(values.get("mm_projector_type")),
+        1 << 30 if largest is None else largest,
+        merge_of(str(values.get("mm_projector_type") or "")),
     )
     if (together := values.get(PREFIX + "video_max_patches")) is not None:
         check_bounds(1, together)
-    projector = values.get("mm_projector_type") or "linear"
+    projector = str(values.get("mm_projector_type") or "linear")
     if projector not in MERGES and not POINTWISE.match(projector):
         raise ValueError(
             f"mm_projector_type {projector!r} does not work on images of any size; these do: linear, mlp2x_gelu, "

@@ -75,9 +75,10 @@ def data_files(data_path: str) -> list[Path]:
     path = Path(data_path).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         return [path]
+    text = _text(path)
     try:
-        content = yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     datasets = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(datasets, list) or not datasets:
@@ -105,7 +106,7 @@ def load_samples(file: Path) -> list[dict]:
             samples = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             samples = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(samples, list) or not samples:
         raise ValueError(f"{file} must hold a list of samples, found {type(samples).__name__ if samples else 'none'}")

@@ -93,8 +93,8 @@ class SmartResize:
 def check_bounds(min_patches: int, max_patches: int, merge: tuple[int, int] = (1, 1)) -> None:
     """Raises ``ValueError`` for bounds that no image can keep."""
     for name, value in (("mm_packing_min_patches", min_patches), ("mm_packing_max_patches", max_patches)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of patches, at least 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 30:
+            raise ValueError(f"{name} must be a whole number of patches, at least 1, got {value!r:.80}")
     if min_patches > max_patches:
         raise ValueError(f"mm_packing_min_patches {min_patches} is larger than mm_packing_max_patches {max_patches}")
     if max_patches < merge[0] * merge[1]:

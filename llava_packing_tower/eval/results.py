@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..utils.files import write_aside, write_text
+from ..utils.files import read_json, write_aside, write_text
 
 DONE = "done.json"
 RESULTS = "*_results.json"
@@ -36,8 +36,8 @@ def _number(value: object) -> float | None:
 
 def read_task(file: Path, task: str) -> TaskResult:
     """A task's numbers; of a group of tasks that has none of its own, those of its parts (``part/metric``)."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    found, counts = content.get("results", {}), content.get("n-samples", {})
+    content = read_json(file, hook=None)
+    found, counts = _tables(content, "results", file), _tables(content, "n-samples", file)
     names = [task]
     if not _metrics(found.get(task, {})):
         names = [name for name in found if name != task]
@@ -46,7 +46,38 @@ def read_task(file: Path, task: str) -> TaskResult:
         prefix = "" if name == task else f"{name}/"
         metrics.update({prefix + metric: value for metric, value in _metrics(found.get(name, {})).items()})
     parts = [task] if task in counts else [name for name in counts if name != task]
-    return TaskResult(task, metrics, sum(int(counts[name].get("effective") or 0) for name in parts))
+    samples = [counts[name].get("effective") or 0 for name in parts]
+    if not all(type(count) is int and count >= 0 for count in samples):
+        raise ValueError(f"{file}: n-samples must be whole numbers, got {samples!r:.80}")
+    return TaskResult(task, metrics, sum(samples))
+
+
+def _tables(content: Mapping[str, object], key: str, file: Path) -> dict[str, dict]:
+    """A mapping of mappings in a results file; empty where it is not there. Raises ``ValueError`` for anything else."""
+    found = content.get(key, {})
+    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+        raise ValueError(f"{file}: {key} must be a mapping of mappings, got {found!r:.80}")
+    return found
+
+
+def read_marker(marker: Path) -> tuple[str, Path, object]:
+    """Task, results file and key of a task that `llava-packing eval` has completed.
+
+    Raises ``ValueError`` for a damaged mark, and for one that names a file outside of its folder or none at all.
+    """
+    content = read_json(marker)
+    task, name = content.get("task"), content.get("results")
+    for key, value in (("task", task), ("results", name)):
+        if not isinstance(value, str):
+            raise ValueError(f"{marker}: {key} is {value!r:.80}, it should be a text")
+    folder = os.path.realpath(marker.parent)
+    try:
+        file = os.path.realpath(os.path.join(folder, name))
+    except ValueError:  # it is no name of a file at all
+        file = ""
+    if not file.startswith(f"{folder}{os.sep}") or not os.path.isfile(file):
+        raise ValueError(f"{marker}: results is {name!r:.80}, which is no file in {marker.parent}")
+    return task, marker.parent / name, content.get("key")
 
 
 def _metrics(values: Mapping[str, object]) -> dict[str, tuple[float, float | None]]:
@@ -69,12 +100,11 @@ def read_run(folder: Path) -> dict[str, TaskResult]:
     results: dict[str, TaskResult] = {}
     if markers := sorted(folder.glob(f"*/{DONE}")):
         for marker in markers:
-            content = json.loads(marker.read_text(encoding="utf-8"))
-            results[content["task"]] = read_task(marker.parent / content["results"], content["task"])
+            task, file, _ = read_marker(marker)
+            results[task] = read_task(file, task)
         return results
     for file in sorted(folder.rglob(RESULTS), key=lambda f: f.stat().st_mtime):
-        found = json.loads(file.read_text(encoding="utf-8")).get("results", {})
-        for task in found:
+        for task in _tables(read_json(file, hook=None), "results", file):
             result = read_task(file, task)
             if result.metrics:
                 results[task] = result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -22,8 +23,10 @@ from ..utils.net import free_port
 from ..utils.versions import installed
 from . import MODEL
 from .preflight import plugin_environment
-from .results import DONE, TaskResult, read_task
+from .results import DONE, TaskResult, read_marker, read_task
 from .task_groups import include_path
+
+logger = logging.getLogger(__name__)
 
 LOG = "log.txt"
 ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit|Interrupt|Refused|Timeout)\w*(?::.*|$)")
@@ -103,10 +106,12 @@ def _finished(evaluation: Evaluation, task: str) -> TaskResult | None:
     marker = evaluation.output / task / DONE
     if not marker.is_file():
         return None
-    content = json.loads(marker.read_text(encoding="utf-8"))
-    if content.get("key") != evaluation.key(task) or not (marker.parent / content["results"]).is_file():
+    try:
+        _, file, key = read_marker(marker)
+        return read_task(file, task) if key == evaluation.key(task) else None
+    except ValueError as error:
+        logger.warning("%s: the task is run again", error)
         return None
-    return read_task(marker.parent / content["results"], task)
 
 
 def run_task(evaluation: Evaluation, task: str, console: Console) -> TaskResult:

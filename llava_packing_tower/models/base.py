@@ -101,7 +101,10 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         content = processor_content(folder)
         if content is None:
             return cls.default_image_processor(config)
-        return cls.image_processor_from_source(content, config)
+        try:
+            return cls.image_processor_from_source(content, config)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
 
     # ---------------------------------------------------------------- forward
 

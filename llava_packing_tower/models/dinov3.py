@@ -184,7 +184,7 @@ class DINOv3ViTPacking(PackedVisionModel):
             qkv_bias=config.qkv_bias,
             proj_bias=config.proj_bias,
             mlp_bias=config.mlp_bias,
-            layer_scale=config.layerscale_value,
+            layer_scale=float(config.layerscale_value),
             rotary="half",
         )
         if block.head_dim % 4:

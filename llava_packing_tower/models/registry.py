@@ -42,7 +42,7 @@ def register_family(model_type: str, target: str) -> None:
 
 def family_for(model_type: str | None) -> type[PackedVisionModel]:
     """The model class for a ``model_type``. Raises ``ValueError`` (with the known ones) for another."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"no packed encoder for model_type {model_type!r}; known: {', '.join(FAMILIES)}")
     module, _, name = FAMILIES[model_type].partition(":")
     return getattr(import_module(module, __package__), name)

@@ -62,7 +62,8 @@ def tower_kind(name: object, note: Mapping | None = None) -> str | None:
         return None
     if name.lower().startswith(NAME_PREFIX):
         return PACKING
-    noted = ((note or {}).get("config") or {}).get("model_type")
+    config = note.get("config") if isinstance(note, Mapping) else None
+    noted = config.get("model_type") if isinstance(config, Mapping) else None
     if isinstance(noted, str):
         return PACKING if noted.endswith(PACKING_SUFFIX) or noted not in STANDARD_TYPES else STANDARD
     model_type = folder_model_type(name)

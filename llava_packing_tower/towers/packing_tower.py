@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.pretrained import StrictPreTrainedModel
-from ..checkpoint.weights import construction, replace_parameter, resolve_folder, zero3_enabled
+from ..checkpoint.weights import replace_parameter, resolve_folder, zero3_enabled
 from ..data.image_processor import PackingImageProcessor
 from ..data.images import reading_of
 from ..data.native_config import NativeSettings, settings_of
@@ -30,28 +30,9 @@ from ..utils.files import CONFIG_NAME, read_json
 from ..utils.tracing import is_plain
 from .feature_select import selected_layers
 from .names import strip_prefix
+from .saved_tower import frozen_folder, hollow, saved_tower
 
 logger = logging.getLogger(__name__)
-
-
-def frozen_folder(name: str, note: Mapping) -> Path | None:
-    """The folder of a frozen tower: what its name is from here, else where it was in training; None for neither.
-
-    note: ``mm_packing_config``. A relative name may be another tower's from here: where training noted the folder, that
-    one comes first, and a fingerprint that differs counts as absent.
-    """
-    typed, noted = strip_prefix(name), note.get("folder")
-    relative = not Path(typed).expanduser().is_absolute()
-    places = [Path(place).expanduser() for place in ((noted, typed) if relative else (typed, noted)) if place]
-    there = [place for place in places if place.is_dir()]
-    if not there and relative and note.get("folder") is None:
-        try:
-            return resolve_folder(typed)  # a hub id
-        except ValueError:
-            return None
-    if not relative or (expected := note.get("fingerprint")) is None:
-        return next(iter(there), None)
-    return next((place for place in there if folder_fingerprint(place) == expected), None)
 
 
 def wants_loading(args: object) -> bool:
@@ -80,14 +61,16 @@ class HEVCViTPackingVisionTower(nn.Module):
         super().__init__()
         self.is_loaded = False
         self.vision_tower_name = vision_tower
-        self.select_layer = args.mm_vision_select_layer
+        self.select_layer = getattr(args, "mm_vision_select_layer", None)
+        if type(self.select_layer) is not int:
+            raise ValueError(f"mm_vision_select_layer must be a whole number, got {self.select_layer!r:.80}")
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
-        self.projector_type = getattr(args, "mm_projector_type", None) or "patch_merger"
+        self.projector_type = str(getattr(args, "mm_projector_type", None) or "patch_merger")
         self.attention = (
             getattr(args, "mm_packing_attention", None) or environment.read(environment.ATTENTION) or "auto"
         )
         self.fused = None if getattr(args, "mm_packing_compile", True) else False
-        self._saved: dict[str, Any] = getattr(args, "mm_packing_config", None) or {}
+        self._saved = saved_tower(args)
         self._native = settings_of(args)
         self._reading = reading_of(args, is_checkpoint=bool(self._saved))
         self._unfilled = False
@@ -104,18 +87,18 @@ class HEVCViTPackingVisionTower(nn.Module):
         """Whether the weights come from the LLaVA checkpoint that is being loaded around this tower."""
         return self._saved.get("weights") == "checkpoint"
 
-    def _model_class(self, model_type: str | None) -> type[StrictPreTrainedModel]:
+    def _model_class(self, model_type: object, where: object = "") -> type[StrictPreTrainedModel]:
         """What a checkpoint of this ``model_type`` is loaded as. Raises ``ValueError`` for an unknown one."""
-        return family_for(model_type)
+        try:
+            return family_for(model_type if isinstance(model_type, str) else None)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
     def _read_config(self) -> PretrainedConfig:
-        if self._in_checkpoint:
-            raw = self._saved["config"]
-            return self._model_class(raw.get("model_type")).config_class.from_dict(raw)
-        raw = read_json(self._folder() / CONFIG_NAME)
-        family = self._model_class(raw.get("model_type"))
-        own = raw.get("model_type") == family.config_class.model_type
-        return family.config_class.from_dict(raw) if own else family.config_from_source(raw)
+        folder = None if self._in_checkpoint else self._folder()
+        raw = self._saved["config"] if folder is None else read_json(folder / CONFIG_NAME)
+        where = "mm_packing_config.config" if folder is None else folder / CONFIG_NAME
+        return self._model_class(raw.get("model_type"), where).read_config(raw, where=where)
 
     def load_model(self, device_map: object = None) -> None:
         """Load weights and image processor and freeze the weights; the trainer unfreezes what it trains.
@@ -172,7 +155,8 @@ class HEVCViTPackingVisionTower(nn.Module):
     def read_folder(self, device: torch.device | str = "cpu") -> StrictPreTrainedModel:
         """A model with the weights of the tower's own folder; ``ValueError`` where they do not fit."""
         folder = self._folder()
-        family = self._model_class(read_json(folder / CONFIG_NAME).get("model_type"))
+        file = folder / CONFIG_NAME
+        family = self._model_class(read_json(file).get("model_type"), file)
         return family.from_pretrained(folder, device=device)
 
     def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
@@ -189,17 +173,16 @@ class HEVCViTPackingVisionTower(nn.Module):
     def _from_saved_config(self) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
         """The bare structure, for the loader around us to fill. NaN until then, so that a gap cannot go unseen."""
         config = self._read_config()
+        processor = PackingImageProcessor.from_dict(self._saved["image_processor"], "mm_packing_config.image_processor")
         dtype = torch.get_default_dtype()
-        with construction(dtype):
-            model = self._model_class(config.model_type)(config)
+        model = self._model_class(config.model_type).without_values(config, dtype, "mm_packing_config.config")
         if not zero3_enabled():
             with torch.device("cpu"):
                 for module in model.modules():
                     for name, parameter in list(module.named_parameters(recurse=False)):
-                        hollow = torch.full(parameter.shape, torch.nan, dtype=dtype)
-                        replace_parameter(module, name, nn.Parameter(hollow))
+                        replace_parameter(module, name, nn.Parameter(hollow(parameter.shape, dtype)))
             self._unfilled = True
-        return model.eval(), PackingImageProcessor.from_dict(self._saved["image_processor"])
+        return model.eval(), processor
 
     def _require_weights(self) -> None:
         if not self.is_loaded:

@@ -37,7 +37,7 @@ class HEVCViTVisionTower(HEVCViTPackingVisionTower):
         """The packing tower's setting (``mm_packing_attention``) does not concern this one."""
 
     def _model_class(self, model_type: str | None) -> type[StrictPreTrainedModel]:
-        if model_type not in STANDARD_MODELS:
+        if not isinstance(model_type, str) or model_type not in STANDARD_MODELS:
             known = ", ".join(STANDARD_MODELS)
             raise ValueError(f"the standard tower has no model for model_type {model_type!r}; known: {known}")
         return STANDARD_MODELS[model_type]

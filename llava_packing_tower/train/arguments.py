@@ -20,6 +20,8 @@ RENAMED = {
     "use_cpu": "no_cuda",
 }
 REQUIRED = ("model_name_or_path", "vision_tower", "data_path", "output_dir")
+LONGEST, MOST = 4096, 2**63
+"""Of a text, and of a number: what a path or a command line can hold."""
 TRUE, FALSE = ("true", "yes", "1", "y", "t"), ("false", "no", "0", "n", "f")
 
 
@@ -74,6 +76,8 @@ def _checked(key: str, value: object, argument: Argument) -> object:
     kind = argument.annotation.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
     if isinstance(value, list) and kind in ("bool", "int", "float", "str"):
         raise UsageError(f"{key}: expected one value, got {len(value)}: {value!r:.60}")
+    if isinstance(value, str) and not _is_text(value):
+        raise UsageError(f"{key}: expected a text of up to {LONGEST} bytes, got {value!r:.60}")
     if kind == "bool":
         if str(value).lower() not in TRUE + FALSE:
             raise UsageError(f"{key}: expected true or false, got {value!r}")
@@ -82,12 +86,25 @@ def _checked(key: str, value: object, argument: Argument) -> object:
         raise UsageError(f"{key}: YAML reads yes, no, on and off as true and false; put the value in quotes")
     if kind in ("int", "float"):
         try:
-            return {"int": int, "float": float}[kind](str(value))
-        except ValueError:
-            raise UsageError(
-                f"{key}: expected {'an integer' if kind == 'int' else 'a number'}, got {value!r}"
-            ) from None
+            number = {"int": int, "float": float}[kind](str(value))
+            if abs(number) < MOST or (key == "max_grad_norm" and number > 0):  # where infinity means no limit
+                return number
+        except (ValueError, OverflowError):
+            pass
+        raise UsageError(f"{key}: expected {'an integer' if kind == 'int' else 'a number'}, got {value!r:.60}")
+    if kind == "str" and not isinstance(value, str):
+        if isinstance(value, dict):
+            raise UsageError(f"{key}: expected a text, got {value!r:.60}")
+        return str(value)
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text can be a word of a command line: a null byte and half a surrogate pair cannot."""
+    try:
+        return len(value.encode()) <= LONGEST and "\0" not in value
+    except UnicodeEncodeError:
+        return False
 
 
 def to_argv(values: Mapping[str, object]) -> list[str]:

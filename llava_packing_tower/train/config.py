@@ -36,7 +36,7 @@ def read_yaml(file: str | os.PathLike) -> dict[str, object]:
         raise UsageError(f"{file} is not UTF-8: {error}") from error
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of the 99th is a ValueError
         raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{file} must hold `key: value` lines, found {type(content).__name__}")

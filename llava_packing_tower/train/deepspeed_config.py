@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..utils.errors import UsageError
+from ..utils.files import once, read_json_value
 from ..utils.versions import install_command
 from .deepspeed_keys import Section, known_keys
 
@@ -45,21 +45,11 @@ def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
             )
         values["deepspeed"] = str(file.resolve())
         try:
-            config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"deepspeed: {file} is not valid JSON: {error}") from error
+            config = read_json_value(file, once)
+        except ValueError as error:
+            raise UsageError(f"deepspeed: {error}") from error
     check_keys(config, values["deepspeed"])
     return zero_stage(config)
-
-
-def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object without a key given twice, which DeepSpeed refuses too."""
-    seen: set[str] = set()
-    for key, _ in pairs:
-        if key in seen:
-            raise ValueError(f"{key} is given twice")
-        seen.add(key)
-    return dict(pairs)
 
 
 def check_keys(config: object, file: object) -> None:
@@ -68,12 +58,14 @@ def check_keys(config: object, file: object) -> None:
     Every value "auto" is transformers' to fill in.
     """
     where = f"deepspeed: {file}" if isinstance(file, str) else "deepspeed"
-    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise UsageError(f"{where} must be a mapping, got {config!r:.80}")
+    zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise UsageError(f"{where} must be a mapping, and zero_optimization in it too")
+        raise UsageError(f"{where}: zero_optimization must be a mapping, got {zero!r:.80}")
     stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise UsageError(f"{where}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise UsageError(f"{where}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r:.80}")
     _check_section(config, (), where)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..integrations.llava.host import FoundHost
 from ..towers.names import strip_prefix
 from ..utils.errors import UsageError
+from ..utils.files import once
 
 CONFIG = "config.json"
 
@@ -41,9 +42,11 @@ def check_folders(values: Mapping[str, object], found: FoundHost) -> None:
 
 
 def _read_json(key: str, file: Path) -> dict:
+    if not file.is_file():
+        raise UsageError(f"{key}: {file} is not a regular file")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once if file.name == CONFIG else None)
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{key}: {file} is damaged: {error}") from error
     if file.name == CONFIG and not isinstance(content, dict):
         raise UsageError(f"{key}: {file} must hold a JSON object, found {type(content).__name__}")

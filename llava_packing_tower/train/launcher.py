@@ -5,7 +5,6 @@ Everything here happens before torch or the host is imported, so that a typo cos
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from ..integrations.llava.host import Argument, FoundHost
 from ..integrations.llava.registry import find_host
 from ..towers.names import PACKING, STANDARD, random_clip, strip_prefix, tower_kind
 from ..utils.errors import UsageError
+from ..utils.files import read_json
+from ..utils.hub import check_is_here
 from ..utils.net import free_port
 from ..utils.versions import Run, impossible, install_command
 from .arguments import ALIASES, known_arguments, resolve, to_argv
@@ -128,6 +129,7 @@ def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> in
             raise UsageError(f"{name}: folder {path} does not exist")
     check_folders(values, found)
     try:
+        check_is_here(strip_prefix(tower))
         reason = random_clip(tower)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -237,12 +239,14 @@ def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
     """Raises :class:`UsageError`, with the commands that fix it, where the installed versions cannot run the plan."""
     config = plan.values.get("deepspeed")
     if isinstance(config, str):
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
+        config = read_json(Path(config))
     attention = plan.values.get("attn_implementation")
     if attention is None and "flash_attention_2" in known["attn_implementation"].default:
         attention = "flash_attention_2"
     file = Path(str(plan.values["model_name_or_path"])).expanduser() / "config.json"
-    decoder = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    hidden_size = read_json(file).get("hidden_size") if file.is_file() else None
+    if hidden_size is not None and (type(hidden_size) is not int or hidden_size < 1):
+        raise UsageError(f"model_name_or_path: {file} is damaged: hidden_size is {hidden_size!r:.80}")
     problems = impossible(
         Run(
             zero_stage=plan.zero_stage,
@@ -250,7 +254,7 @@ def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
             processes=plan.processes and plan.processes * plan.nodes.count,
             attention=attention,
             deepspeed=config,
-            hidden_size=decoder.get("hidden_size"),
+            hidden_size=hidden_size,
         )
     )
     if problems:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..integrations.llava.host import Argument, FoundHost
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
 from ..towers.names import PACKING, strip_prefix, tower_kind
 from ..utils.errors import UsageError
+from ..utils.files import read_json
 from .sequence_lengths import LengthCheck
 
 ASPECTS = re.compile(r"^(square|pad|native|highres|anyres|anyres_max_\d+|crop_split)$")
@@ -90,12 +90,14 @@ def check_tower(values: Mapping[str, object]) -> None:
     if layer is None or not file.is_file():
         return
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         config = config.get("vision_config") or config
         layers = config.get("num_hidden_layers")
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"vision_tower: {file} is damaged: {error}") from error
-    if layers is not None and (not isinstance(layers, int) or layers < 1):
+    except ValueError as error:
+        raise UsageError(f"vision_tower: {error}") from error
+    except AttributeError as error:
+        raise UsageError(f"vision_tower: {file} is damaged: vision_config is no JSON object") from error
+    if layers is not None and (type(layers) is not int or layers < 1):
         raise UsageError(f"vision_tower: {file} is damaged: num_hidden_layers is {layers!r}")
     if layers is not None:
         try:

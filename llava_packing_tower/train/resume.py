@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..utils.files import read_json
+
 MARK = "packing_complete.json"
 FINISHED = "packing_finished.json"
 STATE = "trainer_state.json"
@@ -49,10 +51,12 @@ def defect(checkpoint: Path) -> str | None:
     if not mark.is_file():
         return "saving did not finish, or was not done by this package"
     try:
-        sizes = json.loads(mark.read_text(encoding="utf-8"))
+        sizes = read_json(mark)
     except ValueError:
         return f"its {MARK} is damaged"
     for name, size in sizes.items():
+        if type(size) is not int or Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"its {MARK} is damaged: {name!r:.80} has {size!r:.40} bytes"
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
@@ -129,12 +133,9 @@ def read_saved(checkpoint: Path) -> Saved:
 
 
 def _read_state(file: Path) -> dict[str, object]:
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    state = read_json(file)
     for key in ("global_step", "max_steps"):
-        if not isinstance(state, dict) or type(state.get(key)) is not int:
+        if type(state.get(key)) is not int:
             raise ValueError(f"{file} is damaged: it has no whole number {key}")
     return state
 
@@ -184,9 +185,9 @@ def finished(output_dir: str | os.PathLike, values: Mapping[str, object]) -> int
     if not file.is_file():
         return None
     try:
-        done = json.loads(file.read_text(encoding="utf-8"))
+        done = read_json(file)
         step, most, epochs = int(done["step"]), int(done["max_steps"]), float(done["epochs"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
     asked = int(str(values.get("max_steps") or -1))
     if asked > 0:

@@ -6,7 +6,6 @@ image: what is named here is too long for certain.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 from ..data.images import UnreadableImage, read_size
 from ..data.native_config import DEFAULT_MIN_PATCHES, NATIVE, POINTWISE, PREFIX
 from ..data.samples import IMAGE_WORD, LOOKED_FOR, NAMED, images_of, spread_indices
-from ..data.smart_resize import MERGES, SmartResize, merge_of
+from ..data.smart_resize import MERGES, SmartResize, check_bounds, merge_of
+from ..utils.files import read_json
 
 ANSWERING = ("gpt", "assistant")
 
@@ -50,7 +50,8 @@ class ImageCounter:
 
     def __init__(self, values: Mapping[str, object], tower: Path) -> None:
         config, processor = _read(tower / "config.json"), _read(tower / "preprocessor_config.json")
-        config = config.get("vision_config") or config
+        inner = config.get("vision_config")
+        config = inner if isinstance(inner, dict) else config
         patch, self.each, self.rule = _side(config.get("patch_size")), 1, None
         sides = {_side(config.get("image_size")), _side(processor.get("crop_size") or processor.get("size"))} - {None}
         self.folder = Path(str(values.get("image_folder") or "")).expanduser()
@@ -65,6 +66,7 @@ class ImageCounter:
             )
             if projector in MERGES or POINTWISE.match(projector):
                 most = most or max(nominal, math.prod(merge_of(projector)))
+                check_bounds(1, most)
                 self.rule = SmartResize(patch, merge_of(projector), least or min(DEFAULT_MIN_PATCHES, most), most)
         elif POINTWISE.match(projector):
             reduced = values.get("mm_resampler_type") or "nobase" in str(values.get("mm_patch_merge_type"))
@@ -81,13 +83,13 @@ class ImageCounter:
 
 
 def _read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _side(value: object) -> int | None:
     """A side in pixels: a number, a list of them, or a mapping as image processors have it."""
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return min((side for side in values if isinstance(side, int)), default=None)
+    return min((side for side in values if type(side) is int and side > 0), default=None)
 
 
 class LengthCheck:

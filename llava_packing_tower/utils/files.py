@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -29,17 +29,35 @@ def write_text(path: Path, text: str) -> None:
 CONFIG_NAME = "config.json"
 
 
-def read_json(file: Path) -> dict:
-    """Raises ``ValueError`` if the file is missing or holds no JSON object."""
-    if not file.is_file():
+def once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """The ``object_pairs_hook`` of JSON whose objects have no key twice; the last one would count, silently."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
+    return content
+
+
+def read_json(file: Path, hook: Callable[[Sequence[tuple[str, object]]], object] | None = once) -> dict:
+    """Raises ``ValueError`` if the file is missing, no regular file, or holds no JSON object, or a key twice."""
+    if not file.exists():
         raise ValueError(f"{file.parent} has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    content = read_json_value(file, hook)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}")
     return content
+
+
+def read_json_value(file: Path, hook: Callable[[Sequence[tuple[str, object]]], object] | None = None) -> object:
+    """What a JSON file holds. Raises ``ValueError`` that names it where it cannot be read."""
+    if not file.is_file():  # a pipe would block, a device never ends
+        raise ValueError(f"{file} is not a regular file")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=hook)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def open_to_others(folder: Path) -> None:

@@ -4,16 +4,58 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from llava_packing_tower.checkpoint.weights import resolve_folder
 from llava_packing_tower.integrations.llava.tower_builder import hooked, tower_class
 from llava_packing_tower.towers import names
 from llava_packing_tower.towers.names import tower_kind
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 from llava_packing_tower.train import launcher
 from llava_packing_tower.utils.errors import UsageError
 
 CLONE = "llava-packing-tower/checkpoints"  # a clone of this project: "packing" is in the name of a parent
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints/large", "towers/llava_vit_large_packing", "x/aimv2-packing", "y/b_standard"]
+)
+def test_a_path_of_ours_that_is_not_here_is_no_question_to_the_hub(tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshots(asked, cached="owner/a_packing"))
+    for word in (name, f"packing:{name}"):
+        with pytest.raises(ValueError, match=r"does not exist in .* hf download "):
+            HEVCViTPackingVisionTower(word, SimpleNamespace(mm_vision_select_layer=-1))
+    assert {options.get("local_files_only") for _, options in asked} == {True}
+
+
+def test_other_names_go_to_the_hub_and_downloaded_ones_are_found(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshots(asked, cached="owner/a_packing"))
+    assert resolve_folder("owner/a_packing") == tmp_path
+    with pytest.raises(ValueError, match="neither a local folder nor a hub id"):
+        resolve_folder("google/siglip2-so400m")
+    assert asked[-1] == ("google/siglip2-so400m", {"allow_patterns": ["*.json", "*.safetensors"]})
+
+
+def snapshots(asked, cached):
+    """Stands in for ``snapshot_download``: one repository is there, and no network."""
+
+    def snapshot_download(name, **options):
+        asked.append((name, options))
+        if name != cached:
+            raise LocalEntryNotFoundError("no network")
+        Path("model.safetensors").touch()
+        return str(Path.cwd())
+
+    return snapshot_download
 
 
 def make_folder(root, name, model_type):

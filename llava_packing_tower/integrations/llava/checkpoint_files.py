@@ -7,12 +7,20 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoint.weights import WeightFiles, resolve_folder
+from ...checkpoint.weights import WeightFiles, open_weights, resolve_folder
 
 ADAPTER = "adapter_config.json"
 PROJECTOR = "mm_projector.bin"
 LORA_EXTRAS = "non_lora_trainables.bin"
 ADAPTER_PREFIX = "base_model.model."
+
+
+def _tensors(file: Path) -> Mapping[str, torch.Tensor]:
+    """Raises ``ValueError`` that names the file for anything but tensors by name."""
+    content = open_weights(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold tensors by name, found {type(content).__name__}")
+    return content
 
 
 def names_in_files(*folders: str | Path | None) -> set[str]:
@@ -23,7 +31,7 @@ def names_in_files(*folders: str | Path | None) -> set[str]:
             names |= WeightFiles(folder).shapes().keys()
         for extra in (LORA_EXTRAS, PROJECTOR):
             if (folder / extra).is_file():
-                names |= torch.load(folder / extra, map_location="cpu", weights_only=True, mmap=True).keys()
+                names |= _tensors(folder / extra).keys()
     return {name.removeprefix(ADAPTER_PREFIX) for name in names}
 
 
@@ -62,7 +70,7 @@ def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch
         extras = folder / LORA_EXTRAS
         sources: list[tuple[object, list[str]]] = []
         if extras.is_file():
-            tensors = torch.load(extras, map_location="cpu", weights_only=True)
+            tensors = _tensors(extras)
             sources.append((tensors, list(tensors)))
         if has_weights(folder):
             files = WeightFiles(folder)

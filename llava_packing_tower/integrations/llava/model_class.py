@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -55,7 +55,8 @@ def class_name(config: Mapping[str, object], plain: bool = False) -> str | None:
 
     plain: take a plain decoder, too, for what LLaVA makes of it.
     """
-    names = [str(name) for name in config.get("architectures") or ()]
+    architectures = config.get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if ours := [name for name in names if _CLASS.fullmatch(name)]:
         return ours[0]
     model_type = str(config.get("model_type") or "")
@@ -216,13 +217,15 @@ def base_of(folder: Path, given: str | None) -> str | None:
     if given is not None:
         return given
     if (folder / ADAPTER).is_file():
-        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if base and Path(base).expanduser().is_dir():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        if base is not None and not isinstance(base, str):
+            raise ValueError(f"{folder / ADAPTER}: base_model_name_or_path is {base!r:.80}, it should be a text")
+        if base and os.path.isdir(os.path.expanduser(base)):
             logger.warning("%s is a LoRA: it is loaded on its base model %s", folder, base)
             return base
         raise ValueError(
-            f"{folder} is a LoRA: give model_base, the folder that it was trained on "
-            f"({f'{base}, which does not exist here' if base else 'the adapter names none'})"
+            f"{folder} is a LoRA, as its {ADAPTER} says: give model_base, the folder that it was trained on "
+            f"({f'{base:.200}, which does not exist here' if base else 'it names none'})"
         )
     if (folder / PROJECTOR).is_file() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_*")):
         raise ValueError(f"{folder} holds only the projector: give model_base, the folder that it was trained on")

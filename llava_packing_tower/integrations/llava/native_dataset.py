@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ...data.image_processor import PackingImageProcessor
-from ...data.images import HostImage, UnreadableImage, reading_as
+from ...data.images import HostImage, UnreadableImage, check_file, reading_as
 from ...data.native_config import asks_for_native
 from ...data.samples import check_places, drop_empty_media, images_of
 from ...data.video import Clip, read_clip
@@ -183,10 +183,22 @@ def read_positions(source: Mapping, data_args: object) -> torch.Tensor:
     of another shape.
     """
     folder = getattr(data_args, "video_folder" if "video" in source else "image_folder", None) or ""
+    if not isinstance(source[POSITIONS], str):
+        raise ValueError(f"sample {source.get('id')}: {POSITIONS} must be a file, got {source[POSITIONS]!r:.80}")
     file = os.path.join(folder, source[POSITIONS])
-    positions = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+    check_file(file)
+    try:
+        # Mapped: a header that claims more than the file holds allocates nothing.
+        found = np.load(file, allow_pickle=False, mmap_mode="r")
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {getattr(found, 'dtype', type(found).__name__)}, not an array of numbers")
+        positions = torch.from_numpy(found.astype(np.float32))
+    except Exception as error:  # NumPy reads the header as Python text: a damaged one raises anything at all
+        raise ValueError(f"{file} is no file of positions: {error or type(error).__name__}") from error
     if positions.dim() != 2 or positions.shape[1] != 3:
         raise ValueError(f"{file}: positions must be [num_patches, 3], got {list(positions.shape)}")
+    if not positions.isfinite().all():
+        raise ValueError(f"{file}: {int((~positions.isfinite()).sum())} positions are NaN or infinite")
     return positions
 
 

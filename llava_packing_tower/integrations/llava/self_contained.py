@@ -11,7 +11,7 @@ from pathlib import Path
 from ...checkpoint.hashing import folder_fingerprint
 from ...checkpoint.weights import WeightFiles
 from ...towers.names import strip_prefix
-from ...towers.packing_tower import frozen_folder
+from ...towers.saved_tower import frozen_folder
 from ...utils.files import CONFIG_NAME, read_json, write_json
 from .checkpoint_files import has_weights
 

@@ -62,7 +62,7 @@ def hooked(original: Callable, builder: TowerBuilder = TOWER_BUILDER) -> Callabl
             if reason := random_clip(name):
                 raise ValueError(reason)
             return original(*args, **kwargs)
-        if saved and saved.get("weights") == "checkpoint":
+        if isinstance(saved, Mapping) and saved.get("weights") == "checkpoint":
             # LLaVA 1.x always asks to delay; these weights can only arrive while its checkpoint loads.
             given["delay_load"] = False
         return cls(name, args=config, **given)

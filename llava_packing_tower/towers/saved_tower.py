@@ -1,0 +1,64 @@
+"""What a LLaVA checkpoint remembers of its tower, ``mm_packing_config``, and what a tower is rebuilt from with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.hashing import folder_fingerprint
+from ..checkpoint.weights import resolve_folder
+from .names import strip_prefix
+
+
+def saved_tower(args: object) -> dict[str, Any]:
+    """The note of a LLaVA checkpoint of its tower, ``mm_packing_config``; empty where there is none.
+
+    Raises ``ValueError`` for one that ``packing_config()`` of a tower cannot have written.
+    """
+    saved = getattr(args, "mm_packing_config", None)
+    saved = {} if saved is None else saved
+    if not isinstance(saved, Mapping) or saved.get("weights", "folder") not in ("checkpoint", "folder"):
+        raise ValueError(
+            f"mm_packing_config must be a mapping with weights 'checkpoint' or 'folder', got {saved!r:.80}"
+        )
+    for key in ("config", "image_processor"):
+        if not isinstance(saved.get(key, None if saved.get("weights") == "checkpoint" else {}), Mapping):
+            raise ValueError(f"mm_packing_config.{key} must be a mapping, got {saved.get(key)!r:.80}")
+    for key in ("folder", "fingerprint"):
+        if not isinstance(saved.get(key, ""), str):
+            raise ValueError(f"mm_packing_config.{key} must be a text, got {saved[key]!r:.80}")
+    return dict(saved)
+
+
+def hollow(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Room for a weight that is to come, with a NaN at its beginning that tells if it did not. Memory that nobody has
+    written to costs nothing."""
+    try:
+        weight = torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        raise ValueError(f"mm_packing_config.config asks for a weight of {list(shape)}: {error}") from error
+    weight.view(-1)[:1] = torch.nan
+    return weight
+
+
+def frozen_folder(name: str, note: Mapping) -> Path | None:
+    """The folder of a frozen tower: what its name is from here, else where it was in training; None for neither.
+
+    note: ``mm_packing_config``. A relative name may be another tower's from here: where training noted the folder, that
+    one comes first, and a fingerprint that differs counts as absent.
+    """
+    typed, noted = strip_prefix(name), note.get("folder")
+    relative = not Path(typed).expanduser().is_absolute()
+    places = [Path(place).expanduser() for place in ((noted, typed) if relative else (typed, noted)) if place]
+    there = [place for place in places if place.is_dir()]
+    if not there and relative and note.get("folder") is None:
+        try:
+            return resolve_folder(typed)  # a hub id
+        except ValueError:
+            return None
+    if not relative or (expected := note.get("fingerprint")) is None:
+        return next(iter(there), None)
+    return next((place for place in there if folder_fingerprint(place) == expected), None)

@@ -1,0 +1,150 @@
+"""Damaged and hostile files: each reader ends in the content or in one line that names the file (``tests/fuzz``)."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from fuzz_readers import READERS, Finding, check, prepare
+from safetensors.torch import load_file, save_file
+
+from llava_packing_tower import LlavaViTPackingModel
+from llava_packing_tower.checkpoint.weights import WeightFiles
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
+
+FUZZ = Path(__file__).parents[1] / "fuzz"
+INPUTS = sorted(path for path in (FUZZ / "inputs").glob("*/*"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    done = {}
+
+    def folder_of(name):
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp(name) / "good"
+            prepare(name, done[name])
+        return done[name]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("file", INPUTS, ids=lambda f: f"{f.parent.name}-{f.name}")
+def test_what_once_found_something(prepared, file):
+    name = file.parent.name
+    good = (prepared(name) / READERS[name].file).read_bytes()
+    try:
+        check(name, prepared(name), file.read_bytes())
+    finally:
+        (prepared(name) / READERS[name].file).write_bytes(good)
+
+
+def test_the_check_finds_what_must_not_happen(tmp_path, monkeypatch):
+    def read(folder):
+        text = (folder / "hosts").read_text()
+        if text == "nan":
+            return torch.tensor([1.0, float("nan")])
+        raise {"key": KeyError("x"), "nameless": ValueError("no"), "lines": ValueError("hosts:\nno")}[text]
+
+    monkeypatch.setitem(READERS, "hostfile", READERS["hostfile"].__class__(lambda folder: None, "hosts", read))
+    for text, said in (("nan", "NaN"), ("key", "KeyError"), ("nameless", "names no file"), ("lines", "several lines")):
+        with pytest.raises(Finding, match=said):
+            check("hostfile", tmp_path, text.encode())
+
+
+def test_mutations_find_nothing(tmp_path):
+    """Some hundred of them, always the same; CI and `tests/fuzz/run.py` do more, and others each time."""
+    command = [sys.executable, FUZZ / "run.py", "--mutations", "160", "--seed", "19", "--keep", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "160 mutations of " in run.stdout and ", 0 findings" in run.stdout
+
+
+# ---------------------------------------------------------------- what a checkpoint may not ask for
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny("llava_vit").save_pretrained(tmp_path / "tower", max_shard_size="40KB")
+    return tmp_path / "tower"
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/dev/zero", "", ".", "nowhere.safetensors", 7, None, ["x"]]
+)
+def test_names_in_an_index_stay_inside(folder, name):
+    (folder.parent / "outside.safetensors").write_bytes((folder / "config.json").read_bytes())
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][min(content["weight_map"])] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"index\.json: cannot read .*, which is no file in"):
+        WeightFiles(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers(tmp_path, value):
+    tiny("llava_vit").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["encoder.layers.1.mlp.fc1.weight"][3, 5] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"are damaged: NaN or infinity in encoder\.layers\.1\.mlp\.fc1\.weight"):
+        LlavaViTPackingModel.from_pretrained(tmp_path)
+
+
+def test_a_key_given_twice(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"hidden_size": 64,', 1))
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON: hidden_size is given twice"):
+        LlavaViTPackingModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", 10**9), ("image_size", 10**6), ("patch_size", 4096)])
+def test_sizes_beyond_reason(folder, field, value):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: {field} in its config is {value}, beyond the largest"):
+        LlavaViTPackingModel.from_pretrained(folder)
+
+
+def test_a_saved_config_allocates_nothing_before_weights_come(tmp_path):
+    """9.7 GB of weights asked for by a config of some kilobytes: a tower of that shape is made in a small process."""
+    tiny("llava_vit").save_pretrained(tmp_path)
+    arguments = {"mm_vision_select_layer": -1, "mm_projector_type": "linear"}
+    saved = HEVCViTPackingVisionTower(str(tmp_path), types.SimpleNamespace(**arguments)).packing_config()
+    saved["config"] |= {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 12}
+    program = (
+        "import json, resource, sys, types\n"
+        "from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower as Tower\n"
+        "arguments = json.loads(sys.argv[1])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "tower = Tower('packing:nowhere', types.SimpleNamespace(**arguments))\n"
+        "assert sum(p.numel() * p.element_size() for p in tower.parameters()) > 9e9\n"
+        "assert all(p.isnan().any() for p in list(tower.parameters())[:1])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    words = [sys.executable, "-c", program, json.dumps({**arguments, "mm_packing_config": saved})]
+    assert int(subprocess.run(words, capture_output=True, text=True, check=True).stdout) < 300_000  # kB
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("command", ["train", "eval-report", "probe"])
+def test_one_line_and_status_2(tmp_path, capsys, command):
+    prepare("done", tmp_path / "results")
+    (tmp_path / "results" / "smoke" / "done.json").write_text('{"task": 1, "results": "\\ud800"}')
+    (tmp_path / "run.yaml").write_bytes(b"a: \xe9")
+    words = {
+        "train": [str(tmp_path / "run.yaml"), "--dry_run"],
+        "eval-report": [str(tmp_path / "results")],
+        "probe": [str(tmp_path / "nowhere"), "--data", str(tmp_path)],
+    }
+    assert main([command, *words[command]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"llava-packing {command}: ") and error.count("\n") == 1
