@@ -87,18 +87,21 @@ class HEVCViTPackingVisionTower(nn.Module):
         """Whether the weights come from the LLaVA checkpoint that is being loaded around this tower."""
         return self._saved.get("weights") == "checkpoint"
 
-    def _model_class(self, model_type: object, where: object = "") -> type[StrictPreTrainedModel]:
+    def _model_class(self, model_type: str | None) -> type[StrictPreTrainedModel]:
         """What a checkpoint of this ``model_type`` is loaded as. Raises ``ValueError`` for an unknown one."""
+        return family_for(model_type)
+
+    def _class_of(self, raw: Mapping, where: object) -> type[StrictPreTrainedModel]:
         try:
-            return family_for(model_type if isinstance(model_type, str) else None)
+            return self._model_class(raw.get("model_type"))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}" if where else str(error)) from error
+            raise ValueError(f"{where}: {error}") from error
 
     def _read_config(self) -> PretrainedConfig:
         folder = None if self._in_checkpoint else self._folder()
         raw = self._saved["config"] if folder is None else read_json(folder / CONFIG_NAME)
         where = "mm_packing_config.config" if folder is None else folder / CONFIG_NAME
-        return self._model_class(raw.get("model_type"), where).read_config(raw, where=where)
+        return self._class_of(raw, where).read_config(raw, where=where)
 
     def load_model(self, device_map: object = None) -> None:
         """Load weights and image processor and freeze the weights; the trainer unfreezes what it trains.
@@ -156,7 +159,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         """A model with the weights of the tower's own folder; ``ValueError`` where they do not fit."""
         folder = self._folder()
         file = folder / CONFIG_NAME
-        family = self._model_class(read_json(file).get("model_type"), file)
+        family = self._class_of(read_json(file), file)
         return family.from_pretrained(folder, device=device)
 
     def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
