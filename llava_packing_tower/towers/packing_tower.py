@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,10 @@ class HEVCViTPackingVisionTower(nn.Module):
         super().__init__()
         self.is_loaded = False
         self.vision_tower_name = vision_tower
-        self.select_layer = getattr(args, "mm_vision_select_layer", None)
-        if type(self.select_layer) is not int:
-            raise ValueError(f"mm_vision_select_layer must be a whole number, got {self.select_layer!r:.80}")
+        layer = getattr(args, "mm_vision_select_layer", None)
+        if type(layer) is not int:
+            raise ValueError(f"mm_vision_select_layer must be a whole number, got {layer!r:.80}")
+        self.select_layer: int = layer
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         self.projector_type = str(getattr(args, "mm_projector_type", None) or "patch_merger")
         self.attention = (
