@@ -6,9 +6,11 @@ its differences between transformers versions and without torchvision. Reads and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from transformers import BatchFeature
 
 from ..utils.files import atomic_folder, read_json, write_json
 from .images import ImageReading, to_rgb
+from .pixel_scale import PixelScale
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +31,22 @@ WHOLE_PROCESSOR_NAME = "processor_config.json"
 LARGEST_SIDE, LARGEST_NUMBER, SMALLEST_STD = 8192, 1e6, 1e-6
 LARGEST_ENLARGED = 1 << 24
 """Pixels of a resized image beyond which only the part that is kept is made; 16 times as long as wide at 1024."""
+_raw: ContextVar[bool] = ContextVar("raw_pixels", default=False)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@contextlib.contextmanager
+def raw_pixels() -> Iterator[None]:
+    """In here, and in this thread, processors give uint8 pixels: the tower normalizes them (:class:`PixelScale`).
+
+    A quarter of the bytes, and less work, where images are read in processes of their own.
+    """
+    token = _raw.set(True)
+    try:
+        yield
+    finally:
+        _raw.reset(token)
 
 
 class Size(dict):
@@ -199,6 +216,14 @@ class PackingImageProcessor:
 
     # ---------------------------------------------------------------- pixels
 
+    @property
+    def pixel_scale(self) -> PixelScale:
+        """What is left to do with the pixels that it gives inside :func:`raw_pixels`."""
+        factor = self.rescale_factor if self.do_rescale else 1.0
+        if not self.do_normalize:
+            return PixelScale(factor)
+        return PixelScale(factor, tuple(self.image_mean), tuple(self.image_std))
+
     def _target(self, width: int, height: int) -> tuple[int, int]:
         if "height" in self.size:
             return self.size["width"], self.size["height"]
@@ -251,6 +276,8 @@ class PackingImageProcessor:
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         if self.do_center_crop:
             pixels = self._crop(pixels)
+        if _raw.get() and pixels.dtype == np.uint8:
+            return np.ascontiguousarray(pixels.transpose(2, 0, 1))
         values = pixels.astype(np.float32)
         if self.do_rescale:
             values = values * np.float32(self.rescale_factor)
@@ -268,7 +295,7 @@ class PackingImageProcessor:
 
         Returns:
             ``BatchFeature`` with ``pixel_values``: float32 ``[B, C, H, W]``, or a list of ``[C, H, W]`` where the sizes
-            differ.
+            differ; inside :func:`raw_pixels` uint8, not yet scaled.
 
         Raises:
             ValueError: arrays that are not uint8, an unknown ``return_tensors``.

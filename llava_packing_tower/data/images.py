@@ -7,26 +7,41 @@ The pixels of an image do not depend on who opens it: orientation (EXIF), palett
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
+import math
 import os
 import stat
+import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageColor, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageFile, ImageOps
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PREFIX = "mm_packing_"
 MAX_PIXELS, MAX_ASPECT = 178_000_000, 200
 REDUCED_SIDE = 4096
+STRIP = 16
+"""Longest side over the shortest of an image beyond which a host that pads or crops would make it many times larger."""
+NATIVE, SQUARE, MIDDLE = "native", "square", "middle"
+"""What becomes of an image: it keeps its shape, is padded to a square, or its middle is cut out once it is enlarged."""
+_FITS = {"native": NATIVE, "pad": SQUARE, "highres": SQUARE, "crop_split": MIDDLE}
+TRIES, PAUSE = 3, 1.0
+"""How often a file is read where its disk fails, and the seconds in between."""
+DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of this process, not of a file."""
 BACKGROUND = "white"
 DROP_ALPHA = "none"
 """The background that leaves the colors under transparent pixels as they are, as LLaVA itself does."""
@@ -35,7 +50,11 @@ _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be read, or must not be; the message names it."""
+    """An image or video that cannot be read, or must not be; the message names it, and ``file`` is its path."""
+
+    def __init__(self, message: str, file: object = None) -> None:
+        super().__init__(message)
+        self.file = None if file is None else str(file)
 
 
 @dataclass(frozen=True)
@@ -98,8 +117,9 @@ def to_rgb(image: Image.Image, reading: ImageReading = ImageReading()) -> Image.
     16-bit gray is divided by 257, 32-bit whole numbers too unless one is above 65535 (then the range is that of int32),
     floating point values are taken from 0..1, or from 0..255 where one is above 1. An animation gives its first.
 
-    Raises ``ValueError`` for values outside of these ranges.
+    Raises ``ValueError`` for values outside of these ranges, and for more pixels than ``max_pixels``.
     """
+    check_header(image.size, reading, native=False)
     if getattr(image, "n_frames", 1) > 1 and image.tell() != 0:
         image.seek(0)
     if reading.exif:
@@ -136,35 +156,69 @@ def check_file(file: str | os.PathLike) -> None:
     try:
         mode = os.stat(file).st_mode
     except OSError as error:
-        raise UnreadableImage(f"{file}: {error.strerror}") from error
+        raise UnreadableImage(f"{file}: {error.strerror}", file) from error
+    except ValueError as error:  # a null byte
+        raise UnreadableImage(f"{file!r}: {error}", file) from error
     if not stat.S_ISREG(mode):
-        raise UnreadableImage(f"{file} is not a regular file")
+        raise UnreadableImage(f"{file} is not a regular file", file)
 
 
-def read_size(file: str | os.PathLike) -> tuple[int, int]:
-    """Width and height from the header of an image file. Raises :class:`UnreadableImage` that names it."""
+def read_size(file: str | os.PathLike, exif: bool = False) -> tuple[int, int]:
+    """Width and height from the header of an image file; with ``exif`` as they are once it is turned.
+
+    Raises :class:`UnreadableImage` that names it.
+    """
     check_file(file)
+    with _refusals(file), _opened(file) as image:
+        # (Pillow turns a TIFF by itself.)
+        turned = exif and image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size[::-1] if turned else image.size
+
+
+@contextlib.contextmanager
+def _refusals(name: object) -> Iterator[None]:
+    """Whatever Pillow raises in here, as :class:`UnreadableImage`; errors of this process stay what they are."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return image.size
+        yield
     except Exception as error:
-        raise UnreadableImage(f"{file} cannot be read as an image: {error}") from error
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
+            raise
+        reason = str(error) if type(error) in (ValueError, OSError) else f"{type(error).__name__}: {error}"
+        raise UnreadableImage(f"{name} cannot be read as an image: {reason}", name) from error
+
+
+@contextlib.contextmanager
+def _opened(file: str | os.PathLike | BinaryIO) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is checked here
+        with Image.open(file) as image:
+            yield image
+
+
+def retried(read: Callable[[], T]) -> T:
+    """``read()``, and again where the disk fails: a network disk may be away for a moment."""
+    for left in reversed(range(TRIES)):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS or left == 0:
+                raise
+            time.sleep(PAUSE)
+    raise AssertionError
 
 
 def open_image(
     file: str | os.PathLike | BinaryIO,
     reading: ImageReading = ImageReading(),  # noqa: B008 (it is frozen)
-    square: bool = False,
+    fit: str | None = None,
 ) -> Image.Image:
     """Read an image as 8-bit RGB.
 
     Args:
         file: a path, or a stream.
         reading: see :class:`ImageReading`. The number of pixels is looked up in the header, before decoding.
-        square: it will be padded to a square: one whose square would be beyond ``max_pixels`` is reduced first, to
-            :data:`REDUCED_SIDE` pixels.
+        fit: NATIVE (one that is longer than ``max_aspect`` allows is refused), SQUARE, MIDDLE (see :func:`fitted`) or
+            None for what bounds its pixels itself.
 
     Raises:
         UnreadableImage: for a file that is missing, not regular, no image, too large, truncated or damaged, whatever
@@ -175,28 +229,54 @@ def open_image(
         check_file(file)
     # LLaVA's train.py has Pillow fill what a truncated file lacks with gray.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is checked here
-            with Image.open(file) as image:
-                width, height = image.size
-                if width * height > reading.max_pixels:
-                    raise ValueError(
-                        f"it has {width} x {height} pixels, more than {PREFIX}max_pixels {reading.max_pixels}"
-                    )
-                if getattr(image, "n_frames", 1) > 1:
-                    _say_first_frame(str(name))
-                image.load()
-                if image.format == "PNG":
-                    _check_png(image, file)
-                picture = to_rgb(image, reading)
-    except Exception as error:
-        reason = str(error) if type(error) in (ValueError, OSError) else f"{type(error).__name__}: {error}"
-        raise UnreadableImage(f"{name} cannot be read as an image: {reason}") from error
-    longest = max(picture.size)
-    if square and longest**2 > reading.max_pixels:
-        width, height = (max(1, side * REDUCED_SIDE // longest) for side in picture.size)
-        picture = picture.resize((width, height))
+    with _refusals(name):
+        return fitted(retried(lambda: _decode(file, reading, fit == NATIVE, str(name))), reading, fit)
+
+
+def _decode(file: str | os.PathLike | BinaryIO, reading: ImageReading, native: bool, name: str) -> Image.Image:
+    with _opened(file) as image:
+        check_header(image.size, reading, native)
+        if getattr(image, "n_frames", 1) > 1:
+            _say_first_frame(name)
+        image.load()
+        if image.format == "PNG":
+            _check_png(image, file)
+        return to_rgb(image, reading)
+
+
+def check_header(size: tuple[int, int], reading: ImageReading, native: bool) -> None:
+    """Raises ``ValueError`` for a (width, height) above ``max_pixels`` or, if it keeps its shape, ``max_aspect``."""
+    width, height = size
+    if width * height > reading.max_pixels:
+        raise ValueError(f"it has {width} x {height} pixels, more than {PREFIX}max_pixels {reading.max_pixels}")
+    if native and max(size) > reading.max_aspect * min(size):
+        raise ValueError(
+            f"an image of {width} x {height} pixels is longer than {PREFIX}max_aspect {reading.max_aspect} times "
+            f"its width"
+        )
+
+
+def fit_of(aspect_ratio: str | None) -> str | None:
+    """What becomes of an image at an ``image_aspect_ratio`` of LLaVA, for :func:`open_image`."""
+    return _FITS.get(aspect_ratio or "")
+
+
+def fitted(picture: Image.Image, reading: ImageReading, fit: str | None) -> Image.Image:
+    """An image that a host can pad (SQUARE) or enlarge and crop (MIDDLE) in memory that is not many times the image's.
+
+    A strip, longer than STRIP times its width, is reduced to REDUCED_SIDE before it is padded, as is an image whose
+    square would have more than ``max_pixels``; of a strip that is cropped the middle is kept. The others stay.
+    """
+    shortest, longest = sorted(picture.size)
+    is_strip = longest > STRIP * shortest
+    if fit == MIDDLE and is_strip:
+        width, height = (min(side, STRIP * shortest) for side in picture.size)
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        return picture.crop((left, top, left + width, top + height))
+    side = min(REDUCED_SIDE, math.isqrt(reading.max_pixels))
+    if fit == SQUARE and longest > side and (is_strip or longest**2 > reading.max_pixels):
+        width, height = (max(1, length * side // longest) for length in picture.size)
+        return picture.resize((width, height))
     return picture
 
 
@@ -257,13 +337,16 @@ def _say_first_frame(name: str) -> None:
 # ---------------------------------------------------------------- for code that opens images itself
 
 
-_current: ContextVar[tuple[ImageReading, bool] | None] = ContextVar("image_reading", default=None)
+_current: ContextVar[tuple[ImageReading, str | None] | None] = ContextVar("image_reading", default=None)
 
 
 @contextlib.contextmanager
-def reading_as(reading: ImageReading | None, square: bool = False) -> Iterator[None]:
-    """In here, and in this thread, :class:`HostImage` opens images as ``reading`` says; with None as Pillow does."""
-    token = _current.set(None if reading is None else (reading, square))
+def reading_as(reading: ImageReading | None, fit: str | None = None) -> Iterator[None]:
+    """In here, and in this thread, :class:`HostImage` opens images as :func:`open_image` does with these arguments.
+
+    With None as Pillow does.
+    """
+    token = _current.set(None if reading is None else (reading, fit))
     try:
         yield
     finally:
@@ -280,5 +363,8 @@ class HostImage:
     def open(file: str | Path | BinaryIO, *args: Any, **kwargs: Any) -> Image.Image:
         current = _current.get()
         if current is None:
+            if isinstance(file, str | os.PathLike):
+                check_file(file)
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
             return Image.open(file, *args, **kwargs)
         return open_image(file, *current)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from .image_processor import PackingImageProcessor
-from .images import UnreadableImage
+from .images import check_header
 from .native_config import NativeSettings
 from .smart_resize import SmartResize
 
@@ -46,11 +46,7 @@ class NativeImageProcessor(PackingImageProcessor):
         return self.base.to_dict()
 
     def _resized(self, image: Image.Image, max_patches: int | None = None) -> Image.Image:
-        if max(image.size) > self.image_reading.max_aspect * min(image.size):
-            raise UnreadableImage(
-                f"an image of {image.width} x {image.height} pixels is longer than mm_packing_max_aspect "
-                f"{self.image_reading.max_aspect} times its width"
-            )
+        check_header(image.size, self.image_reading, native=True)
         target = self.rule.size(*image.size, max_patches=max_patches)
         return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image
 

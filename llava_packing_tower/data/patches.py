@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
+from .pixel_scale import PixelScale
 from .segments import Grid, read_grid
 
 
@@ -136,6 +137,7 @@ def batch_images_to_packing_input(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     numbers: Sequence[int] | None = None,
+    scale: PixelScale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack a batch of images, of one size or of many.
 
@@ -147,14 +149,15 @@ def batch_images_to_packing_input(
         device, dtype: where and as what the rows are made (default: those of the first image). Cutting, casting and
             concatenating are one copy per image; images on the host cross to a GPU in one transfer.
         numbers: what the images are called in errors (default: 0, 1, ...).
+        scale: how uint8 images are normalized, on ``device`` and in float32; floating point ones are taken as they are.
 
     Returns:
         ``hidden_states [N, C * patch_size ** 2]`` and ``grid_thw [B, 3]`` (int64, on the CPU: its values are needed
         there).
 
     Raises:
-        ValueError: no image, another channel count, or sides that are not a multiple of the patch size (the message
-            names the image and the nearest sizes).
+        ValueError: no image, another channel count, sides that are not a multiple of the patch size (the message
+            names the image and the nearest sizes), or integer pixels for floating point rows without a ``scale``.
     """
     if isinstance(images, torch.Tensor) and images.dim() != 4:
         raise ValueError(f"a tensor of images must be [B, C, H, W], got shape {list(images.shape)}")
@@ -172,6 +175,17 @@ def batch_images_to_packing_input(
         grids.append((frames, image.shape[-2] // patch_size, image.shape[-1] // patch_size))
 
     device = torch.device(images[0].device if device is None else device)
+    in_bytes = [not image.is_floating_point() for image in images]
+    if any(in_bytes) and scale is None and dtype is not None and dtype.is_floating_point:
+        number = list(numbers or range(len(images)))[in_bytes.index(True)]
+        raise ValueError(f"image {number} is {images[in_bytes.index(True)].dtype}: integer pixels need a scale")
+    if any(in_bytes) and scale is not None and not all(in_bytes):
+        stacked, images = None, [scale(x.to(device), 0) if raw else x for raw, x in zip(in_bytes, images)]
+        in_bytes = [False]
+    late = scale if all(in_bytes) else None  # bytes cross to the device as they are
+    wanted = dtype
+    if late is not None:
+        wanted, dtype = wanted or torch.float32, images[0].dtype
     dtype = images[0].dtype if dtype is None else dtype
     staging = device if all(image.device == device for image in images) else images[0].device
     rows = torch.empty(
@@ -195,7 +209,12 @@ def batch_images_to_packing_input(
     else:
         for target, cut in zip(targets, cuts, strict=True):
             target.copy_(cut, non_blocking=True)
-    return rows.to(device, non_blocking=True), torch.tensor(grids, dtype=torch.int64, device="cpu")
+    rows = rows.to(device, non_blocking=True)
+    if late is not None:
+        first = layout is PatchLayout.CHANNEL_FIRST
+        pixels = rows.unflatten(1, (num_channels, -1) if first else (-1, num_channels))
+        rows = late(pixels, 1 if first else 2).flatten(1).to(wanted)
+    return rows, torch.tensor(grids, dtype=torch.int64, device="cpu")
 
 
 def image_to_packing_input(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from .images import EXHAUSTED, UnreadableImage, check_file
 
 
 class Clip(NamedTuple):
@@ -32,19 +35,40 @@ def sample_indices(total: int, fps: float, wanted_fps: float, upbound: int, forc
 def read_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = False) -> Clip:
     """Read the sampled frames of a video with decord, or with PyAV where decord is not installed.
 
-    Raises ``ValueError`` for a file without a frame that can be decoded, and where neither library is installed.
+    Raises ``UnreadableImage`` for a file without a frame that can be decoded, ``ValueError`` where neither library is
+    installed.
     """
     readers: dict[str, Any] = {"decord": _Decord, "av": _PyAV}
     reader = next((read for name, read in readers.items() if find_spec(name)), None)
     if reader is None:
         raise ValueError(f"reading {file} needs PyAV or decord: pip install av")
+    check_video(file)
+    with video_errors(file), reader(file) as video:
+        indices = sample_indices(video.total, video.fps, wanted_fps, upbound, force)
+        clip = Clip(np.stack(video.take(indices)), indices, video.total, video.fps)
+    return clip
+
+
+def check_video(file: str) -> None:
+    """Raises ``UnreadableImage`` for what is neither a regular file nor a folder with frames in it."""
+    if not os.path.isdir(file):
+        check_file(file)
+    elif not os.listdir(file):
+        raise UnreadableImage(f"{file} cannot be read as a video: the folder is empty", file)
+
+
+@contextmanager
+def video_errors(file: str) -> Iterator[None]:
+    """What decoders raise for a damaged file, as ``UnreadableImage`` that names it."""
     try:
-        with reader(file) as video:
-            indices = sample_indices(video.total, video.fps, wanted_fps, upbound, force)
-            frames = video.take(indices)
+        with _decord_errors():
+            yield
+    except UnreadableImage:
+        raise
     except (OSError, RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(f"{file} cannot be read as a video: {error}") from error
-    return Clip(np.stack(frames), indices, video.total, video.fps)
+        if getattr(error, "errno", None) in EXHAUSTED:
+            raise
+        raise UnreadableImage(f"{file} cannot be read as a video: {error}", file) from error
 
 
 def probe_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = False) -> tuple[int, int, int]:
@@ -57,15 +81,14 @@ def probe_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool =
         return clip.frames.shape[2], clip.frames.shape[1], len(clip.indices)
     import av
 
-    try:
-        with av.open(file) as container:
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or 1)
-            total = stream.frames or round(float(container.duration or 0) / av.time_base * rate) or 1
-            size, indices = (stream.width, stream.height), sample_indices(total, rate, wanted_fps, upbound, force)
-    except (OSError, IndexError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a video: {error}") from error
-    return *size, len(indices)
+    check_video(file)
+    with video_errors(file), av.open(file) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or 1)
+        total = stream.frames or round(float(container.duration or 0) / av.time_base * rate) or 1
+        count = len(sample_indices(total, rate, wanted_fps, upbound, force))
+        found = stream.width, stream.height, count
+    return found
 
 
 class _PyAV:
@@ -110,9 +133,8 @@ class _Decord:
     def __init__(self, file: str) -> None:
         import decord
 
-        with _decord_errors():
-            self.video = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
-            self.total, self.fps = len(self.video), float(self.video.get_avg_fps())
+        self.video = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
+        self.total, self.fps = len(self.video), float(self.video.get_avg_fps())
 
     def __enter__(self) -> _Decord:
         return self
@@ -121,13 +143,15 @@ class _Decord:
         del self.video
 
     def take(self, indices: Sequence[int]) -> list[np.ndarray]:
-        with _decord_errors():
-            return list(self.video.get_batch(list(indices)).asnumpy())
+        return list(self.video.get_batch(list(indices)).asnumpy())
 
 
 @contextmanager
 def _decord_errors() -> Iterator[None]:
     """decord's own errors, which are plain ``Exception``, as ``ValueError``."""
+    if not find_spec("decord"):
+        yield
+        return
     from decord import DECORDError
 
     try:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from ..checkpoint.pretrained import StrictPreTrainedModel
 from ..data.image_processor import PackingImageProcessor, processor_content
 from ..data.patches import PatchLayout
+from ..data.pixel_scale import check_floating
 from ..data.segments import Grid, VarlenMetadata, make_segments, read_grid
 from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
@@ -154,6 +155,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
                 f"{self.config.num_channels} channels, rows in {self.patch_layout.name.lower()} order "
                 f"{self.patch_layout.value}), got {list(hidden_states.shape)}"
             )
+        check_floating(hidden_states)
         grids = read_grid(grid_thw, hidden_states.shape[0])
         if self.image_only and (longest := max(t for t, _, _ in grids)) > 1:
             raise ValueError(f"{type(self).__name__} takes images only (t = 1), got a sample with t = {longest} frames")
@@ -189,8 +191,8 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
             ``num_layers + 1`` hidden states, index 0 the input of the first block, the last one not normed.
 
         Raises:
-            ValueError: rows of another width, a grid that does not add up to N, ``t > 1`` for an image-only family,
-                positions of another shape.
+            ValueError: rows of another width or of integers, a grid that does not add up to N, ``t > 1`` for an
+                image-only family, positions of another shape.
         """
         if feature_layers is not None:
             states, _ = self.encode(hidden_states, grid_thw, patch_positions, feature_layers)

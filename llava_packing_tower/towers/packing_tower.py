@@ -254,6 +254,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             device=self.device,
             dtype=self.dtype,
             numbers=numbers,
+            scale=getattr(self.image_processor, "pixel_scale", None),
         )
 
         # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
@@ -272,7 +273,8 @@ class HEVCViTPackingVisionTower(nn.Module):
 
         Args:
             images: ``[B, C, H, W]``, or a list of ``[C, H, W]`` of any sizes (multiples of the patch size), with clips
-                ``[C, T, H, W]`` among them if the family knows time.
+                ``[C, T, H, W]`` among them if the family knows time. Floating point ones are normalized already; uint8
+                ones are normalized here, in float32, with the scale, mean and deviation of the image processor.
             return_spatial_dims: also return rows and columns, in patches, of the first image.
             patch_positions: ``[N, 3]`` (frame, row, column) of all patches in place of those of the grids.
 
@@ -282,7 +284,7 @@ class HEVCViTPackingVisionTower(nn.Module):
 
         Raises:
             ValueError: not loaded, no images, a wrong channel count, a size that is no multiple of the patch size, or
-                clips or positions for a family that takes images only.
+                clips or positions for a family that takes images only, integers that are not uint8.
         """
         self._require_weights()
         if patch_positions is not None and self.vision_tower.image_only:

@@ -51,9 +51,13 @@ class HEVCViTVisionTower(HEVCViTPackingVisionTower):
             )
 
     def _encode_square(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``[B, C, H, W]`` or ``[B, C, T, H, W]`` to ``[B, tokens, hidden_size]`` in the dtype of the pixels."""
+        """``[B, C, H, W]`` or ``[B, C, T, H, W]`` to ``[B, tokens, hidden_size]`` in the dtype of the pixels (for uint8
+        ones, in the tower's)."""
         model, visible = self.vision_tower, None
-        inputs = pixels.to(device=self.device, dtype=self.dtype)
+        pixels = pixels.to(self.device)
+        if not pixels.is_floating_point():
+            pixels = self.image_processor.pixel_scale(pixels, 1).to(self.dtype)
+        inputs = pixels.to(self.dtype)
         if pixels.dim() == 5:
             batch, _, frames = pixels.shape[:3]
             context = getattr(model.config, "rope_temporal_size", None) or 64
@@ -73,6 +77,8 @@ class HEVCViTVisionTower(HEVCViTPackingVisionTower):
             images: ``[B, C, H, W]``, clips ``[B, C, T, H, W]`` (T up to 64 frames, which stand at their interpolated
                 places in a context of 64), or a list of ``[C, H, W]`` and ``[C, T, H, W]``.
             return_spatial_dims: also return rows and columns, in patches, of the first entry.
+
+        uint8 images are normalized here, as in the packing tower.
 
         Returns:
             ``[B, tokens, hidden_size]`` for a tensor, a list of ``[1, tokens_i, hidden_size]`` for a list, in the

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import left_out_checks
 import native_data_checks
 import native_tiles_checks
 import native_video_checks
@@ -25,7 +26,12 @@ from native_host import (
     reference_embeddings,
 )
 
-CHECKS = {**native_video_checks.CHECKS, **native_data_checks.CHECKS, **native_tiles_checks.CHECKS}
+CHECKS = {
+    **native_video_checks.CHECKS,
+    **native_data_checks.CHECKS,
+    **native_tiles_checks.CHECKS,
+    **left_out_checks.CHECKS,
+}
 
 
 def check(function):

@@ -353,7 +353,7 @@ def test_files_that_are_no_video_or_a_damaged_one(tmp_path, reader):
         sound.setparams((1, 2, 8000, 0, "NONE", None))
         sound.writeframes(bytes(8000))
     for name in ("cut.mp4", "text.mp4", "damaged.mp4", "sound.wav", "none.mp4"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read as a video"):
+        with pytest.raises(ValueError, match=f"{name}(: No such file| cannot be read as a video)"):
             read_clip(str(tmp_path / name))
 
 

@@ -100,6 +100,13 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "(default: 200)",
     ),
     PluginArgument(
+        "mm_packing_strict",
+        "DataArguments",
+        "bool",
+        False,
+        "end the run at a sample that cannot be read; false leaves it out of its batch",
+    ),
+    PluginArgument(
         "mm_packing_decoder",
         "ModelArguments",
         "bool",

@@ -134,7 +134,8 @@ def _on_train(train: ModuleType) -> None:
     check_gradients(train, _patches)
 
 
-def _on_trainer(_: ModuleType) -> None:
-    from .packed_step import into_trainer
+def _on_trainer(trainer: ModuleType) -> None:
+    from . import left_out, packed_step
 
-    into_trainer(_patches)
+    packed_step.into_trainer(_patches)
+    left_out.into_trainer(trainer, _patches)

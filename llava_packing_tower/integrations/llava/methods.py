@@ -84,18 +84,21 @@ STEPS: dict[str, tuple[str, ...]] = {
         "empty_media",  # native_dataset: `image: null` is a sample without an image
     ),
     "LazySupervisedDataset.process_image": (
-        "keep_sizes",  # native_dataset: at native resolution no image is padded
+        "keep_sizes",  # native_dataset: at native resolution no image is padded; strips are bounded where one is
     ),
     "LazySupervisedDataset.__getitem__": (
-        "go_further",  # native_dataset: several samples in a row that cannot be read (LLaVA-NeXT)
-        "sample_details",  # native_dataset: places of frames, positions of patches (LLaVA 1.x)
+        "one_sample",  # left_out: no other one for a sample that cannot be read (LLaVA-NeXT)
+        "leave_out",  # left_out: a mark for a sample that cannot be read (LLaVA 1.x)
+        "sample_details",  # native_dataset: how images are read, places of frames, positions of patches (LLaVA 1.x)
     ),
     "LazySupervisedDataset._get_item": (
+        "leave_out",  # left_out: the same (LLaVA-NeXT)
         "sample_details",  # native_dataset: the same (LLaVA-NeXT)
     ),
     # ---- llava/train/llava_trainer.py, and transformers' Trainer under it
     "LLaVATrainer.__init__": (
         "training_callbacks",  # train.callbacks: check of the engine, progress, record of the tower
+        "left_out_report",  # left_out: the samples that could not be read, at the end
         "tune_parts",  # trainable_parts: mm_tunable_parts on a host without it
         "fsdp_dtypes",  # compat patch: one dtype for FSDP
         "tokenizer_argument",  # compat patch: `tokenizer` is `processing_class` in transformers 5
@@ -126,6 +129,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "lora_extras",  # saving: what was trained beside a LoRA
     ),
     "Trainer.training_step": (
+        "left_out",  # left_out: what could not be read is noted; a batch of nothing else has no loss
         "full_logits",  # packed_step: a compute_loss that somebody has overridden gets all logits
     ),
     "Trainer.compute_loss": (

@@ -1,5 +1,8 @@
-"""The data's side of native resolution: images of a sample keep their own sizes, frames their places in the video, and
-both go where their ``<image>`` is."""
+"""The data's side: images of all samples are read as the tower's processor says, and reach the model as bytes.
+
+At native resolution they keep their own sizes, and frames their places in the video; both go where their ``<image>``
+is.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,20 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
 import torch
 
-from ...data.image_processor import PackingImageProcessor
-from ...data.images import HostImage, UnreadableImage, check_file, reading_as
+from ...data.image_processor import PackingImageProcessor, raw_pixels
+from ...data.images import HostImage, UnreadableImage, check_file, fit_of, reading_as
 from ...data.native_config import asks_for_native
-from ...data.samples import check_places, drop_empty_media, images_of
-from ...data.video import Clip, read_clip
+from ...data.samples import MEDIA, check_places, drop_empty_media, images_of
+from ...data.video import Clip, check_video, read_clip, video_errors
 from ...multimodal.dataset_report import measure
 from .arguments import current_arguments
+from .left_out import NOTE, leave_out, note, one_sample, placeholder, split
 from .methods import Call, add_step
 from .native_resolution import token_layout
 from .patcher import Patches
@@ -31,8 +36,6 @@ logger = logging.getLogger(__name__)
 DETAILS = "packing_details"
 """Where a sample carries what LLaVA has no place for: a ``multimodal.visual_inputs.Detail`` for each of its images."""
 POSITIONS = "positions_thw"
-SKIPS = 3
-"""How often a run goes on behind a sample, and the one after it, that cannot be read."""
 
 
 def into_training(train: ModuleType, patches: Patches) -> None:
@@ -49,16 +52,20 @@ def into_training(train: ModuleType, patches: Patches) -> None:
         reader = None
     details = functools.partial(sample_details, reader=reader)
     if hasattr(dataset, "_get_item"):  # LLaVA-NeXT's __getitem__ calls it, and again for the next sample
-        add_step(dataset, "LazySupervisedDataset._get_item", "sample_details", details, patches)
-        add_step(dataset, "LazySupervisedDataset.__getitem__", "go_further", go_further, patches)
+        add_step(dataset, "LazySupervisedDataset.__getitem__", "one_sample", one_sample, patches)
+        reads = "LazySupervisedDataset._get_item"
     else:
-        add_step(dataset, "LazySupervisedDataset.__getitem__", "sample_details", details, patches)
+        reads = "LazySupervisedDataset.__getitem__"
+    add_step(dataset, reads, "leave_out", leave_out, patches)
+    add_step(dataset, reads, "sample_details", details, patches)
 
     def fit_batches(call: Call) -> Iterator[None]:
         yield
         module, tokenizer, data_args = call.result, call.arguments["tokenizer"], call.arguments["data_args"]
         limit, token = tokenizer.model_max_length, train.IMAGE_TOKEN_INDEX
-        module["data_collator"] = FittingCollator(module["data_collator"], limit, token)
+        blank = blank_image(data_args, in_list=hasattr(dataset, "_get_item")) if data_args.is_multimodal else None
+        last = placeholder(tokenizer, blank)
+        module["data_collator"] = FittingCollator(module["data_collator"], limit, token, last)
         if asks_for_native(data_args):
             report_tokens(train, module["train_dataset"].list_data_dict, tokenizer, data_args)
 
@@ -71,21 +78,30 @@ def empty_media(call: Call) -> Iterator[None]:
     drop_empty_media(call.self.list_data_dict)
 
 
-def keep_sizes(call: Call) -> None:
+def keep_sizes(call: Call) -> Iterator[None]:
     """LLaVA-NeXT pads every image of a sample with several to a square: not at native resolution."""
-    if asks_for_native(call.self.data_args):
+    data_args = call.self.data_args
+    if asks_for_native(data_args):
         call.arguments["overwrite_image_aspect_ratio"] = None
+    ratio = call.arguments.get("overwrite_image_aspect_ratio") or data_args.image_aspect_ratio
+    with reading_as(getattr(data_args.image_processor, "image_reading", None), fit_of(ratio)):
+        yield
 
 
 class ClipReader:
-    """LLaVA-NeXT's video reader, with PyAV where decord is missing; remembers where the last frames came from."""
+    """LLaVA-NeXT's video reader, with PyAV where decord is missing; remembers where the last frames came from.
+
+    Raises ``UnreadableImage`` for a video that cannot be read.
+    """
 
     def __init__(self, original: Callable) -> None:
         self.original, self.last = original, None
 
     def __call__(self, video_file: str, data_args: object) -> tuple:
-        if not asks_for_native(data_args):
-            return self.original(video_file, data_args)
+        check_file(video_file)
+        if not asks_for_native(data_args) and find_spec("decord"):
+            with video_errors(video_file):
+                return self.original(video_file, data_args)
         wanted, force = data_args.video_fps, data_args.force_sample
         clip = read_clip(video_file, wanted, data_args.frames_upbound, force)
         self.last = clip
@@ -95,22 +111,19 @@ class ClipReader:
 
 @contextmanager
 def reading_sample(dataset: torch.utils.data.Dataset, i: int | slice) -> Iterator[None]:
-    """Within it, the images of sample ``i`` are read as the tower's image processor says.
+    """Within it, the images of sample ``i`` are read as the tower's image processor says, and stay bytes.
 
-    Raises ``UnreadableImage`` with the sample's id for one that cannot be read.
+    Raises ``UnreadableImage`` for one that cannot be read.
     """
     processor = dataset.data_args.image_processor
     if not isinstance(processor, PackingImageProcessor):
         yield
         return
     entry = dataset.list_data_dict[i] if isinstance(i, int) else {}
-    several = isinstance(entry.get("image"), list)  # which LLaVA-NeXT pads
-    square = not asks_for_native(dataset.data_args) and (several or dataset.data_args.image_aspect_ratio == "pad")
-    try:
-        with reading_as(processor.image_reading, square):
-            yield
-    except UnreadableImage as error:
-        raise UnreadableImage(f"sample {entry.get('id', i)}: {error}") from error
+    if isinstance(video := entry.get("video"), str) and "image" not in entry:
+        check_video(os.path.join(dataset.data_args.video_folder or "", video))
+    with reading_as(processor.image_reading, fit_of(dataset.data_args.image_aspect_ratio)), raw_pixels():
+        yield
 
 
 def sample_details(call: Call, reader: ClipReader | None) -> Iterator[None]:
@@ -119,34 +132,33 @@ def sample_details(call: Call, reader: ClipReader | None) -> Iterator[None]:
     if not asks_for_native(self.data_args):
         with reading_sample(self, i):
             yield
+        blank_as_bytes(call.result, self, i)
         return
-    # LLaVA-NeXT goes on with the next sample where a video cannot be read, and there is none after the last.
-    i = call.arguments["i"] = i % len(self.list_data_dict) if isinstance(i, int) else i
     if reader is not None:
         reader.last = None
     video = isinstance(i, int) and "video" in self.list_data_dict[i]
     with self.data_args.image_processor.reading(video), reading_sample(self, i):
         yield
-    sample = call.result
-    if DETAILS not in sample and "image" in sample:  # else it is another one, which has been here
+    sample = blank_as_bytes(call.result, self, i)
+    if "image" in sample:
         sample[DETAILS] = make_details(sample["image"], self.list_data_dict[i], i, self.data_args, reader)
 
 
-def go_further(call: Call) -> None:
-    """LLaVA-NeXT takes the next sample for one that cannot be read, and stops at two in a row and at the last one."""
-    if not asks_for_native(call.self.data_args):
-        return
-    count, index = len(call.self.list_data_dict), call.arguments["i"]
-    for skips in range(SKIPS + 1):
-        try:
-            call.result = call.method(index)
-            return
-        except Exception as error:
-            if skips == SKIPS:
-                raise
-            further = (index + (1 if index == count - 1 else 2)) % count
-            logger.warning("sample %d cannot be read; sample %d is used instead: %s", index, further, error)
-            index = further
+def blank_image(data_args: object, in_list: bool) -> object:
+    """The host's image of a sample without one: its features reach no sequence."""
+    size = data_args.image_processor.crop_size
+    ours = isinstance(data_args.image_processor, PackingImageProcessor)
+    blank = torch.zeros(3, size["height"], size["width"], dtype=torch.uint8 if ours else torch.float32)
+    return [(blank[None], (size["width"], size["height"]), "text")] if in_list else blank
+
+
+def blank_as_bytes(sample: dict, dataset: torch.utils.data.Dataset, i: int | slice) -> dict:
+    """The host's image of a sample without one in bytes, like those of other samples: a batch of both would become
+    numbers."""
+    is_text = isinstance(i, int) and not any(key in dataset.list_data_dict[i] for key in MEDIA)
+    if is_text and "image" in sample and isinstance(dataset.data_args.image_processor, PackingImageProcessor):
+        sample["image"] = blank_image(dataset.data_args, in_list=isinstance(sample["image"], list))
+    return sample
 
 
 def make_details(
@@ -194,7 +206,7 @@ def read_positions(source: Mapping, data_args: object) -> torch.Tensor:
             raise ValueError(f"it holds {getattr(found, 'dtype', type(found).__name__)}, not an array of numbers")
         positions = torch.from_numpy(found.astype(np.float32))
     except Exception as error:  # NumPy reads the header as Python text: a damaged one raises anything at all
-        raise ValueError(f"{file} is no file of positions: {error or type(error).__name__}") from error
+        raise UnreadableImage(f"{file} is no file of positions: {error or type(error).__name__}", file) from error
     if positions.dim() != 2 or positions.shape[1] != 3:
         raise ValueError(f"{file}: positions must be [num_patches, 3], got {list(positions.shape)}")
     if not positions.isfinite().all():
@@ -241,14 +253,19 @@ class FittingCollator:
     """The host's collator, given no more images than the text of a sample has places for.
 
     The host cuts the text at ``limit`` tokens; images whose ``<image>`` goes with it would move into the next sample,
-    at any ``image_aspect_ratio``. What samples carry beside their images reaches the model in ``image_sizes``.
+    at any ``image_aspect_ratio``. What samples carry beside their images reaches the model in ``image_sizes``. Samples
+    that could not be read are left out; ``last`` is the batch where there is no other.
     """
 
-    def __init__(self, collate: Callable, limit: int, image_token: int) -> None:
-        self.collate, self.limit, self.image_token = collate, limit, image_token
+    def __init__(self, collate: Callable, limit: int, image_token: int, last: Mapping) -> None:
+        self.collate, self.limit, self.image_token, self.last = collate, limit, image_token, last
 
-    def __call__(self, instances: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        instances = [self.fitted(instance) for instance in instances]
+    def __call__(self, instances: Sequence) -> dict[str, object]:
+        there, left_out = split(instances)
+        batch = self._collated([self.fitted(instance) for instance in there] or [self.last])
+        return {**batch, NOTE: note(left_out, is_empty=not there)} if left_out else batch
+
+    def _collated(self, instances: Sequence[Mapping]) -> dict[str, object]:
         batch = self.collate(instances)
         details = [d for i in instances for d in i.get(DETAILS) or [None] * self._count(i)]
         if any(details):

@@ -23,6 +23,7 @@ from ...checkpoint.key_map import carried
 from ...checkpoint.pretrained import StrictPreTrainedModel
 from ...checkpoint.weights import Recipe, WeightPlan
 from ...data.image_processor import PackingImageProcessor
+from ...data.pixel_scale import check_floating
 from ..layers import MLP, BlockConfig, RMSNorm, make_norm
 from ..unused_parameters import checkpoint_input, join_idle
 from .config import STANDARD_FIELDS, LlavaViTConfig, OneVisionEncoderConfig
@@ -266,6 +267,7 @@ class LlavaViTModel(StrictPreTrainedModel):
                 f"pixel_values must be [B, {channels}, H, W] or [B, {channels}, T, H, W] with H and W multiples of "
                 f"{patch}, got {shape}"
             )
+        check_floating(pixel_values)
         clips = pixel_values if len(shape) == 5 else pixel_values.unsqueeze(2)
         taken, positions = self._visible(visible_indices, clips, patch_positions is not None)
         if patch_positions is not None:

@@ -327,13 +327,14 @@ def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | N
     if encoder.fused is None and environment.switch(environment.FUSED) is False:
         return None
     place = hash((addresses(parameters), version, encoder.fused))
-    shapes = (isinstance(images, torch.Tensor), *(x.shape for x in batch))
+    shapes = (isinstance(images, torch.Tensor), *((x.shape, x.is_floating_point() or x.dtype) for x in batch))
     return place, device, dtype, encoder.attention_backend, layers, shapes
 
 
 def _capture_images(images: Images, encode: Callable[[Images], Encoded], like: torch.Tensor) -> Captured:
     """Capture ``encode`` for batches of these shapes; ``like``: a tensor with the model's dtype and device."""
     with torch.inference_mode(False):
-        pixels = [torch.zeros(x.shape, dtype=like.dtype, device=like.device) for x in _batch(images)]
+        dtypes = [like.dtype if x.is_floating_point() else x.dtype for x in _batch(images)]
+        pixels = [torch.zeros(x.shape, dtype=d, device=like.device) for x, d in zip(_batch(images), dtypes)]
     given = pixels[0] if isinstance(images, torch.Tensor) else pixels
     return _capture(lambda: encode(given), pixels, like.device)

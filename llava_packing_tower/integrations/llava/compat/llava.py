@@ -18,7 +18,7 @@ from . import compat_patch
 
 def _source(thing: object) -> str:
     try:
-        return inspect.getsource(thing)
+        return "" if thing is None else inspect.getsource(thing)
     except OSError:  # no source file: a frozen or generated module, which the hosts are not
         return ""
 
@@ -151,3 +151,26 @@ def empty_groups(trainer: ModuleType, patches: Patches) -> None:
         groups[:] = [group for group in groups if group["params"]]
 
     add_step(trainer_class(trainer), "LLaVATrainer.create_optimizer", "empty_groups", drop_empty, patches)
+
+
+def _asks_for_antialias(mm_utils: ModuleType) -> bool:
+    from PIL import Image
+
+    return not hasattr(Image, "ANTIALIAS") and "Image.ANTIALIAS" in _source(
+        vars(mm_utils).get("resize_and_center_crop")
+    )
+
+
+@compat_patch(
+    module="{mm_utils}",
+    reason="the host resizes with Image.ANTIALIAS (crop_split), which Pillow 10 calls LANCZOS",
+    defect=_asks_for_antialias,
+)
+def pillow_antialias(mm_utils: ModuleType, patches: Patches) -> None:
+    class Renamed:
+        ANTIALIAS = mm_utils.Image.Resampling.LANCZOS
+
+        def __getattr__(self, name: str, image: ModuleType = mm_utils.Image) -> object:
+            return getattr(image, name)
+
+    patches.set(mm_utils, "Image", Renamed())
