@@ -41,9 +41,7 @@ def run(args: argparse.Namespace) -> int:
         args.nnodes, args.node_rank, args.master_addr, args.master_port, args.rdzv_endpoint, args.rdzv_id
     )
     words = [*args.rest, "--mm_packing_strict", "true"] if args.strict else args.rest
-    plan = make_plan(
-        args.config, words, args.num_gpus, args.num_processes, args.hostfile, args.master_port, machines
-    )
+    plan = make_plan(args.config, words, args.num_gpus, args.num_processes, args.hostfile, args.master_port, machines)
     print(plan.describe(), flush=True)
     if args.dry_run:
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan.environment.items())

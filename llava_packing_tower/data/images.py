@@ -248,10 +248,10 @@ def check_header(size: tuple[int, int], reading: ImageReading, native: bool) -> 
     """Raises ``ValueError`` for a (width, height) above ``max_pixels`` or, if it keeps its shape, ``max_aspect``."""
     width, height = size
     if width * height > reading.max_pixels:
-        raise ValueError(f"it has {width} x {height} pixels, more than {PREFIX}max_pixels {reading.max_pixels}")
+        raise ValueError(f"it has {width} x {height} pixels, more than mm_packing_max_pixels {reading.max_pixels}")
     if native and max(size) > reading.max_aspect * min(size):
         raise ValueError(
-            f"an image of {width} x {height} pixels is longer than {PREFIX}max_aspect {reading.max_aspect} times "
+            f"an image of {width} x {height} pixels is longer than mm_packing_max_aspect {reading.max_aspect} times "
             f"its width"
         )
 
