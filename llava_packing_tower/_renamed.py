@@ -230,6 +230,7 @@ MOVED: dict[str, dict[str, str]] = {
         "CONFIG_NAME": "utils.files:CONFIG_NAME",
         "atomic_folder": "utils.files:atomic_folder",
         "open_to_others": "utils.files:open_to_others",
+        "resolve_folder": "checkpoint.hub:resolve_folder",
         "write_json": "utils.files:write_json",
     },
     "native.report": {

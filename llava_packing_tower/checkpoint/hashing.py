@@ -25,9 +25,11 @@ def differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:
 
 
 def folder_fingerprint(folder: str | os.PathLike) -> str:
-    """sha256 over config.json and the weight files of a checkpoint folder (about a second per GB)."""
-    digest = hashlib.sha256()
-    files = (f for f in Path(folder).iterdir() if f.name == CONFIG_NAME or f.suffix in (".safetensors", ".bin"))
+    """sha256 over config.json and the weight files of a checkpoint folder, or over one weight file (about a second per
+    GB)."""
+    digest, path = hashlib.sha256(), Path(folder)
+    entries = [path] if path.is_file() else path.iterdir()
+    files = (f for f in entries if f == path or f.name == CONFIG_NAME or f.suffix in (".safetensors", ".bin"))
     for file in sorted(files):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:

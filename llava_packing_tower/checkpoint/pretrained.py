@@ -13,9 +13,10 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..utils.files import CONFIG_NAME, atomic_folder, read_json, write_json
+from ..utils.files import CONFIG_NAME, atomic_folder, write_json
 from .config_check import DROPOUTS, check_config
 from .load_options import AUTO_OPTIONS, HUB_OPTIONS, check_options, placement, spread
+from .opening import open_checkpoint
 from .weights import (
     Recipe,
     WeightFiles,
@@ -26,7 +27,6 @@ from .weights import (
     load_weights,
     parameter_shapes,
     plan_problems,
-    resolve_folder,
 )
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         device: torch.device | str = "cpu",
     ) -> StrictPreTrainedModel:
         """A model in evaluation mode whose every parameter comes from ``files`` by ``plan``; else ``ValueError``."""
-        model = cls.without_values(config, dtype, files.folder / CONFIG_NAME)
+        model = cls.without_values(config, dtype, files.name / CONFIG_NAME if files.name.is_dir() else files.name)
         load_weights(model, plan, files, device)
         return model.eval()
 
@@ -155,7 +155,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         """Load a checkpoint, or convert a known foreign one in memory. Strict: all tensors fit, or an error.
 
         Args:
-            pretrained_model_name_or_path: local folder or hub id.
+            pretrained_model_name_or_path: local folder, hub id, or weight file of a known naming (``namings``).
             config: use this config in place of the one in the folder.
             dtype (or torch_dtype): of the weights; None is torch's default dtype, "auto" that of the file.
             device: where the weights go; None is the CPU.
@@ -185,16 +185,15 @@ class StrictPreTrainedModel(PreTrainedModel):
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype {dtype!r} and torch_dtype {torch_dtype!r} differ: pass only one of them")
         hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
-        folder = resolve_folder(pretrained_model_name_or_path, subfolder=subfolder, **hub)
-        raw = read_json(folder / CONFIG_NAME)
-        files = WeightFiles(folder, use_safetensors)
+        opened = open_checkpoint(pretrained_model_name_or_path, subfolder, use_safetensors, **hub)
+        folder, raw, files = opened.path, opened.raw, opened.files
         dtype = torch_dtype if dtype is None else dtype
         if config is not None and options.keys() & AUTO_OPTIONS:
             # AutoModel moves attn_implementation into the config, and in transformers 4 dtype as well.
             dtype = _changed_dtype(config, raw) if dtype is None else dtype
             attn_implementation = attn_implementation or getattr(config, "_attn_implementation_internal", None)
             config._attn_implementation_internal = None  # transformers has other names for backends
-        config, plan = cls.plan(raw, files.shapes(), config, folder / CONFIG_NAME)
+        config, plan = cls.plan(raw, files.shapes(), config, opened.where)
         if (found := raw.get("model_type")) != cls.config_class.model_type:
             logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, config.model_type)
         one, device_map = placement(device_map if device is None else device)

@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..utils.files import read_json
-from ..utils.hub import check_is_here
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
@@ -30,37 +29,6 @@ PICKLED = "pytorch_model.bin"
 def is_weight_file(name: str) -> bool:
     """Whether a save of weights (not one of a variant) has a file of this name: the whole, a shard or an index."""
     return bool(re.fullmatch(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?", name))
-
-
-def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", **hub: Any) -> Path:
-    """A local folder for a folder name or a hub id (downloaded through huggingface_hub, or taken from its cache), or
-    ``subfolder`` in it.
-
-    ``hub`` (``revision``, ``token``, ``cache_dir`` ...) goes to ``snapshot_download``.
-
-    Raises ``ValueError`` where neither is found.
-    """
-    name = os.fspath(name_or_path)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / subfolder).is_dir():
-            raise ValueError(f"checkpoint folder {name!r} has no subfolder {subfolder!r}")
-        return folder / subfolder
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ValueError(f"checkpoint folder {name!r} does not exist")
-    check_is_here(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        local = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **hub))
-        if not any((local / subfolder).glob("*.safetensors")):
-            local = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"], **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{name!r} is neither a local folder nor a hub id that can be reached: {error}") from error
-    if not (local / subfolder).is_dir():
-        raise ValueError(f"{name!r} has no subfolder {subfolder!r}")
-    return local / subfolder
 
 
 def open_weights(path: Path) -> object:
@@ -109,7 +77,14 @@ class WeightFiles:
             if (folder / base).is_file():
                 self._where = dict.fromkeys(self._keys_of(base), base)
                 return
-        raise ValueError(f"{folder} has no {' or '.join(kinds)} (or an index of one)")
+        others = sorted(f.name for f in folder.iterdir() if f.suffix in (".pt", ".pth", ".npz", ".safetensors", ".bin"))
+        hint = f"; it has {', '.join(others[:4])}: give the file itself" if others else ""
+        raise ValueError(f"{folder} has no {' or '.join(kinds)} (or an index of one){hint}")
+
+    @property
+    def name(self) -> Path:
+        """The folder or file, for messages."""
+        return self.folder
 
     def _read_index(self, index: Path, base: str) -> None:
         weight_map = read_json(index).get("weight_map")
@@ -317,11 +292,11 @@ def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, devic
     dtypes = {key: dtype for key, dtype in source.dtypes().items() if key not in plan.dropped}
     if problems := plan_problems(plan, source.shapes(), shapes) + dtype_problems(dtypes):
         raise ValueError(
-            f"the weights of {source.folder} do not fit {type(module).__name__}: {describe_problems(problems)}"
+            f"the weights of {source.name} do not fit {type(module).__name__}: {describe_problems(problems)}"
         )
     for name in shapes:
         recipe = plan.recipes[name]
         tensor = recipe.build(*(source[key] for key in recipe.sources))
         if not tensor.isfinite().all():
-            raise ValueError(f"the weights of {source.folder} are damaged: NaN or infinity in {recipe.sources[0]}")
+            raise ValueError(f"the weights of {source.name} are damaged: NaN or infinity in {recipe.sources[0]}")
         assign(module, name, tensor, torch.device(device))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..attention.dispatch import BACKENDS
-from ..checkpoint.weights import resolve_folder
+from ..checkpoint.hub import resolve_folder
 from ..convert.hf_reference import NoReference, Reference, require_reference
 from ..convert.parity import Row, compare, comparison_packs, fixed_size, real_images
 from ..data.images import open_image

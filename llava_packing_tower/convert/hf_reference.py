@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from ..checkpoint.weights import resolve_folder
+from ..checkpoint.hub import resolve_folder
 from ..utils.files import CONFIG_NAME, read_json
 
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from ..checkpoint.weights import WeightFiles, open_weights, resolve_folder
+from ..checkpoint.namings import NAMINGS, refusal
+from ..checkpoint.opening import Checkpoint, identify, open_files
+from ..checkpoint.single_file import FILE_SUFFIXES
+from ..checkpoint.single_file import SingleFile as SingleFile
+from ..checkpoint.weights import WeightFiles
 from ..models.llava_vit.key_map import SOURCE_TYPE
-from ..models.llava_vit.presets import PRESETS, SIZE_FIELDS, Preset, mismatches, names_that_fit, preset
+from ..models.llava_vit.presets import ONEVISION, PRESETS, SIZE_FIELDS, Preset, mismatches, names_that_fit, preset
 from ..utils.files import CONFIG_NAME, read_json
-
-FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -68,49 +68,6 @@ class Source:
         return self.path if self.path.is_dir() else None
 
 
-class SingleFile(WeightFiles):
-    """The tensors of one file: bare, or wrapped in ``model``, else ``state_dict``; without ``module.`` in front."""
-
-    def __init__(self, path: Path) -> None:
-        self.folder, self.ignored = path.parent, {}
-        self._since_release = 0
-        content = open_weights(path)
-        if path.suffix != ".safetensors":
-            content = self._unwrap(path, content)
-        self._open = {path.name: content}
-        self._raw_names = self._without_prefix(list(content.keys()))
-        self._where = dict.fromkeys(self._raw_names, path.name)
-        if not self._where:
-            raise ValueError(f"{path} contains no tensors")
-
-    def _unwrap(self, path: Path, content: object) -> dict[str, torch.Tensor]:
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} contains no state dict, found {type(content).__name__}")
-        wrapper = next((key for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
-        if wrapper:
-            self.ignored.update((str(key), "not the weights") for key in content if key != wrapper)
-            content = content[wrapper]
-        tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-        self.ignored.update(
-            (str(key), f"not a tensor but {type(value).__name__}")
-            for key, value in content.items()
-            if str(key) not in tensors
-        )
-        return tensors
-
-    @staticmethod
-    def _without_prefix(keys: list[str]) -> dict[str, str]:
-        """Our name to the name in the file: without what DistributedDataParallel and torch.compile put in front."""
-        names = {key: key for key in keys}
-        for prefix in ("module.", "_orig_mod.", "module."):
-            if names and all(name.startswith(prefix) for name in names):
-                names = {name[len(prefix) :]: key for name, key in names.items()}
-        return names
-
-    def _in_file(self, key: str) -> str:
-        return self._raw_names[key]
-
-
 def sizes_of(shapes: Mapping[str, tuple[int, ...]], spelling: Spelling) -> dict[str, object]:
     """The config fields that the tensors themselves tell. Raises ``ValueError`` if they contradict each other."""
     patch = shapes[spelling.patch]
@@ -153,44 +110,17 @@ def _config_beside(path: Path) -> dict:
     return content
 
 
-# Published spellings of supported families that are not read: names of tensors that only they have, whose they are, and
-# where the same weights are found in a spelling that is read.
-OTHER_SPELLINGS: tuple[tuple[str, str, str], ...] = (
-    (r"storage_tokens|blocks\.\d+\.attn\.qkv\.bias_mask", "Meta's own file of DINOv3", "facebook/dinov3-..."),
-    (r"blocks\.\d+\.gamma_1|reg_token", "timm's spelling of DINOv3", "facebook/dinov3-..."),
-    (r"(trunk\.)?preprocessor\.(patchifier|pos_embed).*", "Apple's own file of AIMv2", "apple/aimv2-..."),
-    (r"(module\.)?trunk\.blocks\.\d+\..*", "Apple's own file of AIMv2", "apple/aimv2-..."),
-    (r"embeds\.proj\.weight|embeds\.pos_embed.*", "timm's spelling of SigLIP2 NaFlex", "google/siglip2-...-naflex"),
-    (r"(params/)?img/(embedding|Transformer).*", "Google's own file of SigLIP2", "google/siglip2-...-naflex"),
-)
-
-
-def _refuse_other_spellings(shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
-    """Raises ``ValueError`` for weights of a supported family whose names are not read."""
-    for pattern, whose, readable in OTHER_SPELLINGS:
-        if any(re.fullmatch(pattern, name) for name in shapes):
-            raise ValueError(
-                f"{where} is {whose}, whose tensor names are not supported. Use the same weights with transformers' "
-                f"names, as published on the hub: {readable}"
-            )
-
-
 def _spelling_of(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Spelling:
-    _refuse_other_spellings(shapes, where)
     for spelling in SPELLINGS:
-        if spelling.patch in shapes:
+        if spelling.patch in shapes and any(re.fullmatch(spelling.fc1, name) for name in shapes):
             return spelling
     known = ", ".join(spelling.patch for spelling in SPELLINGS)
-    raise ValueError(
-        f"{where} is not a LlavaViT checkpoint: it has none of the tensors {known} "
-        f"(first names: {', '.join(list(shapes)[:4])})"
-    )
+    raise ValueError(f"{refusal(shapes, where)}. It is not a LlavaViT checkpoint: those have one of {known}")
 
 
-def _read_bare(
-    name: str, path: Path, files: WeightFiles, model_name: str | None, fields: Mapping[str, object]
-) -> Source:
-    """Weights without a config.json of a known kind: sizes from the tensors, heads from the name or the fields."""
+def _read_bare(name: str, opened: Checkpoint, model_name: str | None, fields: Mapping[str, object]) -> Source:
+    """LlavaViT without a config.json of a known kind: sizes from the tensors, heads from the name or the fields."""
+    path, files = opened.path, opened.files
     shapes = files.shapes()
     spelling = _spelling_of(shapes, path)
     sizes = sizes_of(shapes, spelling)
@@ -215,9 +145,12 @@ def _read_bare(
             f"model's name with --model_name (of these sizes: {', '.join(fitting) or 'none'}; all names: "
             f"{', '.join(sorted(PRESETS))}), or --num_attention_heads"
         )
-    return Source(
-        name, path, {**told, **sizes, "model_type": spelling.model_type}, files, getattr(files, "ignored", {})
-    )
+    kind = spelling.model_type
+    if model_name and preset(model_name).form == ONEVISION:
+        if kind != "llava_vit":
+            raise ValueError(f"{path} has the tensor names of a {kind}, not those of {model_name} (onevision_encoder)")
+        kind = "onevision_encoder"
+    return Source(name, path, {**told, **sizes, "model_type": kind}, files, opened.ignored)
 
 
 CONFIG_FIELDS = (
@@ -230,26 +163,25 @@ def read_source(name: str, model_name: str | None = None, fields: Mapping[str, o
     """Find out what a checkpoint is.
 
     Args:
-        name: folder, hub id or weight file (``.pt``, ``.pth``, ``.bin``, ``.safetensors``).
+        name: folder, hub id or weight file (``.pt``, ``.pth``, ``.bin``, ``.safetensors``, ``.npz``).
         model_name: named sizes (``presets``). Needed for a file without config.json; for others only checked.
         fields: config fields that the user gave, for weights without a config.json.
 
     Raises:
         ValueError: not found, unreadable, of no known kind, or sizes that contradict the name.
     """
-    fields = dict(fields or {})
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in FILE_SUFFIXES:
-            raise ValueError(f"{path}: expected a folder, a hub id or a file that ends in {', '.join(FILE_SUFFIXES)}")
-        return _read_bare(name, path, SingleFile(path), model_name, fields)
-    if path.suffix in FILE_SUFFIXES and not path.is_dir():
+    fields, path = dict(fields or {}), Path(name).expanduser()
+    if not path.exists() and path.suffix in FILE_SUFFIXES:
         raise ValueError(f"weight file {name!r} does not exist")
-    folder = resolve_folder(name)
-    files = WeightFiles(folder)
-    raw = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
-    if "model_type" not in raw:
-        return _read_bare(name, folder, files, model_name, fields)
+    opened = open_files(name)
+    if "model_type" not in opened.raw:
+        if not identify(opened):
+            return _read_bare(name, opened, model_name, fields)
+        if model_name:
+            whose = next(naming.whose for naming in NAMINGS if naming.model_type == opened.raw["model_type"])
+            raise ValueError(f"{opened.path} is {whose}, not a {model_name}: leave out the model's name")
+        return Source(name, opened.path, {**opened.raw, **fields}, opened.files, opened.ignored)
+    folder, raw = opened.path, opened.raw
     if not isinstance(raw["model_type"], str):
         raise ValueError(f"{folder}: model_type in its config is {raw['model_type']!r}, it should be text")
     if fields:
@@ -259,4 +191,4 @@ def read_source(name: str, model_name: str | None = None, fields: Mapping[str, o
     if model_name:
         shown = raw.get("vision_config", raw)
         check_preset(preset(model_name), {key: shown[key] for key in CONFIG_FIELDS if key in shown}, folder)
-    return Source(name, folder, raw, files)
+    return Source(name, folder, raw, opened.files, opened.ignored)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.namings import NAMINGS
 from ..data.patches import batch_images_to_packing_input
 from ..models.base import PackedVisionModel
 from .hf_reference import NoReference, Reference, require_reference
@@ -47,6 +48,8 @@ def _against_transformers(
 ) -> list[TestResult]:
     model_type, dtype = conversion.config.model_type, conversion.dtype
     require_reference(model_type)
+    if whose := next((n.whose for n in NAMINGS if n.model_type == conversion.source.kind), None):
+        raise NoReference(f"the source is {whose}, which transformers does not read")
     step(f"transformers' model for {model_type}")
     exact = Reference(model_type, conversion.source.path, torch.float32, device)
     low = None

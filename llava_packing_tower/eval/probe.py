@@ -22,7 +22,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint.hashing import folder_fingerprint
-from ..checkpoint.weights import resolve_folder
+from ..checkpoint.hub import resolve_path
 from ..data.images import open_image
 from ..data.native_config import NativeSettings
 from ..towers.names import strip_prefix
@@ -159,7 +159,7 @@ def cached_features(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     images = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in photos.files]
-    weights = folder_fingerprint(resolve_folder(strip_prefix(name)))
+    weights = folder_fingerprint(resolve_path(strip_prefix(name)))
     content = json.dumps([weights, images, options, str(dtype), __version__], sort_keys=True)
     file = cache / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
     if file.is_file():

@@ -22,6 +22,7 @@ from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import frequency_ladder, positions_of_grids
 from ..data.segments import Grid, VarlenMetadata
+from . import aimv2_names as names
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, RMSNorm, Rotary
@@ -119,7 +120,7 @@ class AIMv2Packing(PackedVisionModel):
 
     config_class = AIMv2PackingConfig
     patch_layout = PatchLayout.CHANNEL_LAST
-    source_model_types = ("aimv2", "aimv2_vision_model")
+    source_model_types = ("aimv2", "aimv2_vision_model", names.APPLE, names.TIMM)
 
     def __init__(self, config: AIMv2PackingConfig) -> None:
         super().__init__(config)
@@ -173,10 +174,14 @@ class AIMv2Packing(PackedVisionModel):
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> AIMv2PackingConfig:
-        """The packing config for an ``aimv2`` (full or remote-code) or ``aimv2_vision_model`` config.json.
+        """The packing config for an ``aimv2`` (full or remote-code) or ``aimv2_vision_model`` config.json, or for
+        Apple's or timm's weights without one.
 
         The remote-code configs do not say whether positions are learned: the tensors (``shapes``) do.
         """
+        if source["model_type"] in (names.APPLE, names.TIMM):
+            read = names.fields_of(source, shapes or {})
+            return cls.config_class(**{**read, **carried(source, CARRIED_FIELDS)})
         vision = source.get("vision_config", source)
         fields = carried(vision, CARRIED_FIELDS)
         if "use_bias" in vision:  # remote-code name for the biases outside of q, k and v
@@ -189,7 +194,7 @@ class AIMv2Packing(PackedVisionModel):
     def plan_from_source(
         cls, source: dict, config: AIMv2PackingConfig, shapes: Mapping[str, tuple[int, ...]]
     ) -> WeightPlan:
-        return KEY_MAP.plan(shapes)
+        return (names.TIMM_KEY_MAP if source["model_type"] == names.TIMM else KEY_MAP).plan(shapes)
 
     @classmethod
     def default_image_processor(cls, config: AIMv2PackingConfig) -> PackingImageProcessor:

@@ -19,6 +19,7 @@ from ..data.image_processor import PackingImageProcessor, processor_content
 from ..data.patches import PatchLayout
 from ..data.pixel_scale import check_floating
 from ..data.segments import Grid, VarlenMetadata, make_segments, read_grid
+from ..data.timm_processor import timm_content
 from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
 from .unused_parameters import join_idle
@@ -97,9 +98,9 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     @classmethod
     def load_image_processor(cls, folder: str | os.PathLike, config: PretrainedConfig) -> PackingImageProcessor:
-        """The image processor of a checkpoint folder: from its preprocessor_config.json or processor_config.json, else
-        the family's default."""
-        content = processor_content(folder)
+        """The image processor of a checkpoint folder (or weight file): from its preprocessor_config.json or
+        processor_config.json, from timm's config.json, else the family's default."""
+        content = processor_content(folder) or timm_content(folder)
         if content is None:
             return cls.default_image_processor(config)
         try:

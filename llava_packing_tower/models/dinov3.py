@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import frequency_ladder, per_token, positions_and_sizes, prefix_indices
 from ..data.segments import Grid, VarlenMetadata
+from . import dinov3_names as names
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, Rotary
@@ -170,7 +173,7 @@ class DINOv3ViTPacking(PackedVisionModel):
 
     config_class = DINOv3PackingConfig
     patch_layout = PatchLayout.CHANNEL_LAST
-    source_model_types = ("dinov3_vit",)
+    source_model_types = ("dinov3_vit", names.META, names.TIMM)
 
     def __init__(self, config: DINOv3PackingConfig) -> None:
         super().__init__(config)
@@ -231,13 +234,18 @@ class DINOv3ViTPacking(PackedVisionModel):
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> DINOv3PackingConfig:
-        """The packing config for a ``dinov3_vit`` config.json."""
+        """The packing config for a ``dinov3_vit`` config.json, or for Meta's or timm's weights."""
+        if source["model_type"] in (names.META, names.TIMM):
+            read = names.fields_of(source, shapes or {})
+            return cls.config_class(**{**read, **carried(source, CARRIED_FIELDS)})
         return cls.config_class(**carried(source, CARRIED_FIELDS))
 
     @classmethod
     def plan_from_source(
         cls, source: dict, config: DINOv3PackingConfig, shapes: Mapping[str, tuple[int, ...]]
     ) -> WeightPlan:
+        if source["model_type"] in (names.META, names.TIMM):
+            return names.key_map(source, shapes).plan(shapes)
         plan = KEY_MAP.plan(shapes, config.qkv_bias)
         sources = tuple(f"embeddings.{name}" for name in ("cls_token", "register_tokens"))
         if not config.num_register_tokens:
@@ -246,6 +254,14 @@ class DINOv3ViTPacking(PackedVisionModel):
                 plan.dropped["embeddings.register_tokens"] = "empty: this checkpoint has no registers"
         plan.recipes["prefix.weight"] = Recipe(sources, lambda *tokens: torch.cat(tokens, dim=1).flatten(0, 1))
         return plan
+
+    @classmethod
+    def load_image_processor(cls, folder: str | os.PathLike, config: PretrainedConfig) -> PackingImageProcessor:
+        """As any family's; Meta's own files of the satellite models (``sat493m`` in their name) have other pixels."""
+        content = cls.default_image_processor(config).to_dict()
+        if Path(folder).is_file() and "sat493m" in Path(folder).name.lower():
+            return PackingImageProcessor.from_dict({**content, **names.SATELLITE})
+        return super().load_image_processor(folder, config)
 
     @classmethod
     def default_image_processor(cls, config: DINOv3PackingConfig) -> PackingImageProcessor:

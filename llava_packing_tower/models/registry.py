@@ -1,4 +1,5 @@
-"""The encoder families, by the ``model_type`` of a checkpoint's config.json. A new one is a file and a line here."""
+"""The encoder families, by the ``model_type`` of a checkpoint's config.json (or by the word that stands for it where
+there is none, see ``checkpoint.namings``). A new one is a file and a line here."""
 
 from __future__ import annotations
 
@@ -17,11 +18,17 @@ FAMILIES: dict[str, str] = {
     "siglip2_packing": ".siglip2:Siglip2NaflexPacking",
     "siglip2": ".siglip2:Siglip2NaflexPacking",
     "siglip2_vision_model": ".siglip2:Siglip2NaflexPacking",
+    "siglip2_timm": ".siglip2:Siglip2NaflexPacking",
+    "siglip2_big_vision": ".siglip2:Siglip2NaflexPacking",
     "aimv2_packing": ".aimv2:AIMv2Packing",
     "aimv2": ".aimv2:AIMv2Packing",
     "aimv2_vision_model": ".aimv2:AIMv2Packing",
+    "aimv2_apple": ".aimv2:AIMv2Packing",
+    "aimv2_timm": ".aimv2:AIMv2Packing",
     "dinov3_packing": ".dinov3:DINOv3ViTPacking",
     "dinov3_vit": ".dinov3:DINOv3ViTPacking",
+    "dinov3_meta": ".dinov3:DINOv3ViTPacking",
+    "dinov3_timm": ".dinov3:DINOv3ViTPacking",
 }
 ENTRY_POINTS = "llava_packing_tower.families"
 

@@ -26,6 +26,7 @@ from ..data.image_processor import PROCESSOR_NAME, PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import per_token, positions_of_grids
 from ..data.segments import Grid, VarlenMetadata, to_device
+from . import siglip2_names as names
 from .activations import HALF
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
@@ -129,7 +130,7 @@ class Siglip2NaflexPacking(PackedVisionModel):
 
     config_class = Siglip2PackingConfig
     patch_layout = PatchLayout.CHANNEL_LAST
-    source_model_types = ("siglip2", "siglip2_vision_model")
+    source_model_types = ("siglip2", "siglip2_vision_model", names.TIMM, names.BIG_VISION)
 
     def __init__(self, config: Siglip2PackingConfig) -> None:
         super().__init__(config)
@@ -161,14 +162,18 @@ class Siglip2NaflexPacking(PackedVisionModel):
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> Siglip2PackingConfig:
-        """The packing config for a ``siglip2`` or ``siglip2_vision_model`` config.json."""
+        """The packing config for a ``siglip2`` or ``siglip2_vision_model`` config.json, or for timm's or Google's
+        weights."""
+        if source["model_type"] in names.KEY_MAPS:
+            read = names.fields_of(source, shapes or {})
+            return cls.config_class(**{**read, **carried(source, CARRIED_FIELDS)})
         return cls.config_class(**carried(source.get("vision_config", source), CARRIED_FIELDS, ALIASES))
 
     @classmethod
     def plan_from_source(
         cls, source: dict, config: Siglip2PackingConfig, shapes: Mapping[str, tuple[int, ...]]
     ) -> WeightPlan:
-        return KEY_MAP.plan(shapes)
+        return names.KEY_MAPS.get(source["model_type"], KEY_MAP).plan(shapes)
 
     @classmethod
     def default_image_processor(cls, config: Siglip2PackingConfig) -> PackingImageProcessor:

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..checkpoint.hashing import folder_fingerprint
+from ..checkpoint.hub import resolve_path
+from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.pretrained import StrictPreTrainedModel
-from ..checkpoint.weights import replace_parameter, resolve_folder, zero3_enabled
+from ..checkpoint.weights import replace_parameter, zero3_enabled
 from ..data.image_processor import PackingImageProcessor
 from ..data.images import reading_of
 from ..data.native_config import NativeSettings, settings_of
@@ -99,10 +101,15 @@ class HEVCViTPackingVisionTower(nn.Module):
             raise ValueError(f"{where}: {error}") from error
 
     def _read_config(self) -> PretrainedConfig:
-        folder = None if self._in_checkpoint else self._folder()
-        raw = self._saved["config"] if folder is None else read_json(folder / CONFIG_NAME)
-        where = "mm_packing_config.config" if folder is None else folder / CONFIG_NAME
-        return self._class_of(raw, where).read_config(raw, where=where)
+        if self._in_checkpoint:
+            raw, where = self._saved["config"], "mm_packing_config.config"
+            return self._class_of(raw, where).read_config(raw, where=where)
+        file = self._folder() / CONFIG_NAME
+        raw = read_json(file) if file.is_file() else {}
+        if "model_type" in raw:
+            return self._class_of(raw, file).read_config(raw, where=file)
+        opened = open_checkpoint(self._folder())  # the weights tell
+        return self._class_of(opened.raw, opened.where).plan(opened.raw, opened.files.shapes(), None, opened.where)[0]
 
     def load_model(self, device_map: object = None) -> None:
         """Load weights and image processor and freeze the weights; the trainer unfreezes what it trains.
@@ -154,14 +161,13 @@ class HEVCViTPackingVisionTower(nn.Module):
     def _folder(self) -> Path:
         """The tower's own folder. Raises ``ValueError`` where it is not found."""
         found = frozen_folder(self.vision_tower_name, self._saved) if self._saved else None
-        return found or resolve_folder(strip_prefix(self.vision_tower_name))
+        return found or resolve_path(strip_prefix(self.vision_tower_name))
 
     def read_folder(self, device: torch.device | str = "cpu") -> StrictPreTrainedModel:
         """A model with the weights of the tower's own folder; ``ValueError`` where they do not fit."""
         folder = self._folder()
-        file = folder / CONFIG_NAME
-        family = self._class_of(read_json(file), file)
-        return family.from_pretrained(folder, device=device)
+        opened = open_checkpoint(folder)
+        return self._class_of(opened.raw, opened.where).from_pretrained(folder, device=device)
 
     def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
         folder, model = self._folder(), self.read_folder(device)
@@ -222,7 +228,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         if weights == "folder":
             folder = self._folder()
             content["fingerprint"] = folder_fingerprint(folder)
-            if Path(strip_prefix(self.vision_tower_name)).expanduser().is_dir():  # no hub id
+            if Path(strip_prefix(self.vision_tower_name)).expanduser().exists():  # no hub id
                 content["folder"] = str(folder.resolve())
         return content
 

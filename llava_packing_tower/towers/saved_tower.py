@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.hashing import folder_fingerprint
-from ..checkpoint.weights import resolve_folder
+from ..checkpoint.hub import resolve_path
 from .names import strip_prefix
 
 
@@ -53,10 +53,10 @@ def frozen_folder(name: str, note: Mapping) -> Path | None:
     typed, noted = strip_prefix(name), note.get("folder")
     relative = not Path(typed).expanduser().is_absolute()
     places = [Path(place).expanduser() for place in ((noted, typed) if relative else (typed, noted)) if place]
-    there = [place for place in places if place.is_dir()]
+    there = [place for place in places if place.exists()]
     if not there and relative and note.get("folder") is None:
         try:
-            return resolve_folder(typed)  # a hub id
+            return resolve_path(typed)  # a hub id
         except ValueError:
             return None
     if not relative or (expected := note.get("fingerprint")) is None:

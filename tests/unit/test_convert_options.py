@@ -6,7 +6,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conversions import packing_folder, same_bits, standard_folder
+from conversions import packing_folder, same_bits, source_state_dict, standard_folder
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
@@ -15,6 +15,7 @@ from llava_packing_tower.cli.main import main
 from llava_packing_tower.convert import pipeline, test_images
 from llava_packing_tower.data.patches import batch_images_to_packing_input
 from llava_packing_tower.integrations.llava import tower_builder
+from llava_packing_tower.models.llava_vit.presets import ONEVISION, PRESETS, register_preset
 from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
 from llava_packing_tower.towers.standard_tower import HEVCViTVisionTower
 
@@ -123,8 +124,6 @@ def test_device(standard, tmp_path, monkeypatch, capsys):
 
 def test_a_training_checkpoint_of_a_named_size(tmp_path, capsys):
     """With its real sizes; the name says the number of heads, which the weights do not."""
-    from conversions import source_state_dict
-
     model = create_model("llava_vit_small_ln").bfloat16()
     torch.save({"state_dict": source_state_dict(model.state_dict())}, tmp_path / "backbone.pt")
     names = ("--model_name", "llava_vit_small_ln", "--target_model_name", "hf_llava_vit_packing_small_ln")
@@ -133,6 +132,25 @@ def test_a_training_checkpoint_of_a_named_size(tmp_path, capsys):
     found = LlavaViTPackingModel.from_pretrained(tmp_path / "backbone_hf_packing", dtype="auto")
     assert sum(parameter.numel() for parameter in found.parameters()) == 12_716_928
     assert found.dtype == torch.bfloat16
+    assert torch.equal(found.patch_embed.proj.weight, model.embeddings.patch_embedding.weight)
+
+
+def test_a_checkpoint_of_the_onevision_training_code(tmp_path, capsys):
+    """``backbone.pt`` of ``training/checkpoint_utils.py``: the standard names, without a config.json."""
+    model = create_model("ov_encoder_base", num_hidden_layers=1, intermediate_size=64)
+    torch.save(model.state_dict(), tmp_path / "backbone.pt")
+    assert convert(tmp_path / "backbone.pt", "--model_name", "ov_encoder_base", "--no-verify") == 1
+    assert "num_hidden_layers: ov_encoder_base has 12, the checkpoint 1" in capsys.readouterr().out
+    register_preset("ov_encoder_tiny", ONEVISION, num_attention_heads=12, image_size=224)
+    try:
+        assert convert(tmp_path / "backbone.pt", "--model_name", "ov_encoder_tiny", "--no-verify") == 0
+        torch.save(source_state_dict(model.state_dict()), tmp_path / "old.pt")
+        assert convert(tmp_path / "old.pt", "--model_name", "ov_encoder_tiny", "--no-verify") == 1
+    finally:
+        del PRESETS["ov_encoder_tiny"]
+    assert "has the tensor names of a llava_vit_source" in capsys.readouterr().out
+    found = LlavaViTPackingModel.from_pretrained(tmp_path / "backbone_packing")
+    assert (found.config.num_attention_heads, found.config.image_size, found.config.layer_norm_eps) == (12, 224, 1e-6)
     assert torch.equal(found.patch_embed.proj.weight, model.embeddings.patch_embedding.weight)
 
 

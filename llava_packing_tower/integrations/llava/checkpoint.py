@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ...checkpoint.weights import resolve_folder
+from ...checkpoint.hub import resolve_folder
 from ...towers.packing_tower import HEVCViTPackingVisionTower
 from .checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, names_in_files, refuse, tower_tensors
 from .methods import Call, Step, add_step
@@ -70,7 +70,7 @@ def is_renamed(name: str) -> bool:
 @torch.no_grad()
 def projector_in_full(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
     """The values of ``mm_projector.bin`` as they are: LLaVA rounds them to float16 on their way into the model."""
-    file = resolve_folder(model_path) / PROJECTOR
+    file = resolve_folder(model_path, more=(PROJECTOR, LORA_EXTRAS)) / PROJECTOR
     if model_base is None or not file.is_file() or (file.parent / LORA_EXTRAS).is_file():
         return
     named = dict(model.named_parameters())

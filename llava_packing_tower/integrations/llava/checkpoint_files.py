@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoint.weights import WeightFiles, open_weights, resolve_folder
+from ...checkpoint.hub import resolve_folder
+from ...checkpoint.weights import WeightFiles, open_weights
 
 ADAPTER = "adapter_config.json"
 PROJECTOR = "mm_projector.bin"
@@ -26,7 +27,7 @@ def _tensors(file: Path) -> Mapping[str, torch.Tensor]:
 def names_in_files(*folders: str | Path | None) -> set[str]:
     """The names of all tensors of a LLaVA checkpoint and of what it is built on, as the model calls them."""
     names: set[str] = set()
-    for folder in (resolve_folder(f) for f in folders if f):
+    for folder in (resolve_folder(f, more=(PROJECTOR, LORA_EXTRAS)) for f in folders if f):
         if has_weights(folder):
             names |= WeightFiles(folder).shapes().keys()
         for extra in (LORA_EXTRAS, PROJECTOR):
@@ -66,7 +67,7 @@ def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch
     """Those of the first of: what LoRA training saved beside its adapter, the model's own files, the base's files."""
     word = "vision_tower."
     for folder in filter(None, (model_path, model_base)):
-        folder = resolve_folder(folder)
+        folder = resolve_folder(folder, more=(LORA_EXTRAS,))
         extras = folder / LORA_EXTRAS
         sources: list[tuple[object, list[str]]] = []
         if extras.is_file():

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from .config import LlavaViTConfig
+from .config import LlavaViTConfig, OneVisionEncoderConfig
 from .packed import LlavaViTPackingConfig, LlavaViTPackingModel
-from .presets import PACKING, PRESETS, preset
-from .standard import LlavaViTModel
+from .presets import ONEVISION, PACKING, PRESETS, preset
+from .standard import LlavaViTModel, OneVisionEncoderModel
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,8 @@ def create_model(name: str, pretrained: bool = False, **fields: object) -> Llava
     Args:
         name: ``hf_llava_vit_packing_{small,base,large,huge,giant}_ln`` for the packing model, ``hf_llava_vit_*_ln``
             for the standard one. The names of the training code, ``llava_vit_*_ln`` and ``llava_vit_base_rms``, give
-            the standard model of those sizes.
+            the standard model of those sizes; ``ov_encoder_{small,base,large,huge}`` that of the OneVision training
+            code.
         pretrained: must be False; weights are loaded with ``from_pretrained(folder)``.
         fields: config fields in place of the preset's, e.g. ``image_size=224``.
 
@@ -38,6 +39,8 @@ def create_model(name: str, pretrained: bool = False, **fields: object) -> Llava
         raise ValueError(f"no weights are published under the name {name!r}: use from_pretrained(folder or hub id)")
     if chosen.form == PACKING:
         return LlavaViTPackingModel(LlavaViTPackingConfig(**sizes))
+    if chosen.form == ONEVISION:
+        return OneVisionEncoderModel(OneVisionEncoderConfig(**sizes))
     return LlavaViTModel(LlavaViTConfig(**sizes))
 
 

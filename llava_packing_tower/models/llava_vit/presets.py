@@ -1,17 +1,19 @@
-"""The named sizes of LlavaViT: standard (``hf_llava_vit_*``), packing (``hf_llava_vit_packing_*``), source."""
+"""The named sizes of LlavaViT: standard (``hf_llava_vit_*``), packing (``hf_llava_vit_packing_*``), source, and
+``ov_encoder_*``, those of the OneVision training code."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-STANDARD, PACKING, SOURCE = "standard", "packing", "source"
+STANDARD, PACKING, SOURCE, ONEVISION = "standard", "packing", "source", "onevision"
+FORMS = (STANDARD, PACKING, SOURCE, ONEVISION)
 SIZE_FIELDS = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A name, the spelling of its weights (standard, packing, source) and the config fields that it fixes."""
+    """A name, the form of its weights (standard, packing, source, onevision) and the config fields that it fixes."""
 
     name: str
     form: str
@@ -33,9 +35,9 @@ PRESETS: dict[str, Preset] = {}
 
 
 def register_preset(name: str, form: str, **fields: int | str) -> Preset:
-    """Add a named size. ``form`` is standard, packing or source; ``fields`` are config fields."""
-    if form not in (STANDARD, PACKING, SOURCE):
-        raise ValueError(f"form must be {STANDARD}, {PACKING} or {SOURCE}, got {form!r}")
+    """Add a named size. ``form`` is one of ``FORMS``; ``fields`` are config fields."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     PRESETS[name] = Preset(name, form, fields)
     return PRESETS[name]
 
@@ -48,6 +50,10 @@ for _size, _numbers in _SIZES.items():
         STANDARD,
         **dict(zip(SIZE_FIELDS, _STANDARD_HUGE if _size == "huge" else _numbers)),
     )
+# All of the OneVision training code have patch 14. (Its "small" is in none of its published versions: the small size.)
+for _size in ("small", "base", "large", "huge"):
+    _fields = dict(zip(SIZE_FIELDS, _SIZES[_size])) | {"patch_size": 14, "image_size": 224}
+    register_preset(f"ov_encoder_{_size}", ONEVISION, **_fields)
 register_preset("llava_vit_base_rms", SOURCE, **dict(zip(SIZE_FIELDS, _SIZES["base"])), layer_norm_type="rms_norm")
 
 
@@ -63,7 +69,7 @@ def mismatches(chosen: Preset, sizes: Mapping[str, object]) -> list[str]:
     return [
         f"{field}: {chosen.name} has {value}, the checkpoint {sizes[field]}"
         for field, value in chosen.fields.items()
-        if field in sizes and sizes[field] != value
+        if field in sizes and sizes[field] != value and field != "image_size"  # which is nominal
     ]
 
 

@@ -1,0 +1,70 @@
+"""From a folder name or hub id to a local folder. Of a hub repository, only the files that will be read are fetched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import CONFIG_NAME, read_json
+from ..utils.hub import check_is_here
+from .weights import PICKLED, SAFETENSORS
+
+DESCRIPTIONS = (CONFIG_NAME, "preprocessor_config.json", "processor_config.json")
+INDEXES = (f"{SAFETENSORS}.index.json", f"{PICKLED}.index.json")
+
+
+def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", more: Iterable[str] = (), **hub: Any) -> Path:
+    """A local folder for a folder name or a hub id (downloaded through huggingface_hub, or taken from its cache), or
+    ``subfolder`` in it.
+
+    Of a hub id, the configuration, the image processor and one save of the weights are fetched: the shards that an
+    index names, else the one safetensors file, else the same of ``pytorch_model.bin``. ``more``: patterns of further
+    files. ``hub`` (``revision``, ``token``, ``cache_dir`` ...) goes to ``snapshot_download``.
+
+    Raises ``ValueError`` where neither is found.
+    """
+    name = os.fspath(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / subfolder).is_dir():
+            raise ValueError(f"checkpoint folder {name!r} has no subfolder {subfolder!r}")
+        return folder / subfolder
+    if folder.is_file():
+        raise ValueError(f"{name!r} is a file; a checkpoint folder is needed here")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ValueError(f"checkpoint folder {name!r} does not exist")
+    check_is_here(name)
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        local = _fetch(name, subfolder, (*DESCRIPTIONS, *INDEXES, *more), hub)
+        for base, index in zip((SAFETENSORS, PICKLED), INDEXES):
+            shards = read_json(local / index).get("weight_map") if (local / index).is_file() else None
+            wanted = sorted({str(file) for file in shards.values()}) if isinstance(shards, dict) else [base]
+            local = _fetch(name, subfolder, wanted, hub)
+            if all((local / file).is_file() for file in wanted):
+                break
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{name!r} is neither a local folder nor a hub id that can be reached: {error}") from error
+    if not local.is_dir():
+        raise ValueError(f"{name!r} has no subfolder {subfolder!r}")
+    return local
+
+
+def resolve_path(name_or_path: str | os.PathLike, **hub: Any) -> Path:
+    """As :func:`resolve_folder`; a weight file is itself, but one that lies in a checkpoint folder under the usual name
+    is that folder."""
+    path = Path(os.fspath(name_or_path)).expanduser()
+    if not path.is_file():
+        return resolve_folder(name_or_path, **hub)
+    whole = path.name in (SAFETENSORS, PICKLED) and (path.parent / CONFIG_NAME).is_file()
+    return path.parent if whole else path
+
+
+def _fetch(name: str, subfolder: str, files: Iterable[str], hub: dict[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in files]
+    return Path(snapshot_download(name, allow_patterns=patterns, **hub)) / subfolder

@@ -1,0 +1,42 @@
+"""What timm's config.json says of the pixels, in the words of a preprocessor_config.json."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..utils.files import CONFIG_NAME, read_json
+
+_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+def timm_content(folder: str | os.PathLike) -> dict | None:
+    """Mean, standard deviation, filter, size and crop; None for a folder without timm's config.json. The size of a
+    NaFlex model, which takes any, is left out.
+
+    timm resizes the short edge to ``size / crop_pct`` and cuts the center out (``crop_mode`` "center"), or stretches
+    ("squash"). Raises ``ValueError`` for another mode or an unknown filter.
+    """
+    file = Path(folder) / CONFIG_NAME
+    whole = read_json(file) if file.is_file() else {}
+    if "architecture" not in whole:
+        return None
+    said = whole.get("pretrained_cfg") or whole
+    filter_name, mode = said.get("interpolation"), said.get("crop_mode", "center")
+    if filter_name is not None and filter_name not in _FILTERS:
+        raise ValueError(f"{file}: interpolation {filter_name!r} is none of {', '.join(_FILTERS)}")
+    if mode not in ("center", "squash"):
+        raise ValueError(f"{file}: crop_mode {mode!r} is neither center nor squash")
+    content = {
+        "image_mean": said.get("mean"),
+        "image_std": said.get("std"),
+        "resample": _FILTERS.get(filter_name or ""),
+    }
+    size = said.get("input_size")
+    if "naflex" not in whole["architecture"] and isinstance(size, (list, tuple)) and len(size) == 3:
+        height, width = size[1:]
+        shortest = int(min(height, width) / (said.get("crop_pct") or 1.0))
+        square = {"height": height, "width": width}
+        content["size"] = square if mode == "squash" else {"shortest_edge": shortest}
+        content["crop_size"] = square
+    return {name: value for name, value in content.items() if value is not None}
