@@ -125,6 +125,7 @@ def _on_train(train: ModuleType) -> None:
     from .native_dataset import into_training
     from .saving import save_what_is_trained
     from .trainable_parts import tune_parts
+    from .zero3 import gather_by_layer
 
     into_training(train, _patches)
     extend(train, _patches)
@@ -132,6 +133,7 @@ def _on_train(train: ModuleType) -> None:
     train_by_architectures(train, _patches)
     save_what_is_trained(train, _patches)
     check_gradients(train, _patches)
+    gather_by_layer(train, _patches)
 
 
 def _on_trainer(trainer: ModuleType) -> None:

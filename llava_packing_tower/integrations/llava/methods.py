@@ -113,6 +113,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "LLaVATrainer.train": (
         "end_where_nothing_is_left",  # train.callbacks: all steps were done before
+        "zero3_leaves",  # zero3: a decoder layer is gathered at once
     ),
     "LLaVATrainer.training_step": (
         "check_gradients",  # gradients: every trained weight gets a gradient in the first step

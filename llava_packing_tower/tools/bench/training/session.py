@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, device: torch.device, argv: list[str], began: 
     chosen = choose(args.rows, tiny)
     if device.type == "cuda" and args.memory:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total))
     session = Session(chosen, device, tiny, Deadline(args.limit - (time.monotonic() - began)), args)
     session.content = {**general.environment(device, argv), "tiny": tiny, "memory limit GiB": args.memory}
     session.seconds["until the command runs"] = time.monotonic() - began
