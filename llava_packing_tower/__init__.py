@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 
 from . import _renamed
+from .hf import auto
+from .utils.import_hooks import ImportHooks
 
 __version__ = "0.2.0"
 
@@ -15,6 +17,10 @@ _PUBLIC = {
     "DINOv3ViTPacking": "models.dinov3",
     "HEVCViTPackingVisionTower": "towers.packing_tower",
     "HEVCViTVisionTower": "towers.standard_tower",
+    "LlavaPackingConfig": "hf.configuration",
+    "LlavaPackingForConditionalGeneration": "hf.modeling",
+    "LlavaPackingImageProcessor": "hf.image_processing",
+    "LlavaPackingProcessor": "hf.processing",
     "LlavaViTConfig": "models.llava_vit.config",
     "LlavaViTModel": "models.llava_vit.standard",
     "LlavaViTPackingConfig": "models.llava_vit.packed",
@@ -48,3 +54,4 @@ def __dir__() -> list[str]:
 
 
 _renamed.install()
+auto.install(ImportHooks())

@@ -99,7 +99,7 @@ RENAMED: dict[str, str] = {
     "hosts.base": "integrations.llava.host",
     "hosts.builder_hook": "integrations.llava.tower_builder",
     "hosts.frozen": "integrations.llava.restore_frozen",
-    "hosts.imports": "integrations.llava.import_hooks",
+    "hosts.imports": "utils.import_hooks",
     "hosts.inference": "integrations.llava.inference",
     "hosts.llava_next": "integrations.llava.hosts.llava_next",
     "hosts.llava_v1": "integrations.llava.hosts.llava_v1",

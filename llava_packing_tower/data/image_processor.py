@@ -231,12 +231,22 @@ class PackingImageProcessor:
         other = int(edge * long / short)
         return (edge, other) if width <= height else (other, edge)
 
+    def _resize_target(self, width: int, height: int) -> tuple[int, int]:
+        target = self._target(width, height) if self.do_resize else (width, height)
+        if (patch := getattr(self, "patch_size", None)) and not self.do_center_crop:
+            return max(round(target[0] / patch), 1) * patch, max(round(target[1] / patch), 1) * patch
+        return target
+
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels at which an image of this width and height comes out."""
+        if self.do_center_crop:
+            return self.crop_size["width"], self.crop_size["height"]
+        return self._resize_target(width, height)
+
     def _resized(self, image: Image.Image, max_patches: int | None = None) -> Image.Image:
-        target = self._target(*image.size) if self.do_resize else image.size
+        target = self._resize_target(*image.size)
         if self.do_center_crop and target[0] * target[1] > LARGEST_ENLARGED:
             return self._resized_inside(image, target)
-        if (patch := getattr(self, "patch_size", None)) and not self.do_center_crop:
-            target = tuple(max(round(side / patch), 1) * patch for side in target)
         return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image
 
     def _resized_inside(self, image: Image.Image, target: tuple[int, int]) -> Image.Image:

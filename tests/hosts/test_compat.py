@@ -17,9 +17,9 @@ from torch import nn
 from llava_packing_tower.integrations.llava import compat, trainable_parts
 from llava_packing_tower.integrations.llava.compat import deepspeed as ds_mends
 from llava_packing_tower.integrations.llava.compat import llava
-from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 from llava_packing_tower.integrations.llava.patcher import Patches
 from llava_packing_tower.train import callbacks
+from llava_packing_tower.utils.import_hooks import ImportHooks
 
 # ---------------------------------------------------------------- the machinery
 

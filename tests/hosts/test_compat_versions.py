@@ -336,7 +336,7 @@ def test_the_documentation_names_every_patch():
 
 
 def test_a_defect_that_is_left_is_known(tmp_path, monkeypatch):
-    from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
+    from llava_packing_tower.utils.import_hooks import ImportHooks
 
     monkeypatch.setattr(compat, "COMPAT_PATCHES", {})
     monkeypatch.setattr(compat, "PATCH_MODULES", ())
@@ -361,7 +361,7 @@ def test_a_defect_that_is_left_is_known(tmp_path, monkeypatch):
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_library_is_mended_once_for_all_hosts(tmp_path, monkeypatch, loaded):
     """Two hosts in one process: what wraps a function of DeepSpeed must not wrap it twice."""
-    from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
+    from llava_packing_tower.utils.import_hooks import ImportHooks
 
     for name in ("sicklibrary", "firsthost", "secondhost"):
         (tmp_path / f"{name}.py").write_text("VALUE = [1]" if name == "sicklibrary" else "import sicklibrary")

@@ -18,10 +18,10 @@ from conftest import FIVE
 from host_runs import HOSTS, execute
 
 from llava_packing_tower.integrations.llava import methods, tower_builder
-from llava_packing_tower.integrations.llava.import_hooks import ImportHooks
 from llava_packing_tower.integrations.llava.patcher import Patches
 from llava_packing_tower.integrations.llava.registry import find_host
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
+from llava_packing_tower.utils.import_hooks import ImportHooks
 
 BUILDER = """
 import os

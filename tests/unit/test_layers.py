@@ -15,8 +15,9 @@ LAYERS = (
     ("checkpoint",),
     ("models",),
     ("multimodal", "towers"),
+    ("hf",),
     ("integrations",),
-    ("convert", "eval", "train"),
+    ("convert", "eval", "export", "train"),
     ("tools",),
     ("cli",),
 )

@@ -20,7 +20,7 @@ from ...data.images import to_rgb
 from ...data.native_config import asks_for_native
 from ...data.video import Clip, read_clip
 from ...multimodal.visual_inputs import VIDEO
-from .inference import Checkpoint, build_prompt, host_module
+from .inference import Checkpoint, build_prompt, host_module, takes_modalities, trains_with_lists
 from .model_class import class_name
 
 IGNORE = -100
@@ -66,7 +66,7 @@ def conversation_name(config: object, asked: str | None = None) -> str:
 
 def reads_videos(model: torch.nn.Module) -> bool:
     """Whether videos can be given: LLaVA-NeXT reads them in any mode, every other LLaVA at native resolution."""
-    return asks_for_native(model.config) or "modalities" in inspect.signature(model.generate).parameters
+    return asks_for_native(model.config) or takes_modalities(model)
 
 
 # ---------------------------------------------------------------- one sample
@@ -218,11 +218,13 @@ def _images(loaded: Checkpoint, batch: Sequence[Question]) -> Mapping[str, objec
         return {}
     model = loaded.model
     pixels = [p.to(model.device, model.dtype) for question in batch for p in question.pixels]
+    # LLaVA-NeXT is trained with lists, whose images end with a newline (spatial_unpad); those of a tensor do not.
+    stacked = key == "tensor" and not trains_with_lists(model) and len({p.shape for p in pixels}) == 1
     given: dict[str, object] = {
-        "images": torch.stack(pixels) if key == "tensor" and len({p.shape for p in pixels}) == 1 else pixels,
+        "images": torch.stack(pixels) if stacked else pixels,
         "image_sizes": [detail for question in batch for detail in question.details],
     }
-    if "modalities" in inspect.signature(model.generate).parameters:
+    if takes_modalities(model):
         given["modalities"] = [kind for question in batch for kind in question.kinds]
     return given
 

@@ -85,6 +85,16 @@ def prepare_image(loaded: Checkpoint, image: Image.Image) -> torch.Tensor:
     return pixels if isinstance(pixels, torch.Tensor) else torch.stack(list(pixels))
 
 
+def takes_modalities(model: torch.nn.Module) -> bool:
+    """Whether a model is told which of its images are videos: most of LLaVA-NeXT's are."""
+    return "modalities" in inspect.signature(model.generate).parameters
+
+
+def trains_with_lists(model: torch.nn.Module) -> bool:
+    """Whether the host's training gives images of one size as a list, not as a tensor: LLaVA-NeXT does."""
+    return host_of_model(model).reads_videos
+
+
 @torch.inference_mode()
 def ask(loaded: Checkpoint, image: Image.Image, question: str, version: str, max_new_tokens: int = 16) -> str:
     """The greedy answer to a question about one image, as the host's own scripts would get it."""
@@ -94,9 +104,10 @@ def ask(loaded: Checkpoint, image: Image.Image, question: str, version: str, max
         prompt, loaded.tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt"
     ).unsqueeze(0)
     device = loaded.model.device
+    pixels = prepare_image(loaded, image).to(device, loaded.model.dtype)
     output = loaded.model.generate(
         ids.to(device),
-        images=prepare_image(loaded, image).to(device, loaded.model.dtype),
+        images=list(pixels) if trains_with_lists(loaded.model) else pixels,  # as it is trained
         image_sizes=[image.size],
         do_sample=False,
         max_new_tokens=max_new_tokens,

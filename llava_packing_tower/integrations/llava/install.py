@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
+from ...utils.import_hooks import ImportHooks
 from . import compat, refused, registry, tower_builder
 from .host import Host, Part
-from .import_hooks import ImportHooks
 from .patcher import Patches
 
 _hooks = ImportHooks()

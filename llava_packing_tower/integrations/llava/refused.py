@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+from ...utils.import_hooks import ImportHooks
 from .host import Host
-from .import_hooks import ImportHooks
 from .registry import all_hosts
 
 

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from ...towers.names import random_clip, tower_kind
+from ...utils.import_hooks import ImportHooks
 from .host import Host, Part, TowerBuilder
-from .import_hooks import ImportHooks
 from .patcher import Patches
 
 # What towers.names.tower_kind calls them, module and class of the tower.

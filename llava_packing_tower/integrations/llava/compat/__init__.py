@@ -17,8 +17,8 @@ from importlib import import_module
 from types import ModuleType
 
 from ....utils import environment
+from ....utils.import_hooks import ImportHooks
 from ..host import Host
-from ..import_hooks import ImportHooks
 from ..patcher import Patches
 
 logger = logging.getLogger(__name__)

@@ -72,11 +72,13 @@ class ImportHooks(MetaPathFinder):
                 self._failure = self._failure or failure
                 raise
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in self._before and fullname not in self._after:
             return None
         spec = self._find_elsewhere(fullname, path, target)
-        if spec is None or not hasattr(spec.loader, "exec_module"):
+        if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
             return spec
         loader, run_body = spec.loader, spec.loader.exec_module
 
@@ -86,7 +88,7 @@ class ImportHooks(MetaPathFinder):
             run_body(module)
             self._run(self._after.get(fullname, ()), module)
 
-        loader.exec_module = exec_module
+        loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
     def _find_elsewhere(

@@ -1,0 +1,76 @@
+"""What can be exported: all that the files of a checkpoint say is checked before anything is loaded or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.native_config import PREFIX
+from ..hf.projectors import unknown_projector
+from ..hf.visual_settings import unsupported_reason
+from ..integrations.llava.checkpoint_files import names_in_files
+from ..integrations.llava.model_class import DECODERS, base_of, check_host_has, class_name
+from ..integrations.llava.registry import find_host
+from ..towers.names import PACKING, tower_kind
+from ..utils.files import CONFIG_NAME, read_json
+from . import MODEL_TYPE
+
+NOT_EXPORTED = {"mpt": "the decoder MPT, which newer versions of transformers read differently"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that can be exported: its folder, what it was trained on (for a LoRA or a projector), its
+    config.json and the name of its LLaVA class."""
+
+    folder: Path
+    base: Path | None
+    config: Mapping[str, object]
+    class_name: str
+    host: str
+
+
+def read_source(folder: Path, base: Path | None = None) -> Source:
+    """Raises ``ValueError`` with the reason for a checkpoint that cannot be exported."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("model_type") == MODEL_TYPE:
+        raise ValueError(f"{folder} is an export already")
+    name = class_name(config)
+    if name is None:
+        raise ValueError(f"{folder} is not a LLaVA: its architectures are {config.get('architectures')}")
+    found = find_host()
+    check_host_has(found, name, folder)
+    given = base_of(folder, None if base is None else str(base))
+    if reasons := list(_reasons(config, name)):
+        raise ValueError(f"{folder} cannot be exported: it has " + "; it has ".join(reasons))
+    note = config.get("mm_packing_config") or {}
+    if note.get("weights") == "checkpoint" and not any("vision_tower." in n for n in names_in_files(folder, given)):
+        raise ValueError(f"{folder} should contain the weights of its vision tower, but none of its files has them")
+    return Source(folder, None if given is None else Path(given), config, name, found.host.name)
+
+
+def _reasons(config: Mapping[str, object], name: str):
+    tower = str(config.get("mm_vision_tower") or "")
+    if tower_kind(tower, config.get("mm_packing_config")) != PACKING:
+        yield f"no packing tower: its mm_vision_tower is {tower!r}"
+    if (reason := unknown_projector(str(config.get("mm_projector_type") or "linear"))) is not None:
+        yield reason
+    if (reason := unsupported_reason(config)) is not None:
+        yield reason
+    if config.get("mm_resampler_type"):
+        yield f"a resampler ({config['mm_resampler_type']})"
+    if config.get("add_faster_video"):
+        yield "add_faster_video, whose tokens are LLaVA-NeXT's alone"
+    decoder = next((own for own, word in DECODERS.items() if name == f"Llava{word}ForCausalLM"), None)
+    if decoder in NOT_EXPORTED:
+        yield NOT_EXPORTED[decoder]
+    if config.get("use_pos_skipping"):
+        yield "use_pos_skipping"
+
+
+def own_keys(config: Mapping[str, object]) -> dict[str, object]:
+    """The keys of a LLaVA's config that the export's own config keeps under their names."""
+    return {key: value for key, value in config.items() if key.startswith(PREFIX) and key != "mm_packing_config"}

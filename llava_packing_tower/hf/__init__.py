@@ -1,0 +1,1 @@
+"""An exported LLaVA for transformers: configuration, model, processor. Imports no LLaVA."""
