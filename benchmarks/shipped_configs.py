@@ -37,6 +37,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from llava_packing_tower.tools.bench.models import PRESETS
+
 BENCHMARKS = Path(__file__).resolve().parent
 REPOSITORY = BENCHMARKS.parent
 CONFIGS = REPOSITORY / "configs"
@@ -143,7 +145,7 @@ def chosen(words: list[str]) -> list[str]:
 
 
 def family(name: str) -> str:
-    return next((f for f in ("siglip2", "aimv2", "dinov3") if f in name), "llava_vit")
+    return next((f for f in PRESETS if name.endswith(f"_{f}")), "llava_vit")
 
 
 def decoder(name: str) -> str:

@@ -23,6 +23,7 @@ from two_gpu_parts import FULL
 
 from llava_packing_tower import PackingImageProcessor
 from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.multimodal.projectors import make_projector
 from llava_packing_tower.tools.bench.models import PRESETS
 from llava_packing_tower.tools.bench.training.photos import photo_sizes
 from llava_packing_tower.tools.demo.tiny_models import make_tokenizer as make_llama_tokenizer
@@ -44,8 +45,11 @@ def make_workspace(folder: Path, size: str, needs: list[tuple[str, str]], photos
     towers = {family: _tower(folder / f"{family}_packing", family, size, device) for family, _ in needs}
     for family, kind in needs:
         width, out = towers[family], decoders[kind]
-        layers = {"0": torch.nn.Linear(width, out), "2": torch.nn.Linear(out, out)}
-        state = {f"model.mm_projector.{n}.{k}": v for n, m in layers.items() for k, v in m.state_dict().items()}
+        shipped = Path(__file__).parents[1] / "configs" / f"llava_next_pretrain_{family}.yaml"
+        named = yaml.safe_load(shipped.read_text())["mm_projector_type"] if shipped.is_file() else None
+        mlp = torch.nn.Sequential(torch.nn.Linear(width, out), torch.nn.GELU(), torch.nn.Linear(out, out))
+        projector = make_projector(named, width, out) or mlp
+        state = {f"model.mm_projector.{key}": value for key, value in projector.state_dict().items()}
         file = folder / f"{family}_{kind}_projector" / "mm_projector.bin"
         file.parent.mkdir(exist_ok=True)
         torch.save(state, file)

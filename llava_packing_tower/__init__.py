@@ -27,6 +27,8 @@ _PUBLIC = {
     "LlavaViTPackingModel": "models.llava_vit.packed",
     "PackingImageProcessor": "data.image_processor",
     "PatchLayout": "data.patches",
+    "Qwen3VLVisionPacking": "models.qwen3_vl",
+    "Qwen3VLVisionPackingConfig": "models.qwen3_vl",
     "Siglip2NaflexPacking": "models.siglip2",
     "Siglip2PackingConfig": "models.siglip2",
     "batch_images_to_packing_input": "data.patches",

@@ -16,7 +16,7 @@ from pathlib import Path
 from llava_packing_tower.attention.dispatch import BACKENDS
 from llava_packing_tower.cli.main import COMMANDS
 from llava_packing_tower.data.native_config import MERGE_TYPES, NEWLINES, POOL_MODES, VIDEO_MODES
-from llava_packing_tower.data.smart_resize import MERGES
+from llava_packing_tower.data.smart_resize import CHECKPOINT, MERGE_NAMES, MERGES
 from llava_packing_tower.integrations.llava import compat
 from llava_packing_tower.integrations.llava.arguments_table import PARTS, PLUGIN_ARGUMENTS
 from llava_packing_tower.integrations.llava.registry import all_hosts
@@ -44,9 +44,10 @@ HOST_KEYS = {
         "What is made of the hidden states.",
     ),
     "mm_projector_type": (
-        "`linear`, `mlp2x_gelu`, ..., " + ", ".join(f"`{name}`" for name in MERGES),
+        "`linear`, `mlp2x_gelu`, ..., " + ", ".join(f"`{name}`" for name in (*MERGE_NAMES, CHECKPOINT)),
         "; ".join(f"`{name}` merges {h} x {w} patches into one token" for name, (h, w) in MERGES.items())
-        + ". The others keep one token per patch.",
+        + "; `spatial_merge_3x3` and other squares likewise; `checkpoint` is a VLM's own projector: see "
+        "[Vision towers of VLMs](families.md#vision-towers-of-vlms). The others keep one token per patch.",
     ),
     "image_aspect_ratio": (
         "`native`, `square`, `pad`, `anyres`, `anyres_max_N`, ...",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -61,6 +61,25 @@ def check_rate(name: str, rate: Any) -> None:
     and training warns that it has none there either (``StrictPreTrainedModel.train``)."""
     if not _is_float(rate) or rate >= 1:
         raise ValueError(f"{name} must be a probability from 0 to below 1, got {rate!r}")
+
+
+def refuse_unknown(vision: Mapping, known: Collection[str]) -> None:
+    """Raises ``ValueError`` for fields of a VLM's vision config that are not known: they may mean another network."""
+    common = (*PretrainedConfig().to_dict(), "model_type", "torch_dtype", "dtype", "attn_implementation")
+    if strange := sorted(set(vision) - set(known) - set(common)):
+        raise ValueError(
+            f"its vision_config has fields that are not known here: "
+            f"{', '.join(f'{name} {vision[name]!r}' for name in strange)}"
+        )
+
+
+def axial_theta(vision: Mapping, default: float) -> Any:
+    """The base of 2-D rotary positions in a vision config. Raises ``ValueError`` for positions of another kind."""
+    rope = {**(vision.get("rope_scaling") or {}), **(vision.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "axial"))
+    if kind not in ("axial", "default"):
+        raise ValueError(f"its vision_config has rotary positions of the type {kind!r}; this tower's are 'axial'")
+    return rope.get("rope_theta", vision.get("rope_theta", default))
 
 
 def check_config(config: PretrainedConfig, where: object) -> None:

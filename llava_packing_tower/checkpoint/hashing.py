@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..utils.files import CONFIG_NAME
+from .weights import WeightFiles
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -24,10 +25,18 @@ def differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:
     return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
 
 
-def folder_fingerprint(folder: str | os.PathLike) -> str:
+def folder_fingerprint(folder: str | os.PathLike, part: str | None = None) -> str:
     """sha256 over config.json and the weight files of a checkpoint folder, or over one weight file (about a second per
-    GB)."""
+    GB).
+
+    part: a pattern as :class:`WeightFiles` takes it; where it leaves tensors out, those that it names are hashed.
+    """
     digest, path = hashlib.sha256(), Path(folder)
+    if part is not None and path.is_dir() and (weights := WeightFiles(path, part=part)).left:
+        digest.update((path / CONFIG_NAME).read_bytes())
+        for name in sorted(weights.shapes()):
+            digest.update(f"{name}\0{tensor_digest(weights[name])}\0".encode())
+        return digest.hexdigest()
     entries = [path] if path.is_file() else path.iterdir()
     files = (f for f in entries if f == path or f.name == CONFIG_NAME or f.suffix in (".safetensors", ".bin"))
     for file in sorted(files):

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..utils.files import CONFIG_NAME, read_json
 from ..utils.hub import check_is_here
-from .weights import PICKLED, SAFETENSORS
+from .weights import PICKLED, SAFETENSORS, only
 
 DESCRIPTIONS = (CONFIG_NAME, "preprocessor_config.json", "processor_config.json")
 INDEXES = (f"{SAFETENSORS}.index.json", f"{PICKLED}.index.json")
 
 
-def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", more: Iterable[str] = (), **hub: Any) -> Path:
+Part = Callable[[dict], str | None]
+"""The content of a config.json to the pattern of the tensors that are wanted, see :class:`WeightFiles`; None: all."""
+
+
+def resolve_folder(
+    name_or_path: str | os.PathLike,
+    subfolder: str = "",
+    more: Iterable[str] = (),
+    part: Part = lambda raw: None,
+    **hub: Any,
+) -> Path:
     """A local folder for a folder name or a hub id (downloaded through huggingface_hub, or taken from its cache), or
     ``subfolder`` in it.
 
     Of a hub id, the configuration, the image processor and one save of the weights are fetched: the shards that an
-    index names, else the one safetensors file, else the same of ``pytorch_model.bin``. ``more``: patterns of further
-    files. ``hub`` (``revision``, ``token``, ``cache_dir`` ...) goes to ``snapshot_download``.
+    index names, else the one safetensors file, else the same of ``pytorch_model.bin``. ``part``: of the shards, only
+    those that hold such tensors. ``more``: patterns of further files. ``hub`` (``revision``, ``token``, ``cache_dir``
+    ...) goes to ``snapshot_download``.
 
     Raises ``ValueError`` where neither is found.
     """
@@ -42,6 +53,8 @@ def resolve_folder(name_or_path: str | os.PathLike, subfolder: str = "", more: I
         local = _fetch(name, subfolder, (*DESCRIPTIONS, *INDEXES, *more), hub)
         for base, index in zip((SAFETENSORS, PICKLED), INDEXES):
             shards = read_json(local / index).get("weight_map") if (local / index).is_file() else None
+            if isinstance(shards, dict) and (local / CONFIG_NAME).is_file():
+                shards, _ = only(shards, part(read_json(local / CONFIG_NAME)))
             wanted = sorted({str(file) for file in shards.values()}) if isinstance(shards, dict) else [base]
             local = _fetch(name, subfolder, wanted, hub)
             if all((local / file).is_file() for file in wanted):

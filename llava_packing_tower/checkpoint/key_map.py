@@ -84,7 +84,7 @@ class KeyMap:
             found = re.match(f"(?:{self.prefix})?", name)
             prefix = found.group() if found else ""
             own = name[len(prefix) :]
-            if match := re.fullmatch(self.qkv, own):
+            if self.qkv and (match := re.fullmatch(self.qkv, own)):
                 target, sources = self._fused(match, biases)
                 plan.recipes[target] = Recipe(tuple(prefix + s for s in sources), lambda *parts: torch.cat(parts))
             else:

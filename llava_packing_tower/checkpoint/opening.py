@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import CONFIG_NAME, read_json
-from .hub import resolve_path
+from .hub import Part, resolve_path
 from .namings import recognized, refusal
 from .single_file import open_file
 from .weights import WeightFiles
@@ -38,13 +38,18 @@ class Checkpoint:
 
 
 def open_files(
-    name: str | os.PathLike, subfolder: str = "", use_safetensors: bool | None = None, **hub: Any
+    name: str | os.PathLike,
+    subfolder: str = "",
+    use_safetensors: bool | None = None,
+    part: Part = lambda raw: None,
+    **hub: Any,
 ) -> Checkpoint:
-    """A folder, hub id or file as it is, whatever it holds. ``hub`` goes to huggingface_hub.
+    """A folder, hub id or file as it is, whatever it holds; of a folder or hub id, its ``part`` (see :mod:`.hub`).
+    ``hub`` goes to huggingface_hub.
 
     Raises ``ValueError`` if nothing is there, or it cannot be read.
     """
-    path = resolve_path(name, subfolder=subfolder, **hub)
+    path = resolve_path(name, subfolder=subfolder, part=part, **hub)
     given = Path(os.fspath(name)).expanduser()
     if given.is_file():
         if subfolder:
@@ -58,7 +63,8 @@ def open_files(
     described = (path / CONFIG_NAME).is_file()
     raw = read_json(path / CONFIG_NAME) if described else {}
     try:
-        return Checkpoint(path, raw, WeightFiles(path, use_safetensors))
+        found = WeightFiles(path, use_safetensors, part(raw))
+        return Checkpoint(path, raw, found, dict.fromkeys(found.left, "not the tower's: left where it is"))
     except ValueError as error:
         raise error if described else ValueError(f"{path} has no {CONFIG_NAME}; {error}") from error
 
@@ -77,13 +83,17 @@ def identify(checkpoint: Checkpoint) -> bool:
 
 
 def open_checkpoint(
-    name: str | os.PathLike, subfolder: str = "", use_safetensors: bool | None = None, **hub: Any
+    name: str | os.PathLike,
+    subfolder: str = "",
+    use_safetensors: bool | None = None,
+    part: Part = lambda raw: None,
+    **hub: Any,
 ) -> Checkpoint:
     """A folder, hub id or file whose ``model_type`` is known, from its config.json or from its weights.
 
     Raises ``ValueError`` where it is not, with what the weights look like.
     """
-    checkpoint = open_files(name, subfolder, use_safetensors, **hub)
+    checkpoint = open_files(name, subfolder, use_safetensors, part, **hub)
     if not identify(checkpoint):
         raise ValueError(refusal(checkpoint.files.shapes(), checkpoint.path))
     return checkpoint

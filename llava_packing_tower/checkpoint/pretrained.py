@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..utils.files import CONFIG_NAME, atomic_folder, write_json
 from .config_check import DROPOUTS, check_config
 from .load_options import AUTO_OPTIONS, HUB_OPTIONS, check_options, placement, spread
+from .model_type import source_type
 from .opening import open_checkpoint
 from .weights import (
     Recipe,
@@ -38,6 +39,10 @@ class StrictPreTrainedModel(PreTrainedModel):
     config_class: type[PretrainedConfig]
     source_model_types: tuple[str, ...] = ()
     """``model_type`` of foreign checkpoints that :meth:`from_pretrained` converts while loading."""
+    tower_prefix: str | None = None
+    """Pattern with which the names of this model's tensors begin in a larger checkpoint; all others are left there."""
+    merger_prefix: str | None = None
+    """That of the projector behind this tower, where the tower's does not cover it."""
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PretrainedConfig:
@@ -97,7 +102,8 @@ class StrictPreTrainedModel(PreTrainedModel):
 
         Raises ``ValueError`` for a ``model_type`` that this class does not load, or a config that cannot be true.
         """
-        own_type, found = cls.config_class.model_type, source.get("model_type")
+        own_type = cls.config_class.model_type
+        found = source_type(source, (own_type, *cls.source_model_types))
         if found != own_type and found not in cls.source_model_types:
             known = ", ".join((own_type, *cls.source_model_types))
             raise ValueError(f"{where}: model_type {found!r} is not one that {cls.__name__} loads ({known})")
@@ -185,7 +191,10 @@ class StrictPreTrainedModel(PreTrainedModel):
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype {dtype!r} and torch_dtype {torch_dtype!r} differ: pass only one of them")
         hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
-        opened = open_checkpoint(pretrained_model_name_or_path, subfolder, use_safetensors, **hub)
+        part = cls.tower_prefix
+        opened = open_checkpoint(
+            pretrained_model_name_or_path, subfolder, use_safetensors, part=lambda raw: part, **hub
+        )
         folder, raw, files = opened.path, opened.raw, opened.files
         dtype = torch_dtype if dtype is None else dtype
         if config is not None and options.keys() & AUTO_OPTIONS:
@@ -196,6 +205,9 @@ class StrictPreTrainedModel(PreTrainedModel):
         config, plan = cls.plan(raw, files.shapes(), config, opened.where)
         if (found := raw.get("model_type")) != cls.config_class.model_type:
             logger.warning("%s: a %s checkpoint, converted to %s in memory", folder, found, config.model_type)
+        if files.left:
+            count = len(set(files.left.values()))
+            logger.info("%s: %d tensors that are not the tower's are left in %d files", folder, len(files.left), count)
         one, device_map = placement(device_map if device is None else device)
         model = cls.from_weights(config, plan, files, _as_dtype(dtype, files), one)
         model.set_attention_backend(attn_implementation or "auto")
@@ -204,7 +216,11 @@ class StrictPreTrainedModel(PreTrainedModel):
         if not output_loading_info:
             return model
         kind = list if transformers.__version__.startswith("4.") else set
-        info = {"missing_keys": kind(), "unexpected_keys": kind(sorted(plan.dropped)), "mismatched_keys": kind()}
+        info = {
+            "missing_keys": kind(),
+            "unexpected_keys": kind(sorted((*plan.dropped, *files.left))),
+            "mismatched_keys": kind(),
+        }
         return model, {**info, "error_msgs": []}
 
     def save_pretrained(

@@ -31,6 +31,14 @@ def is_weight_file(name: str) -> bool:
     return bool(re.fullmatch(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?", name))
 
 
+def only(names: Mapping[str, str], pattern: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The names that begin with a match of the pattern, and the others; all and none where none does."""
+    inside = {name: file for name, file in names.items() if pattern is not None and re.match(pattern, name)}
+    if not inside:
+        return dict(names), {}
+    return inside, {name: file for name, file in names.items() if name not in inside}
+
+
 def open_weights(path: Path) -> object:
     """A ``safe_open`` handle, or what a pickled file holds (``weights_only``: code in it is never run).
 
@@ -55,16 +63,20 @@ WEIGHT_DTYPES = tuple(_DTYPE_NAMES.values())
 class WeightFiles:
     """The tensors of a checkpoint folder (safetensors, sharded or not, else ``.bin`` with ``weights_only``), lazily.
 
+    With a ``part``, these are the tensors whose names begin with a match of that pattern, if there are any: shards
+    without such tensors are not opened, and need not be there. ``left`` names the other tensors, and the file of each.
+
     Mapped files are let go and opened again after each ``RELEASE_BYTES`` that were read: pages of a mapped file count
     as memory of the process.
     """
 
-    RELEASE_BYTES = 1 << 30
+    RELEASE_BYTES = 1 << 25
 
-    def __init__(self, folder: Path, use_safetensors: bool | None = None) -> None:
+    def __init__(self, folder: Path, use_safetensors: bool | None = None, part: str | None = None) -> None:
         """Raises ``ValueError`` for files that are missing, damaged or of two saves. ``use_safetensors`` asks for one
         kind of file."""
         self.folder = folder
+        self.left: dict[str, str] = {}
         self._open: dict[str, object] = {}
         self._where: dict[str, str] = {}
         self._since_release = 0
@@ -72,10 +84,10 @@ class WeightFiles:
         for base in kinds:
             index = folder / f"{base}.index.json"
             if index.is_file():
-                self._read_index(index, base)
+                self._read_index(index, base, part)
                 return
             if (folder / base).is_file():
-                self._where = dict.fromkeys(self._keys_of(base), base)
+                self._where, self.left = only(dict.fromkeys(self._keys_of(base), base), part)
                 return
         others = sorted(f.name for f in folder.iterdir() if f.suffix in (".pt", ".pth", ".npz", ".safetensors", ".bin"))
         hint = f"; it has {', '.join(others[:4])}: give the file itself" if others else ""
@@ -86,14 +98,15 @@ class WeightFiles:
         """The folder or file, for messages."""
         return self.folder
 
-    def _read_index(self, index: Path, base: str) -> None:
+    def _read_index(self, index: Path, base: str, part: str | None) -> None:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
-        for file in {str(file): file for file in weight_map.values()}.values():
+        wanted, self.left = only(weight_map, part)
+        for file in {str(file): file for file in wanted.values()}.values():
             if not isinstance(file, str) or Path(file).name != file or not os.path.isfile(self.folder / file):
                 raise ValueError(f"{index}: cannot read {file!r:.80}, which is no file in {self.folder}")
-        for key, file in weight_map.items():
+        for key, file in wanted.items():
             if key not in self._keys_of(file):
                 raise ValueError(f"{index} says that {key} is in {file}, but it is not")
             self._where[key] = file
@@ -104,7 +117,7 @@ class WeightFiles:
             )
         if len(counts := {n for file in used for n in re.findall(r"-of-(\d+)\.", file)}) > 1:
             raise ValueError(f"{index} mixes shards of two saved models: of {' and of '.join(sorted(counts))}")
-        for file in sorted(used):
+        for file in sorted(set(wanted.values())):
             if extra := sorted(key for key in self._keys_of(file) if weight_map.get(key) != file):
                 raise ValueError(
                     f"{self.folder / file} belongs to another save than {index.name}: it also has {extra[0]}"

@@ -21,9 +21,9 @@ import torch
 from ..attention.dispatch import BACKENDS
 from ..checkpoint.hub import resolve_folder
 from ..convert.hf_reference import NoReference, Reference, require_reference
-from ..convert.parity import Row, compare, comparison_packs, fixed_size, real_images
+from ..convert.parity import Row, compare, comparison_packs, fixed_size, real_images, side_unit
 from ..data.images import open_image
-from ..models.registry import family_for
+from ..models.registry import family_for, part_of, type_of
 from ..utils.errors import UsageError
 from ..utils.files import CONFIG_NAME, read_json, write_text
 
@@ -34,7 +34,7 @@ PASSED, FAILED = "ALL TESTS PASSED", "SOME TESTS FAILED"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, help="original checkpoint: folder or hub id")
     parser.add_argument("--packed", help="packing checkpoint to compare (default: --ckpt, converted in memory)")
-    parser.add_argument("--family", help="siglip2, aimv2 or dinov3 (default: by the checkpoint's model_type)")
+    parser.add_argument("--family", help="siglip2, dinov3, qwen3_vl ... (default: by the checkpoint's model_type)")
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare_all(args: argparse.Namespace) -> int:
-    folder = resolve_folder(args.ckpt)
-    found = read_json(folder / CONFIG_NAME).get("model_type")
+    folder = resolve_folder(args.ckpt, part=part_of)
+    found = type_of(read_json(folder / CONFIG_NAME))
     family = family_for(found)
     own_type = family.config_class.model_type
     if args.family and own_type != f"{args.family.removesuffix('_packing')}_packing":
@@ -91,7 +91,7 @@ def _compare_all(args: argparse.Namespace) -> int:
 
     def photographs() -> list[torch.Tensor]:
         processor = family.load_image_processor(folder, model.config)
-        return real_images(_photos(), processor, model.config.patch_size, fixed_size(model))
+        return real_images(_photos(), processor, side_unit(model), fixed_size(model))
 
     try:
         photos = photographs if args.use_real_images else None

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checkpoint.hub import resolve_folder
 from ..utils.files import CONFIG_NAME, read_json
+from .hf_towers import block_states, load_tower
 
 
 class NoReference(Exception):
@@ -27,6 +28,8 @@ class TransformersFamily:
     since: str
     whole: str | None = None
     whole_type: str | None = None
+    tower: str | None = None
+    """Of a VLM's vision tower: the pattern that its tensors' names begin with, as ``tower_prefix``."""
 
 
 # by the model_type of the packed encoder
@@ -34,6 +37,7 @@ IN_TRANSFORMERS: dict[str, TransformersFamily] = {
     "siglip2_packing": TransformersFamily("Siglip2VisionModel", "4.49", "Siglip2Model", "siglip2"),
     "aimv2_packing": TransformersFamily("Aimv2VisionModel", "4.54", "Aimv2Model", "aimv2"),
     "dinov3_packing": TransformersFamily("DINOv3ViTModel", "4.56"),
+    "qwen3_vl_packing": TransformersFamily("Qwen3VLVisionModel", "4.57", tower=r"(model\.)?visual\."),
 }
 
 
@@ -69,7 +73,12 @@ class Reference:
         self, model_type: str, ckpt: str | os.PathLike, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         names = require_reference(model_type)
-        folder = resolve_folder(ckpt)
+        folder = resolve_folder(ckpt, part=lambda raw: names.tower)
+        self.model_type, self.prefix = model_type, 0
+        if names.tower is not None:
+            self.model: nn.Module = load_tower(getattr(transformers, names.vision), folder, names.tower, dtype)
+            self.model.to(device).eval()
+            return
         whole = names.whole is not None and read_json(folder / CONFIG_NAME).get("model_type") == names.whole_type
         cls = getattr(transformers, names.whole if whole else names.vision)
         name = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
@@ -86,11 +95,11 @@ class Reference:
             else:  # transformers 4: the inner module alone does not collect hidden states
                 model = vision(part.config)
                 model.vision_model = part
-        self.model: nn.Module = model.to(device).eval()
-        self.model_type = model_type
+        self.model = model.to(device).eval()
         config = getattr(model, "config", None)
         self.patch_size = config.patch_size
-        self.prefix = 1 + config.num_register_tokens if model_type == "dinov3_packing" else 0
+        if model_type == "dinov3_packing":
+            self.prefix = 1 + config.num_register_tokens
 
     def round_weights(self, dtype: torch.dtype) -> None:
         """Give every weight the value it has in ``dtype``, keeping its own dtype (buffers stay exact)."""
@@ -112,10 +121,14 @@ class Reference:
         return self.model(rows, pixel_attention_mask=mask, spatial_shapes=shapes, **options)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """Final-normed patch tokens ``[h*w, hidden]`` of one image ``[C, H, W]``."""
+        """Final-normed patch tokens ``[h*w, hidden]`` of one image ``[C, H, W]`` (or clip ``[C, T, H, W]``)."""
+        if IN_TRANSFORMERS[self.model_type].tower is not None:
+            return block_states(self.model, image)[-1]
         return self._run(image).last_hidden_state[0, self.prefix :]
 
     def hidden_states(self, image: torch.Tensor) -> torch.Tensor:
         """All hidden states ``[layers + 1, h*w, hidden]`` of one image, prefix tokens taken out."""
+        if IN_TRANSFORMERS[self.model_type].tower is not None:
+            return torch.stack(block_states(self.model, image))
         states = self._run(image, output_hidden_states=True).hidden_states
         return torch.stack([state[0, self.prefix :] for state in states])

@@ -49,6 +49,11 @@ def snapped(size: int, patch_size: int) -> int:
     return max(size // patch_size, 1) * patch_size
 
 
+def side_unit(model: PackedVisionModel) -> int:
+    """What sides are made multiples of for a comparison: a patch, or where a VLM merges patches, a cell of them."""
+    return model.config.patch_size * getattr(model.config, "spatial_merge_size", 1)
+
+
 def fixed_size(model: PackedVisionModel) -> int | None:
     """The only image side in pixels that the model takes (learned positions for one grid); None if it takes any."""
     side = getattr(model, "fixed_side", None)
@@ -87,11 +92,12 @@ def comparison_packs(
 
     Raises ``ValueError`` for an ``image_size`` that the model cannot take.
     """
-    patch, channels, only = model.config.patch_size, model.config.num_channels, fixed_size(model)
+    patch, channels, only = side_unit(model), model.config.num_channels, fixed_size(model)
     if image_size is not None and (image_size % patch or image_size < patch):
         below = snapped(image_size, patch)
         raise ValueError(
-            f"image_size {image_size} is not a multiple of the patch size {patch}; nearest: {below}, {below + patch}"
+            f"image_size {image_size} is not a multiple of {patch}, the side of a patch or a cell of them; "
+            f"nearest: {below}, {below + patch}"
         )
     if image_size is not None and only is not None and image_size != only:
         raise ValueError(f"this checkpoint has learned positions for {only} pixels only, not for {image_size}")
@@ -101,6 +107,9 @@ def comparison_packs(
     if only is None:
         mixed = [(snapped(h, patch), snapped(w, patch)) for h, w in MIXED_SIZES]
         yield "mixed pack", random_images(mixed, channels, 100)
+    if model.frames_per_patch > 1:
+        noise = random_images([(snapped(112, patch), snapped(224, patch) * 5)], channels, 200)[0]
+        yield "clip", [noise.unflatten(2, (5, -1)).transpose(1, 2)]  # an odd number of frames
     if photos is not None:
         yield "real photos", photos()
 
@@ -125,7 +134,12 @@ def compare(
         threshold: of the smallest cosine over all tokens.
     """
     rows, grid = batch_images_to_packing_input(
-        list(images), model.config.patch_size, model.patch_layout, device=model.device, dtype=model.dtype
+        list(images),
+        model.config.patch_size,
+        model.patch_layout,
+        device=model.device,
+        dtype=model.dtype,
+        frames_per_patch=model.frames_per_patch,
     )
     cosines, difference, own, largest = [], 0.0, 0.0, 0.0
     for image, packed in zip(images, split_packed(model(rows, grid), read_grid(grid))):

@@ -14,6 +14,7 @@ from ..checkpoint.single_file import SingleFile as SingleFile
 from ..checkpoint.weights import WeightFiles
 from ..models.llava_vit.key_map import SOURCE_TYPE
 from ..models.llava_vit.presets import ONEVISION, PRESETS, SIZE_FIELDS, Preset, mismatches, names_that_fit, preset
+from ..models.registry import part_of, type_of
 from ..utils.files import CONFIG_NAME, read_json
 
 
@@ -60,7 +61,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        return self.raw["model_type"]
+        return type_of(self.raw) or self.raw["model_type"]
 
     @property
     def folder(self) -> Path | None:
@@ -173,7 +174,7 @@ def read_source(name: str, model_name: str | None = None, fields: Mapping[str, o
     fields, path = dict(fields or {}), Path(name).expanduser()
     if not path.exists() and path.suffix in FILE_SUFFIXES:
         raise ValueError(f"weight file {name!r} does not exist")
-    opened = open_files(name)
+    opened = open_files(name, part=part_of)
     if "model_type" not in opened.raw:
         if not identify(opened):
             return _read_bare(name, opened, model_name, fields)

@@ -12,7 +12,7 @@ from ..checkpoint.namings import NAMINGS
 from ..data.patches import batch_images_to_packing_input
 from ..models.base import PackedVisionModel
 from .hf_reference import NoReference, Reference, require_reference
-from .parity import compare, comparison_packs, fixed_size, random_images, real_images, snapped
+from .parity import compare, comparison_packs, fixed_size, random_images, real_images, side_unit, snapped
 from .plan import Conversion
 from .test_images import open_photo
 from .verify import RELOAD, THRESHOLDS, Features, TestResult, reload_test
@@ -60,7 +60,7 @@ def _against_transformers(
 
     def pictures() -> list[torch.Tensor]:
         opened = [open_photo(file) for file in photos]
-        return real_images(opened, conversion.processor, model.config.patch_size, fixed_size(model))
+        return real_images(opened, conversion.processor, side_unit(model), fixed_size(model))
 
     for name, images in comparison_packs(model, photos=pictures):
         step(f"transformers' model: {name}")
@@ -82,5 +82,6 @@ def _probe(model: PackedVisionModel) -> list[Features]:
         num_channels=model.config.num_channels,
         device=model.device,
         dtype=model.dtype,
+        frames_per_patch=model.frames_per_patch,
     )
     return [(model(rows, grid).float().cpu(), None)]

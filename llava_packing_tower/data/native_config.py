@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .smart_resize import MERGES, check_bounds, merge_of
+from .smart_resize import CHECKPOINT, MERGE_NAMES, check_bounds, known_merge, merge_of
 
 NATIVE = "native"
 """The value of ``image_aspect_ratio`` that asks for all this."""
@@ -66,19 +66,22 @@ def settings_of(args: object) -> NativeSettings | None:
     return settings
 
 
-def make_settings(args: object, earlier: object, nominal_patches: int, image_only: bool) -> NativeSettings:
+def make_settings(
+    args: object, earlier: object, nominal_patches: int, image_only: bool, merge: tuple[int, int] | None = None
+) -> NativeSettings:
     """The settings for a training run: from its arguments, else those of the checkpoint it starts from, else defaults.
 
     Args:
         args: model arguments. earlier: config of the model that is trained further.
         nominal_patches: patches of the tower's nominal image, the default of ``max_patches``.
         image_only: whether the tower knows no time, so that "frames" is the default for videos and "clip" an error.
+        merge: rows and columns of patches that become a token (default: what the name of the projector says).
     """
     values: dict[str, Any] = {
         name: next((v for v in (getattr(a, PREFIX + name, None) for a in (args, earlier)) if v is not None), None)
         for name in KEYS
     }
-    merge = merge_of(getattr(args, "mm_projector_type", None))
+    merge = merge or merge_of(getattr(args, "mm_projector_type", None))
     if values["max_patches"] is None:
         values["max_patches"] = max(nominal_patches, merge[0] * merge[1])
     if values["min_patches"] is None:
@@ -107,10 +110,10 @@ def check_settings(values: Mapping[str, Any]) -> None:
     if (together := values.get(PREFIX + "video_max_patches")) is not None:
         check_bounds(1, together)
     projector = str(values.get("mm_projector_type") or "linear")
-    if projector not in MERGES and not POINTWISE.match(projector):
+    if projector != CHECKPOINT and known_merge(projector) is None and not POINTWISE.match(projector):
         raise ValueError(
             f"mm_projector_type {projector!r} does not work on images of any size; these do: linear, mlp2x_gelu, "
-            f"{', '.join(MERGES)}"
+            f"{', '.join(MERGE_NAMES)}, {CHECKPOINT}"
         )
     for name, allowed in (
         (PREFIX + "video", VIDEO_MODES),

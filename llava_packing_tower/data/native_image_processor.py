@@ -23,12 +23,15 @@ _lists_are_videos: ContextVar[bool] = ContextVar("lists_are_videos", default=Fal
 class NativeImageProcessor(PackingImageProcessor):
     """``base`` (its mean, deviation, filter and scale), but every image at the size that the rule gives it, uncropped.
 
-    ``crop_size`` is one unit: LLaVA makes a blank image of this size for every sample without one.
+    ``frames_per_patch``: of the tower, where a video is a clip. ``crop_size`` is one unit: LLaVA makes a blank image of
+    this size for every sample without one.
     """
 
-    def __init__(self, base: PackingImageProcessor, rule: SmartResize, settings: NativeSettings) -> None:
+    def __init__(
+        self, base: PackingImageProcessor, rule: SmartResize, settings: NativeSettings, frames_per_patch: int = 1
+    ) -> None:
         self.__dict__.update(base.__dict__)
-        self.base, self.rule, self.settings = base, rule, settings
+        self.base, self.rule, self.settings, self.frames_per_patch = base, rule, settings, frames_per_patch
         self.do_center_crop = False
         self.crop_size = {"height": rule.unit[0], "width": rule.unit[1]}
 
@@ -59,7 +62,9 @@ class NativeImageProcessor(PackingImageProcessor):
         if overrides:
             base = PackingImageProcessor.from_dict({**self.base.to_dict(), **overrides})
             base.image_reading = self.image_reading
-            return NativeImageProcessor(base, self.rule, self.settings).preprocess(images, return_tensors)
+            return NativeImageProcessor(base, self.rule, self.settings, self.frames_per_patch).preprocess(
+                images, return_tensors
+            )
         video = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
         video = video or (_lists_are_videos.get() and isinstance(images, list) and len(images) > 0)
         limit = self.settings.frame_patches(len(images)) if video else None

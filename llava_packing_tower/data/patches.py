@@ -112,19 +112,32 @@ def split_packed(packed: torch.Tensor, grids: Sequence[Grid]) -> list[torch.Tens
     return list(packed.split([t * h * w for t, h, w in grids]))
 
 
+def _temporal(sample: torch.Tensor, frames: int) -> torch.Tensor:
+    """``[C, H, W]`` or ``[C, T, H, W]`` as temporal patches ``[C, t, frames, H, W]``.
+
+    An image is repeated to a whole one; where T is no multiple, the last frame of the clip is.
+    """
+    if sample.dim() == 3:
+        return sample[:, None, None].expand(-1, -1, frames, -1, -1)
+    if missing := -sample.shape[1] % frames:
+        sample = torch.cat([sample, sample[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+    return sample.unflatten(1, (-1, frames))
+
+
 def _cut(clip: torch.Tensor, grid: Grid, patch_size: int, layout: PatchLayout) -> torch.Tensor:
-    """``[C, H, W]`` or ``[C, T, H, W]`` seen as ``[t, h, w, C, patch, patch]``, or with the channels last."""
+    """``[C, t, frames, H, W]`` seen as ``[t, h, w, C, frames, patch, patch]``, or with the channels last."""
     t, h, w = grid
+    frames, channels_first = clip.shape[2], layout is PatchLayout.CHANNEL_FIRST
     if clip.requires_grad:  # (the gradient of as_strided takes its time)
-        split = clip.reshape(len(clip), t, h, patch_size, w, patch_size)
-        return split.permute((1, 2, 4, 0, 3, 5) if layout is PatchLayout.CHANNEL_FIRST else (1, 2, 4, 3, 5, 0))
-    channel, frame, line, pixel = clip.stride(0), clip.stride(1), clip.stride(-2), clip.stride(-1)
-    size, step = [patch_size, patch_size], [line, pixel]
-    position = 0 if layout is PatchLayout.CHANNEL_FIRST else 2
+        split = clip.reshape(len(clip), t, frames, h, patch_size, w, patch_size)
+        return split.permute((1, 3, 5, 0, 2, 4, 6) if channels_first else (1, 3, 5, 2, 4, 6, 0))
+    channel, step, frame, line, pixel = clip.stride()
+    size, inner = [frames, patch_size, patch_size], [frame, line, pixel]
+    position = 0 if channels_first else 3
     size.insert(position, len(clip))
-    step.insert(position, channel)
+    inner.insert(position, channel)
     return clip.as_strided(
-        (t, h, w, *size), (frame, line * patch_size, pixel * patch_size, *step), clip.storage_offset()
+        (t, h, w, *size), (step, line * patch_size, pixel * patch_size, *inner), clip.storage_offset()
     )
 
 
@@ -138,6 +151,7 @@ def batch_images_to_packing_input(
     dtype: torch.dtype | None = None,
     numbers: Sequence[int] | None = None,
     scale: PixelScale | None = None,
+    frames_per_patch: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack a batch of images, of one size or of many.
 
@@ -150,10 +164,12 @@ def batch_images_to_packing_input(
             concatenating are one copy per image; images on the host cross to a GPU in one transfer.
         numbers: what the images are called in errors (default: 0, 1, ...).
         scale: how uint8 images are normalized, on ``device`` and in float32; floating point ones are taken as they are.
+        frames_per_patch: frames that one patch covers (``model.frames_per_patch``). An image is repeated to so many; a
+            clip ends with its last frame repeated until it has a multiple of them.
 
     Returns:
-        ``hidden_states [N, C * patch_size ** 2]`` and ``grid_thw [B, 3]`` (int64, on the CPU: its values are needed
-        there).
+        ``hidden_states [N, C * frames_per_patch * patch_size ** 2]``, the frames of a row in front of its pixels, and
+        ``grid_thw [B, 3]`` (int64, on the CPU: its values are needed there), where t counts patches too.
 
     Raises:
         ValueError: no image, another channel count, sides that are not a multiple of the patch size (the message
@@ -172,7 +188,7 @@ def batch_images_to_packing_input(
             raise ValueError(f"image {index} must be a tensor [C, H, W] (or a clip [C, T, H, W]), got {found}")
         _check_size(image.shape, patch_size, num_channels, index)
         frames = image.shape[1] if image.dim() == 4 else 1
-        grids.append((frames, image.shape[-2] // patch_size, image.shape[-1] // patch_size))
+        grids.append((-(-frames // frames_per_patch), image.shape[-2] // patch_size, image.shape[-1] // patch_size))
 
     device = torch.device(images[0].device if device is None else device)
     in_bytes = [not image.is_floating_point() for image in images]
@@ -190,15 +206,16 @@ def batch_images_to_packing_input(
     staging = device if all(image.device == device for image in images) else images[0].device
     rows = torch.empty(
         sum(t * h * w for t, h, w in grids),
-        num_channels * patch_size**2,
+        num_channels * frames_per_patch * patch_size**2,
         dtype=dtype,
         device=staging,
         pin_memory=staging.type == "cpu" and device.type == "cuda",
     )
     if stacked is not None:  # one size: one copy for all
-        clips, shapes = [stacked.transpose(0, 1)], [(len(grids), *grids[0][1:])]
+        clips = [stacked.transpose(0, 1).unsqueeze(2).expand(-1, -1, frames_per_patch, -1, -1)]
+        shapes = [(len(grids), *grids[0][1:])]
     else:
-        clips, shapes = images, grids
+        clips, shapes = [_temporal(image, frames_per_patch) for image in images], grids
     cuts, targets, start = [], [], 0
     for clip, grid in zip(clips, shapes, strict=True):
         cuts.append(_cut(clip, grid, patch_size, layout))

@@ -153,6 +153,26 @@ def frequency_ladder(count: int, base: float, step: float, device: torch.device)
     return to_device(torch.pow(torch.tensor(base, dtype=torch.float32, device="cpu"), exponents), device)
 
 
+def rotary_2d(places: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rotary table over (row, column), for the "half" rotation.
+
+    With ``g_k = theta ** (-4k / head_dim)``, k below ``head_dim / 4``, the angles of a token are
+    ``[row g, column g, row g, column g]``. A token at (0, 0) is not rotated.
+
+    Args:
+        places: float32 ``[N, 2]`` (row, column).
+        head_dim: width of a head, a multiple of 4.
+        theta: base of the frequencies.
+
+    Returns:
+        cosines and sines, float32 ``[N, 1, head_dim]`` each.
+    """
+    ladder = frequency_ladder(head_dim // 4, theta, 4.0 / head_dim, places.device)
+    angles = (places.unsqueeze(-1) * ladder).flatten(1)
+    angles = torch.cat([angles, angles], dim=1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
 def rotary_3d(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """LlavaViT's rotary table over (frame, row, column).
 

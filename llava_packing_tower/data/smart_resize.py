@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 # Patches (rows, columns) that a projector merges into one token; every other projector keeps them apart.
 MERGES: dict[str, tuple[int, int]] = {"spatial_merge": (2, 2), "patch_merger": (1, 4)}
+ANY_SQUARE = re.compile(r"spatial_merge_([1-9]\d?)x\1")
+MERGE_NAMES = (*MERGES, "spatial_merge_3x3")
+"""Names for messages; the last stands for all r x r."""
+CHECKPOINT = "checkpoint"
+"""The projector that a VLM has behind its tower: how many patches it merges, the tower's config says."""
+
+
+def known_merge(projector_type: str | None) -> tuple[int, int] | None:
+    """Rows and columns of patches that this projector merges into one visual token; None for one of LLaVA's own."""
+    if square := ANY_SQUARE.fullmatch(projector_type or ""):
+        return int(square[1]), int(square[1])
+    return MERGES.get(projector_type or "")
 
 
 def merge_of(projector_type: str | None) -> tuple[int, int]:
     """Rows and columns of patches that become one visual token behind this projector."""
-    return MERGES.get(projector_type or "", (1, 1))
+    return known_merge(projector_type) or (1, 1)
 
 
 def merged(grid: tuple[int, int], merge: tuple[int, int]) -> tuple[int, int]:

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.hub import resolve_path
 from ..data.images import open_image
 from ..data.native_config import NativeSettings
+from ..models.registry import part_of
 from ..towers.names import strip_prefix
 from ..towers.packing_tower import HEVCViTPackingVisionTower
+from ..towers.saved_tower import tower_fingerprint
 from ..utils.files import write_aside
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -159,7 +160,7 @@ def cached_features(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     images = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in photos.files]
-    weights = folder_fingerprint(resolve_path(strip_prefix(name)))
+    weights = tower_fingerprint(resolve_path(strip_prefix(name), part=part_of))
     content = json.dumps([weights, images, options, str(dtype), __version__], sort_keys=True)
     file = cache / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
     if file.is_file():

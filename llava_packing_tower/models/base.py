@@ -7,7 +7,7 @@ positions and prefix tokens (``prepare``), runs the encoder core, takes the pref
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from ..data.segments import Grid, VarlenMetadata, make_segments, read_grid
 from ..data.timm_processor import timm_content
 from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
+from .merger import MergerSource
 from .unused_parameters import join_idle
 
 _Meta: Any = type(StrictPreTrainedModel)
@@ -63,6 +64,8 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     patch_layout: PatchLayout
     image_only: bool = True
+    takes_positions: bool = True
+    """Whether videos may have ``patch_positions`` of their own (of no meaning where ``image_only``)."""
     patch_embed: PatchEmbed | nn.Module
     encoder: PackedEncoder
 
@@ -83,6 +86,14 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         raise NotImplementedError
 
     @classmethod
+    def merger_from_source(
+        cls, source: dict, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+    ) -> MergerSource | None:
+        """The projector that a foreign checkpoint has behind this tower, for ``mm_projector_type: checkpoint``; None
+        where it has none. ``shapes``: of all its tensors."""
+        return None
+
+    @classmethod
     def default_image_processor(cls, config: PretrainedConfig) -> PackingImageProcessor:
         """The image processor for a checkpoint that comes without one: CLIP statistics at the config's image size."""
         return PackingImageProcessor(size=config.image_size)
@@ -91,6 +102,8 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     def image_processor_from_source(cls, content: dict, config: PretrainedConfig) -> PackingImageProcessor:
         """From a preprocessor_config.json; what it leaves unsaid is taken from :meth:`default_image_processor`."""
         given = {key: value for key, value in content.items() if value is not None and key != "patch_size"}
+        if isinstance(given.get("size"), dict) and "longest_edge" in given["size"]:
+            del given["size"]  # bounds of the area of an image in pixels, which have no square
         default = cls.default_image_processor(config).to_dict()
         if "size" in given:
             default.pop("crop_size")
@@ -115,8 +128,13 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         return len(self.encoder.layers)
 
     @property
+    def frames_per_patch(self) -> int:
+        """Frames that one patch covers: a temporal patch. Images are repeated to so many."""
+        return 1
+
+    @property
     def patch_dim(self) -> int:
-        return self.config.num_channels * self.config.patch_size**2
+        return self.config.num_channels * self.frames_per_patch * self.config.patch_size**2
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding: its output is what ``enable_input_require_grads()`` asks a gradient of."""
@@ -124,6 +142,13 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.patch_embed = value
+
+    def check_positions(self) -> None:
+        """Raises ``ValueError`` for a model that has no use for ``patch_positions``."""
+        if self.image_only:
+            raise ValueError(f"{type(self).__name__} takes images only, without patch_positions")
+        if not self.takes_positions:
+            raise ValueError(f"{type(self).__name__} takes no patch_positions: those of the grid are all that it has")
 
     def set_attention_backend(self, name: str) -> None:
         """Choose the attention backend: a key of ``attention.BACKENDS`` or ``auto``; else ``ValueError``."""
@@ -151,13 +176,16 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     ) -> tuple[dict[int, torch.Tensor], list[Grid]]:
         """Patch tokens ``[N, hidden]`` of the wanted hidden states (prefix tokens taken out), and the grids."""
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.patch_dim:
+            frames = f" of {self.frames_per_patch} frames" if self.frames_per_patch > 1 else ""
             raise ValueError(
                 f"hidden_states must be [N, {self.patch_dim}] (patch size {self.config.patch_size}, "
                 f"{self.config.num_channels} channels, rows in {self.patch_layout.name.lower()} order "
-                f"{self.patch_layout.value}), got {list(hidden_states.shape)}"
+                f"{self.patch_layout.value}{frames}), got {list(hidden_states.shape)}"
             )
         check_floating(hidden_states)
         grids = read_grid(grid_thw, hidden_states.shape[0])
+        if patch_positions is not None and not self.image_only:
+            self.check_positions()
         if self.image_only and (longest := max(t for t, _, _ in grids)) > 1:
             raise ValueError(f"{type(self).__name__} takes images only (t = 1), got a sample with t = {longest} frames")
         tokens = self.patch_embed(hidden_states.to(self.dtype))

@@ -22,12 +22,14 @@ from ..checkpoint.key_map import KeyMap, carried
 from ..checkpoint.weights import Recipe, WeightPlan
 from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
-from ..data.positions import frequency_ladder, per_token, positions_and_sizes, prefix_indices
+from ..data.positions import per_token, positions_and_sizes, prefix_indices
+from ..data.positions import rotary_2d as rotary_of_places
 from ..data.segments import Grid, VarlenMetadata
 from . import dinov3_names as names
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, Rotary
+from .position_tables import PrefixTokens
 
 
 class DINOv3PackingConfig(PretrainedConfig):
@@ -134,35 +136,8 @@ def augmentation(config: DINOv3PackingConfig) -> tuple[torch.Tensor, torch.Tenso
 
 
 def rotary_2d(centres: torch.Tensor, head_dim: int, theta: float) -> Rotary:
-    """DINOv3's rotary table.
-
-    With ``g_k = theta ** (-4k / head_dim)``, k below ``head_dim / 4``, the angles of a token are
-    ``2 pi [row g, column g, row g, column g]``. A token at (0, 0) is not rotated.
-
-    Args:
-        centres: float32 ``[N, 2]`` (row, column).
-        head_dim: width of a head, a multiple of 4.
-        theta: base of the frequencies.
-
-    Returns:
-        cosines and sines, float32 ``[N, 1, head_dim]`` each.
-    """
-    ladder = frequency_ladder(head_dim // 4, theta, 4.0 / head_dim, centres.device)
-    angles = (2 * math.pi * centres.unsqueeze(-1) * ladder).flatten(1)
-    angles = torch.cat([angles, angles], dim=1).unsqueeze(1)
-    return angles.cos(), angles.sin()
-
-
-class PrefixTokens(nn.Module):
-    """The learned tokens in front of every image: CLS, then the registers."""
-
-    def __init__(self, count: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(count, hidden_size))
-
-    def forward(self, tokens: torch.Tensor, insert: torch.Tensor) -> torch.Tensor:
-        """``[N, hidden]`` patches to the packed sequence with prefixes; ``insert`` is from ``prefix_indices``."""
-        return torch.cat([self.weight, tokens]).index_select(0, insert)
+    """DINOv3's rotary table: that of :func:`..data.positions.rotary_2d` at 2 pi times the centres."""
+    return rotary_of_places(2 * math.pi * centres, head_dim, theta)
 
 
 class DINOv3ViTPacking(PackedVisionModel):
@@ -190,11 +165,7 @@ class DINOv3ViTPacking(PackedVisionModel):
             layer_scale=float(config.layerscale_value),
             rotary="half",
         )
-        if block.head_dim % 4:
-            raise ValueError(
-                f"hidden_size {config.hidden_size} with {config.num_attention_heads} heads gives head width "
-                f"{block.head_dim}; 2-D rotary positions need a multiple of 4"
-            )
+        block.check_rotary(2, 4)
         self.patch_embed = PatchEmbed(
             config.num_channels, config.hidden_size, config.patch_size, bias=True, layout=self.patch_layout
         )

@@ -57,6 +57,14 @@ class BlockConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    def check_rotary(self, axes: int, unit: int) -> None:
+        """Raises ``ValueError`` if rotary positions over so many axes do not fit the heads."""
+        if self.head_dim % unit:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} with {self.num_attention_heads} heads gives head width "
+                f"{self.head_dim}; {axes}-D rotary positions need a multiple of {unit}"
+            )
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps)`` in float32, cast back, times the weight (Zhang and Sennrich 2019)."""

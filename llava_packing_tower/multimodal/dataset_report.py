@@ -121,6 +121,8 @@ def _measure_one(
         bound = processor.settings.frame_patches(frames)
     rule = processor.rule
     rows, columns = rule.grid(width, height, bound)
+    if layout.clips and not is_image:
+        frames = -(-frames // processor.frames_per_patch)
     count = token_count((frames, *rule.tokens(width, height, bound)), not is_image, layout)
     report.patches.append(rows * columns)
     report.tokens.append(count)

@@ -14,25 +14,37 @@ from einops import rearrange
 from torch import nn
 
 from ..data.segments import Grid
-from ..data.smart_resize import MERGES, merged
+from ..data.smart_resize import known_merge, merged
+from ..models.layers import make_norm
+from ..models.merger import Merger
 
 
 class MergingProjector(nn.Module):
-    """LayerNorm of each patch, concatenation of the patches of a cell, linear, GELU, linear.
+    """Norm of each patch, concatenation of the patches of a cell, linear, GELU, linear.
 
     A cell is ``merge`` (rows, columns) of neighboring patches. Where the grid does not divide into cells, its last
     row or column is repeated until it does: no patch is dropped and no zero is mixed in.
 
     Args:
         vision_size: width of a patch feature. text_size: width of the decoder. merge: rows and columns of a cell.
+        inner_size: width between the two layers (default: that of a cell). norm, norm_eps: "layer_norm" or "rms_norm".
     """
 
-    def __init__(self, vision_size: int, text_size: int, merge: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        vision_size: int,
+        text_size: int,
+        merge: tuple[int, int],
+        inner_size: int | None = None,
+        norm: str = "layer_norm",
+        norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
         self.merge = merge
         width = vision_size * merge[0] * merge[1]
-        self.ln_q = nn.LayerNorm(vision_size, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, text_size))
+        inner = inner_size or width
+        self.ln_q = make_norm(norm, vision_size, norm_eps)
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, text_size))
 
     def forward(self, features: torch.Tensor, grids: Sequence[Grid] | None = None) -> torch.Tensor:
         """Merge.
@@ -95,4 +107,11 @@ def _runs(grids: Sequence[Grid]) -> list[list[Grid]]:
 
 def make_projector(projector_type: str | None, vision_size: int, text_size: int) -> MergingProjector | None:
     """The projector of this name; None for the names that are LLaVA's own."""
-    return MergingProjector(vision_size, text_size, MERGES[projector_type]) if projector_type in MERGES else None
+    merge = known_merge(projector_type)
+    return None if merge is None else MergingProjector(vision_size, text_size, merge)
+
+
+def merging_projector(merger: Merger) -> MergingProjector:
+    """A projector of the kind that a VLM has."""
+    m = merger
+    return MergingProjector(m.vision_size, m.text_size, m.merge, m.inner_size, m.norm, m.norm_eps)

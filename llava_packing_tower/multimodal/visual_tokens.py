@@ -42,12 +42,15 @@ class TokenLayout:
 
 
 def tower_inputs(
-    visuals: Sequence[Visual], patch_size: int, clips: bool
+    visuals: Sequence[Visual], patch_size: int, clips: bool, frames_per_patch: int = 1, takes_positions: bool = True
 ) -> tuple[list[torch.Tensor], list[Grid], torch.Tensor | None]:
     """What the tower is called with: images ``[C, H, W]`` and clips ``[C, T, H, W]``, their grids in patches, and the
     positions of all patches ``[N, 3]``, or None where those of the grids are meant.
 
-    Raises ``ValueError`` for positions of another number of patches.
+    frames_per_patch, takes_positions: of the encoder.
+
+    Raises ``ValueError`` for positions of another number of patches, or for several ``<image>`` that are frames of one
+    clip where a patch covers several frames.
     """
     inputs: list[torch.Tensor] = []
     grids: list[Grid] = []
@@ -65,12 +68,17 @@ def tower_inputs(
             inputs += visual.frames.unbind()
             grids += [(1, rows, columns)] * count
         elif visual.group is not None and previous is not None and _same_clip(previous, visual):
+            if frames_per_patch > 1:
+                raise ValueError(
+                    f"the frames of a clip have an <image> each, but a patch of this tower covers {frames_per_patch} "
+                    f"frames: use mm_packing_video 'frames', or one <image> for the video"
+                )
             inputs[-1] = torch.cat([inputs[-1], visual.frames.transpose(0, 1)], dim=1)
             grids[-1] = (grids[-1][0] + count, rows, columns)
         else:
             inputs.append(visual.frames.transpose(0, 1))
-            grids.append((count, rows, columns))
-        if own is None and clips and visual.is_video:
+            grids.append((-(-count // frames_per_patch), rows, columns))
+        if own is None and takes_positions and clips and visual.is_video:
             own = _clip_positions(visual, rows, columns)
         positions.append(own)
         previous = visual
@@ -114,7 +122,9 @@ def encode_visuals(
     Raises:
         ValueError: sides that are no multiples of the patch size, positions that do not fit.
     """
-    inputs, grids, positions = tower_inputs(visuals, tower.config.patch_size, layout.clips)
+    patch, frames_per_patch = tower.config.patch_size, tower.vision_tower.frames_per_patch
+    takes_positions = tower.vision_tower.takes_positions
+    inputs, grids, positions = tower_inputs(visuals, patch, layout.clips, frames_per_patch, takes_positions)
     features = torch.cat(tower(inputs) if positions is None else tower(inputs, patch_positions=positions))
     weight = next(projector.parameters(), None)
     if weight is not None and features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
@@ -123,10 +133,10 @@ def encode_visuals(
         tokens, merge = projector(features, grids), projector.merge
     else:
         tokens, merge = projector(features), (1, 1)
-    shapes = [
-        (len(visual.frames), *merged(tuple(s // tower.config.patch_size for s in visual.frames.shape[-2:]), merge))
-        for visual in visuals
-    ]
+    shapes = []
+    for visual in visuals:
+        steps = -(-len(visual.frames) // frames_per_patch) if layout.clips else len(visual.frames)
+        shapes.append((steps, *merged(tuple(side // patch for side in visual.frames.shape[-2:]), merge)))
     parts = tokens.split([t * h * w for t, h, w in shapes])
     return [
         arrange(part, shape, visual.is_video, layout, newline) for part, shape, visual in zip(parts, shapes, visuals)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.hub import resolve_path
 from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.pretrained import StrictPreTrainedModel
@@ -23,8 +22,8 @@ from ..data.native_config import NativeSettings, settings_of
 from ..data.native_image_processor import NativeImageProcessor
 from ..data.patches import batch_images_to_packing_input, longest_first, split_packed
 from ..data.segments import Grid, read_grid
-from ..data.smart_resize import SmartResize, merge_of
-from ..models.registry import family_for
+from ..data.smart_resize import CHECKPOINT, SmartResize, known_merge, merged
+from ..models.registry import family_for, part_of, type_of
 from ..models.runtime.cuda_graphs import encode_images
 from ..models.runtime.offloading import execution_device, offloaded_weights
 from ..utils import environment
@@ -32,7 +31,7 @@ from ..utils.files import CONFIG_NAME, read_json
 from ..utils.tracing import is_plain
 from .feature_select import selected_layers
 from .names import strip_prefix
-from .saved_tower import frozen_folder, hollow, saved_tower
+from .saved_tower import frozen_folder, hollow, saved_tower, tower_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class HEVCViTPackingVisionTower(nn.Module):
 
     def _class_of(self, raw: Mapping, where: object) -> type[StrictPreTrainedModel]:
         try:
-            return self._model_class(raw.get("model_type"))
+            return self._model_class(type_of(raw))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -154,26 +153,25 @@ class HEVCViTPackingVisionTower(nn.Module):
         base = getattr(self.image_processor, "base", self.image_processor)
         self.image_processor = base
         if settings is not None:
-            merge = merge_of(self.projector_type)
-            rule = SmartResize(self.config.patch_size, merge, settings.min_patches, settings.max_patches)
-            self.image_processor = NativeImageProcessor(base, rule, settings)
+            rule = SmartResize(self.config.patch_size, self.merge, settings.min_patches, settings.max_patches)
+            self.image_processor = NativeImageProcessor(base, rule, settings, self.vision_tower.frames_per_patch)
 
     def _folder(self) -> Path:
         """The tower's own folder. Raises ``ValueError`` where it is not found."""
         found = frozen_folder(self.vision_tower_name, self._saved) if self._saved else None
-        return found or resolve_path(strip_prefix(self.vision_tower_name))
+        return found or resolve_path(strip_prefix(self.vision_tower_name), part=part_of)
 
     def read_folder(self, device: torch.device | str = "cpu") -> StrictPreTrainedModel:
         """A model with the weights of the tower's own folder; ``ValueError`` where they do not fit."""
         folder = self._folder()
-        opened = open_checkpoint(folder)
+        opened = open_checkpoint(folder, part=part_of)
         return self._class_of(opened.raw, opened.where).from_pretrained(folder, device=device)
 
     def _from_folder(self, device: torch.device) -> tuple[StrictPreTrainedModel, PackingImageProcessor]:
         folder, model = self._folder(), self.read_folder(device)
         family = type(model)
         processor = family.load_image_processor(folder, model.config)
-        if self._saved and (expected := self._saved.get("fingerprint")) and folder_fingerprint(folder) != expected:
+        if self._saved and (expected := self._saved.get("fingerprint")) and tower_fingerprint(folder) != expected:
             raise ValueError(
                 f"{folder} has changed since this LLaVA checkpoint was trained with it as a frozen tower: its "
                 f"fingerprint is no longer {expected[:12]}... Restore the folder."
@@ -227,7 +225,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         }
         if weights == "folder":
             folder = self._folder()
-            content["fingerprint"] = folder_fingerprint(folder)
+            content["fingerprint"] = tower_fingerprint(folder)
             if Path(strip_prefix(self.vision_tower_name)).expanduser().exists():  # no hub id
                 content["folder"] = str(folder.resolve())
         return content
@@ -261,6 +259,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             dtype=self.dtype,
             numbers=numbers,
             scale=getattr(self.image_processor, "pixel_scale", None),
+            frames_per_patch=model.frames_per_patch,
         )
 
         # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
@@ -286,15 +285,16 @@ class HEVCViTPackingVisionTower(nn.Module):
 
         Returns:
             ``[B, h*w, hidden_size]`` for a tensor, a list of ``[t_i*h_i*w_i, hidden_size]`` for a list, in the tower's
-            dtype.
+            dtype: one feature per patch, frame by frame, row by row. Where a patch covers several frames
+            (``frames_per_patch``), t counts patches, and a clip that ends within one has its last frame repeated.
 
         Raises:
             ValueError: not loaded, no images, a wrong channel count, a size that is no multiple of the patch size, or
-                clips or positions for a family that takes images only, integers that are not uint8.
+                clips or positions for a family that does not take them, integers that are not uint8.
         """
         self._require_weights()
-        if patch_positions is not None and self.vision_tower.image_only:
-            raise ValueError(f"{type(self.vision_tower).__name__} takes images only, without patch_positions")
+        if patch_positions is not None:
+            self.vision_tower.check_positions()
 
         # Pixels to packed features: see _encode, which is called, or replayed as a CUDA graph.
         order = None
@@ -342,16 +342,27 @@ class HEVCViTPackingVisionTower(nn.Module):
         return self.config.image_size
 
     @property
+    def merge(self) -> tuple[int, int]:
+        """Rows and columns of patches that become one visual token behind the projector."""
+        if self.projector_type == CHECKPOINT:
+            return (getattr(self.config, "spatial_merge_size", 1),) * 2
+        return known_merge(self.projector_type) or (1, 1)
+
+    @property
     def num_patches_per_side(self) -> int:
-        """Patches per side of the nominal image; half of them (rounded down) if the projector merges 2 x 2."""
+        """Patches per side of the nominal image, or cells of them (2 x 2: rounded down) that the projector merges."""
         side = self.image_size // self.config.patch_size
-        return side // 2 if self.projector_type == "spatial_merge" else side
+        if self.projector_type == "spatial_merge":
+            return side // 2
+        return merged((side, side), self.merge)[0] if self.merge[0] == self.merge[1] else side
 
     @property
     def num_patches(self) -> int:
         """Visual tokens of the nominal image; a quarter (rounded down) if the projector merges 2 x 2."""
         count = (self.image_size // self.config.patch_size) ** 2
-        return count // 4 if self.projector_type == "spatial_merge" else count
+        if self.projector_type == "spatial_merge":
+            return count // 4
+        return self.num_patches_per_side**2
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,8 @@ import torch
 
 from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.hub import resolve_path
+from ..models.registry import part_of
+from ..utils.files import CONFIG_NAME, read_json
 from .names import strip_prefix
 
 
@@ -44,6 +46,12 @@ def hollow(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return weight
 
 
+def tower_fingerprint(path: Path) -> str:
+    """sha256 of what a tower is made of: the files of its folder, its file or, in a larger checkpoint, its tensors."""
+    config = path / CONFIG_NAME
+    return folder_fingerprint(path, part_of(read_json(config)) if config.is_file() else None)
+
+
 def frozen_folder(name: str, note: Mapping) -> Path | None:
     """The folder of a frozen tower: what its name is from here, else where it was in training; None for neither.
 
@@ -56,9 +64,9 @@ def frozen_folder(name: str, note: Mapping) -> Path | None:
     there = [place for place in places if place.exists()]
     if not there and relative and note.get("folder") is None:
         try:
-            return resolve_path(typed)  # a hub id
+            return resolve_path(typed, part=part_of)  # a hub id
         except ValueError:
             return None
     if not relative or (expected := note.get("fingerprint")) is None:
         return next(iter(there), None)
-    return next((place for place in there if folder_fingerprint(place) == expected), None)
+    return next((place for place in there if tower_fingerprint(place) == expected), None)

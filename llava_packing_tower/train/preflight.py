@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ..data.samples import check_data
+from ..data.smart_resize import CHECKPOINT, known_merge
 from ..integrations.llava.arguments_table import tunable_parts
 from ..integrations.llava.host import Argument, FoundHost
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
@@ -21,7 +22,7 @@ from ..utils.files import read_json
 from .sequence_lengths import LengthCheck
 
 ASPECTS = re.compile(r"^(square|pad|native|highres|anyres|anyres_max_\d+|crop_split)$")
-PROJECTORS = re.compile(r"^(linear|identity|pooler|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu|spatial_merge|patch_merger)$")
+PROJECTORS = re.compile(r"^(linear|identity|pooler|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu)$")
 MERGES = re.compile(r"^(flat|spatial\w*)$")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 UNLISTED_VERSIONS = ("v0", "v0.5")  # which LLaVA's train.py knows beside those of its conversation.py
@@ -37,11 +38,16 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
         raise UsageError(str(error)) from error
     for name, pattern, examples in (
         ("image_aspect_ratio", ASPECTS, "native, square, pad, anyres, anyres_max_9, highres, crop_split"),
-        ("mm_projector_type", PROJECTORS, "linear, mlp2x_gelu, spatial_merge, patch_merger"),
+        (
+            "mm_projector_type",
+            PROJECTORS,
+            "linear, mlp2x_gelu, spatial_merge, spatial_merge_3x3, patch_merger, checkpoint",
+        ),
         ("mm_patch_merge_type", MERGES, "flat, spatial, spatial_unpad"),
     ):
         value = values.get(name)
-        if value is not None and not pattern.match(str(value)):
+        ours = name == "mm_projector_type" and (value == CHECKPOINT or known_merge(str(value)))
+        if value is not None and not ours and not pattern.match(str(value)):
             raise UsageError(f"{name}: {value!r} is unknown; known are for example {examples}")
     attention = values.get("attn_implementation")
     if attention is not None and "/" not in str(attention):  # owner/name is a kernel of the hub
@@ -92,7 +98,7 @@ def check_tower(values: Mapping[str, object]) -> None:
     try:
         config = read_json(file)
         config = config.get("vision_config") or config
-        layers = config.get("num_hidden_layers")
+        layers = config.get("num_hidden_layers", config.get("depth"))
     except ValueError as error:
         raise UsageError(f"vision_tower: {error}") from error
     except AttributeError as error:

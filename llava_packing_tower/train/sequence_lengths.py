@@ -13,7 +13,7 @@ from pathlib import Path
 from ..data.images import UnreadableImage, read_size
 from ..data.native_config import DEFAULT_MIN_PATCHES, NATIVE, POINTWISE, PREFIX
 from ..data.samples import IMAGE_WORD, LOOKED_FOR, NAMED, images_of, spread_indices
-from ..data.smart_resize import MERGES, SmartResize, check_bounds, merge_of
+from ..data.smart_resize import CHECKPOINT, SmartResize, check_bounds, known_merge, merge_of
 from ..utils.files import read_json
 
 ANSWERING = ("gpt", "assistant")
@@ -53,21 +53,25 @@ class ImageCounter:
         inner = config.get("vision_config")
         config = inner if isinstance(inner, dict) else config
         patch, self.each, self.rule = _side(config.get("patch_size")), 1, None
-        sides = {_side(config.get("image_size")), _side(processor.get("crop_size") or processor.get("size"))} - {None}
+        square = processor.get("crop_size") or processor.get("size")
+        if isinstance(square, dict) and "longest_edge" in square:
+            square = None  # bounds of an area
+        sides = {_side(config.get("image_size")), _side(square)} - {None}
         self.folder = Path(str(values.get("image_folder") or "")).expanduser()
+        projector = str(values.get("mm_projector_type") or "linear")
+        merge = (config.get("spatial_merge_size", 1),) * 2 if projector == CHECKPOINT else merge_of(projector)
         if not patch or not sides:
             return
         nominal = (min(sides) // patch) ** 2
-        projector = str(values.get("mm_projector_type") or "linear")
         if values.get("image_aspect_ratio") == NATIVE:
             earlier = _read(Path(str(values["model_name_or_path"])).expanduser() / "config.json")
             most, least = (
                 values.get(key) or earlier.get(key) for key in (f"{PREFIX}max_patches", f"{PREFIX}min_patches")
             )
-            if projector in MERGES or POINTWISE.match(projector):
-                most = most or max(nominal, math.prod(merge_of(projector)))
+            if projector == CHECKPOINT or known_merge(projector) or POINTWISE.match(projector):
+                most = most or max(nominal, math.prod(merge))
                 check_bounds(1, most)
-                self.rule = SmartResize(patch, merge_of(projector), least or min(DEFAULT_MIN_PATCHES, most), most)
+                self.rule = SmartResize(patch, merge, least or min(DEFAULT_MIN_PATCHES, most), most)
         elif POINTWISE.match(projector):
             reduced = values.get("mm_resampler_type") or "nobase" in str(values.get("mm_patch_merge_type"))
             self.each = 1 if reduced else max(1, nominal)

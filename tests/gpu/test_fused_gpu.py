@@ -151,7 +151,9 @@ def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal,
     patch = model.config.patch_size
     sizes = [(16, 17)] * 3 if equal else [(24, 13), (1, 1), (9, 20)]
     images = [torch.randn(3, h * patch, w * patch, device="cuda") for h, w in sizes]
-    rows, grid = batch_images_to_packing_input(images, patch, model.patch_layout)
+    rows, grid = batch_images_to_packing_input(
+        images, patch, model.patch_layout, frames_per_patch=model.frames_per_patch
+    )
     last = model.num_layers
     weight = torch.randn(len(rows), 256, device="cuda")
 

@@ -2,7 +2,13 @@
 
 import torch
 
-from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, LlavaViTPackingModel, Siglip2NaflexPacking
+from llava_packing_tower import (
+    AIMv2Packing,
+    DINOv3ViTPacking,
+    LlavaViTPackingModel,
+    Qwen3VLVisionPacking,
+    Siglip2NaflexPacking,
+)
 from llava_packing_tower.data.patches import batch_images_to_packing_input, split_packed
 from llava_packing_tower.data.segments import read_grid
 
@@ -13,6 +19,12 @@ GOLDEN_FAMILIES = {
     "dinov3": DINOv3ViTPacking,
 }
 
+# Whole VLMs in three shards (make_vlm_golden.py); of each the tower, and the first words of its tensors' names.
+VLM_FAMILIES = {
+    "qwen3_vl": Qwen3VLVisionPacking,
+}
+ALL_FAMILIES = {**GOLDEN_FAMILIES, **VLM_FAMILIES}
+
 # What a block may be made of: bench preset, and fields of its config.
 BLOCK_VARIANTS = [
     ("llava_vit", {}),
@@ -21,6 +33,7 @@ BLOCK_VARIANTS = [
     ("aimv2", {}),
     ("dinov3", {}),
     ("dinov3", {"use_gated_mlp": True, "hidden_act": "silu"}),
+    ("qwen3_vl", {}),
 ]
 
 
@@ -30,6 +43,7 @@ TINY = {
     "siglip2": (Siglip2NaflexPacking, {"num_patches": 16}),
     "aimv2": (AIMv2Packing, {"is_native": True}),
     "dinov3": (DINOv3ViTPacking, {"num_register_tokens": 2}),
+    "qwen3_vl": (Qwen3VLVisionPacking, {"num_position_embeddings": 9}),
 }
 
 
@@ -51,7 +65,8 @@ def ragged(model, grids=((3, 5), (1, 7), (5, 3), (4, 4), (3, 5)), seed=0):
 
 
 def pack(model, images):
-    return batch_images_to_packing_input(images, model.config.patch_size, model.patch_layout)
+    frames = model.frames_per_patch
+    return batch_images_to_packing_input(images, model.config.patch_size, model.patch_layout, frames_per_patch=frames)
 
 
 def per_image(model, images, **options):

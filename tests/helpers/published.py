@@ -12,6 +12,7 @@ HUB_IDS = {
     "siglip2": "google/siglip2-so400m-patch16-naflex",
     "aimv2_native": "apple/aimv2-large-patch14-native",
     "aimv2_learned": "apple/aimv2-large-patch14-224",
+    "qwen3_vl": "Qwen/Qwen3-VL-4B-Instruct",
     "dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m",
 }
 

@@ -23,6 +23,7 @@ FAMILIES = {
     "_siglip2": "packing:google/siglip2-so400m-patch16-naflex",
     "_aimv2": "packing:apple/aimv2-large-patch14-native",
     "_dinov3": "packing:facebook/dinov3-vitl16-pretrain-lvd1689m",
+    "_qwen3_vl": "packing:Qwen/Qwen3-VL-4B-Instruct",
 }
 NEXT = os.environ.get("LLAVA_NEXT_DIR")
 NEXT_ONLY = ("llava_next_finetune",)  # anyres with a range of grids

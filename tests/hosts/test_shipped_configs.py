@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 
+from llava_packing_tower.tools.bench.models import PRESETS
+
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARK = REPOSITORY / "benchmarks" / "shipped_configs.py"
 spec = importlib.util.spec_from_file_location("shipped_configs", BENCHMARK)
@@ -43,7 +45,7 @@ def test_only_paths_and_steps_are_changed(name, tmp_path):
 
 def test_groups_and_names():
     families = {shipped_configs.family(name) for name in shipped_configs.chosen(["finetune"])}
-    assert families == {"llava_vit", "siglip2", "aimv2", "dinov3"}
+    assert families == set(PRESETS)
     assert shipped_configs.chosen(["lora"]) == ["llava_lora"] and shipped_configs.chosen(["none"]) == []
     with pytest.raises(SystemExit, match="no shipped configuration 'fintune'"):
         shipped_configs.chosen(["fintune"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from families import GOLDEN_FAMILIES, pack, per_image, ragged
+from families import ALL_FAMILIES, GOLDEN_FAMILIES, pack, per_image, ragged
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,11 +17,12 @@ from llava_packing_tower.models.registry import family_for
 
 pytestmark = pytest.mark.newest
 NAMES = list(GOLDEN_FAMILIES)
+ALL = list(ALL_FAMILIES)
 
 
 @pytest.fixture
 def load(golden):
-    return lambda name, **options: GOLDEN_FAMILIES[name].from_pretrained(golden / name, **options)
+    return lambda name, **options: ALL_FAMILIES[name].from_pretrained(golden / name, **options)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -49,7 +50,7 @@ def loss_gradients(model, images, weights):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_alone_equals_packed_forward_and_gradient(load, name):
     model = load(name)
     images = ragged(model)
@@ -65,7 +66,7 @@ def test_alone_equals_packed_forward_and_gradient(load, name):
         assert (gradient - summed).norm() <= 1e-5 * summed.norm(), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_permuted_images_permute_the_outputs(load, name):
     model = load(name)
     images, order = ragged(model), [2, 0, 4, 1, 3]
@@ -75,7 +76,7 @@ def test_permuted_images_permute_the_outputs(load, name):
         assert_close(permuted, out[place], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_train_and_checkpointing_change_nothing(load, name):
     model = load(name)
     images = ragged(model)
@@ -89,7 +90,7 @@ def test_train_and_checkpointing_change_nothing(load, name):
         assert_close(gradient, expected[key], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_training_after_inference_mode(load, name):
     """LLaVA generates under inference_mode: index tables kept from there must serve a training step."""
     model = load(name)
@@ -101,7 +102,7 @@ def test_training_after_inference_mode(load, name):
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_no_buffers_and_exact_positions_in_bfloat16(load, name):
     """Nothing that a cast could round: the bf16 error stays that of bf16 weights, also at far positions."""
     model = load(name)
@@ -169,7 +170,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_one_pass_whatever_the_number_of_images(load, monkeypatch, name):
     """The blocks see the whole ragged batch, prefix tokens inside each image's segment, and carry out the same number
     of operations for 60 images as for 3."""
@@ -211,8 +212,8 @@ def test_positions_are_made_once_per_batch(load, monkeypatch, name, module):
 
 
 def test_one_encoder_core(golden):
-    """Whatever stands between embedding and final norm is the same code in all four families."""
-    models = [cls.from_pretrained(golden / name) for name, cls in GOLDEN_FAMILIES.items()]
+    """Whatever stands between embedding and final norm is the same code in all families."""
+    models = [cls.from_pretrained(golden / name) for name, cls in ALL_FAMILIES.items()]
     models.append(family_for("llava_vit").from_pretrained(golden / "llava_vit"))
     for model in models:
         assert type(model).forward is PackedVisionModel.forward or model.config.model_type == "llava_vit_packing"

@@ -64,7 +64,7 @@ def tiny(family, dtype=torch.float64, **more):
 def batch(model):
     patch = model.config.patch_size
     images = [torch.randn(3, h * patch, w * patch, dtype=model.dtype) for h, w in SIZES]
-    return batch_images_to_packing_input(images, patch, model.patch_layout)
+    return batch_images_to_packing_input(images, patch, model.patch_layout, frames_per_patch=model.frames_per_patch)
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def native_settings(call: Call) -> Iterator[None]:
         raise ValueError("image_aspect_ratio: native needs a packing tower: its name must contain 'packing'")
     check_settings({name: getattr(model_args, name, None) for name in (*OPTIONS, "add_faster_video")})
     nominal = (tower.image_size // tower.config.patch_size) ** 2
-    settings = make_settings(model_args, config, nominal, getattr(tower.vision_tower, "image_only", False))
+    settings = make_settings(model_args, config, nominal, getattr(tower.vision_tower, "image_only", False), tower.merge)
     tower.set_native(settings)
     for name, value in settings.items().items():
         setattr(config, name, value)

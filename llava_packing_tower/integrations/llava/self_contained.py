@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...checkpoint.hashing import folder_fingerprint
 from ...checkpoint.weights import WeightFiles
 from ...towers.names import strip_prefix
-from ...towers.saved_tower import frozen_folder
+from ...towers.saved_tower import frozen_folder, tower_fingerprint
 from ...utils.files import CONFIG_NAME, read_json, write_json
 from .checkpoint_files import has_weights
 
@@ -63,6 +62,6 @@ def _seen_from(checkpoint: Path, name: str, fingerprint: str | None) -> Path | N
         return None
     for parent in checkpoint.resolve().parents:
         found = parent / name
-        if (found / CONFIG_NAME).is_file() and folder_fingerprint(found) == fingerprint:
+        if (found / CONFIG_NAME).is_file() and tower_fingerprint(found) == fingerprint:
             return found.resolve()
     return None

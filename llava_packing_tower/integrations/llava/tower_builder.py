@@ -71,12 +71,16 @@ def hooked(original: Callable, builder: TowerBuilder = TOWER_BUILDER) -> Callabl
 
 
 def hooked_projector(original: Callable) -> Callable:
-    """LLaVA's ``build_vision_projector(config, ...)`` with our two projectors, which merge patches, in front."""
+    """LLaVA's ``build_vision_projector(config, ...)`` with our projectors, which merge patches, in front."""
+    from ...data.smart_resize import CHECKPOINT
     from ...multimodal.projectors import make_projector
+    from .checkpoint_projector import checkpoint_projector
 
     @functools.wraps(original)
     def build_vision_projector(config: object, *args: object, **kwargs: object) -> object:
         kind = getattr(config, "mm_projector_type", None)
+        if kind == CHECKPOINT:
+            return checkpoint_projector(config)
         ours = make_projector(kind, getattr(config, "mm_hidden_size", 0), config.hidden_size)
         return original(config, *args, **kwargs) if ours is None else ours
 

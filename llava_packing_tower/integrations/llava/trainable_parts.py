@@ -11,9 +11,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ...checkpoint.hashing import folder_fingerprint
 from ...towers.names import strip_prefix, tower_kind
 from ...towers.packing_tower import HEVCViTPackingVisionTower
+from ...towers.saved_tower import tower_fingerprint
 from ...utils.tracing import is_plain
 from .arguments import host_lacks
 from .arguments_table import PARTS, tunable_parts
@@ -81,7 +81,7 @@ def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
     noted = (getattr(config, "mm_packing_config", None) or {}).get("fingerprint")
     if here == there or here.resolve() == there.resolve():
         return False
-    if noted is not None and there.is_dir() and folder_fingerprint(there) == noted:
+    if noted is not None and there.is_dir() and tower_fingerprint(there) == noted:
         return False
     logger.warning(
         "the vision tower is loaded from the checkpoint (%s); %s is not loaded", kept.vision_tower_name, asked

@@ -110,11 +110,7 @@ class LlavaViTPackingModel(PackedVisionModel):
             norm_eps=config.layer_norm_eps,
             rotary="interleaved",
         )
-        if block.head_dim % 32:
-            raise ValueError(
-                f"hidden_size {config.hidden_size} with {config.num_attention_heads} heads gives head width "
-                f"{block.head_dim}; 3-D rotary positions need a multiple of 32"
-            )
+        block.check_rotary(3, 32)
         norm = (config.layer_norm_type, config.hidden_size, config.layer_norm_eps)
         self.patch_embed = PatchEmbed(
             config.num_channels, config.hidden_size, config.patch_size, bias=False, layout=self.patch_layout

@@ -20,13 +20,13 @@ Peer = tuple[list[System], Weights | None]
 """The systems, and the weights that the packed encoder can take over so that the features can be compared."""
 
 
-def _initialized(build: Callable[[], nn.Module], setting: Setting, train: bool) -> nn.Module:
+def initialized(build: Callable[[], nn.Module], setting: Setting, train: bool) -> nn.Module:
     with torch.device(setting.device):
         model = build()
     return model.to(setting.dtype).requires_grad_(train).train(train)
 
 
-def _transformers_class(name: str):
+def transformers_class(name: str):
     import transformers
 
     if not hasattr(transformers, name):
@@ -75,12 +75,12 @@ def _sizes(config: PretrainedConfig) -> dict[str, int]:
 
 def _siglip2(setting: Setting, train: bool) -> Peer:
     c = setting.config
-    config = _transformers_class("Siglip2VisionConfig")(
+    config = transformers_class("Siglip2VisionConfig")(
         **_sizes(c),
         num_patches=c.num_patches,
         vision_use_head=False,
     )
-    model = _initialized(lambda: _transformers_class("Siglip2VisionModel")(config), setting, train)
+    model = initialized(lambda: transformers_class("Siglip2VisionModel")(config), setting, train)
 
     def one(rows: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         return model(rows, None, grid).last_hidden_state[0]
@@ -103,7 +103,7 @@ def _siglip2(setting: Setting, train: bool) -> Peer:
 
 def _aimv2(setting: Setting, train: bool) -> Peer:
     c = setting.config
-    config = _transformers_class("Aimv2VisionConfig")(
+    config = transformers_class("Aimv2VisionConfig")(
         **_sizes(c),
         image_size=c.image_size,
         is_native=True,
@@ -114,7 +114,7 @@ def _aimv2(setting: Setting, train: bool) -> Peer:
 
 def _dinov3(setting: Setting, train: bool) -> Peer:
     c = setting.config
-    config = _transformers_class("DINOv3ViTConfig")(
+    config = transformers_class("DINOv3ViTConfig")(
         **_sizes(c),
         image_size=c.image_size,
         num_register_tokens=c.num_register_tokens,
@@ -124,7 +124,7 @@ def _dinov3(setting: Setting, train: bool) -> Peer:
 
 
 def _pixels_one_by_one(setting: Setting, name: str, config, prefix: int, train: bool) -> Peer:
-    model = _initialized(lambda: _transformers_class(name)(config), setting, train)
+    model = initialized(lambda: transformers_class(name)(config), setting, train)
 
     def call(image: torch.Tensor) -> torch.Tensor:
         return model(image).last_hidden_state[0, prefix:]
@@ -137,7 +137,7 @@ def _pixels_one_by_one(setting: Setting, name: str, config, prefix: int, train: 
 def _qwen2_vl(setting: Setting, train: bool) -> Peer:
     """transformers has no LlavaViT; its packed vision tower of the same size is compared instead."""
     c = setting.config
-    config = _transformers_class("Qwen2VLConfig")().vision_config
+    config = transformers_class("Qwen2VLConfig")().vision_config
     fields = dict(
         depth=setting.layers,
         embed_dim=c.hidden_size,
@@ -150,10 +150,10 @@ def _qwen2_vl(setting: Setting, train: bool) -> Peer:
     )
     for key, value in fields.items():
         setattr(config, key, value)
-    config._attn_implementation = "flash_attention_2" if _has_flash_attention(setting) else "sdpa"
+    config._attn_implementation = "flash_attention_2" if has_flash_attention(setting) else "sdpa"
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-    model = _initialized(lambda: Qwen2VisionTransformerPretrainedModel(config), setting, train)
+    model = initialized(lambda: Qwen2VisionTransformerPretrainedModel(config), setting, train)
     model.merger = nn.Identity()
 
     def prepare(images: Images) -> Step:
@@ -168,11 +168,11 @@ def _qwen2_vl(setting: Setting, train: bool) -> Peer:
 
         return Step(run, ((len(rows), c.hidden_size),), lambda out: list(out.split(lengths)))
 
-    kind = "flash-attn 2" if _has_flash_attention(setting) else "sdpa"
+    kind = "flash-attn 2" if has_flash_attention(setting) else "sdpa"
     return [System(f"transformers Qwen2-VL vision, same size, packed, {kind}", model, prepare)], None
 
 
-def _has_flash_attention(setting: Setting) -> bool:
+def has_flash_attention(setting: Setting) -> bool:
     from transformers.utils import is_flash_attn_2_available
 
     return setting.device.type == "cuda" and is_flash_attn_2_available()
@@ -182,7 +182,9 @@ TRANSFORMERS = {"llava_vit": _qwen2_vl, "siglip2": _siglip2, "aimv2": _aimv2, "d
 
 
 def transformers_peer(setting: Setting, train: bool, option: str | None) -> Peer:
-    return TRANSFORMERS[setting.family](setting, train)
+    from .vision_towers import VISION_TOWERS
+
+    return {**TRANSFORMERS, **VISION_TOWERS}[setting.family](setting, train)
 
 
 def timm_peer(setting: Setting, train: bool, option: str | None) -> Peer:
@@ -216,7 +218,7 @@ def timm_peer(setting: Setting, train: bool, option: str | None) -> Peer:
         global_pool="",
         **kinds[setting.family],
     )
-    model = _initialized(lambda: NaFlexVit(cfg, num_classes=0), setting, train)
+    model = initialized(lambda: NaFlexVit(cfg, num_classes=0), setting, train)
 
     def prepare(images: Images) -> Step:
         rows, real, grids = _padded(images, setting)

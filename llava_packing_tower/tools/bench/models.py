@@ -79,4 +79,11 @@ PRESETS: dict[str, Preset] = {
         _sizes(1024, 4096, 24, 16, 16, **_DINOV3),
         _sizes(64, 256, 3, 2, 16, **_DINOV3),
     ),
+    "qwen3_vl": Preset(
+        "qwen3_vl_packing",
+        "Qwen3-VL vision tower (4B to 32B)",
+        _sizes(1152, 4304, 27, 16, 16),
+        _sizes(64, 96, 3, 2, 16, num_position_embeddings=64),
+        train=("ragged32",),
+    ),
 }

@@ -79,7 +79,17 @@ def show(result: Result, out: Console, judge: bool) -> None:
         return
     packed = next((s for s in result.systems if s.packed), None)
     table = Table("system", box=None, pad_edge=False)
-    for heading in ("ms", "min to max", "tokens/ms", "MFU", "peak GiB", "speedup", "lowest cosine", "attention"):
+    for heading in (
+        "ms",
+        "min to max",
+        "host ms",
+        "tokens/ms",
+        "MFU",
+        "peak GiB",
+        "speedup",
+        "lowest cosine",
+        "attention",
+    ):
         table.add_column(heading, justify="right")
     for system in result.systems:
         faster = ratio(result, packed, system.name) if packed and not system.packed else None
@@ -89,6 +99,7 @@ def show(result: Result, out: Console, judge: bool) -> None:
             system.name,
             _number(system.median, ".2f"),
             f"{min(system.ms):.2f} to {max(system.ms):.2f}",
+            _number(system.host_median, ".2f"),
             _number(work.tokens / system.median if system.median else None, ".0f"),
             _number(result.mfu(system), ".2f"),
             _bytes(system.allocated),
@@ -130,6 +141,7 @@ def _system_record(result: Result, system: Measured) -> dict:
         "name": system.name,
         "packed": system.packed,
         "ms": median,
+        "host_ms": system.host_median,
         "ms_of_each_round": [round(ms, 4) for ms in system.ms],
         "tokens_per_ms": result.work.tokens / median if median else None,
         "mfu": result.mfu(system),

@@ -53,9 +53,10 @@ class Session:
                 raise ValueError(f"unknown family {name!r}; choose from {', '.join(PRESETS)}")
             preset = PRESETS[name]
             setting = Setting(name, preset, preset.config(tiny), device, dtype)
+            cell = getattr(setting.config, "spatial_merge_size", 1)
             texts = args.work.split(",") if args.work else preset.train if args.train else preset.forward
             works = [
-                parse_workload(text, setting.config.patch_size, TINY if tiny else 1.0, args.seed, args.train)
+                parse_workload(text, setting.config.patch_size, TINY if tiny else 1.0, args.seed, args.train, cell)
                 for text in texts
             ]
             for train in (False, True):

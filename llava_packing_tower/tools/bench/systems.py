@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -75,7 +76,7 @@ class Setting:
 class InMemory:
     """Tensors of a running model, for the loader that otherwise reads checkpoint folders."""
 
-    folder = "the model in memory"
+    folder = name = Path("the model in memory")
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -134,7 +135,12 @@ def _tower_around(model: nn.Module, setting: Setting) -> nn.Module:
 
 def _encode(model: nn.Module, images: Images) -> list[torch.Tensor]:
     rows, grid = batch_images_to_packing_input(
-        images, model.config.patch_size, model.patch_layout, device=model.device, dtype=model.dtype
+        images,
+        model.config.patch_size,
+        model.patch_layout,
+        device=model.device,
+        dtype=model.dtype,
+        frames_per_patch=model.frames_per_patch,
     )
     return split_packed(model(rows, grid), read_grid(grid))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .timing import Measured, Result
 
 ORIGINAL, ONE_BY_ONE, PADDED = "original tower", "transformers, image by image", "transformers, padded + mask"
+PACKED = "transformers, packed"
 FA3 = "flash_attention_3"
 
 
@@ -44,6 +45,9 @@ TARGETS: tuple[Target, ...] = (
     Target("siglip2", "ragged32", "faster", 3.0, ONE_BY_ONE),
     Target("dinov3", "ragged32", "faster", 5.0, ONE_BY_ONE),
     Target("aimv2", "ragged32", "faster", 5.0, ONE_BY_ONE),
+    Target("qwen3_vl", "ragged32", "faster", 1.3, PACKED),
+    Target("qwen3_vl", "train:ragged32", "faster", 1.3, PACKED),
+    Target("qwen3_vl", "ragged32", "faster", 4.0, ONE_BY_ONE),
 )
 
 

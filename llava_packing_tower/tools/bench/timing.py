@@ -43,7 +43,12 @@ class Deadline:
 
 
 class Clock:
-    """Milliseconds of device time from the call to the last kernel (CUDA events), or of wall time on a CPU."""
+    """Milliseconds of device time from the call to the last kernel (CUDA events), or of wall time on a CPU.
+
+    ``host_ms``: of the last call, the time until it returned.
+    """
+
+    host_ms = 0.0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -55,13 +60,15 @@ class Clock:
 
     def __call__(self, run: Callable[[], object]) -> float:
         self.wait()
+        start = time.perf_counter()
         if not self.cuda:
-            start = time.perf_counter()
             run()
-            return (time.perf_counter() - start) * 1e3
+            self.host_ms = (time.perf_counter() - start) * 1e3
+            return self.host_ms
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         run()
+        self.host_ms = (time.perf_counter() - start) * 1e3
         last.record()
         last.synchronize()
         return first.elapsed_time(last)
@@ -71,11 +78,17 @@ TURN_MS = 100.0
 MOST_CALLS = 40
 
 
-def turn_of(clock: Clock, run: Callable[[], object]) -> list[float]:
-    """The times of one turn: one call on a CPU; on a GPU as many as fill :data:`TURN_MS`, without the first of them."""
-    times = [clock(run)]
+def turn_of(clock: Clock, run: Callable[[], object], host: list[float] | None = None) -> list[float]:
+    """The times of one turn: one call on a CPU; on a GPU as many as fill :data:`TURN_MS`, without the first of them.
+
+    ``host`` gets the host times of the same calls.
+    """
+    times, hosts = [clock(run)], [clock.host_ms]
     while clock.cuda and sum(times) < TURN_MS and len(times) < MOST_CALLS:
         times.append(clock(run))
+        hosts.append(clock.host_ms)
+    if host is not None:
+        host += hosts[1:] or hosts
     return times[1:] or times
 
 
@@ -115,12 +128,14 @@ class PeakMatmul:
 
 @dataclass
 class Measured:
-    """One system on one workload. note: why there is no time. Bytes are of the peak, weights (and gradients) included:
+    """One system on one workload. ms: device times; host_ms: until the call returned (on a GPU, what the host needs to
+    launch everything). note: why there is no time. Bytes are of the peak, weights (and gradients) included:
     ``allocated`` by tensors, ``reserved`` also what the allocator holds (graph pools, fragmentation)."""
 
     name: str
     packed: bool
     ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
     note: str | None = None
     backend: str | None = None
     lowest_cosine: float | None = None
@@ -131,6 +146,10 @@ class Measured:
     @property
     def median(self) -> float | None:
         return statistics.median(self.ms) if self.ms else None
+
+    @property
+    def host_median(self) -> float | None:
+        return statistics.median(self.host_ms) if self.host_ms else None
 
 
 @dataclass
@@ -274,7 +293,8 @@ def _rounds(setting, work, running, images, clock: Clock, rounds: int, until: fl
             for system, measured in running[first:] + running[:first]:
                 try:
                     with torch.set_grad_enabled(work.train):
-                        measured.ms += turn_of(clock, prepared(setting, work, system, system.prepare(order)))
+                        run = prepared(setting, work, system, system.prepare(order))
+                        measured.ms += turn_of(clock, run, measured.host_ms)
                 except torch.cuda.OutOfMemoryError:
                     if system.packed:
                         raise

@@ -66,11 +66,13 @@ def reordered(images: Images, turn: int) -> Images:
     return [images[i] for i in order.tolist()]
 
 
-def ragged_grids(count: int, patch_size: int, scale: float = 1.0, seed: int = 1) -> tuple[tuple[int, int], ...]:
+def ragged_grids(
+    count: int, patch_size: int, scale: float = 1.0, seed: int = 1, cell: int = 1
+) -> tuple[tuple[int, int], ...]:
     """Rows and columns, in patches, of ``count`` images.
 
     Area log-uniform between 224^2 and 0.7 * 1120^2 pixels, height over width ``exp(U(-0.7, 0.7))``, sides times
-    ``scale`` and rounded to patches (one at least).
+    ``scale`` and rounded to cells of ``cell`` patches a side (one at least).
     """
     generator = torch.Generator().manual_seed(seed)
     low, high = (math.log(area) for area in RAGGED_AREA)
@@ -78,15 +80,17 @@ def ragged_grids(count: int, patch_size: int, scale: float = 1.0, seed: int = 1)
     for u, v in torch.rand(count, 2, generator=generator, dtype=torch.float64).tolist():
         side = math.exp((low + u * (high - low)) / 2) * scale
         stretch = math.exp((2 * v - 1) * RAGGED_LOG_ASPECT / 2)
-        grids.append(tuple(max(1, round(x / patch_size)) for x in (side * stretch, side / stretch)))
+        grids.append(tuple(max(1, round(x / patch_size / cell)) * cell for x in (side * stretch, side / stretch)))
     return tuple(grids)
 
 
-def parse_workload(text: str, patch_size: int, scale: float = 1.0, seed: int = 1, train: bool = False) -> Workload:
+def parse_workload(
+    text: str, patch_size: int, scale: float = 1.0, seed: int = 1, train: bool = False, cell: int = 1
+) -> Workload:
     """``uniN`` (N images of 448 x 448), ``uniN@S`` (of S x S pixels), ``raggedN`` (sizes drawn with ``seed``) or
     ``raggedN#K`` (with seed K); ``train:`` in front for training.
 
-    Sides are rounded to whole patches. Raises ``ValueError`` for anything else.
+    Sides are rounded to whole cells of ``cell`` patches a side. Raises ``ValueError`` for anything else.
     """
     match = re.fullmatch(r"(train:)?(?:uni(\d+)(?:@(\d+))?|ragged(\d+)(?:#(\d+))?)", text.strip())
     count = int((match and (match[2] or match[4])) or 0)
@@ -96,10 +100,10 @@ def parse_workload(text: str, patch_size: int, scale: float = 1.0, seed: int = 1
             " e.g. uni32,ragged64,train:uni16"
         )
     if match[4]:
-        grids = ragged_grids(count, patch_size, scale, int(match[5] or seed))
+        grids = ragged_grids(count, patch_size, scale, int(match[5] or seed), cell)
     else:
         side = int(match[3]) if match[3] else UNIFORM_SIDE * scale
-        grids = ((max(1, round(side / patch_size)),) * 2,) * count
+        grids = ((max(1, round(side / patch_size / cell)) * cell,) * 2,) * count
     return Workload(text.strip().removeprefix("train:"), grids, train or bool(match[1]))
 
 

@@ -1,0 +1,88 @@
+"""transformers' vision towers of VLMs: loaded without the rest, run on one image or clip, block by block."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.weights import WeightFiles
+from ..data.patches import PatchLayout, batch_images_to_packing_input
+from ..data.segments import Grid
+from ..utils.files import CONFIG_NAME, read_json
+
+
+def load_tower(cls: type[nn.Module], folder: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
+    """A tower of transformers with its tensors of a checkpoint (names without what ``prefix`` matches), all of them."""
+    raw = read_json(folder / CONFIG_NAME)
+    fields = dict(raw.get("vision_config", raw))
+    fields.pop("model_type", None)
+    files = WeightFiles(folder, part=prefix)
+    tensors = {re.sub(f"^({prefix})", "", name): files[name].to(dtype) for name in files.shapes()}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = cls(cls.config_class(**fields))  # type: ignore[attr-defined]
+    finally:
+        torch.set_default_dtype(before)
+    model.load_state_dict(tensors)
+    return model
+
+
+def in_cells(grid: Grid, merge: int) -> torch.Tensor:
+    """The order in which Qwen's towers take patches: cell by cell of ``merge`` x ``merge``, int64 ``[t*h*w]``.
+
+    ``rows[in_cells(...)]`` are rows in that order. Raises ``ValueError`` for a grid that has no whole cells.
+    """
+    t, h, w = grid
+    if h % merge or w % merge:
+        raise ValueError(f"transformers' tower takes whole cells of {merge} x {merge} patches, not {h} x {w}")
+    cells = torch.arange(t * h * w).view(t, h // merge, merge, w // merge, merge)
+    return cells.permute(0, 1, 3, 2, 4).flatten()
+
+
+def in_windows(model: Any, grid: torch.Tensor) -> torch.Tensor:
+    """The order in which transformers' tower holds what it was given in cells: window by window, where it has any."""
+    if not hasattr(model, "fullatt_block_indexes"):
+        return torch.arange(int(grid.prod(-1).sum()))
+    unit = model.spatial_merge_unit
+    if hasattr(model, "get_window_index"):
+        index = torch.as_tensor(model.get_window_index(grid)[0])
+    else:
+        from transformers.vision_utils import get_vision_window_index
+
+        index, _ = get_vision_window_index(grid, model.spatial_merge_size, model.window_size, model.patch_size)
+    return (index[:, None] * unit + torch.arange(unit)).flatten()
+
+
+def block_states(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
+    """The input of the first block and the output of each, ``[t*h*w, hidden]`` in the order of the rows of the image
+    ``[C, H, W]`` or clip ``[C, T, H, W]``."""
+    config, weight = model.config, next(model.parameters())
+    rows, grid = batch_images_to_packing_input(
+        [image.to(weight.device, weight.dtype)],
+        config.patch_size,
+        PatchLayout.CHANNEL_FIRST,
+        frames_per_patch=config.temporal_patch_size,
+    )
+    order = in_cells(tuple(grid[0].tolist()), config.spatial_merge_size)
+    held = order[in_windows(model, grid)].to(weight.device)
+    states: list[torch.Tensor] = []
+
+    def first(module: nn.Module, given: tuple) -> None:
+        states.append(given[0])
+
+    def after(module: nn.Module, given: tuple, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [model.blocks[0].register_forward_pre_hook(first)]
+    hooks += [block.register_forward_hook(after) for block in model.blocks]
+    try:
+        model(rows[order.to(weight.device)], grid.to(weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.empty_like(state).index_copy(0, held, state) for state in states]

@@ -1,0 +1,46 @@
+"""Learned tensors that several families add to their patches: resampled tables of positions, tokens in front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..data.resampling import Resampling, table_taps
+from ..data.segments import Grid
+from ..kernels.rotary import wide
+
+
+class PrefixTokens(nn.Module):
+    """The learned tokens in front of every image: CLS, then the registers."""
+
+    def __init__(self, count: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(count, hidden_size))
+
+    def forward(self, tokens: torch.Tensor, insert: torch.Tensor) -> torch.Tensor:
+        """``[N, hidden]`` patches to the packed sequence with prefixes; ``insert`` is from ``prefix_indices``."""
+        return torch.cat([self.weight, tokens]).index_select(0, insert)
+
+
+class ResampledPositions(nn.Module):
+    """A table of learned positions, resampled to the grid of each image without antialiasing.
+
+    sides: rows and columns of the table, which holds them row by row.
+    """
+
+    def __init__(self, sides: tuple[int, int], hidden_size: int, how: Resampling) -> None:
+        super().__init__()
+        self.sides, self.how = sides, how
+        self.weight = nn.Parameter(torch.zeros(sides[0] * sides[1], hidden_size))
+
+    def forward(
+        self, tokens: torch.Tensor, grids: Sequence[Grid], spans: Sequence[tuple[int, int]] | None = None
+    ) -> torch.Tensor:
+        """Tokens ``[N, hidden]`` plus the position of each, summed in float32 (spans: see :func:`table_taps`)."""
+        taps, shares = table_taps(grids, self.sides, self.how, tokens.device, spans)
+        table = wide(self.weight)
+        added = F.embedding_bag(taps, table, per_sample_weights=shares.to(table.dtype), mode="sum")
+        return (tokens + added).to(tokens.dtype)

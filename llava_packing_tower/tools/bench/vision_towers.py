@@ -1,0 +1,79 @@
+"""transformers' own vision towers of VLMs as other systems: packed with flash-attn, and image by image.
+
+Their projectors are left out, and their rows are cut and ordered outside of the measured time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ...convert.hf_towers import in_cells
+from ...data.patches import PatchLayout, batch_images_to_packing_input
+from .baselines import Peer, has_flash_attention, initialized, transformers_class
+from .systems import Images, Setting, Step, System, per_image_shapes
+
+
+def in_both_ways(setting: Setting, model: nn.Module, run: Callable[[Sequence[torch.Tensor]], Step]) -> list[System]:
+    """The packed system and the one that runs image by image; ``run``: images to a step for all of them at once."""
+
+    def prepare_each(images: Images) -> Step:
+        steps = [run([image]) for image in images]
+        shapes = per_image_shapes(list(images), setting.config.patch_size, setting.config.hidden_size)
+        return Step(
+            lambda: [step.run() for step in steps],
+            shapes,
+            lambda outputs: [step.features(output)[0] for step, output in zip(steps, outputs, strict=True)],
+        )
+
+    # Its attention is flash-attn's: without it the comparison would be another one.
+    kind = "" if has_flash_attention(setting) or setting.device.type == "cpu" else ", sdpa"
+    return [
+        System(f"transformers, packed{kind}", model, lambda images: run(list(images)), same_weights=True),
+        System(f"transformers, image by image{kind}", model, prepare_each, same_weights=True),
+    ]
+
+
+def qwen3_vl(setting: Setting, train: bool) -> Peer:
+    c = setting.config
+    cls = transformers_class("Qwen3VLVisionModel")
+    config = cls.config_class(
+        depth=c.num_hidden_layers,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_heads=c.num_attention_heads,
+        patch_size=c.patch_size,
+        num_position_embeddings=c.num_position_embeddings,
+        deepstack_visual_indexes=[],
+    )
+    return _qwen(setting, cls, config, train)
+
+
+def _qwen(setting: Setting, cls: type, config, train: bool) -> Peer:
+    c = setting.config
+    config._attn_implementation = "flash_attention_2" if has_flash_attention(setting) else "sdpa"
+    model = initialized(lambda: cls(config), setting, train)
+    model.merger = nn.Identity()
+
+    def run(images: Sequence[torch.Tensor]) -> Step:
+        rows, grid = batch_images_to_packing_input(
+            images, c.patch_size, PatchLayout.CHANNEL_FIRST, frames_per_patch=c.temporal_patch_size
+        )
+        grids = [tuple(g) for g in grid.tolist()]
+        starts = [sum(t * h * w for t, h, w in grids[:i]) for i in range(len(grids))]
+        orders = [start + in_cells(g, c.spatial_merge_size) for start, g in zip(starts, grids)]
+        order = torch.cat(orders).to(setting.device)
+        rows, grid = rows[order], grid.to(setting.device)
+        lengths = [t * h * w for t, h, w in grids]
+
+        def features(output: torch.Tensor) -> list[torch.Tensor]:
+            return list(torch.empty_like(output).index_copy(0, order, output).split(lengths))
+
+        return Step(lambda: model(rows, grid).last_hidden_state, ((len(rows), c.hidden_size),), features)
+
+    return in_both_ways(setting, model, run), (config.to_dict(), model.state_dict())
+
+
+VISION_TOWERS: dict[str, Callable[[Setting, bool], Peer]] = {"qwen3_vl": qwen3_vl}

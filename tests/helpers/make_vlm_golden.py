@@ -1,0 +1,133 @@
+"""Makes the golden checkpoints of the vision towers of VLMs: tests/golden/<family>, tiny, with random weights.
+
+    .venv-new/bin/python tests/helpers/make_vlm_golden.py [family ...]
+
+Each is a whole VLM in three shards, of which one holds the tower (with a tensor of the decoder), and
+``case_images.safetensors``: pixels of images and clips, and what the reference makes of them: the hidden states in
+raster order, and the gradients (``grad.<name in the checkpoint>``) of ``sum(last hidden state * weights)``. References
+are the classes of transformers 5.24, run one image or clip at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FACTORS = ("norm", "ln_", "ls1", "ls2", "lambda", "gamma")
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights of which every one can be seen: norms around 1, none of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            around = 1.0 if p.dim() == 1 and not name.endswith("bias") and any(f in name for f in FACTORS) else 0.0
+            spread = 0.8 * max(p[0].numel(), 1) ** -0.5 if p.dim() > 1 else 0.3
+            p.copy_(around + torch.randn(p.shape, generator=generator) * spread)
+
+
+def pixels(patch: int, shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[torch.Tensor]:
+    """Noise for grids (rows, columns) of images and (frames, rows, columns) of clips."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(3, *shape[:-2], shape[-2] * patch, shape[-1] * patch) for shape in shapes]
+    return [torch.randn(size, generator=generator) for size in sizes]
+
+
+def grid_of(image: torch.Tensor, config: dict) -> tuple[int, int, int]:
+    """Temporal patches, rows and columns of an image ``[C, H, W]`` or clip ``[C, T, H, W]``."""
+    vision = config.get("vision_config", config)
+    frames = image.shape[1] if image.dim() == 4 else 1
+    h, w = (side // vision["patch_size"] for side in image.shape[-2:])
+    return -(-frames // vision.get("temporal_patch_size", 1)), h, w
+
+
+def write(
+    name: str,
+    config: dict,
+    tower: dict[str, torch.Tensor],
+    images: list[torch.Tensor],
+    states: Callable[[torch.Tensor], list[torch.Tensor]],
+    named: dict[str, torch.Tensor],
+    merged: Callable[[torch.Tensor, tuple[int, int, int]], torch.Tensor] | None = None,
+    processor: dict | None = None,
+    decoder: str = "model.language_model.layers.{}.mlp.up_proj.weight",
+) -> None:
+    """Write one golden checkpoint.
+
+    tower: the tensors of the tower and of its projector, under the checkpoint's names; states: hidden states of an
+    image, each ``[n, hidden]``; named: parameters whose gradients are kept, under the checkpoint's names; merged: what
+    the projector makes of the last hidden state of an image with this grid of patches.
+    """
+    folder = GOLDEN / name
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(9)
+    rest = {decoder.format(i): torch.randn(4, 6, generator=generator) for i in range(5)}
+    texts = list(rest.items())
+    tower = {key: value.detach().clone().contiguous() for key, value in tower.items()}
+    shards = [dict(texts[:2]), {**tower, **dict(texts[2:3])}, dict(texts[3:])]
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    case: dict[str, torch.Tensor] = {f"pixels.{i}": image for i, image in enumerate(images)}
+    all_states = [states(image) for image in images]
+    case["hidden_states"] = torch.stack([torch.cat(parts) for parts in zip(*all_states, strict=True)])
+    case["weights"] = torch.randn(case["hidden_states"].shape[1:], generator=generator)
+    (case["hidden_states"][-1] * case["weights"]).sum().backward()
+    case.update({f"grad.{key}": p.grad for key, p in named.items() if p.grad is not None})
+    if merged is not None:
+        grids = [grid_of(image, config) for image in images]
+        case["merged"] = torch.cat([merged(s[-1], grid) for s, grid in zip(all_states, grids, strict=True)])
+    case = {key: value.detach().clone().contiguous() for key, value in case.items()}
+    save_file(case, folder / "case_images.safetensors")
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    total = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{name}: {case['hidden_states'].shape[1]} tokens, {total / 1000:.0f} kB")
+
+
+def qwen3_vl() -> None:
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    from llava_packing_tower.convert.hf_towers import block_states, in_cells
+
+    vision = {
+        **dict(model_type="qwen3_vl", depth=3, hidden_size=32, intermediate_size=40, num_heads=2, in_channels=3),
+        **dict(patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=25),
+        **dict(out_hidden_size=128, deepstack_visual_indexes=[1], hidden_act="gelu_pytorch_tanh"),
+    }
+    model = Qwen3VLVisionModel(Qwen3VLVisionModel.config_class(**{k: vision[k] for k in vision if k != "model_type"}))
+    randomize(model, 1)
+    write(
+        "qwen3_vl",
+        {"model_type": "qwen3_vl", "vision_config": vision, "text_config": {"hidden_size": 24}},
+        {f"model.visual.{key}": value for key, value in model.state_dict().items()},
+        pixels(4, [(4, 6), (5, 4, 2), (2, 8), (2, 6, 4), (6, 6)]),
+        lambda image: block_states(model, image),
+        {f"model.visual.{key}": p for key, p in model.named_parameters()},
+        lambda last, grid: model.merger(last[in_cells(grid, 2)]),
+        {
+            **dict(image_processor_type="Qwen2VLImageProcessorFast", image_mean=[0.5] * 3, image_std=[0.5] * 3),
+            **dict(size={"longest_edge": 16777216, "shortest_edge": 65536}, patch_size=4, merge_size=2),
+            **dict(temporal_patch_size=2, resample=3),
+        },
+    )
+
+
+MAKERS = {"qwen3_vl": qwen3_vl}
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or MAKERS:
+        MAKERS[chosen]()

@@ -1,0 +1,82 @@
+"""The vision towers of VLMs against transformers' own classes, over the switches of their configs.
+
+Needs a transformers that has the classes; `make test` runs this file a second time, in an environment that does.
+"""
+
+import pytest
+import torch
+import transformers
+from conftest import assert_close
+from families import pack
+from make_vlm_golden import pixels, randomize
+
+from llava_packing_tower.convert.hf_reference import IN_TRANSFORMERS
+from llava_packing_tower.convert.hf_towers import block_states
+from llava_packing_tower.models.registry import family_for
+from llava_packing_tower.tools.bench.systems import InMemory
+
+QWEN3 = dict(depth=2, hidden_size=48, intermediate_size=56, num_heads=3, patch_size=4, num_position_embeddings=36)
+QWEN3 |= dict(out_hidden_size=24, deepstack_visual_indexes=[0])
+
+# our family, fields of transformers' vision config
+VARIANTS = {
+    "qwen3_vl": ("qwen3_vl_packing", QWEN3),
+    "qwen3_vl, one head, one frame": ("qwen3_vl_packing", {**QWEN3, "num_heads": 1, "temporal_patch_size": 1}),
+    "qwen3_vl, three frames, merge 3": (
+        "qwen3_vl_packing",
+        {**QWEN3, "temporal_patch_size": 3, "spatial_merge_size": 3, "patch_size": 5},
+    ),
+    "qwen3_vl, other positions": (
+        "qwen3_vl_packing",
+        {
+            **{**QWEN3, "num_position_embeddings": 4, "spatial_merge_size": 1, "hidden_act": "silu"},
+            **{"rope_parameters": {"rope_type": "axial", "rope_theta": 50.0}},
+        },
+    ),
+}
+
+
+def pair(name):
+    """Our encoder and transformers', with the same random weights."""
+    family, fields = VARIANTS[name]
+    names = IN_TRANSFORMERS[family]
+    if not hasattr(transformers, names.vision):
+        pytest.skip(f"transformers {transformers.__version__} has no {names.vision}")
+    cls = getattr(transformers, names.vision)
+    theirs = cls(cls.config_class(**fields))
+    randomize(theirs, 3)
+    source, tensors = theirs.config.to_dict(), InMemory(theirs.state_dict())
+    ours = family_for(family)
+    config, plan = ours.plan(source, tensors.shapes())
+    model = ours.from_weights(config, plan, tensors, torch.float32)
+    return model, theirs.eval(), plan
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("name", VARIANTS)
+def test_hidden_states_and_gradients(name):
+    model, theirs, plan = pair(name)
+    side = getattr(model.config, "spatial_merge_size", 1)
+    shapes = [(2, 3), (3, 1), (7, 5), (1, 1)]
+    if not model.image_only:
+        shapes += [(5, 2, 3), (4, 1, 2)]
+    shapes = [(*shape[:-2], shape[-2] * side, shape[-1] * side) for shape in shapes]
+    images = pixels(model.config.patch_size, shapes, seed=5)
+    rows, grid = pack(model, images)
+    states = model(rows, grid, output_hidden_states=True)[1]
+    each = [block_states(theirs, image) for image in images]
+    for ours, reference in zip(states, zip(*each, strict=True), strict=True):
+        assert_close(ours, torch.cat(reference))
+    upstream = torch.randn(states[0].shape)
+    (states[-1] * upstream).sum().backward()
+    (torch.cat([parts[-1] for parts in each]) * upstream).sum().backward()
+    named, compared = dict(theirs.named_parameters()), 0
+    for key, parameter in model.named_parameters():
+        grads = [named[source].grad for source in plan.recipes[key].sources]
+        if any(grad is None for grad in grads):
+            assert parameter.grad is None
+            continue
+        reference = plan.recipes[key].build(*grads)
+        assert_close(parameter.grad, reference, atol=2e-5 * max(1.0, reference.abs().max().item()))
+        compared += 1
+    assert compared >= 10 * model.num_layers
