@@ -12,6 +12,7 @@ from ..data.segments import VarlenMetadata
 
 VARLEN = True
 EQUAL_LENGTHS_ONLY = True
+CAUSAL = False
 
 missing_package = None
 try:

@@ -6,6 +6,8 @@ A backend is a module of this package with
     whether one kernel takes the packed batch (then ``torch.compile`` can see through it), or it goes by lengths;
 ``EQUAL_LENGTHS_ONLY``
     True if all segments must have one length (optional);
+``CAUSAL``
+    False if it has no causal attention (optional);
 ``CHECKED``
     True if its first results are to be compared with plain attention (kernels that others build; optional);
 ``missing_package``
@@ -13,7 +15,7 @@ A backend is a module of this package with
 ``unsupported_reason(device, dtype, head_dim, needs_grad) -> str | None``
     None if it can run such tensors here, else the reason in words (cheap, no device work);
 ``attend(q, k, v, segments, scale, causal=False) -> Tensor``
-    the attention itself; ``causal`` and fewer heads of ``k`` and ``v`` are the decoder's (all but cuDNN take them);
+    the attention itself; ``causal`` and fewer heads of ``k`` and ``v`` are the decoder's;
 ``Attention``
     an autograd function with the arguments ``(q, k, v, segments, scale)``, if ``attend`` without ``causal`` is no more
     than that (optional: fused blocks take it in).
@@ -89,6 +91,11 @@ def backend_module(name: str) -> ModuleType:
     return _LOADED[name]
 
 
+def is_causal(name: str) -> bool:
+    """Whether a backend has causal attention, which a decoder needs."""
+    return getattr(backend_module(name), "CAUSAL", True)
+
+
 @torch.compiler.disable
 def resolve_backend(
     name: str,
@@ -98,8 +105,11 @@ def resolve_backend(
     *,
     lengths: Sequence[int] = (),
     needs_grad: bool = False,
+    causal: bool = False,
 ) -> str:
     """Turn ``auto`` into the best backend for such tensors here; check any other name. Logs each new choice once.
+
+    causal: for a decoder, whose ``k`` and ``v`` may have fewer heads.
 
     Kernels that others built are run on random segments first, once per kind of tensors (:mod:`self_check`).
 
@@ -108,7 +118,7 @@ def resolve_backend(
     """
     candidates, device = auto_order(lengths, needs_grad) if name == "auto" else (name,), torch.device(device)
     choose = _choose if _can_check(device) else _choose.__wrapped__  # what could not be checked is not kept
-    chosen = choose(candidates, name, device, dtype, head_dim, needs_grad)
+    chosen = choose(candidates, name, device, dtype, head_dim, needs_grad, causal)
     if name != "auto" and getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False) and len(set(lengths)) > 1:
         raise ValueError(
             f"attention backend {name!r} needs segments of one length, got {min(lengths)} to {max(lengths)}"
@@ -118,18 +128,27 @@ def resolve_backend(
 
 @functools.cache
 def _choose(
-    candidates: tuple[str, ...], asked: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+    candidates: tuple[str, ...],
+    asked: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_grad: bool,
+    causal: bool,
 ) -> str:
     reason = None
     for name in candidates:
         module = backend_module(name)
+        if causal and not is_causal(name):
+            reason = "it has no causal attention"
+            continue
         if asked != "auto" and (missing := getattr(module, "missing_package", None)):
             raise ImportError(missing)
         reason = module.unsupported_reason(device, dtype, head_dim, needs_grad)
         if reason is None and getattr(module, "CHECKED", False):
-            reason = _checked(name, device, dtype, head_dim, needs_grad)
+            reason = _checked(name, device, dtype, head_dim, needs_grad, causal)
         if reason is None:
-            _log_choice(name, asked, device.type, dtype, head_dim)
+            _log_choice(name, asked, device.type, dtype, head_dim, causal)
             return name
     raise ValueError(f"attention backend {asked!r} cannot run {dtype} with head width {head_dim} on {device}: {reason}")
 
@@ -137,13 +156,15 @@ def _choose(
 _verdicts: dict[tuple, str | None] = {}
 
 
-def _checked(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def _checked(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, causal: bool
+) -> str | None:
     """What :func:`self_check_error` says of a backend for this kind of tensors: it is asked once."""
-    key = (name, device, dtype, head_dim, needs_grad)
+    key = (name, device, dtype, head_dim, needs_grad, causal)
     if key not in _verdicts:
         if not _can_check(device):
             return None
-        _verdicts[key] = self_check_error(backend_module(name), device, dtype, head_dim, needs_grad)
+        _verdicts[key] = self_check_error(backend_module(name), *key[1:])
         if _verdicts[key] is not None:
             logger.warning("attention backend %s, %s, head width %d: %s", name, dtype, head_dim, _verdicts[key])
     return _verdicts[key]
@@ -157,10 +178,9 @@ def _can_check(device: torch.device) -> bool:
 
 
 @functools.cache
-def _log_choice(name: str, asked: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
-    logger.info(
-        "attention backend: %s (requested: %s; %s, %s, head width %d)", name, asked, device_type, dtype, head_dim
-    )
+def _log_choice(name: str, asked: str, device_type: str, dtype: torch.dtype, head_dim: int, causal: bool) -> None:
+    whose = "attention of the packed decoder" if causal else "attention backend"
+    logger.info("%s: %s (requested: %s; %s, %s, head width %d)", whose, name, asked, device_type, dtype, head_dim)
 
 
 def varlen_attention(

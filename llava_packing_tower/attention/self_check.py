@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -74,22 +75,26 @@ def results(
 
 
 def self_check_error(
-    module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+    module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, causal: bool = False
 ) -> str | None:
     """None if a backend gives on random segments what plain attention gives, else what it does not give.
 
-    Its gradients are checked as well where they are needed. Synchronizes.
+    Its gradients are checked as well where they are needed. causal: as a decoder asks for it, with two heads of queries
+    for one of keys. Synchronizes.
     """
+    kind = {"causal": True} if causal else {}
     with apart(device, needs_grad):
-        heads, grad, segments = random_segments(LENGTHS, HEADS, head_dim, device, dtype)
-        rest = segments, head_dim**-0.5
+        (q, *rest), grad, segments = random_segments(LENGTHS, HEADS, head_dim, device, dtype)
+        heads = [q, *([x[:, :1].contiguous() for x in rest] if causal else rest)]
+        scale = head_dim**-0.5
         try:
-            got = results(module.attend, heads, *rest, grad if needs_grad else None)
+            got = results(partial(module.attend, **kind), heads, segments, scale, grad if needs_grad else None)
         except torch.cuda.OutOfMemoryError:  # says nothing about the build
             raise
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # TypeError: a build that does not know an argument
             return f"it fails: {error}".partition("\n")[0]
-        want = results(eager.attend, [x.float() for x in heads], *rest, grad.float() if needs_grad else None)
+        exact = [x.float() for x in heads]
+        want = results(partial(eager.attend, **kind), exact, segments, scale, grad.float() if needs_grad else None)
         for what, x, y in zip(PARTS, got, want):
             if not (distance := off(x, y)) <= MOST:
                 return (

@@ -6,22 +6,16 @@ Positions begin anew with each sample, and attention goes by ``cu_seqlens``: a `
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from ..attention.dispatch import auto_order, backend_module
-from ..attention.self_check import LENGTHS, MOST, PARTS, apart, off, random_segments, results
+from ..attention.dispatch import backend_module, resolve_backend
 from ..data.segments import VarlenMetadata, make_segments
 from .supervised_head import IGNORE
 
-logger = logging.getLogger(__name__)
-
-WITHOUT_CAUSAL = ("cudnn",)
 KEPT_ROWS = 64  # forward passes whose backward may still come
 
 
@@ -129,8 +123,8 @@ def causal_backend(
     device: torch.device | str, dtype: torch.dtype, head_dim: int, lengths: tuple[int, ...] = (1024,)
 ) -> str:
     """The backend for training a decoder on such segments: the fastest of those that are here and right."""
-    order = tuple(name for name in auto_order(lengths, needs_grad=True) if name not in WITHOUT_CAUSAL)
-    return _choose((_only,) if _only else order, torch.device(device), dtype, head_dim)
+    given = {"lengths": lengths, "needs_grad": True, "causal": True}
+    return resolve_backend(_only or "auto", device, dtype, head_dim, **given)
 
 
 _only: str | None = None  # not of a context: the backward pass, which may compute layers again, has its own threads
@@ -140,7 +134,7 @@ _only: str | None = None  # not of a context: the backward pass, which may compu
 def only_backend(name: str | None) -> Iterator[None]:
     """Within it, packed rows are computed by this backend and no other; None changes nothing.
 
-    Where it cannot run, what asks for attention raises ``ValueError``.
+    Where it cannot run, what asks for attention raises what :func:`resolve_backend` raises.
     """
     global _only
     kept, _only = _only, name
@@ -148,40 +142,3 @@ def only_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _only = kept
-
-
-@functools.cache
-def _choose(order: tuple[str, ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    reason = None
-    for name in order:
-        module = backend_module(name)
-        reason = module.unsupported_reason(device, dtype, head_dim, True)
-        if reason is None and getattr(module, "CHECKED", False):
-            reason = causal_error(name, device, dtype, head_dim)
-        if reason is None:
-            logger.info("attention of the packed decoder: %s (%s, head width %d)", name, dtype, head_dim)
-            return name
-    raise ValueError(f"no attention backend can run {dtype} heads of {head_dim} on {device}: {reason}")
-
-
-@functools.cache
-def causal_error(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None if a backend's causal attention with grouped queries is right on random segments, else what is wrong."""
-
-    def attend(module: str):
-        return functools.partial(backend_module(module).attend, causal=True)
-
-    with apart(device, True):
-        (q, k, v), grad, segments = random_segments(LENGTHS, 2, head_dim, device, dtype)
-        heads = [q, k[:, :1].contiguous(), v[:, :1].contiguous()]
-        try:
-            got = results(attend(name), heads, segments, head_dim**-0.5, grad)
-        except torch.cuda.OutOfMemoryError:  # says nothing about the build
-            raise
-        except (RuntimeError, TypeError) as error:
-            return f"causal attention of {name} fails: {error}".partition("\n")[0]
-        want = results(attend("eager"), [x.float() for x in heads], segments, head_dim**-0.5, grad.float())
-        for what, x, y in zip(PARTS, got, want, strict=True):
-            if not off(x, y) <= MOST:
-                return f"the {what} of {name}'s causal attention are wrong: this build may lack such kernels"
-    return None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from llava_packing_tower.attention import dispatch
 from llava_packing_tower.attention.dispatch import backend_module
 from llava_packing_tower.data.segments import make_segments
 from llava_packing_tower.multimodal import packed_decoder
@@ -64,16 +65,19 @@ def older(q, k, v, segments, scale):
     return backend_module("sdpa").attend(q, k, v, segments, scale)
 
 
+def forget_choices():
+    dispatch._choose.cache_clear()
+    dispatch._verdicts.clear()
+
+
 @pytest.mark.parametrize("attend", [looks_ahead, fails, older])
 def test_a_backend_that_is_wrong_is_not_chosen(monkeypatch, attend):
     module = backend_module("flash_attention_2")
     monkeypatch.setattr(module, "unsupported_reason", lambda *_: None)
     monkeypatch.setattr(module, "attend", attend)
-    for cache in (packed_decoder._choose, packed_decoder.causal_error):
-        cache.cache_clear()
+    forget_choices()
     assert causal_backend("cpu", torch.float32, 16, LENGTHS) == "sdpa"
-    for cache in (packed_decoder._choose, packed_decoder.causal_error):
-        cache.cache_clear()
+    forget_choices()
 
 
 def batch(lengths, side="right"):

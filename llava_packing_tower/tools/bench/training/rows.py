@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ....attention.dispatch import BACKENDS
-from ....multimodal.packed_decoder import WITHOUT_CAUSAL
+from ....attention.dispatch import BACKENDS, is_causal
 from .models import PARTS
 
 STOCK, PACKED, WIDE = "stock", "packed", "wide"
@@ -164,7 +163,7 @@ def variant(known: dict[str, Row], name: str) -> Row:
     if base not in known:
         raise ValueError(f"unknown row {base!r}; choose from {', '.join(known)}")
     row = known[base]
-    backends = [backend for backend in BACKENDS if backend not in WITHOUT_CAUSAL]
+    backends = [backend for backend in BACKENDS if is_causal(backend)]
     for change in changes:
         if row.model == STOCK:
             raise ValueError(f"row {name!r}: stock LLaVA-NeXT has no variants")
