@@ -82,19 +82,19 @@ def self_check_error(
     Its gradients are checked as well where they are needed. causal: as a decoder asks for it, with two heads of queries
     for one of keys. Synchronizes.
     """
-    kind = {"causal": True} if causal else {}
+    attend, plain = (partial(f, causal=True) if causal else f for f in (module.attend, eager.attend))
     with apart(device, needs_grad):
         (q, *rest), grad, segments = random_segments(LENGTHS, HEADS, head_dim, device, dtype)
         heads = [q, *([x[:, :1].contiguous() for x in rest] if causal else rest)]
         scale = head_dim**-0.5
         try:
-            got = results(partial(module.attend, **kind), heads, segments, scale, grad if needs_grad else None)
+            got = results(attend, heads, segments, scale, grad if needs_grad else None)
         except torch.cuda.OutOfMemoryError:  # says nothing about the build
             raise
         except (RuntimeError, TypeError) as error:  # TypeError: a build that does not know an argument
             return f"it fails: {error}".partition("\n")[0]
         exact = [x.float() for x in heads]
-        want = results(partial(eager.attend, **kind), exact, segments, scale, grad.float() if needs_grad else None)
+        want = results(plain, exact, segments, scale, grad.float() if needs_grad else None)
         for what, x, y in zip(PARTS, got, want):
             if not (distance := off(x, y)) <= MOST:
                 return (
