@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--master_port", type=int, metavar="P", help="port of the rendezvous (default: a free one)")
     multinode.add_arguments(parser)
     parser.add_argument("--strict", action="store_true", help="end the run at a sample that cannot be read, by name")
+    parser.add_argument(
+        "--check_images", action="store_true", help="read every image and video before training, and list the bad ones"
+    )
     parser.add_argument("--dry_run", action="store_true", help="check the configuration, print the plan and stop")
 
 
@@ -41,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
         args.nnodes, args.node_rank, args.master_addr, args.master_port, args.rdzv_endpoint, args.rdzv_id
     )
     words = [*args.rest, "--mm_packing_strict", "true"] if args.strict else args.rest
-    plan = make_plan(args.config, words, args.num_gpus, args.num_processes, args.hostfile, args.master_port, machines)
+    plan = make_plan(
+        *(args.config, words, args.num_gpus, args.num_processes, args.hostfile, args.master_port, machines),
+        check_images=args.check_images,
+    )
     print(plan.describe(), flush=True)
     if args.dry_run:
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan.environment.items())

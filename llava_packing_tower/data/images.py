@@ -170,8 +170,9 @@ def read_size(file: str | os.PathLike, exif: bool = False) -> tuple[int, int]:
     """
     check_file(file)
     with _refusals(file), _opened(file) as image:
-        # (Pillow turns a TIFF by itself.)
-        turned = exif and image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        # Pillow turns a TIFF by itself, and decodes a PNG without EXIF in front of its pixels to look behind them.
+        asks = exif and image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        turned = asks and image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
         return image.size[::-1] if turned else image.size
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
-
-from .images import UnreadableImage, check_file, read_size
 
 IMAGE_WORD = "<image>"
 MEDIA = ("image", "video")
@@ -51,12 +48,13 @@ def check_places(samples: Sequence[Mapping], reads_videos: bool) -> None:
         if places != count and not (count == 1 and places == 0):
             wrong.append(f"sample {sample.get('id', index)}: {count} images, {places} {IMAGE_WORD}")
     hint = "" if reads_videos else " (this LLaVA reads no videos)"
-    _refuse(
+    refuse(
         f"{len(wrong)} of {len(samples)} samples have more or fewer {IMAGE_WORD} in their text than images{hint}", wrong
     )
 
 
-def _refuse(sentence: str, lines: Sequence[str]) -> None:
+def refuse(sentence: str, lines: Sequence[str]) -> None:
+    """Raises ``ValueError`` with the sentence and the first of the lines, if there are any."""
     if lines:
         more = "" if len(lines) <= NAMED else f"\n  and {len(lines) - NAMED} more"
         raise ValueError(f"{sentence}:" + "".join(f"\n  {line}" for line in lines[:NAMED]) + more)
@@ -130,56 +128,4 @@ def check_turns(samples: Sequence[Mapping]) -> None:
                 said = f"from {turn.get('from')!r}" if isinstance(turn, dict) else f"{turn!r:.40}"
                 wrong.append(f"{name}: a turn must have a value and be from {', '.join(SPEAKERS)}, got {said}")
                 break
-    _refuse(f"{len(wrong)} of {len(samples)} samples have a damaged conversation", wrong)
-
-
-def check_media(samples: Sequence[Mapping], folders: Mapping[str, str | None], reads_videos: bool) -> None:
-    """Raises ``ValueError`` with the samples whose files are missing, no regular files or no images, of LOOKED_FOR
-    samples. Of images only the headers are read.
-
-    folders: what the files under "image" and "video" are relative to.
-    """
-    wrong = []
-    for index in spread_indices(len(samples), LOOKED_FOR):
-        sample = samples[index]
-        folder = folders.get("image" if sample.get("image") else "video") or ""
-        for name in images_of(sample, reads_videos):
-            where = f"sample {sample.get('id', index)}"
-            if not isinstance(name, str):
-                wrong.append(f"{where}: an image is named {name!r}")
-                continue
-            path = os.path.join(os.path.expanduser(folder), name)
-            try:
-                if sample.get("image"):
-                    read_size(path)
-                elif not os.path.isdir(path):  # a video may be a folder of frames
-                    check_file(path)
-            except UnreadableImage as error:
-                wrong.append(f"{where}: {error}")
-    _refuse(f"{len(wrong)} files of the data cannot be read", wrong)
-
-
-def check_data(
-    data_path: str,
-    folders: Mapping[str, str | None],
-    reads_videos: bool,
-    look: Callable[[Sequence[Mapping]], None] | None = None,
-) -> int:
-    """Check all samples that ``data_path`` stands for; returns their number.
-
-    ``look`` is called with the samples of each file, after they were found to be right.
-    Raises ``ValueError`` that names the file and the samples.
-    """
-    count = 0
-    for file in data_files(data_path):
-        samples = load_samples(file)
-        try:
-            check_turns(samples)
-            check_places(samples, reads_videos)
-            check_media(samples, folders, reads_videos)
-            if look is not None:
-                look(samples)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-        count += len(samples)
-    return count
+    refuse(f"{len(wrong)} of {len(samples)} samples have a damaged conversation", wrong)

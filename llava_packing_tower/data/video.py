@@ -49,6 +49,11 @@ def read_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = 
     return clip
 
 
+def has_reader() -> bool:
+    """Whether a library that reads videos is installed."""
+    return any(map(find_spec, ("decord", "av")))
+
+
 def check_video(file: str) -> None:
     """Raises ``UnreadableImage`` for what is neither a regular file nor a folder with frames in it."""
     if not os.path.isdir(file):

@@ -6,8 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from PIL import Image
-
+from ..data.images import read_size
 from ..data.native_image_processor import NativeImageProcessor
 from ..data.samples import images_of, spread_indices
 from ..data.video import probe_clip
@@ -96,7 +95,7 @@ def measure(
                 counts.append(
                     _measure_one(report, os.path.join(folder, name), "image" in sample, processor, layout, sampling)
                 )
-            except (OSError, ValueError, Image.DecompressionBombError):
+            except (OSError, ValueError):
                 report.unreadable.append(name)
         report.measured += 1
         if len(counts) == len(images_of(sample, sampling is not None)):
@@ -114,8 +113,7 @@ def _measure_one(
 ) -> int:
     """Visual tokens of a file. Raises what the reader raises for one that it cannot read."""
     if is_image:
-        with Image.open(file) as image:
-            (width, height), frames, bound = image.size, 1, None
+        (width, height), frames, bound = read_size(file, processor.image_reading.exif), 1, None
     else:
         width, height, frames = probe_clip(file, **sampling)
         bound = processor.settings.frame_patches(frames)

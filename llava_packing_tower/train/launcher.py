@@ -50,6 +50,7 @@ class Plan:
     nodes: Nodes = field(default_factory=Nodes)
     samples: int = 0
     cut: str | None = None
+    media: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
 
@@ -76,6 +77,7 @@ class Plan:
             "engine": f"{engine}, {where}" + (f" on the machines of {self.hostfile}" if self.hostfile else ""),
             "output": self.values["output_dir"],
             "start": self.start(),
+            **({"files": "\n".join(self.media)} if self.media else {}),
             **({"warning": self.cut} if self.cut else {}),
         }
         return "\n".join(f"{key:>9}: {value}" for key, value in rows.items())
@@ -182,6 +184,7 @@ def make_plan(
     hostfile: str | None = None,
     master_port: int | None = None,
     nodes: Nodes | None = None,
+    check_images: bool = False,
 ) -> Plan:
     """Read and check a configuration and work out how it is launched.
 
@@ -193,6 +196,7 @@ def make_plan(
         hostfile: DeepSpeed hostfile for several machines.
         master_port: port of the rendezvous (default: a free one).
         nodes: several machines that torchrun brings together, in place of a hostfile.
+        check_images: read every image and video of the data to its end.
 
     Raises:
         UsageError: for anything wrong in the configuration.
@@ -229,7 +233,8 @@ def make_plan(
     plan = Plan(found, values, stage, device, num_processes or (1 if device == "cpu" else None), hostfile, nodes)
     check_versions(plan, known)
     check_resume(plan)
-    plan.samples, plan.cut = check_samples(values, found, known.get("model_max_length"))
+    checked = check_samples(values, found, known.get("model_max_length"), check_images)
+    plan.samples, plan.cut, plan.media = checked
     plan.environment = _environment(plan)
     plan.command = _command(plan)
     return plan

@@ -8,10 +8,16 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
-from ..data.samples import check_data
+from rich.console import Console
+
+from ..data.images import reading_of
+from ..data.media_check import MediaCheck, check_data
+from ..data.native_config import NATIVE
 from ..data.smart_resize import CHECKPOINT, known_merge
 from ..integrations.llava.arguments_table import tunable_parts
 from ..integrations.llava.host import Argument, FoundHost
@@ -145,15 +151,40 @@ def check_precision(values: Mapping[str, object], device: str) -> None:
             raise UsageError(f"{key}: {needs} {major}.{minor}: --{key} null")
 
 
-def check_samples(
-    values: Mapping[str, object], found: FoundHost, max_length: Argument | None
-) -> tuple[int, str | None]:
-    """Check the data; returns the number of samples, and what ``model_max_length`` cuts of them in words.
+def media_check(values: Mapping[str, object], found: FoundHost, all_files: bool) -> MediaCheck:
+    """How the files of a configuration's data are looked at."""
+    folders = {kind: values.get(f"{kind}_folder") for kind in ("image", "video")}
+    return MediaCheck(
+        {kind: None if folder is None else str(folder) for kind, folder in folders.items()},
+        found.host.reads_videos,
+        reading_of(SimpleNamespace(**values), is_checkpoint=False),
+        native=values.get("image_aspect_ratio") == NATIVE,
+        all_of_it=all_files,
+        strict=bool(values.get("mm_packing_strict")),
+    )
 
-    max_length: the host's argument, whose default holds where the configuration sets none.
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, with the time left; yields what moves it: called with what is done, and all there is."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title)
+        yield lambda done, count: bar.update(task, completed=done, total=count)
+
+
+def check_samples(
+    values: Mapping[str, object], found: FoundHost, max_length: Argument | None, all_files: bool = False
+) -> tuple[int, str | None, list[str]]:
+    """Check the data; returns the number of samples, what ``model_max_length`` cuts of them in words, and lines about
+    files that cannot be read.
+
+    max_length: the host's argument, whose default holds where the configuration sets none. all_files: read every image
+    and video to its end.
     Raises :class:`UsageError` that names file and sample.
     """
-    folders = {kind: values.get(f"{kind}_folder") for kind in ("image", "video")}
     default = re.search(r"default=(\d+)", max_length.default if max_length else "")
     limit = values.get("model_max_length")
     limit = int(str(limit)) if limit is not None else default and int(default[1])
@@ -161,7 +192,10 @@ def check_samples(
     try:
         lengths = None if limit is None else LengthCheck(values, tower, limit)
         look = lengths and lengths.look
-        count = check_data(str(values["data_path"]), folders, found.host.reads_videos, look)
-        return count, lengths and lengths.result()
+        with progress("reading images") if all_files else nullcontext() as shown:
+            media = media_check(values, found, all_files)
+            media.progress = shown or media.progress
+            count = check_data(str(values["data_path"]), media, look)
+        return count, lengths and lengths.result(), media.lines()
     except ValueError as error:
         raise UsageError(str(error) if str(error).startswith("model_") else f"data_path: {error}") from error

@@ -60,6 +60,7 @@ class ImageCounter:
         self.folder = Path(str(values.get("image_folder") or "")).expanduser()
         projector = str(values.get("mm_projector_type") or "linear")
         merge = (config.get("spatial_merge_size", 1),) * 2 if projector == CHECKPOINT else merge_of(projector)
+        self.exif = values.get("mm_packing_exif") is not False
         if not patch or not sides:
             return
         nominal = (min(sides) // patch) ** 2
@@ -80,7 +81,7 @@ class ImageCounter:
         if self.rule is None:
             return self.each
         try:
-            rows, columns = self.rule.tokens(*read_size(self.folder / name))
+            rows, columns = self.rule.tokens(*read_size(self.folder / name, self.exif))
         except UnreadableImage:  # it is named by the check of the files
             return 1
         return rows * columns

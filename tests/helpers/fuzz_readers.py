@@ -24,7 +24,7 @@ from PIL import Image
 from llava_packing_tower.checkpoint.weights import WeightFiles
 from llava_packing_tower.convert.sources import read_source
 from llava_packing_tower.data.images import open_image
-from llava_packing_tower.data.samples import check_data
+from llava_packing_tower.data.media_check import MediaCheck, check_data
 from llava_packing_tower.eval.preflight import check_checkpoint
 from llava_packing_tower.eval.results import read_run
 from llava_packing_tower.integrations.llava.model_class import base_of
@@ -104,7 +104,7 @@ def plan_run(folder: Path) -> None:
 
 
 def read_data(folder: Path) -> None:
-    check_data(str(folder / "data.json"), {"image": str(folder / "images")}, reads_videos=False)
+    check_data(str(folder / "data.json"), MediaCheck({"image": str(folder / "images")}, False))
 
 
 def make_marks(folder: Path) -> None:

@@ -39,7 +39,7 @@ def test_train_save_reload_generate(tmp_path, next_dir):
 
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_odd_inputs_do_not_stop_a_run(tmp_path, next_dir):
-    """Every sample is drawn once; for LLaVA-NeXT a video of one frame too, but none that cannot be read."""
+    """Every sample is drawn once. For LLaVA-NeXT a video of one frame too, and one that cannot be read: left out."""
     photos = {"line.png": ("RGB", (1, 200)), "panorama.jpg": ("L", (1000, 100)), "large.jpg": ("RGB", (4000, 3000))}
     videos = {"clip.mp4": 9, "one.mp4": 1} if next_dir else {}
     options = {"max_steps": 5 if next_dir else 4, "mm_packing_max_patches": 40, "mm_packing_min_patches": 1}

@@ -351,3 +351,13 @@ def test_a_host_that_opens_images_itself(tmp_path):
             image.open(tmp_path / "no.jpg")
     with reading_as(None):
         assert image.open(tmp_path / "a.jpg").size == (48, 32)
+
+
+def test_no_other_module_opens_images():
+    package = Path(open_image.__code__.co_filename).parents[1]
+    found = [
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if "Image.open(" in file.read_text(encoding="utf-8") and file.name != "images.py"
+    ]
+    assert found == []

@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.data import samples
+from llava_packing_tower.data.media_check import MediaCheck, check_data
 from llava_packing_tower.integrations.llava.host import FoundHost
 from llava_packing_tower.integrations.llava.hosts.llava_next import HOST as NEXT_HOST
 from llava_packing_tower.integrations.llava.registry import find_host
@@ -396,7 +397,7 @@ def test_damaged_data_name_file_and_sample(tmp_path, entries, said):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     file = write(tmp_path, entries)
     with pytest.raises(ValueError, match=r"data\.json") as caught:
-        samples.check_data(str(file), {"image": str(tmp_path)}, reads_videos=True)
+        check_data(str(file), MediaCheck({"image": str(tmp_path)}, True))
     assert said in str(caught.value)
 
 
@@ -407,7 +408,7 @@ def test_rows_of_text_alone_may_have_an_empty_image(tmp_path):
     ]
     entries.append({"id": "p", "image": "a.png", "conversations": turns("<image>q", "a")})
     file = write(tmp_path, entries)
-    assert samples.check_data(str(file), {"image": str(tmp_path)}, reads_videos=False) == 4
+    assert check_data(str(file), MediaCheck({"image": str(tmp_path)}, False)) == 4
     samples.drop_empty_media(entries)
     assert ["image" in entry for entry in entries] == [False, False, False, True]
 
@@ -418,8 +419,8 @@ def test_every_file_of_a_mixture_is_checked(tmp_path):
     write(tmp_path, good[:2], "b.json")
     write(tmp_path, "\n".join(json.dumps(entry) for entry in good), "c.jsonl")
     write(tmp_path, f"datasets:\n- json_path: {tmp_path}/a.json\n- json_path: {tmp_path}/c.jsonl\n", "mix.yaml")
-    assert samples.check_data(f"{tmp_path}/{{a,b}}.json", {}, False) == 5
-    assert samples.check_data(f"{tmp_path}/mix.yaml", {}, False) == 6
+    assert check_data(f"{tmp_path}/{{a,b}}.json", MediaCheck({}, False)) == 5
+    assert check_data(f"{tmp_path}/mix.yaml", MediaCheck({}, False)) == 6
     for content, said in (
         ("datasets: 1\n", "has no list `datasets:`"),
         ("datasets:\n- a: b\n", "dataset 1 has no json_path"),
@@ -428,7 +429,7 @@ def test_every_file_of_a_mixture_is_checked(tmp_path):
     ):
         write(tmp_path, content, "mix.yaml")
         with pytest.raises(ValueError, match=said):
-            samples.check_data(f"{tmp_path}/mix.yaml", {}, False)
+            check_data(f"{tmp_path}/mix.yaml", MediaCheck({}, False))
 
 
 def test_many_samples_are_checked_quickly(tmp_path):
@@ -439,12 +440,12 @@ def test_many_samples_are_checked_quickly(tmp_path):
     started = time.process_time()
     with pytest.raises(ValueError, match="sample 77777"):
         samples.check_turns(entries)
-    samples.check_media(entries, {}, True)
+    MediaCheck({}, True).look(entries)
     assert time.process_time() - started < 5
 
 
 def test_the_checks_need_no_torch():
-    modules = "llava_packing_tower.train.preflight, llava_packing_tower.data.samples"
+    modules = "llava_packing_tower.train.preflight, llava_packing_tower.data.media_check"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 

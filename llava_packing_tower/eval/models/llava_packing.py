@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import ImageFile
 from tqdm import tqdm
 
 from ...checkpoint.folder_hash import identity
@@ -217,17 +219,16 @@ class LlavaPacking(lmms):
         split: str,
         answer: str | None = None,
     ) -> Question:
-        visuals = to_visual(self.task_dict[task][split][doc_id]) if to_visual else None
-        visuals = [] if visuals is None else list(visuals) if isinstance(visuals, list | tuple) else [visuals]
+        with refusals(task, doc_id):
+            visuals = to_visual(self.task_dict[task][split][doc_id]) if to_visual else None
+            visuals = [] if visuals is None else list(visuals) if isinstance(visuals, list | tuple) else [visuals]
         metadata = request.metadata or {}
         if visuals and metadata.get("task_type") == "video" and "sample_frames" in metadata:
             count = int(metadata["sample_frames"])
             step = (len(visuals) - 1) / max(count - 1, 1)
             visuals = [[visuals[int(i * step)] for i in range(count)]]
-        try:
+        with refusals(task, doc_id):
             return prepare(self.loaded, context, visuals, self.conversation, self.max_frames, answer)
-        except ValueError as error:
-            raise ValueError(f"task {task}, document {doc_id}: {error}") from error
 
     def _batches(
         self, texts: Sequence[str], prepared: Callable[[int], Question], groups: Sequence[str]
@@ -249,6 +250,22 @@ class LlavaPacking(lmms):
                 ahead = worker.submit(make, following) if following else None
                 yield indices, questions
                 progress.update(len(indices))
+
+
+@contextlib.contextmanager
+def refusals(task: str, document: object) -> Iterator[None]:
+    """Whatever is raised in here for an image or a text, with the task and the document that it belongs to.
+
+    A truncated image is an error too, whatever a task or the host has told Pillow.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"task {task}, document {document}: {reason}") from error
 
 
 def generation_options(given: dict) -> tuple[dict[str, object], list[str]]:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...data.images import to_rgb
+from ...data.images import ImageReading, to_rgb
 from ...data.native_config import asks_for_native
 from ...data.video import Clip, read_clip
 from ...multimodal.visual_inputs import VIDEO
-from .inference import Checkpoint, build_prompt, host_module, takes_modalities, trains_with_lists
+from .inference import Checkpoint, as_read, build_prompt, host_module, takes_modalities, trains_with_lists
 from .model_class import class_name
 
 IGNORE = -100
@@ -121,7 +121,7 @@ def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) 
             # LLaVA trains and asks about several images without tiles, whatever it does with one.
             config = copy(config)
             config.image_aspect_ratio = "pad"
-        image = to_rgb(visual, loaded.image_processor.image_reading)
+        image = as_read(visual, loaded.image_processor, config)
         made = host_module("mm_utils", loaded.model).process_images([image], loaded.image_processor, config)
         pixels = made[0]
         return pixels, IMAGE, {"size": image.size, "modality": IMAGE} if native else image.size
@@ -130,7 +130,8 @@ def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) 
             f"{type(loaded.model).__name__} of LLaVA 1.x takes videos only from checkpoints that were trained with "
             f"image_aspect_ratio: native; use LLaVA-NeXT"
         )
-    clip = read_clip(visual, upbound=max_frames, force=True) if isinstance(visual, str) else _clip_of(visual)
+    reading = loaded.image_processor.image_reading
+    clip = read_clip(visual, upbound=max_frames, force=True) if isinstance(visual, str) else _clip_of(visual, reading)
     pixels = loaded.image_processor.preprocess(clip.frames, return_tensors="pt")["pixel_values"]
     pixels = pixels if isinstance(pixels, torch.Tensor) else torch.stack(list(pixels))
     size = (clip.frames.shape[2], clip.frames.shape[1])
@@ -140,12 +141,12 @@ def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) 
     return pixels, VIDEO, {"size": size, "modality": VIDEO, **places}
 
 
-def _clip_of(frames: Sequence[Image.Image]) -> Clip:
+def _clip_of(frames: Sequence[Image.Image], reading: ImageReading) -> Clip:
     """Frames that are there already. Raises ``ValueError`` for frames of several sizes."""
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"all frames of a video must have one size, got {len(frames)} frames of {sorted(sizes)}")
-    stacked = np.stack([np.asarray(to_rgb(frame)) for frame in frames])
+    stacked = np.stack([np.asarray(to_rgb(frame, reading)) for frame in frames])
     return Clip(stacked, list(range(len(frames))), len(frames), 1.0)
 
 

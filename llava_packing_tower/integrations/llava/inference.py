@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ...data.images import to_rgb
+from ...data.images import fit_of, fitted, to_rgb
 from ...utils.files import CONFIG_NAME, read_json
 from .model_class import loaded_as
 from .registry import host_of, host_of_model
@@ -76,12 +76,20 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
     return loaded
 
 
+def as_read(image: Image.Image, processor: object, config: object) -> Image.Image:
+    """An image as training reads it from its file, for what the host makes of it at the ``image_aspect_ratio``.
+
+    Raises ``ValueError`` for one that training would not read.
+    """
+    reading = processor.image_reading
+    return fitted(to_rgb(image, reading), reading, fit_of(getattr(config, "image_aspect_ratio", None)))
+
+
 def prepare_image(loaded: Checkpoint, image: Image.Image) -> torch.Tensor:
     """What the host's `process_images` makes of one image: `[1, C, H, W]`, or `[1, crops, C, H, W]` for anyres."""
     process_images = host_module("mm_utils", loaded.model).process_images
-    pixels = process_images(
-        [to_rgb(image, loaded.image_processor.image_reading)], loaded.image_processor, loaded.model.config
-    )
+    image = as_read(image, loaded.image_processor, loaded.model.config)
+    pixels = process_images([image], loaded.image_processor, loaded.model.config)
     return pixels if isinstance(pixels, torch.Tensor) else torch.stack(list(pixels))
 
 
@@ -99,6 +107,7 @@ def trains_with_lists(model: torch.nn.Module) -> bool:
 def ask(loaded: Checkpoint, image: Image.Image, question: str, version: str, max_new_tokens: int = 16) -> str:
     """The greedy answer to a question about one image, as the host's own scripts would get it."""
     utilities, constants = host_module("mm_utils", loaded.model), host_module("constants", loaded.model)
+    image = as_read(image, loaded.image_processor, loaded.model.config)
     prompt = build_prompt(version, f"{constants.DEFAULT_IMAGE_TOKEN}\n{question}")
     ids = utilities.tokenizer_image_token(
         prompt, loaded.tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt"

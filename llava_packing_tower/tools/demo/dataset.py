@@ -7,8 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
+from ...data.images import read_size
 from ...data.sample_photos import PHOTOS, Photo, source_of
 from ...utils.files import write_aside, write_text
 
@@ -36,7 +35,6 @@ def write_dataset(data_path: Path, image_folder: Path) -> list[tuple[Photo, tupl
     for photo in PHOTOS:
         target = image_folder / photo.name
         write_aside(target, partial(shutil.copyfile, source_of(photo)))
-        with Image.open(target) as image:
-            sizes.append((photo, image.size))
+        sizes.append((photo, read_size(target)))
     write_text(data_path, json.dumps([conversation(photo) for photo in PHOTOS], indent=1))
     return sizes

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 
+from ...data.images import open_image
 from ...data.sample_photos import PHOTOS, Photo
 from ...integrations.llava import install, registry
 from ...integrations.llava.inference import build_prompt
@@ -236,6 +236,6 @@ def draw(
     report.draw_loss(plan.output / "loss.png", history)
     with np.load(plan.output / "answers_after.npz") as inputs:
         for photo, _ in photos:
-            with Image.open(plan.path("image_folder") / photo.name) as image:
-                target = plan.output / "patches" / f"{Path(photo.name).stem}.png"
-                report.draw_grid(target, image, inputs[photo.name], patch, photo.name)
+            image = open_image(plan.path("image_folder") / photo.name)
+            target = plan.output / "patches" / f"{Path(photo.name).stem}.png"
+            report.draw_grid(target, image, inputs[photo.name], patch, photo.name)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_packing_tower.data.images import open_image
 from llava_packing_tower.data.sample_photos import PHOTOS, source_of
 
 DATA_FILES = {"test": str(Path(__file__).with_name("photos.jsonl"))}
@@ -11,5 +12,4 @@ BY_NAME = {photo.name: photo for photo in PHOTOS}
 
 
 def doc_to_visual(doc: dict) -> list[Image.Image]:
-    with Image.open(source_of(BY_NAME[doc["photo"]])) as image:
-        return [image.convert("RGB")]
+    return [open_image(source_of(BY_NAME[doc["photo"]]))]
