@@ -1,4 +1,4 @@
-"""Training of real hosts over samples that cannot be read: two ranks, workers, batches of nothing else; ``--strict``."""
+"""Training of real hosts over samples that cannot be read: two ranks, workers, batches of nothing else; strict runs."""
 
 from __future__ import annotations
 
