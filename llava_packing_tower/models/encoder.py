@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +44,8 @@ class PackedEncoder(nn.Module):
         # The two names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        self.runs_several_times = False
+        """In one step, so that a reentrant checkpoint would finish the gradient of a weight several times."""
 
     def forward(
         self,
@@ -84,6 +87,11 @@ class PackedEncoder(nn.Module):
                 states = run(hidden_states, segments, rotary, keep, plan.backend)
         return tuple(states[index].to(device, dtype) for index in keep)  # (the blocks may lie on several devices)
 
+    def _checkpoint(self, *call: Any) -> Any:
+        if self.runs_several_times:
+            return checkpoint(*call, use_reentrant=False)
+        return self._gradient_checkpointing_func(*call)
+
     def fresh_block(self) -> EncoderBlock:
         """What each block was when it was made, without values (see :func:`module_state.foreign_part`)."""
         return _fresh_block(self.config)
@@ -115,7 +123,7 @@ class PackedEncoder(nn.Module):
             if self.gradient_checkpointing and self.training:
                 hidden_states = checkpoint_input(layer, hidden_states)
                 if hidden_states.requires_grad:  # else there is nothing to compute again
-                    run = functools.partial(self._gradient_checkpointing_func, run)
+                    run = functools.partial(self._checkpoint, run)
             hidden_states, pending = run(hidden_states, pending, segments, rotary, backend)
             if index in keep:
                 states[index] = settle(hidden_states, pending)

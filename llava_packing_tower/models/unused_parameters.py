@@ -25,7 +25,7 @@ class _ZeroGradients(torch.autograd.Function):
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others)
 
 
-def _is_whole(parameter: torch.Tensor) -> bool:
+def is_whole(parameter: torch.Tensor) -> bool:
     """Not partitioned by ZeRO-3 or FSDP: those run the same schedule on every rank, idle weights or not."""
     return not hasattr(parameter, "ds_id") and not getattr(parameter, "_fsdp_flattened", False)
 
@@ -43,7 +43,7 @@ def join_idle(model: Any, states: Sequence[torch.Tensor], layers_run: int) -> tu
         return tuple(states)
     parts = [m for m in model.children() if m is not model.encoder] + list(model.encoder.layers[layers_run:])
     weights = list(model.parameters(recurse=False)) + [p for m in parts for p in state_of(m).snapshot().weights]
-    idle = [p for p in weights if p.requires_grad and _is_whole(p)]
+    idle = [p for p in weights if p.requires_grad and is_whole(p)]
     first, *rest = states
     return (_ZeroGradients.apply(first, *idle) if idle else first, *rest)
 

@@ -15,7 +15,7 @@ from .visual_tokens import TokenLayout, token_count
 
 MEASURED = 2000
 """Samples that are measured, spread evenly over the dataset. Of images only the headers are read."""
-BAR = 40
+BAR, WORST = 40, 3
 
 
 @dataclass
@@ -24,7 +24,8 @@ class TokenReport:
 
     patches: of each image or frame; tokens: visual tokens of each image or video; lengths: tokens of each sequence,
     text and images; reduced, enlarged: images whose size the bounds changed by more than the rounding to whole patches;
-    cut: (samples that will lose visual tokens, visual tokens lost); unreadable: files.
+    worst: of the reduced ones, pixels over those that are left and the file, the largest first; cut: (samples that will
+    lose visual tokens, visual tokens lost); unreadable: files.
     """
 
     samples: int
@@ -36,6 +37,7 @@ class TokenReport:
     reduced: int = 0
     enlarged: int = 0
     cut: tuple[int, int] = (0, 0)
+    worst: list[tuple[float, str]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -47,6 +49,9 @@ class TokenReport:
             lines += [f"visual tokens per image or video: {_spread(self.tokens)}", *_histogram(self.tokens)]
             kept = len(self.patches) - self.reduced - self.enlarged
             lines.append(f"sizes: {kept} kept (to whole patches), {self.reduced} reduced, {self.enlarged} enlarged")
+            if self.worst:
+                named = ", ".join(f"{name} to 1/{times:.3g} of its pixels" for times, name in self.worst)
+                lines.append(f"over mm_packing_max_patches: {self.reduced} images, most of all {named}")
         if self.lengths:
             over = sum(length > self.limit for length in self.lengths)
             lines.append(
@@ -129,6 +134,9 @@ def _measure_one(
     nearest = [max(1, round(side / size)) * size // rule.patch_size for side, size in zip((height, width), rule.unit)]
     if [rows, columns] != nearest:
         report.reduced += change < 0
+        if change < 0:
+            times = width * height / (rows * columns * rule.patch_size**2)
+            report.worst = sorted([*report.worst, (times, file)], reverse=True)[:WORST]
         report.enlarged += change >= 0
     return count
 

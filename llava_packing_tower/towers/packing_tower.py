@@ -31,6 +31,7 @@ from ..utils.files import CONFIG_NAME, read_json
 from ..utils.tracing import is_plain
 from .feature_select import selected_layers
 from .names import strip_prefix
+from .passes import allow_several, budget_of, count_patches, run_passes
 from .saved_tower import frozen_folder, hollow, saved_tower, tower_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             getattr(args, "mm_packing_attention", None) or environment.read(environment.ATTENTION) or "auto"
         )
         self.fused = None if getattr(args, "mm_packing_compile", True) else False
+        self.encoder_tokens = budget_of(args)
         self._saved = saved_tower(args)
         self._native = settings_of(args)
         self._reading = reading_of(args, is_checkpoint=bool(self._saved))
@@ -132,6 +134,13 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
         self.set_native(self._native)
+        self.set_encoder_tokens(self.encoder_tokens)
+
+    def set_encoder_tokens(self, budget: int | None) -> None:
+        """The most patches of one encoder pass, None for any number; before DeepSpeed has the model."""
+        self.encoder_tokens = budget
+        if self.is_loaded:
+            allow_several(self.vision_tower, budget is not None)
 
     @staticmethod
     def _fitting(processor: PackingImageProcessor, patch_size: int) -> PackingImageProcessor:
@@ -274,7 +283,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         return_spatial_dims: bool = False,
         patch_positions: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor | list[torch.Tensor], int, int]:
-        """Features of images, all of them in one packed pass.
+        """Features of images, all of them in one packed pass (or in several, see ``encoder_tokens``).
 
         Args:
             images: ``[B, C, H, W]``, or a list of ``[C, H, W]`` of any sizes (multiples of the patch size), with clips
@@ -297,15 +306,23 @@ class HEVCViTPackingVisionTower(nn.Module):
             self.vision_tower.check_positions()
 
         # Pixels to packed features: see _encode, which is called, or replayed as a CUDA graph.
-        order = None
-        if patch_positions is not None:
-            packed, grids = self._encode(images, patch_positions)
-        elif isinstance(images, torch.Tensor):
-            packed, grids = encode_images(self.vision_tower, images, self.feature_layers, self._encode)
-        else:
+        model, layers = self.vision_tower, self.feature_layers
+        is_batch, order = isinstance(images, torch.Tensor), list(range(len(images)))
+        if not isinstance(images, torch.Tensor) and patch_positions is None:
             order = longest_first(images)
-            encode = functools.partial(self._encode, numbers=order)
-            packed, grids = encode_images(self.vision_tower, [images[i] for i in order], self.feature_layers, encode)
+        sizes = [count_patches(images[index], model.config.patch_size) for index in order]
+
+        def run(places: Sequence[int]) -> tuple[torch.Tensor, list[Grid]]:
+            # (They are neighbors.)
+            numbers = [order[place] for place in places]
+            part = images[numbers[0] : numbers[-1] + 1] if is_batch and numbers else [images[i] for i in numbers]
+            if patch_positions is None:
+                return encode_images(model, part, layers, functools.partial(self._encode, numbers=numbers))
+            start = sum(sizes[: places[0]]) if places else 0
+            own = slice(start, start + sum(sizes[place] for place in places))
+            return self._encode(part, patch_positions if len(places) == len(order) else patch_positions[own], numbers)
+
+        packed, grids = run_passes(model, sizes, self.encoder_tokens, self.device, run)
 
         # ============================================================================================
         # OUTPUT CONVERSION: [N, hidden_size]
@@ -315,7 +332,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             features = packed.unflatten(0, (len(grids), -1))
         else:
             features = split_packed(packed, grids)
-        if order is not None:  # back to the order of the images
+        if not is_batch:  # back to the order of the images
             places = sorted(range(len(order)), key=order.__getitem__)
             features, grids = [features[i] for i in places], [grids[i] for i in places]
         return (features, grids[0][1], grids[0][2]) if return_spatial_dims else features

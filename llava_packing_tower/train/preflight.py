@@ -55,6 +55,9 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
         ours = name == "mm_projector_type" and (value == CHECKPOINT or known_merge(str(value)))
         if value is not None and not ours and not pattern.match(str(value)):
             raise UsageError(f"{name}: {value!r} is unknown; known are for example {examples}")
+    tokens = values.get("mm_packing_encoder_tokens")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise UsageError(f"mm_packing_encoder_tokens: {tokens!r} is no number of patches, at least 1")
     attention = values.get("attn_implementation")
     if attention is not None and "/" not in str(attention):  # owner/name is a kernel of the hub
         _one_of("attn_implementation", attention, ATTENTIONS)

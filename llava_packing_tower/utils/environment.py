@@ -25,6 +25,7 @@ FUSED = "LLAVA_PACKING_FUSED"
 GRAPHS = "LLAVA_PACKING_CUDA_GRAPHS"
 ATTENTION = "LLAVA_PACKING_ATTENTION"
 DISABLE_PATCHES = "LLAVA_PACKING_DISABLE_PATCHES"
+ENCODER_TOKENS = "LLAVA_PACKING_ENCODER_TOKENS"
 NEXT_DIR = "LLAVA_NEXT_DIR"
 
 VARIABLES = {
@@ -39,6 +40,11 @@ VARIABLES = {
         Variable(GRAPHS, "0 or 1", "0: no CUDA graphs. Otherwise small inference batches replay them."),
         Variable(
             ATTENTION, "a backend", "The attention backend of towers that name none in their arguments. Default: auto."
+        ),
+        Variable(
+            ENCODER_TOKENS,
+            "a number",
+            "The most patches of one encoder pass where mm_packing_encoder_tokens is not set. Default: no limit.",
         ),
         Variable(
             DISABLE_PATCHES,

@@ -183,6 +183,19 @@ def fuse(encoder: nn.Module) -> None:
     encoder.run = checked
 
 
+def count_passes(tower: nn.Module) -> list[int]:
+    """The patches of each pass from here on."""
+    seen, encode = [], tower._encode
+
+    def counted(*args, **kwargs):
+        packed, grids = encode(*args, **kwargs)
+        seen.append(len(packed))
+        return packed, grids
+
+    tower._encode = counted
+    return seen
+
+
 def train(name: str, checkpoint: str) -> dict:
     name, _, blocks = name.partition("+")
     stage = int(name[-1]) if name.startswith("zero") else None
@@ -197,6 +210,8 @@ def train(name: str, checkpoint: str) -> dict:
     model.gradient_checkpointing_enable()
     if blocks == "padded":  # LLaVA's own step
         model.config.mm_packing_decoder, model.config.mm_packing_full_logits = False, True
+    if blocks == "passes":  # rank 0 needs several for its images, rank 1 one
+        model.get_vision_tower().set_encoder_tokens(5)
     if blocks == "fused":
         fuse(model.get_vision_tower().vision_tower.encoder)
     start = everything(model)
@@ -206,11 +221,12 @@ def train(name: str, checkpoint: str) -> dict:
         engine = Plain(model, fsdp if name == "fsdp" else ddp)
     else:
         engine = Deep(model, stage, config)
-    if stage == 3:  # a block is one gather: hooks on it, none inside
+    if stage == 3 and blocks != "passes":  # a block is one gather: hooks on it, none inside
         for block in model.get_vision_tower().vision_tower.encoder.layers:
             assert block._forward_pre_hooks
             assert not any(inner._forward_pre_hooks for inner in block.modules() if inner is not block)
     rank, losses, missing = dist.get_rank(), [], []
+    passes = count_passes(model.get_vision_tower())
     for number in range(STEPS * ACCUMULATION):
         loss = engine(**batch(rank, number)).loss
         losses.append(loss.item())
@@ -225,11 +241,14 @@ def train(name: str, checkpoint: str) -> dict:
     end = {key.removeprefix("module."): value for key, value in engine.parameters_whole(model).items()}
     digests: list = [None, None]
     dist.all_gather_object(digests, {key: tensor_digest(value) for key, value in end.items()})
+    counts: list = [None, None]
+    dist.all_gather_object(counts, passes)
     result = {
         "engine": f"{name}+{blocks}" if blocks else name,
         "start": {key: tensor_digest(value) for key, value in start.items()},
         "partitioned": partitioned,
         "losses": losses,
+        "passes": counts,
         "without gradient": missing,
         "ranks differ in": [key for key in digests[0] if digests[0][key] != digests[1][key]],
         "unchanged": [key for key in start if torch.equal(start[key], end[key])],

@@ -21,10 +21,21 @@ pytestmark = [
     pytest.mark.newest,
     pytest.mark.skipif(bool(host_runs.NEXT), reason="the worker builds the models of LLaVA 1.x"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs here are for machines without a GPU"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(500),
 ]
 # The decoder is packed in all but "ddp+padded", which is LLaVA's own step.
-ENGINES = ("ddp", "ddp+padded", "zero2", "zero3", "fsdp", "zero2+fused", "zero3+fused", "fsdp+fused")
+ENGINES = (
+    "ddp",
+    "ddp+padded",
+    "zero2",
+    "zero3",
+    "fsdp",
+    "zero2+fused",
+    "zero3+fused",
+    "fsdp+fused",
+    "zero3+passes",
+    "fsdp+passes",
+)
 IDLE = (".encoder.layers.2.", ".layernorm_post.", ".head.")  # above the selected layer
 
 
@@ -40,7 +51,7 @@ def results(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(host_runs.free_port()), str(script), str(folder), *ENGINES]
     extra = {"LOCAL_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(host_runs.REPOSITORY)}
-    done = host_runs.execute(command, {**host_runs.environment(""), **extra}, timeout=340)
+    done = host_runs.execute(command, {**host_runs.environment(""), **extra}, timeout=440)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return {entry["engine"]: entry for entry in lines}
@@ -69,3 +80,11 @@ def test_engines_learn_the_same(results, folder, engine):
         moved = (tensor - start[name]).abs().max().item()
         assert (found[name] - tensor).abs().max().item() <= 1e-3 * moved + 1e-6, name
     assert results[engine]["losses"] == pytest.approx(results["ddp"]["losses"], abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if "passes" in name])
+def test_every_rank_makes_as_many_passes_as_the_one_that_needs_most(results, engine):
+    """Rank 1, whose samples are text alone, has one blank image for each of them."""
+    first, second = results[engine]["passes"]
+    assert len(first) == len(second) > 1.5 * len(results[engine]["losses"])
+    assert sum(first) > sum(second)  # images of many patches, and blanks

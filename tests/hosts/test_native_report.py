@@ -65,6 +65,7 @@ def test_counts(folder):
     text = "\n".join(report.lines())
     assert "5 samples, 4 images and videos" in text and "4 to 35, median 15, 62 in all" in text
     assert "2 kept (to whole patches), 1 reduced, 1 enlarged" in text
+    assert "over mm_packing_max_patches: 1 images, most of all " in text and "huge.png to 1/" in text
     assert "model_max_length 40: 1 are longer" in text
     assert any("1 of 5 samples are longer" in w and "8 visual tokens" in w for w in report.warnings())
     assert any("broken.png" in w for w in report.warnings())

@@ -39,6 +39,14 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "run the encoder blocks of a packing tower as fused kernels, in half precision on CUDA; false runs them eager",
     ),
     PluginArgument(
+        "mm_packing_encoder_tokens",
+        "ModelArguments",
+        "Optional[int]",
+        None,
+        "the most patches of one pass of a packing tower; larger batches run as several passes, with the same features "
+        "and gradients (default: no limit)",
+    ),
+    PluginArgument(
         "mm_packing_min_patches",
         "ModelArguments",
         "Optional[int]",

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...towers.names import strip_prefix, tower_kind
 from ...towers.packing_tower import HEVCViTPackingVisionTower
+from ...towers.passes import budget_of
 from ...towers.saved_tower import tower_fingerprint
 from ...utils.tracing import is_plain
 from .arguments import host_lacks
@@ -56,6 +57,7 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
         self.config.mm_packing_config = self.get_vision_tower().packing_config(
             weights="checkpoint" if in_checkpoint else "folder"
         )
+        self.get_vision_tower().set_encoder_tokens(budget_of(model_args))
         for name, value in self.get_vision_tower().image_processor.image_reading.items().items():
             setattr(self.config, name, value)
         self.config.mm_packing_conversation = getattr(model_args, "version", None)  # an evaluation asks in it
