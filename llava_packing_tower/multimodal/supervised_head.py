@@ -24,6 +24,7 @@ def supervised_loss(
     targets: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
     num_items: torch.Tensor | int | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of the next words, as transformers' ``ForCausalLMLoss`` computes it.
 
@@ -33,17 +34,23 @@ def supervised_loss(
         head: from ``[n, hidden]`` to ``[n, words]``. It is called in every case, for no row at all if need be: under
             ZeRO-3 and FSDP other ranks may be waiting in it.
         num_items: what the sum is divided by; the number of supervised positions if left out.
+        weights: ``[N]``, what each position counts: the weighted sum is divided by ``num_items`` alone.
 
     Returns:
         A scalar in float32, or in float64 for a head in float64. Without a supervised position it is NaN with
-        gradients of zero, as transformers' is (0 if ``num_items`` is given).
+        gradients of zero, as transformers' is (0 if ``num_items`` or ``weights`` are given).
     """
     kept = (targets != IGNORE).nonzero().squeeze(1)
     logits = head(hidden_states[kept.to(hidden_states.device)])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = targets[kept].to(logits.device)
-    if num_items is None:
+    if weights is not None:
+        losses = cross_entropy(logits, chosen, reduction="none")
+        total = (losses * weights[kept].to(losses)).sum()
+    elif num_items is None:
         return cross_entropy(logits, chosen)
+    else:
+        total = cross_entropy(logits, chosen, reduction="sum")
     if isinstance(num_items, torch.Tensor):
         num_items = num_items.to(logits.device)
-    return cross_entropy(logits, chosen, reduction="sum") / num_items
+    return total if num_items is None else total / num_items

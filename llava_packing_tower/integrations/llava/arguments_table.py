@@ -137,6 +137,38 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "compute the decoder's RMSNorm, rotary embedding and SwiGLU with liger-kernel, where it is installed, on CUDA",
     ),
     PluginArgument(
+        "mm_packing_balance",
+        "ModelArguments",
+        "bool",
+        True,
+        "deal the samples of an optimizer step over ranks and accumulation steps by their cost, with the weights of "
+        "LLaVA's own average; false keeps LLaVA's order",
+    ),
+    PluginArgument(
+        "mm_packing_batch_tokens",
+        "ModelArguments",
+        "Optional[int]",
+        None,
+        "the most decoder tokens of a micro-batch; an optimizer step takes as many micro-batches as it needs "
+        "(default: no limit)",
+    ),
+    PluginArgument(
+        "mm_packing_over_budget",
+        "ModelArguments",
+        "str",
+        "refuse",
+        "what happens to a sample with more than mm_packing_batch_tokens tokens: refuse (before training, by name) or "
+        "truncate",
+    ),
+    PluginArgument(
+        "mm_packing_loss_average",
+        "ModelArguments",
+        "str",
+        "micro_batches",
+        "what the loss is averaged over: micro_batches (each micro-batch by itself, as LLaVA does) or tokens (the "
+        "supervised tokens of the global batch)",
+    ),
+    PluginArgument(
         "mm_vision_tower_lr",
         "TrainingArguments",
         "Optional[float]",

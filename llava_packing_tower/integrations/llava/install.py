@@ -92,13 +92,14 @@ def _on_arch(arch: ModuleType) -> None:
     from .native_resolution import into_model
     from .packed_step import into_decoders
     from .saving import note_when_saving
-    from .text_only_batches import run_on_blanks
+    from .text_only_batches import look_up_once, run_on_blanks
     from .trainable_parts import remember_tower
 
     into_model(arch, _patches)
     remember_tower(arch, _patches)
     note_when_saving(arch, _patches)
     run_on_blanks(arch, _patches)
+    look_up_once(arch, _patches)
     into_decoders(_patches)
 
 
@@ -120,6 +121,7 @@ def _on_loader(builder: ModuleType) -> None:
 
 def _on_train(train: ModuleType) -> None:
     from .arguments import extend
+    from .dealt_batches import deal_batches
     from .gradients import check_gradients
     from .model_class import train_by_architectures
     from .native_dataset import into_training
@@ -134,6 +136,7 @@ def _on_train(train: ModuleType) -> None:
     save_what_is_trained(train, _patches)
     check_gradients(train, _patches)
     gather_by_layer(train, _patches)
+    deal_batches(train, _patches)
 
 
 def _on_trainer(trainer: ModuleType) -> None:

@@ -32,6 +32,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": (
         "blank_images",  # text_only_batches: a batch without images runs the tower on blanks
         "native_images",  # native_resolution: images are encoded here, LLaVA puts them between the text
+        "one_lookup",  # text_only_batches: the embeddings of all words of a batch, in one call
     ),
     "LlavaMetaForCausalLM.encode_images": (
         "native_features",  # native_resolution: what `native_images` encoded is not encoded again
@@ -117,6 +118,10 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "LLaVATrainer.training_step": (
         "check_gradients",  # gradients: every trained weight gets a gradient in the first step
+        "dealt_batches",  # dealt_batches: the micro-batches that were dealt to this rank
+    ),
+    "LLaVATrainer.get_train_dataloader": (
+        "dealt_batches",  # dealt_batches: samples are dealt over ranks and micro-batches by cost
     ),
     "LLaVATrainer._save": (
         "save_what_is_trained",  # saving: as above

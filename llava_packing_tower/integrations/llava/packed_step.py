@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,7 @@ from torch import nn
 
 from ...models.runtime.execution import compute_dtype
 from ...multimodal.packed_decoder import PackedRow, causal_backend, pack_batch
-from ...multimodal.supervised_head import next_labels, supervised_loss
+from ...multimodal.supervised_head import IGNORE, next_labels, supervised_loss
 from .arguments import current_arguments
 from .decoder_attention import read_rows, unsupported_attention, without_mask
 from .liger import fuse_layers, unsupported_liger
@@ -37,6 +37,7 @@ DECODERS = {  # transformers' own classes, by their modules
 CACHES = ("past_key_values", "cache", "cache_position")
 _PLAN = "_llava_packing_step"
 _full_logits: ContextVar[bool] = ContextVar("a loss is computed from the logits", default=False)
+_sample_weights: ContextVar[SampleWeights | None] = ContextVar("weights of the samples", default=None)
 
 
 # ---------------------------------------------------------------- the plan
@@ -195,6 +196,35 @@ KNOWN = frozenset(
 )
 
 
+@dataclass
+class SampleWeights:
+    """What a supervised token of each sample of a micro-batch counts in its loss, where samples were dealt.
+
+    weights: ``[B]``; tokens, supervised: of each sample, as they were counted when it was read. used: how often a step
+    took them.
+    """
+
+    weights: torch.Tensor
+    tokens: Sequence[int]
+    supervised: Sequence[int]
+    used: int = 0
+
+    def apply(self, there: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The targets without those of samples that count nothing, and the weight of each position, both ``[B, L]``.
+
+        Raises ``RuntimeError`` where the model has made other samples than were counted. Synchronises once.
+        """
+        found = torch.stack([there.sum(1), (targets != IGNORE).sum(1)]).tolist()
+        if found != [list(self.tokens), list(self.supervised)]:
+            raise RuntimeError(
+                f"the model has samples of {found[0]} tokens, {found[1]} of them supervised, but {list(self.tokens)} "
+                f"and {list(self.supervised)} were counted: mm_packing_balance: false keeps LLaVA's own order"
+            )
+        self.used += 1
+        weights = self.weights.to(targets.device)[:, None].expand(targets.shape)
+        return targets.masked_fill(weights == 0, IGNORE), weights
+
+
 def packed_step(model: nn.Module, plan: StepPlan, given: Mapping[str, object]) -> object:
     """Loss of a padded batch, and its logits where somebody asks for them.
 
@@ -205,20 +235,24 @@ def packed_step(model: nn.Module, plan: StepPlan, given: Mapping[str, object]) -
 
     embeds, mask, labels = given["inputs_embeds"], given.get("attention_mask"), given["labels"]
     targets = next_labels(labels)
-    row = None
-    if plan.decoder_reason is None:
-        there = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
-        row = pack_batch(there, targets)
+    there = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+    row = pack_batch(there, targets) if plan.decoder_reason is None else None
+    weights, num_items = None, given.get("num_items_in_batch")
+    if (samples := _sample_weights.get()) is not None:
+        targets, weights = samples.apply(there, targets)
     states = _run_decoder(model, embeds, mask, row)
     full = plan.head_reason is not None or _full_logits.get()
     logits = None
     if full:
         padded = states if row is None else row.pad(states, *labels.shape)
         logits = model.lm_head(padded)
-        loss = supervised_loss(logits.flatten(0, 1), targets.flatten(), _same, given.get("num_items_in_batch"))
+        each = None if weights is None else weights.flatten()
+        loss = supervised_loss(logits.flatten(0, 1), targets.flatten(), _same, num_items, each)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
     flat = targets.flatten() if row is None else row.pack(targets)[0]
-    loss = supervised_loss(states.flatten(0, 1), flat, model.lm_head, given.get("num_items_in_batch"))
+    if weights is not None:
+        weights = weights.flatten() if row is None else row.pack(weights)[0]
+    loss = supervised_loss(states.flatten(0, 1), flat, model.lm_head, num_items, weights)
     return CausalLMOutputWithPast(loss=loss)
 
 
@@ -267,7 +301,7 @@ def into_trainer(patches: Patches) -> None:
         plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # under PEFT
         if is_packing_tower(getattr(plain, "get_vision_tower", lambda: None)()):
             plan_of(plain, patches)
-        with full_logits() if _is_overridden(self.compute_loss) else contextlib.nullcontext():
+        with full_logits() if is_overridden(self.compute_loss) else contextlib.nullcontext():
             yield
 
     def without_skip(call: Call) -> None:
@@ -280,7 +314,8 @@ def into_trainer(patches: Patches) -> None:
     add_step(Trainer, "Trainer.compute_loss", "skip_logits", without_skip, patches)
 
 
-def _is_overridden(compute_loss: Callable) -> bool:
+def is_overridden(compute_loss: Callable) -> bool:
+    """Whether a trainer's ``compute_loss`` is not transformers' own."""
     module = getattr(compute_loss, "__module__", "")
     return not module.startswith("transformers.")
 
@@ -293,3 +328,26 @@ def full_logits() -> Iterator[None]:
         yield
     finally:
         _full_logits.reset(token)
+
+
+@contextlib.contextmanager
+def weighing(samples: SampleWeights) -> Iterator[None]:
+    """Within it, the loss of a training step is the weighted sum over the tokens of its samples.
+
+    Raises ``RuntimeError`` at its end if no step has used the weights.
+    """
+    token = _sample_weights.set(samples)
+    try:
+        yield
+    finally:
+        _sample_weights.reset(token)
+    if samples.used != 1:
+        raise RuntimeError(
+            f"the weights of dealt samples were used {samples.used} times: the model did not take the packed step; "
+            f"mm_packing_balance: false keeps LLaVA's own order"
+        )
+
+
+def are_weighed() -> bool:
+    """Whether a training step of dealt samples is running."""
+    return _sample_weights.get() is not None

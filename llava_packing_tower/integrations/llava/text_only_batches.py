@@ -1,7 +1,8 @@
-"""No rank waits for another: the tower and the projector run in every step, on every rank.
+"""No rank waits for another: the tower and the projector run in every step, on every rank, and embeddings once.
 
 ZeRO and DDP run collectives for each module and each gradient. A rank whose batch has no image would leave out those of
-the tower, and the others would wait for it for ever.
+the tower, and the others would wait for it for ever. LLaVA looks up the embeddings of each sample by themselves: under
+ZeRO-3 that is a gather for each sample, and ranks may have different numbers of them.
 """
 
 from __future__ import annotations
@@ -64,3 +65,45 @@ def run_on_blanks(arch: ModuleType, patches: Patches) -> None:
         call.result = tuple(result)
 
     add_step(owner, f"LlavaMetaForCausalLM.{PREPARE}", "blank_images", blanks, patches)
+
+
+class OneLookup:
+    """Stands for a word embedding while LLaVA puts the samples of a batch together: one call for all their words.
+
+    ids: ``[N]``, the words of all samples in the order in which LLaVA asks for them.
+    """
+
+    def __init__(self, embedding: torch.nn.Module, ids: torch.Tensor) -> None:
+        self.rows, self.taken = embedding(ids), 0
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """``[n, hidden]`` of the next ``n`` words."""
+        start, self.taken = self.taken, self.taken + len(ids)
+        if self.taken > len(self.rows):
+            raise RuntimeError(f"LLaVA asks for the embeddings of {self.taken} words of a batch of {len(self.rows)}")
+        return self.rows[start : self.taken]
+
+
+def look_up_once(arch: ModuleType, patches: Patches) -> None:
+    """Have LLaVA look up the embeddings of a batch once, where ranks gather them or have other numbers of samples."""
+    from .packed_step import are_weighed
+
+    def once(call: Call) -> Iterator[None]:
+        self, given = call.self, call.arguments
+        ids, mask = given["input_ids"], given.get("attention_mask")
+        asked = zero3_enabled() or are_weighed()
+        if not asked or not takes_part(self) or not is_packing_tower(self.get_vision_tower()):
+            yield
+            return
+        inner = self.get_model()
+        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        lookup = OneLookup(inner.embed_tokens, ids[seen & (ids != arch.IMAGE_TOKEN_INDEX)])
+        vars(inner)["embed_tokens"] = lookup  # in front of the module, which stays where it is
+        try:
+            yield
+        finally:
+            del vars(inner)["embed_tokens"]
+        if lookup.taken != len(lookup.rows):
+            raise RuntimeError(f"LLaVA used the embeddings of {lookup.taken} words of a batch of {len(lookup.rows)}")
+
+    add_step(mixin(arch), f"LlavaMetaForCausalLM.{PREPARE}", "one_lookup", once, patches)

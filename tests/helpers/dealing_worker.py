@@ -1,0 +1,237 @@
+"""One of several processes that train a tiny LLaVA with the host's own trainer, dealt and undealt.
+
+``torchrun dealing_worker.py FOLDER ENGINE RUN...`` prints, on rank 0, a JSON object for each run (a name of RUNS), and
+leaves the gradients of every optimizer step in FOLDER.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import builder_patch  # noqa: F401
+
+# isort: split
+import numpy as np
+import torch
+import torch.distributed as dist
+from distributed_worker import DECODER, DEEPSPEED, TOWER
+from llava import conversation
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.train import train
+from llava.train.llava_trainer import LLaVATrainer
+from PIL import Image
+from transformers import AutoTokenizer, TrainerCallback
+
+from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
+from llava_packing_tower.integrations.llava import packed_step
+from llava_packing_tower.tools.demo.tiny_models import make_tokenizer
+
+WORDS = ("cat", "moon", "cup", "tall green tree", "a very small boat on the sea")
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+SAMPLES, BATCH, ACCUMULATION, LIMIT, BUDGET = 50, 3, 2, 150, 230
+RUNS = {
+    "host": {"mm_packing_balance": False},
+    "dealt": {},
+    "tokens": {"mm_packing_loss_average": "tokens"},
+    "tokens undealt": {"mm_packing_loss_average": "tokens", "mm_packing_balance": False},
+    "budget": {"mm_packing_batch_tokens": BUDGET},
+    "large budget": {"mm_packing_batch_tokens": 100000},
+    "refused": {"mm_packing_batch_tokens": 120},
+    "truncated": {"mm_packing_batch_tokens": 120, "mm_packing_over_budget": "truncate"},
+    "truncated host": {"mm_packing_balance": False, "tokenizer_model_max_length": 120},
+}
+
+
+def make_workspace(folder: Path) -> None:
+    """A checkpoint, its tokenizer, ragged photos; samples without images, without labels, and cut at the limit."""
+    torch.manual_seed(0)
+    tower = folder / "vit_packing"
+    LlavaViTPackingModel(LlavaViTPackingConfig(image_size=16, use_head=True, **TOWER)).save_pretrained(tower)
+    PackingImageProcessor(size=16).save_pretrained(tower)
+    texts = [f"{SYSTEM}USER: <image>\nWhat is it ? ASSISTANT: {word}</s>" for word in WORDS]
+    tokenizer = make_tokenizer(folder / "llava_tiny", texts, WORDS)
+    config = LlavaConfig(
+        **{**DECODER, "vocab_size": len(tokenizer)},
+        mm_vision_tower=str(tower),
+        mm_hidden_size=TOWER["hidden_size"],
+        mm_vision_select_layer=-2,
+        mm_projector_type="mlp2x_gelu",
+        mm_patch_merge_type="spatial_unpad",
+        mm_tunable_parts="mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        image_aspect_ratio="native",
+        mm_packing_min_patches=1,
+        mm_packing_max_patches=64,
+        mm_packing_video="frames",
+        tokenizer_model_max_length=LIMIT,
+        use_cache=False,
+    )
+    model = LlavaLlamaForCausalLM(config).float()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.config.mm_packing_config = model.get_vision_tower().packing_config("checkpoint")
+    model.save_pretrained(folder / "llava_tiny")
+    chance, noise, data = random.Random(3), np.random.default_rng(0), []
+    for number in range(SAMPLES):
+        turns = [("human", "What is it ?"), ("gpt", chance.choice(WORDS))] * chance.choice((1, 1, 2, 4))
+        sample = {"id": f"sample {number}"}
+        if number % 5:
+            width, height = (4 * chance.randint(1, 4 if number % 7 else 9) for _ in range(2))
+            pixels = noise.integers(0, 255, (height, width, 3), dtype=np.uint8)
+            sample["image"] = f"{number}.png"
+            Image.fromarray(pixels).save(folder / sample["image"])
+            turns[0] = ("human", "<image>\n" + turns[0][1])
+        if number % 11 == 3:  # everything that has a label is cut
+            turns[0] = (turns[0][0], turns[0][1] + " tree" * 200)
+        sample["conversations"] = [{"from": who, "value": what} for who, what in turns]
+        data.append(sample)
+    (folder / "data.json").write_text(json.dumps(data))
+
+
+class Watch(TrainerCallback):
+    """Gradients of every optimizer step, the indices that were read, the tokens of every micro-batch."""
+
+    def __init__(self) -> None:
+        self.gradients, self.read, self.tokens, self.supervised, self.ends = [], [], [], [], []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.ends.append(len(self.read))
+
+    @contextlib.contextmanager
+    def watching(self, model, stage):
+        dataset, get = train.LazySupervisedDataset, train.LazySupervisedDataset.__getitem__
+        step_of = packed_step.packed_step
+        watch = self
+
+        def getitem(self, i):
+            watch.read.append(i)
+            return get(self, i)
+
+        def counted(decoder, plan, given):
+            mask = given.get("attention_mask")
+            watch.supervised.append(int((given["labels"][:, 1:] != -100).sum()))
+            watch.tokens.append(int(mask.sum()) if mask is not None else given["labels"].numel())
+            return step_of(decoder, plan, given)
+
+        if stage is None:
+            owner, step = torch.optim.SGD, torch.optim.SGD.step
+
+            def stepped(self, *args, **kwargs):
+                watch.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+                return step(self, *args, **kwargs)
+        else:
+            from deepspeed import DeepSpeedEngine as owner
+            from deepspeed.utils import safe_get_full_grad
+
+            step = owner.step
+
+            def stepped(self, *args, **kwargs):
+                if self.is_gradient_accumulation_boundary():
+                    found = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
+                    watch.gradients.append({n: g.clone() for n, g in found.items() if g is not None})
+                return step(self, *args, **kwargs)
+
+        dataset.__getitem__, owner.step, packed_step.packed_step = getitem, stepped, counted
+        try:
+            yield
+        finally:
+            dataset.__getitem__, owner.step, packed_step.packed_step = get, step, step_of
+
+
+def run(folder: Path, engine: str, name: str) -> dict:
+    name, _, workers = name.partition("+")
+    stage = int(engine[-1]) if engine.startswith("zero") else None
+    config = {**DEEPSPEED, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    config |= {"train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": ACCUMULATION}
+    args = train.TrainingArguments(
+        output_dir=str(folder / f"{engine} {name}"),
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        num_train_epochs=2,
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        seed=11,
+        remove_unused_columns=False,
+        dataloader_num_workers=int(workers or 0),
+        deepspeed=config if stage is not None else None,
+        ddp_find_unused_parameters=False,
+    )
+    model = LlavaLlamaForCausalLM.from_pretrained(folder / "llava_tiny", torch_dtype=torch.float32)
+    for key, value in RUNS[name].items():
+        setattr(model.config, key, value)
+    tower = model.get_vision_tower()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "llava_tiny", model_max_length=LIMIT, use_fast=False)
+    tokenizer.pad_token = tokenizer.unk_token
+    conversation.default_conversation = conversation.conv_templates["v1"]
+    data_args = SimpleNamespace(
+        data_path=str(folder / "data.json"),
+        image_folder=str(folder),
+        video_folder=None,
+        is_multimodal=True,
+        image_aspect_ratio="native",
+        mm_use_im_start_end=False,
+        image_processor=tower.image_processor,
+        early_mix_text=False,
+    )
+    module = train.make_supervised_data_module(tokenizer=tokenizer, data_args=data_args)
+    model.requires_grad_(True)
+    for number, _ in enumerate(tower.vision_tower.encoder.layers):
+        if number > 1:  # above the selected layer
+            tower.vision_tower.encoder.layers[number].requires_grad_(False)
+    watch = Watch()
+    trainer = LLaVATrainer(model=model, tokenizer=tokenizer, args=args, callbacks=[watch], **module)
+    with watch.watching(model, stage):
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    shares: list = [None] * dist.get_world_size()
+    mine = {"read": watch.read, "ends": watch.ends, "tokens": watch.tokens, "supervised": watch.supervised}
+    dist.all_gather_object(shares, mine)
+    result = {"run": name, "losses": losses, "steps": trainer.state.global_step, "ranks": shares}
+    if dist.get_rank() == 0:
+        torch.save(watch.gradients, folder / f"{engine} {name}.pt")
+    del trainer, model
+    gc.collect()
+    return result
+
+
+def main() -> None:
+    folder, engine, *names = sys.argv[1:]
+    folder = Path(folder)
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 0 and not (folder / "data.json").exists():
+        make_workspace(folder)
+    dist.barrier()
+    for name in names:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        try:
+            result = run(folder, engine, name)
+        except ValueError as error:
+            result = {"run": name, "error": str(error)}
+        if dist.get_rank() == 0:
+            print("RESULT " + json.dumps(result), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
