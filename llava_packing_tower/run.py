@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if why := refused(target[0]):
         raise SystemExit(f"{target[0]}: {why}")
 
-    # Before the hook, which puts LLAVA_NEXT_DIR in front of it.
+    # Before the hook, which puts LLAVA_DIR in front of it.
     sys.path[0] = str(Path.cwd() if is_module else Path(target[0]).resolve().parent)
 
     from .integrations.llava import install

@@ -29,6 +29,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 WHOLE_PROCESSOR_NAME = "processor_config.json"
 """Where transformers 5 writes the image processor of a model that has a tokenizer too, under ``image_processor``."""
 LARGEST_SIDE, LARGEST_NUMBER, SMALLEST_STD = 8192, 1e6, 1e-6
+NOT_SAVED = ("image_reading", "tower_patch_size")
 LARGEST_ENLARGED = 1 << 24
 """Pixels of a resized image beyond which only the part that is kept is made; 16 times as long as wide at 1024."""
 _raw: ContextVar[bool] = ContextVar("raw_pixels", default=False)
@@ -183,6 +184,8 @@ class PackingImageProcessor:
         self.do_convert_rgb = do_convert_rgb
         self.image_reading = ImageReading()
         """How images become RGB. Not in preprocessor_config.json: it belongs to a LLaVA checkpoint."""
+        self.tower_patch_size: int | None = None
+        """Side of a patch of the tower that has this processor. Not in the file either."""
 
     # ---------------------------------------------------------------- config files
 
@@ -207,7 +210,7 @@ class PackingImageProcessor:
         return cls.from_dict(content, Path(folder) / PROCESSOR_NAME)
 
     def to_dict(self) -> dict:
-        fields = {name: value for name, value in self.__dict__.items() if name != "image_reading"}
+        fields = {name: value for name, value in self.__dict__.items() if name not in NOT_SAVED}
         return {"image_processor_type": "CLIPImageProcessor", **fields}
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -71,13 +71,15 @@ def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
     if not (checkpoint / CONFIG_NAME).is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no {CONFIG_NAME}")
     config = read_json(checkpoint / CONFIG_NAME)
-    tower = str(config.get("mm_vision_tower") or "")
+    found = find_host()
+    key = found.host.tower_settings[0]
+    tower = str(config.get(key) or "")
     if tower_kind(tower, config.get("mm_packing_config")) != PACKING:
         raise ValueError(
-            f"{checkpoint} has no packing tower: its mm_vision_tower is {tower!r}. Use lmms-eval's own models "
+            f"{checkpoint} has no packing tower: its {key} is {tower!r}. Use lmms-eval's own models "
             f"llava or llava_onevision"
         )
-    check_host_has(find_host(), class_name(config), checkpoint)
+    check_host_has(found, class_name(config, found.host), checkpoint)
     in_checkpoint = (config.get("mm_packing_config") or {}).get("weights") == "checkpoint"
     if in_checkpoint and not any("vision_tower." in name for name in names_in_files(checkpoint, base)):
         raise ValueError(

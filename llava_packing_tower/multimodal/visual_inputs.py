@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -100,6 +101,26 @@ def _kinds(modalities: Sequence[str] | str | None, count: int, per_sample: Seque
             if len(spread) == count:
                 return spread
     raise ValueError(f"{len(kinds)} modalities for {count} images in {len(per_sample)} samples")
+
+
+def with_positions(
+    visuals: Sequence[Visual], positions: Sequence[torch.Tensor | None] | None, patch_size: int
+) -> list[Visual]:
+    """The visuals with the positions that a model is called with: one entry ``[n, 3]`` or ``[1, n, 3]`` for each image,
+    or for each sample. The images of one entry are a clip.
+
+    Raises ``ValueError`` for positions of another number of patches than all visuals have.
+    """
+    entries = [entry.reshape(-1, 3) for entry in positions or () if entry is not None]
+    if not entries:
+        return list(visuals)
+    counts = [v.frames.shape[0] * math.prod(side // patch_size for side in v.frames.shape[-2:]) for v in visuals]
+    if sum(map(len, entries)) != sum(counts):
+        raise ValueError(f"patch_positions of {list(map(len, entries))} patches, but the images have {counts} patches")
+    ends = torch.tensor([len(entry) for entry in entries]).cumsum(0)
+    parts = torch.cat(entries).split(counts)
+    groups = torch.searchsorted(ends, torch.tensor(counts).cumsum(0)).tolist()
+    return [replace(v, patch_positions=part, group=group) for v, part, group in zip(visuals, parts, groups)]
 
 
 def fill_slots(features: list[torch.Tensor], per_sample: Sequence[int]) -> list[torch.Tensor]:

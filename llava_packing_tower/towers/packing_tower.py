@@ -32,6 +32,7 @@ from ..utils.tracing import is_plain
 from .feature_select import selected_layers
 from .names import strip_prefix
 from .passes import allow_several, budget_of, count_patches, run_passes
+from .sample_positions import encode_samples
 from .saved_tower import frozen_folder, hollow, saved_tower, tower_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         model.set_fused(self.fused)
         processor.image_reading = self._reading
         self.image_processor = self._fitting(processor, model.config.patch_size)
+        self.image_processor.tower_patch_size = model.config.patch_size
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
         self.set_native(self._native)
@@ -281,7 +283,8 @@ class HEVCViTPackingVisionTower(nn.Module):
         self,
         images: torch.Tensor | Sequence[torch.Tensor],
         return_spatial_dims: bool = False,
-        patch_positions: torch.Tensor | None = None,
+        patch_positions: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        grid_thw: object = None,
     ) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor | list[torch.Tensor], int, int]:
         """Features of images, all of them in one packed pass (or in several, see ``encoder_tokens``).
 
@@ -290,7 +293,9 @@ class HEVCViTPackingVisionTower(nn.Module):
                 ``[C, T, H, W]`` among them if the family knows time. Floating point ones are normalized already; uint8
                 ones are normalized here, in float32, with the scale, mean and deviation of the image processor.
             return_spatial_dims: also return rows and columns, in patches, of the first image.
-            patch_positions: ``[N, 3]`` (frame, row, column) of all patches in place of those of the grids.
+            patch_positions: ``[N, 3]`` (frame, row, column) of all patches in place of those of the grids; or one entry
+                for each sample (see :mod:`.sample_positions`).
+            grid_thw: not read; OneVision-Encoder's LLaVA passes what the images' sizes say.
 
         Returns:
             ``[B, h*w, hidden_size]`` for a tensor, a list of ``[t_i*h_i*w_i, hidden_size]`` for a list, in the tower's
@@ -302,6 +307,8 @@ class HEVCViTPackingVisionTower(nn.Module):
                 clips or positions for a family that does not take them, integers that are not uint8.
         """
         self._require_weights()
+        if patch_positions is not None and not isinstance(patch_positions, torch.Tensor):
+            return encode_samples(self, images, patch_positions, return_spatial_dims)
         if patch_positions is not None:
             self.vision_tower.check_positions()
 

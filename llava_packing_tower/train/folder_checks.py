@@ -68,7 +68,7 @@ def check_decoder(name: str, found: FoundHost) -> None:
         return
     from ..integrations.llava.model_class import check_host_has, class_name  # needs torch
 
-    own = class_name(config, plain=True)
+    own = class_name(config, found.host, plain=True)
     if own is None:
         raise UsageError(f"model_name_or_path: {file} says model_type {model_type}, for which LLaVA has no decoder")
     try:

@@ -26,6 +26,7 @@ GRAPHS = "LLAVA_PACKING_CUDA_GRAPHS"
 ATTENTION = "LLAVA_PACKING_ATTENTION"
 DISABLE_PATCHES = "LLAVA_PACKING_DISABLE_PATCHES"
 ENCODER_TOKENS = "LLAVA_PACKING_ENCODER_TOKENS"
+LLAVA_DIR = "LLAVA_DIR"
 NEXT_DIR = "LLAVA_NEXT_DIR"
 
 VARIABLES = {
@@ -52,7 +53,8 @@ VARIABLES = {
             "Compatibility patches that are not applied. Default: none.",
             ("LLAVA_PACKING_DISABLE_MENDS",),
         ),
-        Variable(NEXT_DIR, "a folder", "The clone of LLaVA-NeXT to use. Default: the installed llava."),
+        Variable(LLAVA_DIR, "a folder", "The clone of a LLaVA to use. Default: the installed llava."),
+        Variable(NEXT_DIR, "a folder", "The same; the name from when LLaVA-NeXT was the only one."),
         Variable(
             "LLAVA_PACKING_RUN_LOCK", "a file", "Set by `train` for its processes: the lock of the output folder."
         ),

@@ -16,7 +16,7 @@ import transformers
 from native_host import WORDS, make_prompts
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower.integrations.llava.model_class import module_name
+from llava_packing_tower.integrations.llava.hosts.llava_next import HOST
 from llava_packing_tower.tools.demo.tiny_models import make_tokenizer
 
 SIZES = {
@@ -47,7 +47,7 @@ def make_decoder(folder: Path, word: str) -> Path:
 def make_llava(decoder: Path, tower: Path, word: str, **arguments: object) -> torch.nn.Module:
     """A LLaVA on a plain decoder with a new projector, as train.py makes it."""
     name = f"Llava{word}ForCausalLM"
-    cls = getattr(import_module(f"llava.model.language_model.{module_name(name)}"), name)
+    cls = getattr(import_module(f"llava.model.language_model.{HOST.loader_name(name)}"), name)
     # LLaVA-NeXT reads the config by AutoConfig, so that the checkpoint says model_type qwen2.
     model = cls.from_pretrained(decoder, config=transformers.AutoConfig.from_pretrained(decoder))
     wanted = {

@@ -31,7 +31,10 @@ FILES = {
             def get_vision_tower(self):
                 return getattr(self, "tower", None)
         class OtherMixin:
-            def prepare_inputs_labels_for_multimodal(self, input_ids, images=None): return input_ids, images
+            def prepare_inputs_labels_for_multimodal(
+                self, input_ids, attention_mask, past_key_values, labels, images=None
+            ):
+                return input_ids, attention_mask, past_key_values, self.encode_images(images), labels
             def encode_images(self, images): return images
         class OtherLlama(OtherMixin):
             def generate(self): return self.config.tokenizer_padding_side
@@ -40,7 +43,7 @@ FILES = {
     "outer/other/models/encoder.py": "def make_tower(tower, settings, **kwargs): return ('own', tower, kwargs)",
     "outer/other/models/projector.py": "def make_projector(config): return 'own projector'",
     "outer/other/models/load.py": """
-        def load_pretrained_model(model_path, model_base, model_name): return None, None, None, model_path
+        def load_it(model_path, model_base, model_name): return None, None, None, model_path
     """,
     "outer/other/run.py": """
         from dataclasses import dataclass
@@ -79,7 +82,7 @@ HOST = Host(
     projector_builder=Part("models.projector", "make_projector"),
     models="models",
     language_models="models",
-    loader="models.load",
+    loader=Part("models.load", "load_it", ("model_path", "model_base", "model_name")),
     train="run",
     dataset="OtherDataset",
     trainer=Part("trainers", "OtherTrainer"),
@@ -116,14 +119,14 @@ def test_every_method_has_its_steps(other):
     assert {"remember_tower", "native_settings"} <= steps(body.OtherModel.initialize_vision_modules)
     assert {"blank_images", "native_images"} <= steps(body.OtherMixin.prepare_inputs_labels_for_multimodal)
     assert steps(body.OtherLlama.generate) == {"pad_left"} and steps(body.OtherLlama.save_pretrained)
-    assert {"class_by_architectures", "check_loaded"} <= steps(load.load_pretrained_model)
+    assert {"class_by_architectures", "check_loaded"} <= steps(load.load_it)
     assert {"tune_parts"} <= steps(run.OtherTrainer.__init__) and steps(run.OtherTrainer.training_step)
     assert run.OtherDataset().list_data_dict == [{}]
     assert "mm_packing_attention" in run.ModelArguments.__dataclass_fields__
     assert "_llava_packing_original" in vars(other("tools").get_model_name_from_path)
     assert "_llava_packing_original" in vars(other("models.projector").make_projector)
     install.undo()
-    assert not steps(body.OtherModel.initialize_vision_modules) and not steps(load.load_pretrained_model)
+    assert not steps(body.OtherModel.initialize_vision_modules) and not steps(load.load_it)
     assert "_llava_packing_original" not in vars(other("tools").get_model_name_from_path)
 
 

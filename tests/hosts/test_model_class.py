@@ -38,16 +38,16 @@ HELPERS = Path(__file__).parents[1] / "helpers"
     ],
 )
 def test_what_a_config_says(config, name):
-    assert model_class.class_name(config) == name
+    assert model_class.class_name(config, HOST) == name
 
 
 def test_a_plain_decoder_is_what_llava_makes_of_it():
-    assert model_class.class_name({"architectures": ["Qwen2ForCausalLM"]}, plain=True) == "LlavaQwenForCausalLM"
-    assert model_class.module_name("LlavaQwenMoeForCausalLM") == "llava_qwen_moe"
+    assert model_class.class_name({"architectures": ["Qwen2ForCausalLM"]}, HOST, plain=True) == "LlavaQwenForCausalLM"
+    assert HOST.loader_name("LlavaQwenMoeForCausalLM") == "llava_qwen_moe"
 
 
 def test_the_hosts_scripts_get_a_name_that_says_what_it_is(tmp_path):
-    named = model_class.name_by_architectures(lambda path: path.rstrip("/").split("/")[-1])
+    named = model_class.name_by_architectures(lambda path: path.rstrip("/").split("/")[-1], HOST)
     write_json({"architectures": ["LlavaQwenForCausalLM"], "mm_packing_conversation": "v1"}, tmp_path / "config.json")
     assert named(str(tmp_path)) == f"llava_qwen_v1_{tmp_path.name}"
     assert named("/gone/run1") == "run1" and named("/gone/llava-x") == "llava-x"
@@ -63,7 +63,7 @@ def test_an_evaluation_asks_first_whether_the_host_has_the_class(tmp_path, monke
     write_json({"architectures": ["LlavaQwenForCausalLM"], "mm_vision_tower": "packing:x"}, tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"is a LlavaQwenForCausalLM, a class that the LLaVA in .* does not have"):
         check_checkpoint(tmp_path, None)
-    (host / "model" / "language_model" / "llava_qwen.py").touch()
+    (host / "model" / "language_model" / "some_file.py").write_text("class LlavaQwenForCausalLM(X): pass")
     check_checkpoint(tmp_path, None)
 
 

@@ -171,7 +171,7 @@ def test_the_host_must_find_a_class_for_the_decoder(tmp_path):
     (decoder / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
     with pytest.raises(UsageError, match=r"is a LlavaQwenForCausalLM, a class that the LLaVA in .* does not have"):
         folder_checks.check_decoder(str(decoder), host)
-    (tmp_path / "model" / "language_model" / "llava_qwen.py").write_text("")
+    (tmp_path / "model" / "language_model" / "llava_qwen.py").write_text("class LlavaQwenForCausalLM:\n    pass\n")
     folder_checks.check_decoder(str(decoder), host)
 
 

@@ -22,6 +22,7 @@ from ...data.video import Clip, read_clip
 from ...multimodal.visual_inputs import VIDEO
 from .inference import Checkpoint, as_read, build_prompt, host_module, takes_modalities, trains_with_lists
 from .model_class import class_name
+from .registry import host_of
 
 IGNORE = -100
 IMAGE = "image"
@@ -59,7 +60,7 @@ def conversation_name(config: object, asked: str | None = None) -> str:
     Raises ``ValueError`` for a template that the host does not have.
     """
     name = asked or getattr(config, "mm_packing_conversation", None)
-    name = name or CONVERSATIONS.get(class_name(vars(config), plain=True), DEFAULT_CONVERSATION)
+    name = name or CONVERSATIONS.get(class_name(vars(config), host_of(), plain=True), DEFAULT_CONVERSATION)
     build_prompt(name, "?")  # raises where there is none
     return name
 

@@ -16,6 +16,7 @@ from ...towers.packing_tower import HEVCViTPackingVisionTower
 from .checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, names_in_files, refuse, tower_tensors
 from .methods import Call, Step, add_step
 from .patcher import Patches
+from .registry import loader
 from .restore_frozen import adapter_has_tower, restore_frozen
 from .trainable_parts import foreign_layers, is_packing_tower, is_readable
 
@@ -81,11 +82,11 @@ def projector_in_full(model: nn.Module, model_path: str, model_base: str | None 
 
 def check_when_loaded(builder: ModuleType, patches: Patches) -> None:
     """Have ``load_pretrained_model`` finish and check every model with a packing tower before anybody has it."""
-    method = "builder.load_pretrained_model"
-    add_step(builder, method, "strict_adapter", strict_adapter, patches)
-    add_step(builder, method, "check_loaded", after_load(check_loaded), patches)
-    add_step(builder, method, "restore_frozen", after_load(restore_frozen), patches)
-    add_step(builder, method, "projector_in_full", after_load(projector_in_full), patches)
+    method, called = "builder.load_pretrained_model", loader(builder).__name__
+    add_step(builder, method, "strict_adapter", strict_adapter, patches, called)
+    add_step(builder, method, "check_loaded", after_load(check_loaded), patches, called)
+    add_step(builder, method, "restore_frozen", after_load(restore_frozen), patches, called)
+    add_step(builder, method, "projector_in_full", after_load(projector_in_full), patches, called)
 
 
 def after_load(act: Callable[[nn.Module, str, str | None], object]) -> Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ ADAPTER = "adapter_config.json"
 PROJECTOR = "mm_projector.bin"
 LORA_EXTRAS = "non_lora_trainables.bin"
 ADAPTER_PREFIX = "base_model.model."
+OUTER_TOWER = re.compile(r"(?:^|\.)(?:vision|image)_tower\.(.+)")
+"""The tower's place in a LLaVA, and the name that a tensor has in the tower."""
 
 
 def _tensors(file: Path) -> Mapping[str, torch.Tensor]:
@@ -65,7 +68,6 @@ class _TowerTensors(Mapping):
 
 def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch.Tensor]:
     """Those of the first of: what LoRA training saved beside its adapter, the model's own files, the base's files."""
-    word = "vision_tower."
     for folder in filter(None, (model_path, model_base)):
         folder = resolve_folder(folder, more=(LORA_EXTRAS,))
         extras = folder / LORA_EXTRAS
@@ -77,7 +79,7 @@ def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch
             files = WeightFiles(folder)
             sources.append((files, list(files.shapes())))
         for source, keys in sources:
-            names = {key.split(word, 1)[1]: key for key in keys if word in key}
+            names = {found[1]: key for key in keys if (found := OUTER_TOWER.search(key))}
             if names:
                 return _TowerTensors(names, source)
     return {}

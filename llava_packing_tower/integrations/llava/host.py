@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+DECODERS = (
+    ("llama", "Llama"),
+    ("qwen2", "Qwen"),
+    ("qwen2moe", "QwenMoe"),
+    ("qwen3", "Qwen3"),
+    ("mistral", "Mistral"),
+    ("mixtral", "Mixtral"),
+    ("gemma", "Gemma"),
+    ("mpt", "Mpt"),
+)
 
 
 @dataclass(frozen=True)
@@ -15,17 +27,28 @@ class Part:
 
     module: str
     name: str
+    takes: tuple[str, ...] = ()
+    """The parameters of a function that this package passes or reads: one without them is another host's."""
+
+    def parameters(self) -> tuple[str, ...]:
+        return self.takes
 
 
 @dataclass(frozen=True)
 class TowerBuilder(Part):
-    """A function that builds a vision tower, and how its arguments are named."""
+    """A function that builds vision towers, and how its arguments are named."""
 
     config: str = "vision_tower_cfg"
     """Its parameter with the settings of the tower: LLaVA's model config, or the arguments of a training."""
     tower: str | None = None
-    """Its parameter with the tower's name; None where the settings have that as ``mm_vision_tower`` or
-    ``vision_tower``."""
+    """Its parameter with the tower's name; None where the settings have that."""
+    settings: tuple[str, str] = ("mm_vision_tower", "vision_tower")
+    """What the settings call the tower's name: in a model config, in the arguments of a training."""
+    lengths: tuple[str, str] | None = None
+    """Where the settings name a list of towers: what they call the list of their numbers of tokens."""
+
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.config, self.tower)))
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,12 @@ class Host:
     """Arguments of train.py that users know from this host and miss in others; for messages alone."""
     refused: tuple[tuple[str, str], ...] = ()
     """Modules that do not work with this package, each with the reason."""
+    folder: str = ""
+    """Where in a clone of its repository the package lies, if not at the top."""
+    trainers: tuple[str, ...] = ("train",)
+    """What `llava-packing train` starts of it: ``train`` and, where it works, ``dpo``. Empty: nothing."""
+    native_reason: str | None = None
+    """Why it has no native resolution and no text-only batches with this package; None where it has both."""
 
     reads_videos: bool = False
     """Whether its dataset reads videos."""
@@ -56,17 +85,33 @@ class Host:
     """The class of ``arch`` that has ``initialize_vision_modules``."""
     mixin: str = "LlavaMetaForCausalLM"
     """The class of ``arch`` that has ``encode_images`` and ``prepare_inputs_labels_for_multimodal``."""
+    get_tower: str = "get_vision_tower"
+    """The method of both classes that returns the vision tower."""
     tower_builders: tuple[TowerBuilder, ...] = (TowerBuilder("model.multimodal_encoder.builder", "build_vision_tower"),)
+    sorts_images: bool = False
+    """Whether its ``prepare_inputs_labels_for_multimodal`` sorts a list of images and videos by their dimensions."""
+    gridded_images: tuple[Part, ...] = ()
+    """Functions ``(image, processor, ...)`` that return ``pixel_values`` and ``grid_thw`` of an image."""
     projector_builder: Part = Part("model.multimodal_projector.builder", "build_vision_projector")
     qformer: str = "model.multimodal_resampler.qformer"
     models: str = "model"
     """The module in which all its model classes are."""
     language_models: str = "model.language_model"
     """The package that has a module for each decoder."""
-    loader: str = "model.builder"
-    """The module that has ``load_pretrained_model``, which is called so everywhere."""
+    class_prefix: str = "Llava"
+    """Its model classes are ``<prefix><Decoder>ForCausalLM``."""
+    decoders: tuple[tuple[str, str], ...] = DECODERS
+    """What transformers calls the decoders that its classes are built on, and what these classes call them."""
+    loader: Part = Part("model.builder", "load_pretrained_model", ("model_path", "model_base", "model_name"))
+    """The function that loads a checkpoint; it returns tokenizer, model, image processor and context length."""
+    loader_names: tuple[tuple[str, str], ...] = ()
+    """Words with which the loader knows a model class, where that is not the class's own name with underscores."""
+    loader_arguments: tuple[tuple[str, str, str], ...] = ()
+    """Arguments that the loader needs for a model class: the class, the argument, its value."""
     train: str = "train.train"
     """The module that has ``train()``, the three dataclasses of arguments, and the dataset."""
+    data: str | None = None
+    """The module that has the dataset, where that is not ``train``."""
     dataset: str = "LazySupervisedDataset"
     trainer: Part = Part("train.llava_trainer", "LLaVATrainer")
     constants: str = "constants"
@@ -77,9 +122,31 @@ class Host:
         """The full name of one of its modules: ``host.module(host.arch)``."""
         return f"{self.package}.{name}"
 
+    def model_class(self, name: str) -> bool:
+        """Whether a class of this name is one of its models."""
+        return re.fullmatch(rf"{self.class_prefix}\w*ForCausalLM", name) is not None
+
+    def class_for(self, decoder: str) -> str | None:
+        """The name of its model class for a decoder, by transformers' name or its own (``Qwen2Moe``, ``qwen_moe``)."""
+        wanted = decoder.lower().replace("_", "")
+        for own, word in self.decoders:
+            if wanted in (own, word.lower()):
+                return f"{self.class_prefix}{word}ForCausalLM"
+        return None
+
+    def loader_name(self, cls: str) -> str:
+        """The word in a model's name by which the loader knows a class: ``llava_qwen_moe``."""
+        words = re.findall("[A-Z][a-z0-9]*", cls.removeprefix(self.class_prefix).removesuffix("ForCausalLM"))
+        return dict(self.loader_names).get(cls) or "_".join([self.class_prefix, *words]).lower()
+
     def owns(self, module: str) -> bool:
         """Whether a module of this full name is the host's."""
         return module == self.package or module.startswith(f"{self.package}.")
+
+    @property
+    def tower_settings(self) -> tuple[str, str]:
+        """What its model config and its training arguments call the tower's name."""
+        return self.tower_builders[0].settings
 
     def modules(self) -> dict[str, str]:
         """The full names of its modules, by the words in which compat patches say where they look."""
@@ -88,11 +155,45 @@ class Host:
             "arch": self.module(self.arch),
             "models": self.module(self.models),
             "qformer": self.module(self.qformer),
-            "loader": self.module(self.loader),
+            "loader": self.module(self.loader.module),
             "train": self.module(self.train),
             "trainer": self.module(self.trainer.module),
             "mm_utils": self.module(self.mm_utils),
         }
+
+
+def misfits(host: Host, root: Path) -> list[str]:
+    """What of the package in ``root`` has other signatures than ``host``: one line each. Read, not imported."""
+    prepare = ("input_ids", "attention_mask", "labels", "images")
+    expected = [(part.module, "", part.name, part.parameters()) for part in (*host.tower_builders, host.loader)]
+    expected.append((host.arch, f"{host.meta_model}.", "initialize_vision_modules", ("model_args",)))
+    if host.native_reason is None:
+        expected.append((host.arch, f"{host.mixin}.", "prepare_inputs_labels_for_multimodal", prepare))
+        expected.append((host.arch, f"{host.mixin}.", "encode_images", ("images",)))
+    lines = []
+    for module, owner, name, takes in expected:
+        file = root.joinpath(*module.split(".")).with_suffix(".py")
+        if not file.is_file():
+            lines.append(f"there is no {file.relative_to(root)}")
+            continue
+        found = _parameters(file, owner.rstrip("."), name)
+        if found is None:
+            lines.append(f"{file.relative_to(root)} has no {owner}{name}")
+        elif lacking := [word for word in takes if word not in found]:
+            lines.append(f"{owner}{name}({', '.join(found)}) takes no {' and no '.join(lacking)}")
+    return list(dict.fromkeys(lines))
+
+
+def _parameters(file: Path, owner: str, name: str) -> list[str] | None:
+    """The parameters of a function of a source file, or of class ``owner`` in it; None where there is none."""
+    nodes: list[ast.stmt] = ast.parse(file.read_text(encoding="utf-8")).body
+    if owner:
+        nodes = next((n.body for n in nodes if isinstance(n, ast.ClassDef) and n.name == owner), [])
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            a = node.args
+            return [word.arg for word in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+    return None
 
 
 @dataclass(frozen=True)

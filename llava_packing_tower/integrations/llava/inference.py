@@ -14,7 +14,7 @@ from PIL import Image
 from ...data.images import fit_of, fitted, to_rgb
 from ...utils.files import CONFIG_NAME, read_json
 from .model_class import loaded_as
-from .registry import host_of, host_of_model
+from .registry import host_of, host_of_model, loader
 
 
 class Checkpoint(NamedTuple):
@@ -29,7 +29,7 @@ class Checkpoint(NamedTuple):
 def host_module(name: str, model: torch.nn.Module | None = None) -> ModuleType:
     """The module that a field of :class:`.host.Host` names (`mm_utils`), of a model's host or of the one here."""
     host = host_of() if model is None else host_of_model(model)
-    return import_module(host.module(getattr(host, name)))
+    return import_module(host.modules().get(name) or host.module(getattr(host, name)))
 
 
 def build_prompt(version: str, question: str, answer: str | None = None) -> str:
@@ -57,7 +57,7 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
     content = read_json(folder / CONFIG_NAME)
     dtype = str(content.get("torch_dtype") or content.get("dtype") or "float16")  # transformers 5 writes `dtype`
     builder = host_module("loader")
-    accepted = inspect.signature(builder.load_pretrained_model).parameters
+    accepted = inspect.signature(loader(builder)).parameters
     options: dict[str, object] = {}
     if "device" in accepted:
         options["device"] = device
@@ -71,7 +71,7 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
     name = host_module("mm_utils").get_model_name_from_path(str(folder))  # the hook looks at the config
     base = None if model_base is None else str(model_base)
     with loaded_as(getattr(torch, dtype)):
-        loaded = Checkpoint(*builder.load_pretrained_model(str(folder), base, name, **options))
+        loaded = Checkpoint(*loader(builder)(str(folder), base, name, **options))
     loaded.model.eval()
     return loaded
 

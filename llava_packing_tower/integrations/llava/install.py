@@ -7,6 +7,8 @@ back. A host is one module here and one line in HOSTS; what is changed in which 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 from ...utils.import_hooks import ImportHooks
@@ -22,8 +24,9 @@ _active = False
 def apply() -> None:
     """Make every host, imported already or later, build packing towers; apply the compat patches. Idempotent.
 
-    ``LLAVA_NEXT_DIR``, if set, is put in front of ``sys.path``. Raises ``ValueError`` where it is no LLaVA-NeXT, and
-    where a compat patch is switched off that does not exist.
+    ``LLAVA_DIR``, if set, is put in front of ``sys.path``. A LLaVA with other signatures than the known ones is left
+    alone. Raises ``ValueError`` where LLAVA_DIR is no known LLaVA, and where a compat patch is switched off that does
+    not exist.
     """
     global _active
     if _active:
@@ -31,7 +34,7 @@ def apply() -> None:
     _active = True
     try:
         compat.disabled()
-        registry.put_next_on_path()
+        registry.put_clone_on_path()
         _hooks.install()
         for package in registry.packages():
             _when_imported(package)
@@ -60,7 +63,7 @@ def _when_imported(package: str) -> None:
 
     def prepare(module: ModuleType) -> None:
         host = registry.use(package, module)
-        if host.name not in seen:  # once: what is imported again runs the same hooks
+        if host is not None and host.name not in seen:  # once: what is imported again runs the same hooks
             seen.add(host.name)
             _install(host)
 
@@ -77,12 +80,20 @@ def _install(host: Host) -> None:
     tower_builder.install(host, _hooks, _patches)
     tower_builder.hook_function(host, host.projector_builder, tower_builder.hooked_projector, _hooks, _patches)
     names = Part(host.mm_utils, "get_model_name_from_path")
-    tower_builder.hook_function(host, names, tower_builder.hooked_names, _hooks, _patches)
+    tower_builder.hook_function(host, names, partial(tower_builder.hooked_names, host=host), _hooks, _patches)
+    for part in host.gridded_images:
+        tower_builder.hook_function(host, part, _gridded, _hooks, _patches)
     _hooks.after(host.module(host.arch), _on_arch)
     _hooks.after(host.module(host.models), _on_models)
-    _hooks.after(host.module(host.loader), _on_loader)
+    _hooks.after(host.module(host.loader.module), _on_loader)
     _hooks.after(host.module(host.train), _on_train)
     _hooks.after(host.module(host.trainer.module), _on_trainer)
+
+
+def _gridded(original: Callable) -> Callable:
+    from .gridded_images import hooked_grid
+
+    return hooked_grid(original)
 
 
 # Imported when the host is: these modules need torch, and `import builder_patch` must stay cheap.
@@ -95,6 +106,12 @@ def _on_arch(arch: ModuleType) -> None:
     from .text_only_batches import look_up_once, run_on_blanks
     from .trainable_parts import remember_tower
 
+    host = registry.host_of(arch)
+    if host.native_reason is not None:
+        return
+    for cls in (registry.meta_model(arch), registry.mixin(arch)):
+        if host.get_tower != "get_vision_tower":  # the rest of this package calls it so
+            _patches.set(cls, "get_vision_tower", vars(cls)[host.get_tower])
     into_model(arch, _patches)
     remember_tower(arch, _patches)
     note_when_saving(arch, _patches)

@@ -195,15 +195,16 @@ Step = Callable[[Call], object]
 """A plain function acts before the host's method; a generator acts before and after its one ``yield``."""
 
 
-def add_step(owner: object, method: str, name: str, step: Step, patches: Patches) -> None:
+def add_step(owner: object, method: str, name: str, step: Step, patches: Patches, called: str | None = None) -> None:
     """Add a step to a method of a class, or to a function of a module, and wrap that if nothing has done so.
 
     Args:
         owner: the class or module that has it.
-        method: its entry in STEPS; what stands behind the last dot is its name in ``owner``.
+        method: its entry in STEPS.
         name: the step, one of this entry. A step of this name that is there already is replaced.
         step: a function of a :class:`Call`; see ``Step``.
         patches: takes it back.
+        called: the method's name in ``owner``, if that is not what stands behind the last dot of ``method``.
 
     Raises:
         ValueError: the entry has no such step.
@@ -211,7 +212,7 @@ def add_step(owner: object, method: str, name: str, step: Step, patches: Patches
     """
     if name not in STEPS.get(method, ()):
         raise ValueError(f"STEPS has no step {name!r} of {method}, but {', '.join(STEPS.get(method, ['nothing']))}")
-    attribute = method.rpartition(".")[2]
+    attribute = called or method.rpartition(".")[2]
     steps = getattr(vars(owner).get(attribute), _STEPS, None)
     if steps is None:
         steps = {}

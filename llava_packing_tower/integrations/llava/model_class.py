@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -26,30 +25,19 @@ from .checkpoint_files import ADAPTER, PROJECTOR
 from .host import FoundHost, Host
 from .methods import Call, add_step
 from .patcher import Patches
-from .registry import host_of
+from .registry import host_of, loader
 from .self_contained import self_contained
 
 logger = logging.getLogger(__name__)
 
-# The decoders that LLaVA's classes are built on: the word in Llava<Word>ForCausalLM, by the decoder's own name.
-DECODERS = {
-    "llama": "Llama",
-    "qwen2": "Qwen",
-    "qwen2moe": "QwenMoe",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "gemma": "Gemma",
-    "mpt": "Mpt",
-}
-_CLASS = re.compile(r"Llava(\w*)ForCausalLM")
 _dtype: ContextVar[torch.dtype | None] = ContextVar("dtype of a model that is being loaded", default=None)
 
 
 # ---------------------------------------------------------------- what a config says
 
 
-def class_name(config: Mapping[str, object], plain: bool = False) -> str | None:
-    """The LLaVA class of a checkpoint with this config.json content; None for one that is no LLaVA's.
+def class_name(config: Mapping[str, object], host: Host, plain: bool = False) -> str | None:
+    """The class of a host for a checkpoint with this config.json content; None for one that is no LLaVA's.
 
     Where training saved a LoRA or the projector alone, ``architectures`` are those of the plain decoder under it.
 
@@ -57,24 +45,22 @@ def class_name(config: Mapping[str, object], plain: bool = False) -> str | None:
     """
     architectures = config.get("architectures")
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
-    if ours := [name for name in names if _CLASS.fullmatch(name)]:
-        return ours[0]
-    model_type = str(config.get("model_type") or "")
-    if not plain and "mm_vision_tower" not in config and not model_type.startswith("llava_"):
+    if own := [name for name in names if host.model_class(name)]:
+        return own[0]
+    model_type, family = str(config.get("model_type") or ""), host.class_prefix.lower()
+    if not plain and host.tower_settings[0] not in config and not model_type.startswith(f"{family}_"):
         return None
-    model_type = "llama" if model_type == "llava" else model_type.removeprefix("llava_")
+    model_type = "llama" if model_type == family else model_type.removeprefix(f"{family}_")
     decoders = [name.removesuffix("ForCausalLM") for name in names] + [model_type]
-    for decoder in (name.lower().replace("_", "") for name in decoders):
-        for own, word in DECODERS.items():
-            if decoder in (own, word.lower()):
-                return f"Llava{word}ForCausalLM"
+    return next(filter(None, map(host.class_for, decoders)), None)
+
+
+def module_of(folder: Path, name: str) -> str | None:
+    """The module in a host's folder of language models that defines a class of this name; imports nothing."""
+    for file in sorted(folder.glob("*.py")):
+        if re.search(rf"^class {name}\b", file.read_text(encoding="utf-8"), re.MULTILINE):
+            return file.stem
     return None
-
-
-def module_name(cls: str) -> str:
-    """``LlavaQwenMoeForCausalLM`` to ``llava_qwen_moe``: the module of a class in LLaVA's ``language_model``."""
-    words = re.findall("[A-Z][a-z0-9]*", f"Llava{_CLASS.fullmatch(cls)[1]}")
-    return "_".join(words).lower()
 
 
 def read_config(name_or_path: str) -> dict | None:
@@ -90,23 +76,26 @@ def read_config(name_or_path: str) -> dict | None:
 
 def find_class(host: Host, name: str) -> type[PreTrainedModel]:
     """A model class of a host. Raises ``ValueError`` where this LLaVA does not have it."""
-    module = f"{host.module(host.language_models)}.{module_name(name)}"
-    found = getattr(import_module(module), name, None) if find_spec(module) is not None else None
-    if found is None:
-        raise ValueError(
-            f"config.json names the class {name}, which the installed LLaVA does not have. LLaVA-NeXT has the classes "
-            f"of Qwen, Mixtral and Gemma: clone it and set LLAVA_NEXT_DIR"
-        )
-    return found
+    package = import_module(host.module(host.language_models))
+    for folder in package.__path__:
+        if (module := module_of(Path(folder), name)) is not None:
+            return getattr(import_module(f"{package.__name__}.{module}"), name)
+    raise ValueError(f"config.json names the class {name}, which the installed LLaVA does not have{_elsewhere(host)}")
 
 
 def check_host_has(found: FoundHost, name: str | None, where: object) -> None:
     """Raises ``ValueError`` where the LLaVA that was found has no class of this name; imports nothing."""
-    if name is not None and not found.file(f"{found.host.language_models}.{module_name(name)}").is_file():
+    folder = found.root.joinpath(*found.host.language_models.split("."))
+    if name is not None and module_of(folder, name) is None:
         raise ValueError(
-            f"{where} is a {name}, a class that the LLaVA in {found.root} does not have. LLaVA-NeXT has the classes of "
-            f"Qwen, Mixtral and Gemma: clone it and set LLAVA_NEXT_DIR"
+            f"{where} is a {name}, a class that the LLaVA in {found.root} does not have{_elsewhere(found.host)}"
         )
+
+
+def _elsewhere(host: Host) -> str:
+    if host.class_prefix != Host.class_prefix:
+        return ""
+    return ". LLaVA-NeXT has the classes of Qwen, Mixtral and Gemma: clone it and set LLAVA_DIR"
 
 
 # ---------------------------------------------------------------- loading
@@ -138,10 +127,12 @@ class _Loader:
             kwargs["config"] = _as_class(config, target.config_class, source)
         if _dtype.get() is not None:
             kwargs["torch_dtype"] = _dtype.get()
+        if kwargs.get("device_map") is not None:  # transformers refuses it without; LLaVA-Med passes False
+            kwargs["low_cpu_mem_usage"] = True
         return target.from_pretrained(name_or_path, *args, **kwargs)
 
     def _class_of(self, name_or_path: str) -> type:
-        name = class_name(read_config(name_or_path) or {}, plain=True)
+        name = class_name(read_config(name_or_path) or {}, self._host, plain=True)
         if name is None or name == self._asked.__name__:
             return self._asked
         logger.warning(
@@ -176,7 +167,8 @@ class _Tokenizers:
 
 
 def _model_classes(module: ModuleType) -> dict[str, type]:
-    return {name: value for name, value in vars(module).items() if _CLASS.fullmatch(name) and isinstance(value, type)}
+    host = host_of(module)
+    return {name: value for name, value in vars(module).items() if host.model_class(name) and isinstance(value, type)}
 
 
 @contextlib.contextmanager
@@ -200,9 +192,9 @@ def _classes_are(builder: ModuleType, target: type, model_path: str) -> Iterator
         vars(builder).update(kept)
 
 
-def loader_name(cls: str, asked: str, lora: bool, on_base: bool) -> str:
+def loader_name(host: Host, cls: str, asked: str, lora: bool, on_base: bool) -> str:
     """The model name with which the host's loader goes the right way; it looks for these words in it."""
-    word = module_name(cls)
+    word = host.loader_name(cls)
     if on_base and not lora and word in ("llava_qwen", "llava_qwen_moe"):
         word = "llava_mistral"  # LLaVA-NeXT knows no projector on a Qwen; this way is the same, whatever the class
     marks = "_lora" if lora else "_v1.5" if "v1.5" in asked.lower() else ""
@@ -239,23 +231,29 @@ def load_by_architectures(builder: ModuleType, patches: Patches) -> None:
         given = call.arguments
         model_path = given["model_path"]
         model_base, model_name = given.setdefault("model_base", None), given.setdefault("model_name", "")
-        name = class_name(read_config(str(model_path)) or {})
+        host = host_of(builder)
+        name = class_name(read_config(str(model_path)) or {}, host)
         if name is None:
             yield
             return
-        target = find_class(host_of(builder), name)
+        target = find_class(host, name)
         folder = Path(model_path).expanduser()
         model_base = base_of(folder, model_base)
         lora = (folder / ADAPTER).is_file() or (model_base is not None and "lora" in str(model_name).lower())
-        asked = loader_name(name, str(model_name), lora, model_base is not None)
+        asked = loader_name(host, name, str(model_name), lora, model_base is not None)
+        for cls, argument, value in host.loader_arguments:
+            if cls == name:
+                given.setdefault(argument, value)
         with contextlib.ExitStack() as stack:
-            place = stack.enter_context(self_contained(folder)) if folder.is_dir() else model_path
+            here = self_contained(folder, host.tower_settings[0])
+            place = stack.enter_context(here) if folder.is_dir() else model_path
             stack.enter_context(_classes_are(builder, target, str(place)))
             given.update(model_path=str(place), model_base=model_base, model_name=asked)
             yield
             call.result[1].config._name_or_path = str(model_path)
 
-    add_step(builder, "builder.load_pretrained_model", "class_by_architectures", load, patches)
+    called = loader(builder).__name__
+    add_step(builder, "builder.load_pretrained_model", "class_by_architectures", load, patches, called)
 
 
 def train_by_architectures(train: ModuleType, patches: Patches) -> None:
@@ -267,8 +265,8 @@ def train_by_architectures(train: ModuleType, patches: Patches) -> None:
 # ---------------------------------------------------------------- the name that the host's scripts pass around
 
 
-def name_by_architectures(original):
-    """LLaVA's ``get_model_name_from_path``: for a checkpoint of a LLaVA the name says so, with its class.
+def name_by_architectures(original, host: Host):
+    """A host's ``get_model_name_from_path``: for a checkpoint of a LLaVA the name says so, with its class.
 
     The scripts look for "llava" in it to see whether a model takes images, and for "v1" to choose a conversation.
     """
@@ -278,10 +276,10 @@ def name_by_architectures(original):
         name = original(model_path)
         folder = Path(model_path).expanduser()
         content = (read_config(str(folder)) or {}) if folder.is_dir() else {}
-        cls = class_name(content)
-        if cls is None or "llava" in name.lower():
+        cls = class_name(content, host)
+        if cls is None or host.class_prefix.lower() in name.lower():
             return name
         conversation = str(content.get("mm_packing_conversation") or "")
-        return f"{module_name(cls)}_{'v1_' if conversation in ('v1', 'vicuna_v1', 'llava_v1') else ''}{name}"
+        return f"{host.loader_name(cls)}_{'v1_' if conversation in ('v1', 'vicuna_v1', 'llava_v1') else ''}{name}"
 
     return get_model_name_from_path

@@ -64,9 +64,9 @@ def into_training(train: ModuleType, patches: Patches) -> None:
         module, tokenizer, data_args = call.result, call.arguments["tokenizer"], call.arguments["data_args"]
         limit, token = tokenizer.model_max_length, train.IMAGE_TOKEN_INDEX
         blank = blank_image(data_args, in_list=hasattr(dataset, "_get_item")) if data_args.is_multimodal else None
-        last = placeholder(tokenizer, blank)
-        module["data_collator"] = FittingCollator(module["data_collator"], limit, token, last)
-        if asks_for_native(data_args):
+        last, native = placeholder(tokenizer, blank), asks_for_native(data_args)
+        module["data_collator"] = FittingCollator(module["data_collator"], limit, token, last, native)
+        if native:
             report_tokens(train, module["train_dataset"].list_data_dict, tokenizer, data_args)
 
     add_step(train, "train.make_supervised_data_module", "fit_batches", fit_batches, patches)
@@ -257,8 +257,8 @@ class FittingCollator:
     that could not be read are left out; ``last`` is the batch where there is no other.
     """
 
-    def __init__(self, collate: Callable, limit: int, image_token: int, last: Mapping) -> None:
-        self.collate, self.limit, self.image_token, self.last = collate, limit, image_token, last
+    def __init__(self, collate: Callable, limit: int, image_token: int, last: Mapping, native: bool = False) -> None:
+        self.collate, self.limit, self.image_token, self.last, self.native = collate, limit, image_token, last, native
 
     def __call__(self, instances: Sequence) -> dict[str, object]:
         there, left_out = split(instances)
@@ -267,6 +267,8 @@ class FittingCollator:
 
     def _collated(self, instances: Sequence[Mapping]) -> dict[str, object]:
         batch = self.collate(instances)
+        for name in ("patch_positions", "grid_thw") if self.native else ():
+            batch.pop(name, None)  # OneVision-Encoder's LLaVA makes them for sizes of its own
         details = [d for i in instances for d in i.get(DETAILS) or [None] * self._count(i)]
         if any(details):
             sizes = batch.get("image_sizes") or [None] * len(details)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -23,12 +24,12 @@ from ...data.native_config import (
     settings_of,
 )
 from ...multimodal.truncation import Truncations
-from ...multimodal.visual_inputs import blank_like, fill_slots, read_visuals
+from ...multimodal.visual_inputs import blank_like, fill_slots, read_visuals, with_positions
 from ...multimodal.visual_tokens import TokenLayout, encode_visuals
 from .arguments import current_arguments
 from .methods import Call, add_step
 from .patcher import Patches
-from .registry import meta_model, mixin
+from .registry import host_of, meta_model, mixin
 from .trainable_parts import is_packing_tower
 
 logger = logging.getLogger(__name__)
@@ -37,39 +38,52 @@ OPTIONS = ("mm_projector_type", "mm_patch_merge_type", "mm_newline_position", "m
 PREPARE = "prepare_inputs_labels_for_multimodal"
 
 
+_encoded: ContextVar[Features | None] = ContextVar("what encode_images answers", default=None)
+
+
+class Features(list):
+    """The visual tokens ``[tokens, hidden]`` of each image: what ``encode_images`` returns for a batch of pixels."""
+
+    def to(self, *args: object, **kwargs: object) -> Features:
+        return Features(tokens.to(*args, **kwargs) for tokens in self)
+
+
 class Encoded:
-    """Visual tokens on their way through LLaVA's code, which takes it for a batch of pixels ``[B, C, H, W]``."""
+    """Images whose tokens are there already: LLaVA's code takes this for a batch of pixels ``[B, C, H, W]``."""
 
     ndim = 4
-
-    def __init__(self, features: Sequence[torch.Tensor]) -> None:
-        self.features = list(features)
 
 
 def into_model(arch: ModuleType, patches: Patches) -> None:
     """Add what native resolution does in the three methods of LLaVA's mixins that have to do with images."""
-    owner = mixin(arch)
-    takes_modalities = "modalities" in inspect.signature(getattr(owner, PREPARE)).parameters
+    owner, host = mixin(arch), host_of(arch)
+    takes = inspect.signature(getattr(owner, PREPARE)).parameters
     truncations = Truncations()
 
-    def native_images(call: Call) -> None:
+    def native_images(call: Call) -> Iterator[None]:
         self, given = call.self, call.arguments
         ids, images = given["input_ids"], given.get("images")
         tower = self.get_vision_tower()
         if images is None or not is_packing_tower(tower) or not asks_for_native(self.config) or ids.shape[1] == 1:
+            yield
             return
-        features = _encode(self, tower, given, arch.IMAGE_TOKEN_INDEX, truncations)
-        given["images"] = Encoded(features)
-        given["image_sizes"] = None
-        if takes_modalities:
-            given["modalities"] = ["image"] * len(ids)  # LLaVA-NeXT drops samples beyond their number
+        features = Features(_encode(self, tower, given, arch.IMAGE_TOKEN_INDEX, truncations))
+        given["images"] = [torch.empty(1, 1, 1)] * len(features) if host.sorts_images else Encoded()
+        # What is left of them has been read; LLaVA-NeXT drops samples beyond the number of modalities.
+        unread = {"image_sizes": None, "grid_thw": None, "patch_positions": None, "modalities": ["image"] * len(ids)}
+        given.update({name: value for name, value in unread.items() if name in takes})
         if given.get("attention_mask") is None and len(ids) > 1:
             # Samples may differ in length now, and without a mask LLaVA would let them see their padding.
             given["attention_mask"] = torch.ones_like(ids)
+        token = _encoded.set(features)
+        try:
+            yield
+        finally:
+            _encoded.reset(token)
 
     def native_features(call: Call) -> None:
-        if isinstance(images := call.arguments.get("images"), Encoded):
-            call.result = images.features
+        if (features := _encoded.get()) is not None:
+            call.result = features
 
     initialize = "LlavaMetaModel.initialize_vision_modules"
     add_step(meta_model(arch), initialize, "native_settings", native_settings, patches)
@@ -112,6 +126,7 @@ def _encode(
     marks = (ids == image_token) & seen
     per_sample = marks.sum(1).tolist()
     visuals = read_visuals(given["images"], given.get("modalities"), given.get("image_sizes"), per_sample)
+    visuals = with_positions(visuals, given.get("patch_positions"), tower.config.patch_size)
     if not visuals:
         if any(per_sample):
             raise ValueError(f"no images, but the {len(per_sample)} samples of the batch have {per_sample} <image>")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from ...utils import environment
-from .host import FoundHost, Host
+from .host import FoundHost, Host, misfits
+
+logger = logging.getLogger(__name__)
 
 # Looked for in this order; modules with a HOST.
-HOSTS: tuple[str, ...] = ("llava_next", "llava_v1", "llavaction")
-NEXT_DIR_ENV = environment.NEXT_DIR
+HOSTS: tuple[str, ...] = ("onevision", "llava_next", "llava_med", "llava_v1", "llavaction")
+DIR_ENV, NEXT_DIR_ENV = environment.LLAVA_DIR, environment.NEXT_DIR
 _on_path: list[str] = []
-_in_use: dict[str, Host] = {}  # by package: what it was recognised as when it was imported
+_in_use: dict[str, Host | None] = {}  # by package: what it was recognised as when it was imported; None: left alone
 
 
 def all_hosts() -> tuple[Host, ...]:
@@ -28,14 +33,46 @@ def packages() -> tuple[str, ...]:
     return tuple(dict.fromkeys(host.package for host in all_hosts()))
 
 
-def use(package: str, module: ModuleType) -> Host:
+class Recognised(NamedTuple):
+    """What a folder is: a host that this package works with, or else why it does not (None: it is no LLaVA)."""
+
+    host: Host | None
+    reason: str | None = None
+
+
+def recognise(package: str, root: Path) -> Recognised:
+    """The host that a package in the folder ``root`` is. A LLaVA with signatures that no host has is not taken for one.
+
+    Nothing of it is imported.
+    """
+    unlike: list[str] = []
+    for host in all_hosts():
+        if host.package == package and host.recognises(root):
+            unlike = misfits(host, root)
+            if not unlike:
+                return Recognised(host)
+            break
+    looks_like_one = unlike or any(root.glob("model/*_arch.py")) or (root / "model" / "vision_tower").is_dir()
+    if not looks_like_one:
+        return Recognised(None)
+    why = "; ".join(unlike[:2]) or "it does not have the layout of a known LLaVA"
+    return Recognised(
+        None,
+        f"{package} in {root} is left as it is: {why}. Packing towers, native resolution, the packed training step and "
+        f"the checks of checkpoints are not available in it",
+    )
+
+
+def use(package: str, module: ModuleType) -> Host | None:
     """The host that an imported package is, which :func:`host_of` answers from now on.
 
-    One that no host recognises is taken for the first with that package's name.
+    None for one that is left alone, which is said once if it is a LLaVA.
     """
-    hosts = [host for host in all_hosts() if host.package == package]
-    roots = [Path(path) for path in module.__path__]
-    _in_use[package] = next((h for h in hosts for root in roots if h.recognises(root)), hosts[0])
+    if package not in _in_use:
+        found = [recognise(package, Path(path)) for path in module.__path__]
+        _in_use[package] = next((each.host for each in found if each.host), None)
+        if _in_use[package] is None and (reason := next((each.reason for each in found if each.reason), None)):
+            logger.warning("%s", reason)
     return _in_use[package]
 
 
@@ -44,14 +81,16 @@ def forget_all() -> None:
     _in_use.clear()
 
 
-def host_of(module: str | ModuleType = "llava") -> Host:
+def host_of(module: str | ModuleType | None = None) -> Host:
     """The host that a module, given itself or by its full name, belongs to: of the hosts in use, else of those here.
 
-    Raises ``ValueError`` for a module of no host.
+    None is the host that :func:`find_host` finds. Raises ``ValueError`` for a module of no host.
     """
+    if module is None:
+        return find_host().host
     name = module if isinstance(module, str) else module.__name__
     for host in _in_use.values():
-        if host.owns(name):
+        if host is not None and host.owns(name):
             return host
     for package in packages():
         if name == package or name.startswith(f"{package}."):
@@ -63,7 +102,7 @@ def host_of_model(model: object) -> Host:
     """The host that the class of a model, or one of its base classes, comes from; else the one that is here."""
     for cls in type(model).__mro__:
         for host in (*_in_use.values(), *all_hosts()):
-            if host.owns(cls.__module__):
+            if host is not None and host.owns(cls.__module__):
                 return host
     return host_of()
 
@@ -83,58 +122,94 @@ def trainer_class(module: ModuleType) -> type:
     return getattr(module, host_of(module).trainer.name)
 
 
-def put_next_on_path() -> None:
-    """Put ``LLAVA_NEXT_DIR`` in front of ``sys.path``. Raises ``ValueError`` where it is no LLaVA-NeXT."""
-    folder = environment.read(NEXT_DIR_ENV)
-    if not folder:
-        return
-    path = Path(folder).expanduser().resolve()
-    next_host = import_module(".hosts.llava_next", __package__).HOST
-    if not next_host.recognises(path / next_host.package):
-        raise ValueError(
-            f"{NEXT_DIR_ENV}={folder} is not a clone of LLaVA-NeXT: it has no llava/model/multimodal_resampler"
-        )
-    loaded = sys.modules.get(next_host.package)
-    if loaded is not None and Path(loaded.__file__).parent != path / next_host.package:
-        raise ValueError(f"{NEXT_DIR_ENV}={folder}, but llava is already imported from {loaded.__file__}")
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
-        _on_path.append(str(path))
+def loader(builder: ModuleType) -> Callable:
+    """The function of a host's ``loader`` module that loads a checkpoint."""
+    return getattr(builder, host_of(builder).loader.name)
+
+
+def put_clone_on_path() -> str | None:
+    """Put the clone that ``LLAVA_DIR`` (or ``LLAVA_NEXT_DIR``) names in front of ``sys.path``.
+
+    Returns:
+        the package in it; None where neither is set.
+
+    Raises:
+        ValueError: two different folders, no LLaVA that this package works with, another one was imported before.
+    """
+    given = {
+        name: Path(value).expanduser().resolve()
+        for name in (DIR_ENV, NEXT_DIR_ENV)
+        if (value := environment.read(name))
+    }
+    if not given:
+        return None
+    if len({*given.values()}) > 1:
+        raise ValueError(f"{DIR_ENV} is {given[DIR_ENV]}, but {NEXT_DIR_ENV} is {given[NEXT_DIR_ENV]}: set one of them")
+    name, folder = next(iter(given.items()))
+    reasons = []
+    for host in all_hosts():
+        for base in dict.fromkeys((folder, folder / host.folder)):
+            root = base.joinpath(*host.package.split("."))
+            if not root.is_dir():
+                continue
+            found = recognise(host.package, root)
+            if found.host is not None:
+                _put_on_path(name, base, root, host.package)
+                return host.package
+            reasons.append(found.reason)
+    reason = next(filter(None, reasons), None)
+    raise ValueError(
+        f"{name}={folder}: {reason or 'there is no LLaVA that this package knows'}. Known are:\n" + _known()
+    )
+
+
+def _put_on_path(name: str, base: Path, root: Path, package: str) -> None:
+    loaded = sys.modules.get(package)
+    if loaded is not None and Path(next(iter(loaded.__path__))).resolve() != root:
+        raise ValueError(f"{name}={base}, but {package} is already imported from {next(iter(loaded.__path__))}")
+    if str(base) not in sys.path:
+        sys.path.insert(0, str(base))
+        _on_path.append(str(base))
 
 
 def take_off_path() -> None:
-    """Undo :func:`put_next_on_path`."""
+    """Undo :func:`put_clone_on_path`."""
     while _on_path:
         path = _on_path.pop()
         if path in sys.path:
             sys.path.remove(path)
 
 
-def find_host(package: str = "llava") -> FoundHost:
+def find_host(package: str | None = None) -> FoundHost:
     """The host that ``import <package>`` would give, found without importing it.
 
-    Raises ``ValueError`` if there is none, or one of a kind that is not in HOSTS; it says what to install.
+    package: None is the one in ``LLAVA_DIR``, or ``llava``.
+
+    Raises ``ValueError`` if there is none, or one that this package does not work with; it says what to install.
     """
-    if package == "llava":
-        put_next_on_path()
+    named = put_clone_on_path() if package in (None, "llava") else None
+    package = package or named or "llava"
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"no LLaVA is installed (package {package!r}). One of:\n" + _how_to_install(package))
+        raise ValueError(f"no LLaVA is installed (package {package!r}). One of:\n" + _known(package))
     root = Path(next(iter(spec.submodule_search_locations)))
-    for host in all_hosts():
-        if host.package == package and host.recognises(root):
-            return FoundHost(host, root, _version(host, root))
-    raise ValueError(f"{root} does not have the layout of a known LLaVA. Known are:\n" + _how_to_install(package))
+    found = recognise(package, root)
+    if found.host is not None:
+        return FoundHost(found.host, root, _version(found.host, root))
+    reason = found.reason or f"{root} does not have the layout of a known LLaVA"
+    raise ValueError(f"{reason}. Known are:\n" + _known(package))
 
 
-def _how_to_install(package: str) -> str:
+def _known(package: str | None = None) -> str:
+    """How the hosts with this package name, or all of them, are installed."""
     hosts = [host for host in all_hosts() if host.package == package] or all_hosts()
     return "\n".join(f"  {host.title}: {host.install}" for host in hosts)
 
 
 def _version(host: Host, root: Path) -> str:
     """As the clone's pyproject.toml or the installed distribution states it."""
-    project = root.parent / "pyproject.toml"
+    depth = len(host.package.split(".")) - 1
+    project = root.parents[depth] / "pyproject.toml"
     if project.is_file():
         for line in project.read_text(encoding="utf-8").splitlines():
             if line.startswith("version"):

@@ -18,22 +18,24 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def self_contained(folder: Path) -> Iterator[Path]:
+def self_contained(folder: Path, key: str = "mm_vision_tower") -> Iterator[Path]:
     """The folder to load in place of ``folder``: itself, unless its frozen tower is not found under its name from here.
 
     Then it is a view of ``folder``, with a config that says where the tower is: in the folder it was trained from
     (also of a relative name, seen from where the checkpoint is), else in the checkpoint's own files. Nothing of
     ``folder`` is changed.
+
+    key: where config.json names the tower.
     """
     config = read_json(folder / CONFIG_NAME)
-    saved, name = config.get("mm_packing_config") or {}, str(config.get("mm_vision_tower"))
+    saved, name = config.get("mm_packing_config") or {}, str(config.get(key))
     if saved.get("weights") != "folder" or frozen_folder(name, saved) is not None:
         yield folder
         return
     if (found := _seen_from(folder, strip_prefix(name), saved.get("fingerprint"))) is not None:
         logger.info("the frozen vision tower %s is read from %s", name, found)
-        changes: dict[str, object] = {"mm_vision_tower": str(found)}
-    elif has_weights(folder) and any("vision_tower." in key for key in WeightFiles(folder).shapes()):
+        changes: dict[str, object] = {key: str(found)}
+    elif has_weights(folder) and any("vision_tower." in name for name in WeightFiles(folder).shapes()):
         logger.warning(
             "%s does not exist here: the frozen tower is read from %s, in the precision in which it was saved",
             name,

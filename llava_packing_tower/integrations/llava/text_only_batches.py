@@ -27,10 +27,10 @@ def takes_part(model: torch.nn.Module) -> bool:
     return (model.training and torch.is_grad_enabled()) or zero3_enabled()
 
 
-def blank_images(tower: torch.nn.Module, count: int) -> list[torch.Tensor]:
-    """``count`` small images ``[C, 2p, 2p]`` of zeros (two patches a side, which every projector can merge)."""
+def blank_images(tower: torch.nn.Module, count: int) -> torch.Tensor:
+    """``count`` small images ``[count, C, 2p, 2p]`` of zeros (two patches a side, which every projector can merge)."""
     side = 2 * tower.config.patch_size
-    return [torch.zeros(tower.config.num_channels, side, side, device=tower.device, dtype=tower.dtype)] * count
+    return torch.zeros(count, tower.config.num_channels, side, side, device=tower.device, dtype=tower.dtype)
 
 
 def run_on_blanks(arch: ModuleType, patches: Patches) -> None:
@@ -40,10 +40,10 @@ def run_on_blanks(arch: ModuleType, patches: Patches) -> None:
     same is done for ``image_newline``, which LLaVA leaves out in a batch of text alone.
     """
     owner = mixin(arch)
-    takes_modalities = "modalities" in inspect.signature(getattr(owner, PREPARE)).parameters
-    embeds = 4  # of what it returns: ids, positions, mask, past, embeddings, labels (one more in some hosts)
+    takes = list(inspect.signature(getattr(owner, PREPARE)).parameters)[1:]
+    embeds = takes.index("past_key_values") + 1  # it returns what it takes, with the embeddings behind that
 
-    def blanks(call: Call) -> Iterator[None]:
+    def run_blanks(call: Call) -> Iterator[None]:
         self, given = call.self, call.arguments
         tower = self.get_vision_tower()
         ids, images = given["input_ids"], given.get("images")
@@ -53,10 +53,10 @@ def run_on_blanks(arch: ModuleType, patches: Patches) -> None:
         if images is None or len(images) == 0:
             if asked := int((ids == arch.IMAGE_TOKEN_INDEX).sum()):
                 raise ValueError(f"the text has {asked} <image>, but there are no images")
-            given["images"] = blank_images(tower, len(ids))
-            given["image_sizes"] = [tuple(given["images"][0].shape[-2:])] * len(ids)
-            if takes_modalities:
-                given["modalities"] = ["image"] * len(ids)
+            blanks = blank_images(tower, len(ids))
+            instead = {"images": blanks, "image_sizes": [tuple(blanks.shape[-2:])] * len(ids)}
+            instead["modalities"] = ["image"] * len(ids)
+            given.update({name: value for name, value in instead.items() if name in takes})
         yield
         newline = getattr(self.get_model(), "image_newline", None)
         result = list(call.result)
@@ -64,7 +64,7 @@ def run_on_blanks(arch: ModuleType, patches: Patches) -> None:
             result[embeds] = result[embeds] + 0 * newline.sum()
         call.result = tuple(result)
 
-    add_step(owner, f"LlavaMetaForCausalLM.{PREPARE}", "blank_images", blanks, patches)
+    add_step(owner, f"LlavaMetaForCausalLM.{PREPARE}", "blank_images", run_blanks, patches)
 
 
 class OneLookup:

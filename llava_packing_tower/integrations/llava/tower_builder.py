@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from ...towers.names import random_clip, tower_kind
 from ...utils.import_hooks import ImportHooks
@@ -45,17 +47,15 @@ def tower_class(name: object, note: Mapping | None = None) -> type | None:
 
 def hooked(original: Callable, builder: TowerBuilder = TOWER_BUILDER) -> Callable:
     """LLaVA's ``build_vision_tower(vision_tower_cfg, **kwargs)``, or another host's builder, with our rule in front."""
+    if builder.lengths is not None:
+        return hooked_list(original, builder, builder.lengths)
     names = tuple(inspect.signature(original).parameters)
 
     @functools.wraps(original)
     def build_vision_tower(*args: object, **kwargs: object) -> object:
         given = {**dict(zip(names, args)), **kwargs}
         config = given.pop(builder.config)
-        if builder.tower is None:
-            # The same two attributes, in the same order, as the function it stands in for.
-            name = getattr(config, "mm_vision_tower", getattr(config, "vision_tower", None))
-        else:
-            name = given.pop(builder.tower)
+        name = _setting(config, builder.settings) if builder.tower is None else given.pop(builder.tower)
         saved = getattr(config, "mm_packing_config", None)
         cls = tower_class(name, saved)
         if cls is None:
@@ -68,6 +68,40 @@ def hooked(original: Callable, builder: TowerBuilder = TOWER_BUILDER) -> Callabl
         return cls(name, args=config, **given)
 
     return mark_wrapper(build_vision_tower, original)
+
+
+def hooked_list(original: Callable, builder: TowerBuilder, lengths: tuple[str, str]) -> Callable:
+    """A host's builder of a list of towers, each with its number of tokens; ours are among them.
+
+    Raises ``ValueError`` where a packing tower has another number of tokens than its entry says: it interpolates none.
+    """
+    parameters = tuple(inspect.signature(original).parameters)
+
+    @functools.wraps(original)
+    def build_vision_towers(*args: object, **kwargs: object) -> list:
+        given = {**dict(zip(parameters, args)), **kwargs}
+        config = given.pop(builder.config)
+        towers: list = []
+        for name, length in zip(_setting(config, builder.settings), _setting(config, lengths), strict=True):
+            cls = tower_class(name)
+            if cls is None:
+                one = copy.copy(config)
+                for keys, value in ((builder.settings, [name]), (lengths, [length])):
+                    setattr(one, next(key for key in keys if hasattr(one, key)), value)
+                towers += original(**{builder.config: one}, **given)
+                continue
+            tower = cls(name, args=config, **given)
+            if tower.num_patches != length:
+                raise ValueError(f"vision tower {name} has {tower.num_patches} tokens, not {length}")
+            towers.append(tower)
+        return towers
+
+    return mark_wrapper(build_vision_towers, original)
+
+
+def _setting(config: object, names: tuple[str, str]) -> Any:
+    """A setting of a model config, else of training arguments: in the order of the builder that is replaced."""
+    return getattr(config, names[0], getattr(config, names[1], None))
 
 
 def hooked_projector(original: Callable) -> Callable:
@@ -87,11 +121,11 @@ def hooked_projector(original: Callable) -> Callable:
     return mark_wrapper(build_vision_projector, original)
 
 
-def hooked_names(original: Callable) -> Callable:
-    """LLaVA's ``get_model_name_from_path``; see :func:`.model_class.name_by_architectures`."""
+def hooked_names(original: Callable, host: Host) -> Callable:
+    """A host's ``get_model_name_from_path``; see :func:`.model_class.name_by_architectures`."""
     from .model_class import name_by_architectures
 
-    return mark_wrapper(name_by_architectures(original), original)
+    return mark_wrapper(name_by_architectures(original, host), original)
 
 
 def install(host: Host, hooks: ImportHooks, patches: Patches) -> None:

@@ -37,19 +37,22 @@ def is_packing_tower(tower: object) -> bool:
 def remember_tower(arch: ModuleType, patches: Patches) -> None:
     """Have ``initialize_vision_modules`` note in the LLaVA config where the tower's weights will be found again."""
 
+    host = host_of(arch)
+
     def remember(call: Call) -> Iterator[None]:
         self, model_args = call.self, call.arguments["model_args"]
+        in_config, in_arguments = host.tower_settings
         parts = tunable_parts(getattr(model_args, "mm_tunable_parts", None))
-        train = sys.modules.get(host_of(arch).module(host_of(arch).train))
+        train = sys.modules.get(host.module(host.train))
         if train is not None and host_lacks(train, "mm_tunable_parts") and parts == ("mm_mlp_adapter",):
             model_args.tune_mm_mlp_adapter = True  # this host's own word for it: it then saves the adapter alone
         kept = self.get_vision_tower()
-        other = kept is not None and is_another_tower(kept, self.config, model_args.vision_tower)
+        other = kept is not None and is_another_tower(kept, self.config, getattr(model_args, in_arguments))
         yield
         if not is_packing_tower(self.get_vision_tower()):
             return
         if other:
-            self.config.mm_vision_tower = kept.vision_tower_name
+            setattr(self.config, in_config, kept.vision_tower_name)
         tuned = "mm_vision_tower" in parts or getattr(model_args, "unfreeze_mm_vision_tower", False)
         earlier = getattr(self.config, "mm_packing_config", None) or {}
         # Tuned in an earlier stage: the folder has not had these weights since then, frozen or not today.

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from ..methods import Call, add_step
 from ..patcher import Patches
+from ..registry import loader
 from . import compat_patch
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def cudnn_plans(_: ModuleType, patches: Patches) -> None:
 
 
 def _loader_asks_for_flash(builder: ModuleType) -> bool:
-    asked = inspect.signature(builder.load_pretrained_model).parameters.get("attn_implementation")
+    asked = inspect.signature(loader(builder)).parameters.get("attn_implementation")
     return asked is not None and asked.default == "flash_attention_2"
 
 
@@ -67,4 +68,6 @@ def loader_attention(builder: ModuleType, patches: Patches) -> None:
             logger.warning("flash-attn cannot be used here: the decoder is loaded with sdpa attention")
             call.arguments["attn_implementation"] = "sdpa"
 
-    add_step(builder, "builder.load_pretrained_model", "loader_attention", without_flash, patches)
+    add_step(
+        builder, "builder.load_pretrained_model", "loader_attention", without_flash, patches, loader(builder).__name__
+    )

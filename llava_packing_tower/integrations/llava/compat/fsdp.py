@@ -10,7 +10,7 @@ from types import ModuleType
 
 from ..methods import Call, add_step
 from ..patcher import Patches
-from ..registry import meta_model, trainer_class
+from ..registry import host_of, meta_model, trainer_class
 from . import compat_patch
 from .trainer import _source
 
@@ -87,7 +87,7 @@ def fsdp_tower(arch: ModuleType, patches: Patches) -> None:
 
     def in_the_model(call: Call) -> None:
         # All that the host does with `fsdp` is to make that list.
-        asked = call.arguments["model_args"].vision_tower
+        asked = getattr(call.arguments["model_args"], host_of(arch).tower_settings[1])
         if call.self.get_vision_tower() is not None or tower_class(asked) is not None:
             call.arguments["fsdp"] = None
 

@@ -7,13 +7,14 @@ import copy
 import functools
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 from ..methods import Call, add_step
 from ..patcher import Patches
-from ..registry import host_of
+from ..registry import host_of, loader
 from ..tower_builder import holders, restore_copies
 from . import compat_patch
 from .trainer import _source
@@ -157,15 +158,18 @@ def size_dicts(mm_utils: ModuleType, patches: Patches) -> None:
 # ---------------------------------------------------------------- the loader
 
 
+TOWER_AS_HALF = re.compile(r"(vision|image)_tower\.to\(device=[\w\"']+, dtype=torch\.float16\)")
+
+
 @contextlib.contextmanager
 def _tower_stays(tower_class: type) -> Iterator[None]:
-    """Within it, `tower.to(device="cuda", dtype=torch.float16)` does nothing for our towers."""
+    """Within it, `tower.to(device=..., dtype=torch.float16)` does nothing for our towers."""
     import torch
 
     to = tower_class.to
 
     def stay(self, *args, **kwargs):
-        if not args and kwargs == {"device": "cuda", "dtype": torch.float16}:
+        if not args and kwargs.keys() == {"device", "dtype"} and kwargs["dtype"] is torch.float16:
             return self
         return to(self, *args, **kwargs)
 
@@ -181,9 +185,7 @@ def _tower_stays(tower_class: type) -> Iterator[None]:
     module="{loader}",
     reason="unless device_map is 'auto', the loader moves the tower to the first GPU as float16, whatever the device "
     "and dtype of the model: this fails without CUDA and rounds a bfloat16 tower",
-    defect=lambda builder: (
-        'vision_tower.to(device="cuda", dtype=torch.float16)' in _source(builder.load_pretrained_model)
-    ),
+    defect=lambda builder: 'vision_tower.to(device="cuda", dtype=torch.float16)' in _source(loader(builder)),
 )
 def tower_half(builder: ModuleType, patches: Patches) -> None:
     # Only here: `import builder_patch` must stay cheap.
@@ -200,4 +202,6 @@ def tower_half(builder: ModuleType, patches: Patches) -> None:
             if projector is not None and not projector.is_meta:
                 tower.to(device=projector.device, dtype=projector.dtype)
 
-    add_step(builder, "builder.load_pretrained_model", "tower_half", beside_projector, patches)
+    add_step(
+        builder, "builder.load_pretrained_model", "tower_half", beside_projector, patches, loader(builder).__name__
+    )

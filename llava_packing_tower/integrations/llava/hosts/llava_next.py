@@ -16,7 +16,7 @@ HOST = Host(
     title="LLaVA-NeXT",
     package="llava",
     recognises=recognises,
-    install="git clone https://github.com/LLaVA-VL/LLaVA-NeXT and set LLAVA_NEXT_DIR to the clone",
+    install="git clone https://github.com/LLaVA-VL/LLaVA-NeXT and set LLAVA_DIR to the clone",
     reads_videos=True,
     own_arguments=(
         "image_grid_pinpoints",

@@ -1,4 +1,4 @@
-"""LLaVA 1.x, the official repository up to LLaVA-1.6; on PyPI as llava-torch."""
+"""LLaVA 1.x, the official repository up to LLaVA-1.6, on PyPI as llava-torch. Open-LLaVA-NeXT has its files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ HOST = Host(
     title="LLaVA",
     package="llava",
     recognises=recognises,
-    install="pip install --no-deps llava-torch==1.2.2.post1",
+    install="pip install --no-deps llava-torch==1.2.2.post1, or clone it and set LLAVA_DIR to the clone",
     distribution="llava-torch",
 )

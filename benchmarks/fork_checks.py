@@ -1,0 +1,346 @@
+"""What attaches to one LLaVA, in a process of its own: `python benchmarks/fork_checks.py FOLDER CLONE`.
+
+Its last line is a JSON object. Every part of the hook is tried with a tiny model of the fork's own class:
+  - builder: the fork's own `initialize_vision_modules` builds a packing tower,
+  - native resolution: a ragged batch, in which each image has the tokens that it has alone,
+  - text-only batches: a batch of text gives the tower gradients,
+  - packed decoder: what its training step is, or why it stays the fork's own; the loss is that of the padded batch,
+  - reload: saved by `save_pretrained`, loaded by the fork's own loader, without the tower's folder, bit for bit,
+  - training: its train.py is imported, and what is added to its dataset, trainer and saving.
+A LLaVA with signatures that are not known is left as it is: its own builder is called, and builds its own towers.
+Packages that the fork imports and that are not installed here are replaced by empty ones, and named.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import FunctionType, ModuleType, SimpleNamespace
+
+import torch
+
+from llava_packing_tower.data.native_config import asks_for_native
+from llava_packing_tower.integrations.llava import find_host, install
+from llava_packing_tower.integrations.llava.host import Host
+from llava_packing_tower.integrations.llava.methods import STEPS
+from llava_packing_tower.tools.demo.tiny_models import DECODER, make_tokenizer, make_tower
+from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
+
+PROMPT = "A chat between a curious user and an artificial intelligence assistant. USER: What is it? ASSISTANT:"
+IMAGE = -200
+MACHINERY = ("importlib", "_frozen_importlib", "llava_packing_tower.integrations.llava.import_hooks")
+SIZES = ((42, 70), (84, 28), (56, 56))
+# The decoders that are tried, in this order: the first one that the fork has.
+CLASSES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "QwenForCausalLM", "Qwen1_5ForCausalLM", "MistralForCausalLM")
+
+
+class _Anything:
+    """Stands for a class or function of a package that is not installed."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        # As a decorator it changes nothing.
+        return args[0] if len(args) == 1 and callable(args[0]) else _Anything()
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything()
+
+    def __mro_entries__(self, bases: tuple) -> tuple:
+        return (_Anything,)
+
+
+class _Empty(ModuleType):
+    __version__ = "0.0.0"
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (_Anything,), {}) if name[:1].isupper() else _Anything()
+
+
+class Stubs(MetaPathFinder, Loader):
+    """Finds what nobody else found, while the fork is imported."""
+
+    def __init__(self, package: str) -> None:
+        self.package, self.names = package.split(".")[0], set()
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        top, importer = fullname.split(".")[0], sys._getframe(1)
+        while importer is not None and importer.f_globals.get("__name__", "").startswith(MACHINERY):
+            importer = importer.f_back
+        asked = "" if importer is None else importer.f_globals.get("__name__", "")
+        if asked.split(".")[0] != self.package or top == self.package or (top in sys.modules and top not in self.names):
+            return None
+        self.names.add(top)
+        return ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__path__ = []
+
+
+def attached(owner: object) -> dict[str, list[str]]:
+    """The steps of each method or function that a class or module has."""
+    found = {}
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, FunctionType) and "_llava_packing_steps" in vars(value):
+            found[name] = sorted(value._llava_packing_steps)
+        elif isinstance(value, FunctionType) and "_llava_packing_original" in vars(value):
+            found[name] = ["wrapped"]
+    return found
+
+
+def attempt(report: dict, name: str, check: Callable[[], object]) -> object:
+    try:
+        result = check()
+        report[name] = "yes" if result is None or isinstance(result, torch.nn.Module) else result
+        return result
+    except Exception as error:
+        report[name] = f"{type(error).__name__}: {error}"[:400]
+        traceback.print_exc()
+        return None
+
+
+def make_model(host: Host, tower: Path, vocabulary: int, native: bool = True) -> torch.nn.Module:
+    """The fork's own class with a tiny decoder, its tower and projector made as its train.py makes them."""
+    models = import_module(host.module(host.models))
+    names = [f"{host.class_prefix}{word}" for word in CLASSES]
+    cls = next(getattr(models, name) for name in names if hasattr(models, name))
+    torch.manual_seed(0)
+    config = cls.config_class(vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, **DECODER)
+    config.num_key_value_heads = 2
+    config._attn_implementation = "sdpa"
+    model = cls(config)
+    in_arguments = host.tower_settings[1]
+    arguments = SimpleNamespace(
+        **{
+            "image_tower": None,
+            "video_tower": None,
+            in_arguments: str(tower),
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "pretrain_mm_mlp_adapter": None,
+            "mm_projector_type": "mlp2x_gelu",
+            "image_projector_type": "mlp2x_gelu",
+            "video_projector_type": None,
+            "video_global_proj": False,
+            "video_temproal_proj": False,
+            "video_spatial_proj": False,
+            "mm_patch_merge_type": "flat",
+            "mm_resampler_type": None,
+            "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+            "add_faster_video": False,
+            "siglip": False,
+            "s2": False,
+            "feature_outs": None,
+            "img_size": None,
+            "vision_backbone": None,
+            "segtok_posembed": None,
+            "image_aspect_ratio": "native" if native else "pad",
+            "mm_packing_min_patches": 4,
+            "mm_packing_max_patches": 64,
+            "mm_packing_video": "frames",
+        }
+    )
+    model.get_model().initialize_vision_modules(arguments)
+    config.image_aspect_ratio = arguments.image_aspect_ratio
+    config.mm_use_im_start_end = config.mm_use_im_patch_token = False
+    config.tokenizer_padding_side = "right"
+    config.tokenizer_model_max_length = 512
+    return model.float().requires_grad_(True)
+
+
+def ragged() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(3, *size, generator=generator) for size in SIZES]
+
+
+def prompts() -> torch.Tensor:
+    return torch.tensor([[1, IMAGE, 7, 8, 9, 11], [1, 5, 6, IMAGE, 7, 2], [1, 9, IMAGE, 5, 3, 2]])
+
+
+def check_builder(model: torch.nn.Module) -> None:
+    tower = model.get_vision_tower()
+    assert type(tower) is HEVCViTPackingVisionTower and tower.is_loaded, type(tower)
+    assert model.config.mm_packing_config["weights"] == "checkpoint"
+
+
+def check_native(model: torch.nn.Module) -> None:
+    """In a batch with a mask, labels and other images, each sample gives what it gives alone."""
+    assert asks_for_native(model.config)
+    model.eval()
+    ids, images = prompts(), ragged()
+    labels = ids.where(ids != IMAGE, -100)
+    given = {"attention_mask": torch.ones_like(ids), "labels": labels, "images": images}
+    with torch.no_grad():
+        together = model(input_ids=ids, **given)
+        for index, (height, width) in enumerate(SIZES):
+            one = {name: value[index : index + 1] for name, value in given.items()}
+            alone = model(input_ids=ids[index : index + 1], **one).logits
+            patches = height * width // 14**2
+            assert alone.shape[1] == ids.shape[1] - 1 + patches, (alone.shape, patches)
+            here = together.logits[index, : alone.shape[1]]
+            assert torch.allclose(here, alone[0], atol=2e-5), (here - alone[0]).abs().max()
+            blank = {**one, "images": [torch.zeros_like(images[index])]}
+            seen = model(input_ids=ids[index : index + 1], **blank).logits
+            assert (seen[0, -1] - alone[0, -1]).abs().max() > 1e-4, "the image does not reach the answer"
+
+
+def check_text_only(model: torch.nn.Module) -> None:
+    model.train()
+    model.zero_grad()
+    ids = torch.tensor([[1, 5, 6, 7], [1, 9, 8, 2]])
+    model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), images=None).loss.backward()
+    tower = dict(model.get_vision_tower().named_parameters())
+    used = [name for name, p in tower.items() if p.grad is not None]
+    assert len(used) > 20 and all(p.grad is not None for p in model.get_model().mm_projector.parameters()), len(used)
+    model.zero_grad()
+
+
+def check_decoder(model: torch.nn.Module) -> str:
+    """What the training step is; where it is packed, its loss and gradients are those of the padded batch."""
+    from llava_packing_tower.integrations.llava.packed_step import forget_plan, make_plan, plan_of
+    from llava_packing_tower.integrations.llava.patcher import Patches
+
+    plan = make_plan(model)
+    if plan.decoder_reason is not None:
+        return f"no: {plan.decoder_reason}"
+    ids = prompts()
+    given = {"labels": ids.where(ids != IMAGE, -100), "attention_mask": torch.ones_like(ids), "images": ragged()}
+    model.train()
+    results = []
+    for packed in (True, False):
+        forget_plan(model)
+        model.config.mm_packing_decoder = packed
+        assert (plan_of(model, Patches()).decoder_reason is None) == packed
+        model.zero_grad()
+        loss = model(input_ids=ids, **given).loss
+        loss.backward()
+        gradient = next(p for n, p in model.named_parameters() if "q_proj" in n and "tower" not in n).grad.clone()
+        results.append((loss.detach(), gradient))
+    del model.config.mm_packing_decoder
+    forget_plan(model)
+    model.zero_grad()
+    (loss, gradient), (padded, reference) = results
+    assert torch.allclose(loss, padded, atol=1e-5), (loss, padded)
+    assert torch.allclose(gradient, reference, atol=1e-5), (gradient - reference).abs().max()
+    return "yes"
+
+
+def check_reload(model: torch.nn.Module, folder: Path, tower: Path, tokenizer: object) -> None:
+    """A tuned tower comes back from the checkpoint, though its folder is gone."""
+    from llava_packing_tower.integrations.llava.inference import load_checkpoint
+
+    with torch.no_grad():
+        for p in model.get_vision_tower().parameters():
+            p.add_(0.25)
+    saved = folder / "run1"
+    model.config.torch_dtype = torch.float32
+    model.save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    shutil.rmtree(tower)
+    loaded = load_checkpoint(saved, "cpu").model
+    assert type(loaded) is type(model), type(loaded)
+    here, there = model.state_dict(), loaded.state_dict()
+    wrong = [n for n, p in here.items() if n not in there or not torch.equal(p.to(there[n].dtype), there[n][: len(p)])]
+    assert not wrong and here.keys() == there.keys(), (wrong[:3], here.keys() ^ there.keys())
+    assert len([n for n in here if "tower." in n]) > 20
+
+
+def check_training(host: Host) -> dict:
+    if not host.trainers:
+        return {"none": "it has no training of its own here"}
+    train = import_module(host.module(host.train))
+    trainer = getattr(train, host.trainer.name)
+    data = import_module(host.module(host.data or host.train))
+    return {
+        "train": sorted(attached(train)),
+        "trainer": sorted(attached(trainer)),
+        "dataset": sorted(attached(getattr(data, host.dataset))),
+    }
+
+
+def check_left_alone(clone: Path) -> dict:
+    """Nothing of it is wrapped, it is named once, and its builder builds a tower of its own."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("llava_packing_tower.integrations.llava.registry").addHandler(handler)
+    sys.path.insert(0, str(clone))
+    install.apply()
+    stubs = Stubs("llava")
+    sys.meta_path.append(stubs)
+    builder = import_module("llava.model.multimodal_encoder.builder")
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "llava":
+            owners = [module, *(value for value in vars(module).values() if isinstance(value, type))]
+            assert not any(attached(owner) for owner in owners), name
+    folder = clone.parent / "a_clip"
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(folder)
+    config.resume_path, config.ps3, config.mm_vision_select_layer = None, False, -2
+    config.mm_vision_select_feature, config.model_dtype = "patch", "torch.float32"
+    tower = builder.build_vision_tower(str(folder), config)
+    features = tower(torch.randn(2, 3, 28, 28))
+    assert features.shape == (2, 4, 32) and len(said) == 1, (features.shape, said)
+    return {"tower": type(tower).__name__, "said": said[0], "stubs": sorted(stubs.names)}
+
+
+def main() -> None:
+    folder, clone = Path(sys.argv[1]), Path(sys.argv[2]).resolve()
+    report: dict[str, object] = {}
+    os.environ["LLAVA_DIR"] = str(clone)
+    try:
+        found = find_host()
+    except ValueError as error:
+        del os.environ["LLAVA_DIR"]
+        report["reason"] = str(error).split(". Known are:")[0]
+        copy = folder / "clone"  # its own name must not select one of its towers
+        copy.symlink_to(clone)
+        attempt(report, "left alone", lambda: check_left_alone(copy))
+        print(json.dumps(report))
+        return
+    install.apply()
+    host = found.host
+    report["host"] = host.title
+    stubs = Stubs(host.package)
+    sys.meta_path.append(stubs)
+    tower = folder / "vit_packing"
+    make_tower(tower, seed=1)
+    tokenizer = make_tokenizer(folder / "words", [__doc__, PROMPT], ("cat", "moon", "cup"))
+    model = attempt(report, "builder", lambda: make_model(host, tower, len(tokenizer)))
+    if model is not None:
+        report["class"] = type(model).__name__
+        attempt(report, "builder", lambda: check_builder(model))
+        attempt(report, "native resolution", lambda: check_native(model))
+        attempt(report, "text-only batches", lambda: check_text_only(model))
+        attempt(report, "packed decoder", lambda: check_decoder(model))
+        attempt(report, "reload", lambda: check_reload(model, folder, tower, tokenizer))
+    attempt(report, "training", lambda: check_training(host))
+    report["stubs"] = sorted(stubs.names)
+    report["steps"] = len(STEPS)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
