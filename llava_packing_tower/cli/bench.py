@@ -5,7 +5,7 @@ the targets of the packed encoder on an H100, and writes JSON and a figure. On a
 On a CPU it runs tiny sizes in float32, which only shows that everything works.
 
 With --training-step it measures a whole training step of LLaVA instead (forward and backward), beside stock LLaVA-NeXT
-with its CLIP tower; LLAVA_NEXT_DIR names its folder. The results are written after every turn.
+with its CLIP tower; LLAVA_DIR names its folder. The results are written after every turn.
 
 examples:
   llava-packing bench
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
 def _run_training_step(args: argparse.Namespace, device: torch.device, argv: list[str], began: float) -> int:
     if args.scaling or args.breakdown:
         raise UsageError("--training-step excludes --scaling and --breakdown")
-    if not environment.read(environment.NEXT_DIR):
-        raise UsageError("--training-step compares with LLaVA-NeXT: set LLAVA_NEXT_DIR to its folder")
+    if not environment.clone():
+        raise UsageError("--training-step compares with LLaVA-NeXT: set LLAVA_DIR to its folder")
     from ..tools.bench.training import session
 
     try:

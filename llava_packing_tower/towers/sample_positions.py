@@ -32,7 +32,7 @@ def join_samples(
     positions: Sequence[torch.Tensor | None],
     patch_size: int,
     image_only: bool,
-) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor | None]:
+) -> tuple[torch.Tensor | Sequence[torch.Tensor], torch.Tensor | None]:
     """Images and the positions of their samples, as a tower takes them.
 
     The frames of a sample whose positions name several times become one clip; they stand where the positions say.

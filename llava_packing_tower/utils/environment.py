@@ -80,6 +80,11 @@ def read(name: str) -> str | None:
     return None
 
 
+def clone() -> str | None:
+    """The clone that ``LLAVA_DIR`` or ``LLAVA_NEXT_DIR`` names."""
+    return read(LLAVA_DIR) or read(NEXT_DIR)
+
+
 def switch(name: str) -> bool | None:
     """A variable that is 0 or 1, or None if it is not set. Raises ``ValueError`` for another value."""
     value = read(name)

@@ -311,5 +311,5 @@ def test_find_host_names_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=re.escape("llava-torch==1.2.2.post1")):
         find_host("no_llava_here")
     monkeypatch.setenv("LLAVA_NEXT_DIR", str(tmp_path))
-    with pytest.raises(ValueError, match="there is no LLaVA that this package knows. Known are:"):
+    with pytest.raises(ValueError, match=r"there is no LLaVA that this package knows\. Known are:"):
         find_host()

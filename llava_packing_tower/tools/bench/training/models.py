@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from ....data.image_processor import PackingImageProcessor
 from ....models.llava_vit.packed import LlavaViTPackingModel
+from ....utils import environment
 from .photos import GRIDS, PATCH
 
 FULL = {
@@ -68,7 +68,7 @@ TINY = {
 
 def host_classes() -> tuple[str, type, type]:
     """Name, config and model class of the host: LLaVA-NeXT, llavaction or LLaVA 1.x."""
-    if os.environ.get("LLAVA_NEXT_DIR"):
+    if environment.clone():
         from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
 
         return "LLaVA-NeXT (LlavaQwenForCausalLM)", LlavaQwenConfig, LlavaQwenForCausalLM
