@@ -33,15 +33,9 @@ from .feature_select import selected_layers
 from .names import strip_prefix
 from .passes import allow_several, budget_of, count_patches, run_passes
 from .sample_positions import encode_samples
-from .saved_tower import frozen_folder, hollow, saved_tower, tower_fingerprint
+from .saved_tower import device_of, frozen_folder, hollow, saved_tower, tower_fingerprint, wants_loading
 
 logger = logging.getLogger(__name__)
-
-
-def wants_loading(args: object) -> bool:
-    """Whether LLaVA's arguments say that the tower is trained (then it is loaded even if loading may be delayed)."""
-    parts = getattr(args, "mm_tunable_parts", None) or ""
-    return bool(getattr(args, "unfreeze_mm_vision_tower", False)) or "mm_vision_tower" in parts
 
 
 class HEVCViTPackingVisionTower(nn.Module):
@@ -127,7 +121,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         if self._in_checkpoint:
             model, processor = self._from_saved_config()
         else:
-            model, processor = self._from_folder(_device_of(device_map))
+            model, processor = self._from_folder(device_of(device_map))
         model.set_attention_backend(self.attention)
         model.set_fused(self.fused)
         processor.image_reading = self._reading
@@ -403,15 +397,3 @@ class HEVCViTPackingVisionTower(nn.Module):
     @property
     def dummy_feature(self) -> torch.Tensor:
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
-
-
-def _device_of(device_map: Any) -> torch.device:
-    """Where the weights go for what LLaVA passes as ``device_map``."""
-    if isinstance(device_map, dict):
-        hits = [value for key, value in device_map.items() if key == "" or key.endswith("vision_tower")]
-        device_map = hits[0] if hits else None
-    if device_map is None:
-        return torch.device("cpu")
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(device_map if not isinstance(device_map, int) else f"cuda:{device_map}")

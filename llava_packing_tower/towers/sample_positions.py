@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..data.positions import grid_positions
 
+if TYPE_CHECKING:
+    from .packing_tower import HEVCViTPackingVisionTower
+
 
 def encode_samples(
-    tower: nn.Module,
+    tower: HEVCViTPackingVisionTower,
     images: torch.Tensor | Sequence[torch.Tensor],
     positions: Sequence[torch.Tensor | None],
     return_spatial_dims: bool = False,
