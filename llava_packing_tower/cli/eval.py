@@ -1,4 +1,4 @@
-"""Evaluate a LLaVA checkpoint with a packing tower on lmms-eval's tasks, each in a process of its own.
+"""Evaluate a LLaVA checkpoint with a packing tower, or an export, on lmms-eval's tasks, each in a process of its own.
 
     llava-packing eval CHECKPOINT --tasks smoke
     llava-packing eval CHECKPOINT --tasks ai2d,chartqa --num_gpus 8 --log_samples
@@ -20,7 +20,7 @@ OWN_OPTIONS = ("--model", "--tasks", "--config", "--output_path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="folder of a LLaVA checkpoint")
+    parser.add_argument("checkpoint", type=Path, help="folder of a LLaVA checkpoint, or of an export")
     parser.add_argument("--tasks", required=True, help="task names and groups, joined by commas")
     parser.add_argument(
         "--output_path", type=Path, help="output folder (default: eval_results/<name of the checkpoint>)"
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..checkpoint.folder_hash import identity
+    from ..eval.hf_inference import is_export
     from ..eval.preflight import check_checkpoint, check_installation
     from ..eval.results import write_report
     from ..eval.runner import Evaluation, run_tasks
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{word} is set by this command")
     try:
         tasks = expand(args.tasks)
-        check_installation()
+        check_installation(host=not is_export(args.checkpoint))
         check_checkpoint(args.checkpoint, args.model_base)
         if not set(tasks) <= set(OWN_TASKS):
             check_known(tasks, registered(args.include_path))

@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "eval-report": Command("eval_report", "results of several evaluations in one table and one chart"),
     "probe": Command("probe", "compare towers without a decoder: linear and k-NN probe on an image folder"),
     "export": Command("export", "write a LLaVA checkpoint as a Hugging Face folder, for transformers and vLLM"),
+    "import": Command("import_", "turn an export back into a LLaVA checkpoint"),
     "run": Command("run", "run LLaVA's own scripts, or any other script, with the packing tower"),
     "bench": Command("bench", "measure the packed encoders beside transformers, timm and the original tower"),
 }

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..hf import MODEL_TYPE
 from ..integrations.llava.registry import find_host
 from ..towers.names import PACKING, tower_kind
 from ..utils.files import CONFIG_NAME, read_json
@@ -32,8 +33,11 @@ MODULES = {
 }
 
 
-def check_installation() -> None:
-    """Raises ``ValueError``, with the commands that fix it, where lmms-eval and the host cannot run together here."""
+def check_installation(host: bool = True) -> None:
+    """Raises ``ValueError``, with the commands that fix it, where lmms-eval and the host cannot run together here.
+
+    host: whether a LLaVA is needed; exports do without.
+    """
     if find_spec("lmms_eval") is None:
         raise ValueError(
             f"lmms-eval is not installed:\n  {INSTALL}\n  pip install {' '.join(MODULES.values())}\n"
@@ -51,7 +55,8 @@ def check_installation() -> None:
     problems += map(str, [*filelock(), *impossible(Run())])
     if problems:
         raise ValueError("\n".join(problems))
-    find_host()
+    if host:
+        find_host()
 
 
 def plugin_environment() -> dict[str, str]:
@@ -64,13 +69,17 @@ def plugin_environment() -> dict[str, str]:
 
 
 def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
-    """Raises ``ValueError`` for anything but a LLaVA checkpoint with a packing tower and its weights."""
+    """Raises ``ValueError`` for anything but a LLaVA checkpoint with a packing tower and its weights, or an export."""
     from ..integrations.llava.checkpoint_files import names_in_files
     from ..integrations.llava.model_class import check_host_has, class_name
+    from .hf_inference import check_export
 
     if not (checkpoint / CONFIG_NAME).is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no {CONFIG_NAME}")
     config = read_json(checkpoint / CONFIG_NAME)
+    if config.get("model_type") == MODEL_TYPE:
+        check_export(checkpoint)
+        return
     found = find_host()
     key = found.host.tower_settings[0]
     tower = str(config.get(key) or "")

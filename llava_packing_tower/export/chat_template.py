@@ -79,11 +79,13 @@ def make_chat_template(conversation: object, bos: bool, marks: Marks) -> str:
         marks: what is written for an image or a video, and for the words ``<image>`` and ``<video>`` in a text.
 
     Raises:
-        ValueError: a style that is not in :data:`STYLES`.
+        ValueError: a style that is not in :data:`STYLES`, or a template that begins with messages.
     """
     style = conversation.sep_style.name
     if style not in STYLES:
         raise ValueError(f"its separator style is {style}; these can be exported: {', '.join(STYLES)}")
+    if conversation.messages:
+        raise ValueError(f"it has messages of its own ({len(conversation.messages)})")
     user, assistant = conversation.roles[0], conversation.roles[1]
     sep, sep2 = conversation.sep or "", conversation.sep2 or ""
     system, system_start = conversation.system, ""

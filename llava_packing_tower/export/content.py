@@ -9,10 +9,10 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from ..data.images import reading_of
+from ..hf import MODEL_TYPE
 from ..hf.visual_settings import fields_of
 from ..integrations.llava.batched_inference import reads_videos
 from ..integrations.llava.inference import trains_with_lists
-from . import MODEL_TYPE
 
 CLASSES = {
     "AutoConfig": "configuration:LlavaPackingConfig",

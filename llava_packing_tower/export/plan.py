@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.native_config import PREFIX
+from ..hf import MODEL_TYPE
 from ..hf.projectors import unknown_projector
 from ..hf.visual_settings import unsupported_reason
 from ..integrations.llava.checkpoint_files import names_in_files
@@ -14,7 +15,6 @@ from ..integrations.llava.model_class import DECODERS, base_of, check_host_has, 
 from ..integrations.llava.registry import find_host
 from ..towers.names import PACKING, tower_kind
 from ..utils.files import CONFIG_NAME, read_json
-from . import MODEL_TYPE
 
 NOT_EXPORTED = {"mpt": "the decoder MPT, which newer versions of transformers read differently"}
 

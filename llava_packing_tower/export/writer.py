@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.weights import WeightFiles, is_weight_file
+from ..hf import INFO, ORIGIN
 from ..hf.visual_settings import VisualSettings
 from ..integrations.llava import install
 from ..integrations.llava.batched_inference import conversation_name
@@ -20,7 +21,7 @@ from ..integrations.llava.inference import Checkpoint, host_module, load_checkpo
 from ..integrations.llava.model_class import DECODERS
 from ..towers.names import NAME_PREFIX, strip_prefix
 from ..utils.files import CONFIG_NAME, atomic_folder, write_json
-from . import ORIGIN, content
+from . import content
 from .chat_template import Marks, Turns, check_chat_template, make_chat_template, probes
 from .model_card import model_card
 from .names import HEAD, exported_name
@@ -31,9 +32,8 @@ logger = logging.getLogger(__name__)
 
 EMBEDDINGS = "model.embed_tokens.weight"
 DTYPES = ("float32", "bfloat16", "float16")
-NOT_COPIED = (ADAPTER, LORA_EXTRAS, PROJECTOR, "adapter_model.safetensors", "adapter_model.bin", "training_args.bin")
+NOT_COPIED = (ADAPTER, LORA_EXTRAS, PROJECTOR, "adapter_model", "training_args", "packing_")
 COPIED = (".json", ".model", ".txt", ".jinja")
-INFO = "export.json"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Parts:
         """What `llava-packing import` needs: the config, the tokenizer and the like, without paths of this machine."""
         folder.mkdir()
         for file in self.source.folder.iterdir():
-            copied = file.suffix in COPIED and file.name not in NOT_COPIED and not is_weight_file(file.name)
+            copied = file.suffix in COPIED and not file.name.startswith(NOT_COPIED) and not is_weight_file(file.name)
             if file.is_file() and copied and file.name != CONFIG_NAME:
                 shutil.copyfile(file, folder / file.name)
         if self.source.base is not None:

@@ -18,9 +18,9 @@ from PIL import ImageFile
 from tqdm import tqdm
 
 from ...checkpoint.folder_hash import identity
-from ...integrations.llava import install
-from ...integrations.llava.batched_inference import Question, conversation_name, generate, losses, prepare
+from ...integrations.llava import batched_inference, install
 from ...integrations.llava.inference import load_checkpoint
+from .. import hf_inference
 
 DEFAULT_NEW_TOKENS = 1024
 # lmms-eval puts this into every task that names no end; it would cut answers of several paragraphs.
@@ -29,7 +29,7 @@ PASSED_ON = ("top_p", "top_k", "num_beams", "repetition_penalty", "length_penalt
 
 
 class LlavaPacking(lmms):
-    """A LLaVA checkpoint as a model of lmms-eval.
+    """A LLaVA checkpoint, or an export of one, as a model of lmms-eval.
 
     Args:
         pretrained: checkpoint folder. Its tower is built from it alone where it holds the tower's weights.
@@ -57,21 +57,28 @@ class LlavaPacking(lmms):
         weights: str | None = None,
     ) -> None:
         super().__init__()
-        install.apply()
+        exported = hf_inference.is_export(pretrained)
+        self.inference = hf_inference if exported else batched_inference
+        if not exported:
+            install.apply()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._check_weights(pretrained, model_base, weights)
         self._device = torch.device(self._place(device))
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        self.loaded = load_checkpoint(Path(pretrained), str(self._device), model_base and Path(model_base))
+        if exported:
+            self.loaded = hf_inference.load_checkpoint(pretrained, str(self._device))
+            self.conversation = hf_inference.conversation_name(pretrained, conv_template)
+        else:
+            self.loaded = load_checkpoint(Path(pretrained), str(self._device), model_base and Path(model_base))
+            self.conversation = batched_inference.conversation_name(self.loaded.model.config, conv_template)
         self.model = self.loaded.model
-        self.conversation = conversation_name(self.model.config, conv_template)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a whole number from 1, got {batch_size!r}")
         self.batch_size = int(batch_size)
         self.max_frames = int(max_frames_num)
-        tower = self.model.get_vision_tower()
+        tower = self.model.model.vision_tower if exported else self.model.get_vision_tower()
         print(
             f"llava_packing: rank {self._rank} of {self._world_size} on {self._device}, {type(self.model).__name__} in "
             f"{self.model.dtype}, {type(tower).__name__} in {tower.dtype}, conversation {self.conversation}, "
@@ -127,7 +134,7 @@ class LlavaPacking(lmms):
         """An answer for each request, in their order; greedy unless its arguments ask for sampling."""
         answers: list[str] = [""] * len(requests)
 
-        def prepared(index: int) -> Question:
+        def prepared(index: int) -> object:
             context, _, to_visual, doc_id, task, split = requests[index].args
             return self._prepare(requests[index], context, to_visual, doc_id, task, split)
 
@@ -150,7 +157,7 @@ class LlavaPacking(lmms):
         shown = [request.args[2] for request in requests]
         active, number = list(range(len(requests))), 0
 
-        def prepared(place: int) -> Question:
+        def prepared(place: int) -> object:
             index = active[place]
             return self._prepare(requests[index], texts[index], shown[index], *requests[index].args[4:])
 
@@ -176,13 +183,13 @@ class LlavaPacking(lmms):
         return answers
 
     def _answers(
-        self, texts: Sequence[str], prepared: Callable[[int], Question], settings: Sequence[dict]
+        self, texts: Sequence[str], prepared: Callable[[int], object], settings: Sequence[dict]
     ) -> Iterator[tuple[int, str]]:
         """Number and answer of each question, as they come."""
         groups = [json.dumps(each, sort_keys=True) for each in settings]
         for indices, questions in self._batches(texts, prepared, groups):
             options, ends = generation_options(settings[indices[0]])
-            for index, ids in zip(indices, generate(self.loaded, questions, **options)):
+            for index, ids in zip(indices, self.inference.generate(self.loaded, questions, **options)):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 yield index, cut(text, ends).strip()
 
@@ -194,10 +201,12 @@ class LlavaPacking(lmms):
         """
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
 
-        def prepared(index: int) -> Question:
+        def prepared(index: int) -> object:
             request = requests[index]
             if len(request.args) == 2:  # a continuation without context or image
-                return prepare(self.loaded, request.args[0], [], self.conversation, answer=request.args[1])
+                return self.inference.prepare(
+                    self.loaded, request.args[0], [], self.conversation, answer=request.args[1]
+                )
             context, continuation, to_visual, doc_id, task, split = request.args
             if callable(continuation):
                 continuation = continuation(self.task_dict[task][split][doc_id])
@@ -205,7 +214,7 @@ class LlavaPacking(lmms):
 
         texts = [request.args[0] for request in requests]
         for indices, questions in self._batches(texts, prepared, [""] * len(requests)):
-            for index, result in zip(indices, losses(self.loaded, questions)):
+            for index, result in zip(indices, self.inference.losses(self.loaded, questions)):
                 results[index] = result
         return results
 
@@ -218,7 +227,7 @@ class LlavaPacking(lmms):
         task: str,
         split: str,
         answer: str | None = None,
-    ) -> Question:
+    ) -> object:
         with refusals(task, doc_id):
             visuals = to_visual(self.task_dict[task][split][doc_id]) if to_visual else None
             visuals = [] if visuals is None else list(visuals) if isinstance(visuals, list | tuple) else [visuals]
@@ -228,11 +237,11 @@ class LlavaPacking(lmms):
             step = (len(visuals) - 1) / max(count - 1, 1)
             visuals = [[visuals[int(i * step)] for i in range(count)]]
         with refusals(task, doc_id):
-            return prepare(self.loaded, context, visuals, self.conversation, self.max_frames, answer)
+            return self.inference.prepare(self.loaded, context, visuals, self.conversation, self.max_frames, answer)
 
     def _batches(
-        self, texts: Sequence[str], prepared: Callable[[int], Question], groups: Sequence[str]
-    ) -> Iterator[tuple[list[int], list[Question]]]:
+        self, texts: Sequence[str], prepared: Callable[[int], object], groups: Sequence[str]
+    ) -> Iterator[tuple[list[int], list[object]]]:
         """Batches of questions of one group, the longest texts first; the next is prepared while one is answered."""
         members: dict[str, list[int]] = {}
         for index in sorted(range(len(texts)), key=lambda i: -len(texts[i])):

@@ -1,0 +1,103 @@
+"""`llava-packing import`: an export back to a LLaVA checkpoint, complete or absent."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.weights import WeightFiles
+from ..hf import INFO, MODEL_TYPE, ORIGIN
+from ..utils.files import CONFIG_NAME, atomic_folder, read_json, write_json
+from .names import DECODER, HEAD, HF_TOWER, SAME, llava_name
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written: its folder, its LLaVA class, and the dtype of its weights."""
+
+    folder: Path
+    class_name: str
+    dtype: str
+
+
+def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_size: str = "5GB") -> Imported:
+    """Write the LLaVA checkpoint of an export.
+
+    Args:
+        origin: the export that ``folder`` was trained on further; needed where transformers saved ``folder``, which
+            leaves out what belongs to LLaVA.
+
+    Raises:
+        ValueError: for a folder that is no export, tensors that belong to no LLaVA or are missing, or an output folder
+            that has files; nothing is written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty")
+    config = read_config(folder)
+    source = (origin or folder) / ORIGIN
+    if not (source / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{origin or folder} has no folder {ORIGIN}, which `llava-packing export` writes: give the export that it "
+            f"was trained on (--origin)"
+        )
+    if origin is not None and (reason := _differs(config, read_config(origin))):
+        raise ValueError(f"{folder} was not trained on {origin}: they differ in {reason}")
+    files = WeightFiles(folder)
+    _check_names(files, folder, source.parent)
+    tensors = {llava_name(name): files[name] for name in files.shapes()}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    content: dict[str, Any] = {**read_json(source / CONFIG_NAME), "torch_dtype": dtype}
+    content.pop("dtype", None)
+    from huggingface_hub import save_torch_state_dict
+
+    with atomic_folder(output) as aside:
+        for file in source.iterdir():
+            if file.name not in (CONFIG_NAME, INFO):
+                shutil.copyfile(file, aside / file.name)
+        write_json(content, aside / CONFIG_NAME)
+        save_torch_state_dict(
+            {name: torch.clone(tensor) for name, tensor in tensors.items()},
+            aside,
+            max_shard_size=max_shard_size,
+            metadata={"format": "pt"},
+        )
+    return Imported(output, content["architectures"][0], dtype)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of an export. Raises ``ValueError`` for another folder."""
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{folder} is not an export: its model_type is {config.get('model_type')!r}")
+    return config
+
+
+def _differs(config: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first key in which two exports are other models."""
+    keys = ("mm_projector_type", "mm_patch_merge_type", "mm_vision_select_layer", "mm_vision_select_feature")
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "model_type", "patch_size")
+    pairs = {key: (config.get(key), other.get(key)) for key in keys}
+    for part in ("text_config", "vision_config"):
+        pairs.update({f"{part}.{key}": (config[part].get(key), other[part].get(key)) for key in sizes})
+    return next((f"{key}: {a!r} and {b!r}" for key, (a, b) in pairs.items() if a != b), None)
+
+
+def _check_names(files: WeightFiles, folder: Path, origin: Path) -> None:
+    """Raises ``ValueError`` for tensors that a LLaVA has no place for, and for those that it lacks."""
+    names = set(files.shapes())
+    known = (HF_TOWER, DECODER, *SAME)
+    strange = sorted(name for name in names if not name.startswith(known))
+    if origin != folder:
+        wanted = set(WeightFiles(origin).shapes())
+        strange += sorted(names - wanted - {HEAD} - set(strange))
+        if missing := sorted(wanted - names - {HEAD}):
+            raise ValueError(f"{folder} lacks {len(missing)} tensors that {origin} has, for example {missing[0]}")
+    if strange:
+        raise ValueError(
+            f"{folder} has {len(strange)} tensors that a LLaVA does not have, for example {strange[0]} (an adapter, or "
+            f"quantized weights? merge them first)"
+        )
