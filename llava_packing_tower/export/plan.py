@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,13 @@ from ..hf import MODEL_TYPE
 from ..hf.projectors import unknown_projector
 from ..hf.visual_settings import unsupported_reason
 from ..integrations.llava.checkpoint_files import names_in_files
-from ..integrations.llava.model_class import DECODERS, base_of, check_host_has, class_name
+from ..integrations.llava.host import Host
+from ..integrations.llava.model_class import base_of, check_host_has, class_name
 from ..integrations.llava.registry import find_host
 from ..towers.names import PACKING, tower_kind
 from ..utils.files import CONFIG_NAME, read_json
 
+HOSTS = ("llava_next", "llava_v1")
 NOT_EXPORTED = {"mpt": "the decoder MPT, which newer versions of transformers read differently"}
 
 
@@ -28,7 +30,13 @@ class Source:
     base: Path | None
     config: Mapping[str, object]
     class_name: str
-    host: str
+    host: Host
+
+    @property
+    def decoder(self) -> str:
+        """``model_type`` of the decoder under the LLaVA class."""
+        own = decoder_of(self.class_name, self.host)
+        return {"qwen2moe": "qwen2_moe"}.get(own, own)
 
 
 def read_source(folder: Path, base: Path | None = None) -> Source:
@@ -38,21 +46,31 @@ def read_source(folder: Path, base: Path | None = None) -> Source:
     config = read_json(folder / CONFIG_NAME)
     if config.get("model_type") == MODEL_TYPE:
         raise ValueError(f"{folder} is an export already")
-    name = class_name(config)
+    found = find_host()
+    if found.host.name not in HOSTS:
+        raise ValueError(
+            f"the LLaVA here is {found.host.title}: exports say what LLaVA-NeXT and LLaVA 1.x say, and are made with "
+            f"one of these (LLAVA_NEXT_DIR)"
+        )
+    name = class_name(config, found.host)
     if name is None:
         raise ValueError(f"{folder} is not a LLaVA: its architectures are {config.get('architectures')}")
-    found = find_host()
     check_host_has(found, name, folder)
     given = base_of(folder, None if base is None else str(base))
-    if reasons := list(_reasons(config, name)):
+    if reasons := list(_reasons(config, name, found.host)):
         raise ValueError(f"{folder} cannot be exported: it has " + "; it has ".join(reasons))
     note = config.get("mm_packing_config") or {}
     if note.get("weights") == "checkpoint" and not any("vision_tower." in n for n in names_in_files(folder, given)):
         raise ValueError(f"{folder} should contain the weights of its vision tower, but none of its files has them")
-    return Source(folder, None if given is None else Path(given), config, name, found.host.name)
+    return Source(folder, None if given is None else Path(given), config, name, found.host)
 
 
-def _reasons(config: Mapping[str, object], name: str):
+def decoder_of(name: str, host: Host) -> str:
+    """What transformers calls the decoder under a LLaVA class, without separators."""
+    return next(own for own, word in host.decoders if name == f"{host.class_prefix}{word}ForCausalLM")
+
+
+def _reasons(config: Mapping[str, object], name: str, host: Host) -> Iterator[str]:
     tower = str(config.get("mm_vision_tower") or "")
     if tower_kind(tower, config.get("mm_packing_config")) != PACKING:
         yield f"no packing tower: its mm_vision_tower is {tower!r}"
@@ -64,8 +82,7 @@ def _reasons(config: Mapping[str, object], name: str):
         yield f"a resampler ({config['mm_resampler_type']})"
     if config.get("add_faster_video"):
         yield "add_faster_video, whose tokens are LLaVA-NeXT's alone"
-    decoder = next((own for own, word in DECODERS.items() if name == f"Llava{word}ForCausalLM"), None)
-    if decoder in NOT_EXPORTED:
+    if (decoder := decoder_of(name, host)) in NOT_EXPORTED:
         yield NOT_EXPORTED[decoder]
     if config.get("use_pos_skipping"):
         yield "use_pos_skipping"

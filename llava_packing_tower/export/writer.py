@@ -18,7 +18,6 @@ from ..integrations.llava import install
 from ..integrations.llava.batched_inference import conversation_name
 from ..integrations.llava.checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, has_weights
 from ..integrations.llava.inference import Checkpoint, host_module, load_checkpoint
-from ..integrations.llava.model_class import DECODERS
 from ..towers.names import NAME_PREFIX, strip_prefix
 from ..utils.files import CONFIG_NAME, atomic_folder, write_json
 from . import content
@@ -128,7 +127,7 @@ class Parts:
         model = self.loaded.model
         backend, tokenizer_config, ids = self.tokenizer
         rows = embedding_rows(self.source, model)
-        text = content.text_config(model.config, decoder_type(self.source.class_name), rows)
+        text = content.text_config(model.config, self.source.decoder, rows)
         pad = backend.token_to_id(str(tokenizer_config["pad_token"]))
         files: dict[str, dict[str, Any]] = {
             CONFIG_NAME: content.model_config(model, text, ids, dtype),
@@ -161,7 +160,7 @@ class Parts:
             self.loaded.tokenizer.save_pretrained(folder)
         write_json(origin_config(self.source, self.loaded.model), folder / CONFIG_NAME)
         merged = (self.source.folder / ADAPTER).is_file()
-        info = {"host": self.source.host, "merged": merged, "source_dtype": str(self.dtype).removeprefix("torch.")}
+        info = {"host": self.source.host.name, "merged": merged, "source_dtype": str(self.dtype).removeprefix("torch.")}
         write_json({**info, "dtype": dtype, "conversation": self.conversation}, folder / INFO)
 
 
@@ -197,13 +196,6 @@ def origin_config(source: Source, model: torch.nn.Module) -> dict[str, Any]:
         own["model_type"] = model.config.model_type
     own.pop("_name_or_path", None)
     return own
-
-
-def decoder_type(class_name: str) -> str:
-    """``model_type`` of the decoder under a LLaVA class."""
-    types = {"qwen2moe": "qwen2_moe"}
-    own = next(own for own, word in DECODERS.items() if class_name == f"Llava{word}ForCausalLM")
-    return types.get(own, own)
 
 
 def check_tiles(config: object, tower: torch.nn.Module, source: Source) -> None:
