@@ -160,6 +160,9 @@ MOVED: dict[str, dict[str, str]] = {
     "bench.systems": {
         "our_system": "tools.bench.systems:packed_system",
     },
+    "bench.workloads": {
+        "attention_flops": "multimodal.flops:attention_flops",
+    },
     "hosts.native_data": {
         "NativeCollator": "integrations.llava.native_dataset:FittingCollator",
     },

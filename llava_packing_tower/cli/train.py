@@ -4,6 +4,7 @@ The keys of the YAML file are the host's own argument names; --key value on the 
 
   llava-packing train configs/llava_next_finetune.yaml --output_dir out/finetune --num_gpus 8
   llava-packing train configs/llava_next_finetune.yaml --learning_rate 2e-5 --dry_run
+  llava-packing train configs/llava_next_finetune.yaml --max_steps 40 --profile
 
 Started again with the same output_dir, it resumes from the last complete checkpoint. On several machines, give
 --hostfile on one of them (DeepSpeed starts the others over ssh), or start the same command on each with --nnodes and
@@ -22,6 +23,7 @@ from ..train.launcher import run as run_plan
 from ..train.run_lock import RunLock
 
 TAKES_REST = True
+PROFILED = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check_images", action="store_true", help="read every image and video before training, and list the bad ones"
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=PROFILED,
+        metavar="STEPS",
+        help=f"profile so many steps (default {PROFILED}): a trace in output_dir/profile, and what bounds the run",
+    )
     parser.add_argument("--dry_run", action="store_true", help="check the configuration, print the plan and stop")
 
 
@@ -43,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     machines = multinode.Nodes(
         args.nnodes, args.node_rank, args.master_addr, args.master_port, args.rdzv_endpoint, args.rdzv_id
     )
-    words = [*args.rest, "--mm_packing_strict", "true"] if args.strict else args.rest
+    words = [*args.rest, *(["--mm_packing_strict", "true"] if args.strict else [])]
+    words += ["--mm_packing_profile", str(args.profile)] if args.profile is not None else []
     plan = make_plan(
         *(args.config, words, args.num_gpus, args.num_processes, args.hostfile, args.master_port, machines),
         check_images=args.check_images,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class HEVCViTPackingVisionTower(nn.Module):
 
     Features keep the tower's own dtype, whatever the dtype of the images.
     """
+
+    on_grids: Callable[[list[Grid]], None] | None = None  # is told what each forward pass encodes
 
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
         super().__init__()
@@ -314,8 +316,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         sizes = [count_patches(images[index], model.config.patch_size) for index in order]
 
         def run(places: Sequence[int]) -> tuple[torch.Tensor, list[Grid]]:
-            # (They are neighbors.)
-            numbers = [order[place] for place in places]
+            numbers = [order[place] for place in places]  # (They are neighbors.)
             part = images[numbers[0] : numbers[-1] + 1] if is_batch and numbers else [images[i] for i in numbers]
             if patch_positions is None:
                 return encode_images(model, part, layers, functools.partial(self._encode, numbers=numbers))
@@ -323,7 +324,7 @@ class HEVCViTPackingVisionTower(nn.Module):
             own = slice(start, start + sum(sizes[place] for place in places))
             return self._encode(part, patch_positions if len(places) == len(order) else patch_positions[own], numbers)
 
-        packed, grids = run_passes(model, sizes, self.encoder_tokens, self.device, run)
+        packed, grids = run_passes(model, sizes, self.encoder_tokens, self.device, run, self.on_grids)
 
         # ============================================================================================
         # OUTPUT CONVERSION: [N, hidden_size]

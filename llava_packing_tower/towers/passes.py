@@ -73,7 +73,12 @@ def wait_for_others(model: nn.Module, count: int, device: torch.device) -> int:
 
 
 def run_passes(
-    model: nn.Module, sizes: Sequence[int], budget: int | None, device: torch.device, run: Run
+    model: nn.Module,
+    sizes: Sequence[int],
+    budget: int | None,
+    device: torch.device,
+    run: Run,
+    note: Callable[[list[Grid]], None] | None = None,
 ) -> tuple[torch.Tensor, list[Grid]]:
     """Packed features ``[N, hidden]`` of all images, and their grids.
 
@@ -82,6 +87,7 @@ def run_passes(
         sizes: patches of each image.
         budget: see :func:`budget_of`.
         run: encodes the images with these numbers in one packed pass.
+        note: is told the grids.
 
     Raises:
         RuntimeError: as torch raises it where the memory does not suffice, with the patches that were asked for and
@@ -89,7 +95,10 @@ def run_passes(
     """
     passes = divide(sizes, budget)
     if len(passes) == 1 and budget is None:
-        return _guarded(model, passes[0], sizes, run)
+        packed, grids = _guarded(model, passes[0], sizes, run)
+        if note is not None:
+            note(grids)
+        return packed, grids
     more = wait_for_others(model, len(passes), device) - len(passes)
     results = [_guarded(model, each, sizes, run) for each in passes]
     packed = torch.cat([features for features, _ in results]) if len(results) > 1 else results[0][0]
@@ -97,7 +106,10 @@ def run_passes(
         # The smallest image once more, without an effect: the other ranks gather weights, forward and backward.
         features, _ = run([min(range(len(sizes)), key=sizes.__getitem__)])
         packed = packed + 0 * features.sum()
-    return packed, [grid for _, grids in results for grid in grids]
+    grids = [grid for _, each in results for grid in each]
+    if note is not None:
+        note(grids)
+    return packed, grids
 
 
 # ---------------------------------------------------------------- out of memory

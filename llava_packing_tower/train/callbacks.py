@@ -17,6 +17,7 @@ from ..attention.dispatch import resolve_backend
 from ..integrations.llava import compat, registry
 from ..integrations.llava.methods import Call, add_step
 from ..integrations.llava.patcher import Patches
+from ..integrations.llava.speed_report import in_words
 from ..integrations.llava.trainable_parts import count_parts
 from ..towers.packing_tower import HEVCViTPackingVisionTower
 from .deepspeed_config import zero_stage
@@ -124,12 +125,13 @@ class StopWhereNothingIsLeft(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A line per log of the trainer, and at least one every ``interval`` seconds: step, loss, time left."""
+    """A line per log of the trainer, and at least one every ``interval`` seconds: step, loss, speed, time left."""
 
     def __init__(self, interval: float = 10.0) -> None:
         self.interval = interval
         self.loss = None
         self.rate = None
+        self.speed = ""
         self.began = self.printed = 0.0
         self.first = 0
 
@@ -144,7 +146,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
-        self.loss, self.rate = logs["loss"], logs.get("learning_rate")
+        self.loss, self.rate, self.speed = logs["loss"], logs.get("learning_rate"), in_words(logs)
         self._print(state)
 
     def _print(self, state) -> None:
@@ -155,6 +157,7 @@ class Progress(TrainerCallback):
         words = [f"step {state.global_step:>{width}}/{state.max_steps}"]
         words += [f"loss {float(self.loss):.4f}"] if self.loss is not None else []
         words += [f"lr {float(self.rate):.1e}"] if self.rate is not None else []
+        words += [self.speed] if self.speed else []
         words += [f"{int(left) // 60}:{int(left) % 60:02d} left"] if done else []
         print("  ".join(words), flush=True)
 

@@ -28,6 +28,7 @@ DISABLE_PATCHES = "LLAVA_PACKING_DISABLE_PATCHES"
 ENCODER_TOKENS = "LLAVA_PACKING_ENCODER_TOKENS"
 LLAVA_DIR = "LLAVA_DIR"
 NEXT_DIR = "LLAVA_NEXT_DIR"
+PEAK_TFLOPS = "LLAVA_PACKING_PEAK_TFLOPS"
 
 VARIABLES = {
     variable.name: variable
@@ -52,6 +53,12 @@ VARIABLES = {
             "names, joined by commas",
             "Compatibility patches that are not applied. Default: none.",
             ("LLAVA_PACKING_DISABLE_MENDS",),
+        ),
+        Variable(
+            PEAK_TFLOPS,
+            "a number",
+            "What the MFU of a training's log is measured against, in TFLOP/s of one device. Default: the datasheet's "
+            "figure for the GPU.",
         ),
         Variable(LLAVA_DIR, "a folder", "The clone of a LLaVA to use. Default: the installed llava."),
         Variable(NEXT_DIR, "a folder", "The same; the name from when LLaVA-NeXT was the only one."),

@@ -157,6 +157,7 @@ def words_for(kind: str, folder: Path) -> list[str]:
         words += ["--lora_enable", "true", "--lora_r", "4", "--lora_alpha", "8"]
     if kind == "frozen":  # in float32; the learning rate for the tower stays, although it is frozen
         words += ["--bf16", "false", "--mm_tunable_parts", "mm_mlp_adapter,mm_language_model"]
+        words += ["--mm_packing_peak_tflops", "0.5", "--profile", "1"]
     return words
 
 

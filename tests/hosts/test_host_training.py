@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import importlib.util
 import json
+import re
 import shutil
 
 import host_runs
@@ -109,6 +112,67 @@ def test_the_plan_comes_first(runs, kind):
     }  # that one is not in every accelerate
     assert found == ({"fsdp_on_cpu", "fsdp_tower", "fsdp_dtypes", "fsdp_save"} if kind == "fsdp" else set())
     assert "step 4/4  loss" in log
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "frozen"])
+def test_the_log_says_how_fast_it_is(runs, kind):
+    folder, log = runs[kind]
+    output, samples = host_runs.output_of(folder, kind), 2 if kind == "frozen" else 4
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in history if "loss" in entry]
+    assert len(logged) == 4
+    if kind == "frozen":  # the last step was profiled, which slows it
+        assert "samples_per_second" not in logged.pop()
+    for entry in logged:
+        images = entry["visual_tokens_per_second"] / entry["samples_per_second"] * samples / 64
+        # Each image has 64 tokens; the text of the data stands in a template of some 40 words.
+        assert images == pytest.approx(round(images), abs=0.02) and samples - 1 <= round(images) <= samples
+        assert 35 < entry["text_tokens_per_second"] / entry["samples_per_second"] < 60
+        assert 0 <= entry["data_wait"] <= 1 and 0 <= entry["rank_wait"] <= 1
+        assert (0 < entry["mfu"] < 1) if kind == "frozen" else "mfu" not in entry  # there is no GPU
+    if kind == "frozen":
+        assert all(entry["rank_wait"] == 0 for entry in logged)  # alone
+    lines = [line for line in log.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4
+    assert all(" samples/s  " in line and "waits: data " in line for line in lines[: len(logged)])
+    with (output / "speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["samples_per_second"]) for row in rows] == [entry["samples_per_second"] for entry in logged]
+    assert (logged[-1]["seconds_left"] == 0) == (len(logged) == 4) and logged[0]["seconds_left"] > 0
+
+
+def test_the_operations_of_a_real_training(runs):
+    """By hand, from the sizes of tower and decoder: one image of 64 patches and a text, or a text alone."""
+    folder, _ = runs["frozen"]
+    output = host_runs.output_of(folder, "frozen")
+    config = json.loads((output / "config.json").read_text())
+    tower = config["mm_packing_config"]["config"]
+    wide, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    keys = wide // heads * config["num_key_value_heads"]
+    token = 2 * config["num_hidden_layers"] * (2 * wide**2 + 2 * wide * keys + 3 * wide * inner)
+    patch = (
+        2
+        * tower["num_hidden_layers"]
+        * (4 * tower["hidden_size"] ** 2 + 2 * tower["hidden_size"] * tower["intermediate_size"])
+    )
+    pairs = 4 * tower["num_hidden_layers"] * tower["hidden_size"] * 64**2
+    for entry in json.loads((output / "trainer_state.json").read_text())["log_history"][:3]:
+        rates = [entry[f"{name}_tokens_per_second"] for name in ("visual", "text")]
+        least = 3 * token * sum(rates) + patch * rates[0] + pairs * rates[0] / 64
+        # The head at supervised positions, and attention in the decoder, come on top.
+        assert 1 < entry["mfu"] * 0.5e12 / least < 1.5
+
+
+def test_the_profile_of_a_real_training(runs):
+    folder, log = runs["frozen"]
+    lines = [line for line in log.splitlines() if line.startswith("profile: ")]
+    (file,) = (host_runs.output_of(folder, "frozen") / "profile").iterdir()
+    assert file.name == "rank0_steps_4_to_4.json.gz" and str(file) in lines[0]
+    names = {event.get("name") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
+    assert "aten::addmm" in names or "aten::linear" in names
+    assert len(lines) == 4 and "a step takes" in lines[1] and "matmuls" in lines[2] and "bound by" in lines[3]
+    parts = [float(share) for share in re.findall(r"([0-9]+)%", lines[1])]
+    assert len(parts) == 5 and 97 <= sum(parts) <= 103
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from llava_packing_tower.tools.bench import targets, timing
-from llava_packing_tower.tools.bench.breakdown import block_spec_of, busy_time
 from llava_packing_tower.tools.bench.models import PRESETS
 from llava_packing_tower.tools.bench.systems import Setting, Step, System, lowest_cosine
 from llava_packing_tower.tools.bench.timing import Clock, Deadline, Measured, Result
@@ -20,6 +19,7 @@ from llava_packing_tower.tools.bench.workloads import (
     reordered,
     useful_flops,
 )
+from llava_packing_tower.utils.kernel_times import busy_time, kind_of
 
 CPU = torch.device("cpu")
 
@@ -250,7 +250,7 @@ def test_several_draws_are_held_to_their_median():
     ],
 )
 def test_kernels_are_told_apart(name, kind):
-    assert block_spec_of(name) == kind
+    assert kind_of(name) == kind
 
 
 def test_overlapping_kernels_count_once():

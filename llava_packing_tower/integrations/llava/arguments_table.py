@@ -176,6 +176,27 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "learning rate of the vision tower (default: learning_rate)",
     ),
     PluginArgument(
+        "mm_packing_speed",
+        "TrainingArguments",
+        "bool",
+        True,
+        "log samples and tokens per second, MFU, memory and waits, and write speed.csv and speed.png at the end",
+    ),
+    PluginArgument(
+        "mm_packing_peak_tflops",
+        "TrainingArguments",
+        "Optional[float]",
+        None,
+        "what MFU is measured against, in TFLOP/s of one device (default: the datasheet's figure for the GPU)",
+    ),
+    PluginArgument(
+        "mm_packing_profile",
+        "TrainingArguments",
+        "Optional[int]",
+        None,
+        "profile so many steps of rank 0 and say what bounds the training (default: none)",
+    ),
+    PluginArgument(
         "attn_implementation",
         "TrainingArguments",
         "Optional[str]",

@@ -103,6 +103,7 @@ def _on_arch(arch: ModuleType) -> None:
     from .native_resolution import into_model
     from .packed_step import into_decoders
     from .saving import note_when_saving
+    from .speed import count_tokens
     from .text_only_batches import look_up_once, run_on_blanks
     from .trainable_parts import remember_tower
 
@@ -118,6 +119,7 @@ def _on_arch(arch: ModuleType) -> None:
     run_on_blanks(arch, _patches)
     look_up_once(arch, _patches)
     into_decoders(_patches)
+    count_tokens(arch, _patches)
 
 
 def _on_models(models: ModuleType) -> None:
@@ -143,6 +145,7 @@ def _on_train(train: ModuleType) -> None:
     from .model_class import train_by_architectures
     from .native_dataset import into_training
     from .saving import save_what_is_trained
+    from .speed import into_trainers
     from .trainable_parts import tune_parts
     from .zero3 import gather_by_layer
 
@@ -154,6 +157,7 @@ def _on_train(train: ModuleType) -> None:
     check_gradients(train, _patches)
     gather_by_layer(train, _patches)
     deal_batches(train, _patches)
+    into_trainers(train, _patches)
 
 
 def _on_trainer(trainer: ModuleType) -> None:

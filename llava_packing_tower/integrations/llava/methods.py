@@ -30,6 +30,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "fsdp_tower",  # compat patch: under FSDP the host puts the tower outside of the model
     ),
     "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": (
+        "count_tokens",  # speed: tokens of the samples that come out
         "blank_images",  # text_only_batches: a batch without images runs the tower on blanks
         "native_images",  # native_resolution: images are encoded here, LLaVA puts them between the text
         "one_lookup",  # text_only_batches: the embeddings of all words of a batch, in one call
@@ -98,6 +99,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     # ---- llava/train/llava_trainer.py, and transformers' Trainer under it
     "LLaVATrainer.__init__": (
+        "speed_log",  # speed: what is trained is settled by then
         "training_callbacks",  # train.callbacks: check of the engine, progress, record of the tower
         "left_out_report",  # left_out: the samples that could not be read, at the end
         "tune_parts",  # trainable_parts: mm_tunable_parts on a host without it
@@ -126,7 +128,11 @@ STEPS: dict[str, tuple[str, ...]] = {
     "LLaVATrainer._save": (
         "save_what_is_trained",  # saving: as above
     ),
+    "LLaVATrainer.evaluate": (
+        "apart_from_speed",  # speed: no part of the training's time
+    ),
     "LLaVATrainer._save_checkpoint": (
+        "apart_from_speed",  # speed: the same
         "mark_complete",  # train.callbacks: a checkpoint counts once every rank has written its part
         "lora_extras",  # saving: what is trained beside a LoRA
         "save_what_is_trained",  # saving: as above
@@ -140,6 +146,12 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "Trainer.compute_loss": (
         "skip_logits",  # packed_step: an evaluation with use_liger_kernel
+    ),
+    "Trainer.log": (
+        "speed_log",  # speed: beside the loss
+    ),
+    "DataLoader.__iter__": (  # of torch
+        "data_wait",  # speed: how long each batch was waited for
     ),
     "Trainer._save_checkpoint": (
         "save_metrics",  # compat patch: the host passes metrics, which transformers takes no more

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable
 
 import torch
 from rich.console import Console
@@ -13,32 +11,12 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from ...multimodal.flops import attention_flops
+from ...utils.kernel_times import COLLECTIVES, KINDS, OTHER, busy_time, is_range, kind_of
 from .systems import Setting, System
 from .timing import WARM_UPS, Clock, PeakMatmul, compiled_so_far, prepared, turn_of
 from .workloads import Workload, reordered, useful_flops
 
-# The first rule that finds its pattern in a kernel's name counts: attention kernels are built on matmul libraries.
-KINDS: tuple[tuple[str, str], ...] = (
-    ("attention", r"flash|fmha|attention|attn|sdpa|fort_native"),
-    ("matmuls", r"gemm|nvjet|cutlass|xmma|wgmma|cublas|splitk|matmul|\bmm\b|addmm|aten::bmm"),
-    ("copies", r"memcpy|memset|(?<!_to_)copy_|catarray|direct_copy|aten::(copy|cat|clone|contiguous|fill)"),
-    ("norms and elementwise", r""),
-)
 PROFILED = 5
-
-
-def block_spec_of(kernel: str) -> str:
-    """The kind of a kernel (or of a CPU operator) by its name."""
-    return next(kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE))
-
-
-def busy_time(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of (start, end) spans."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def kernels(run, device: torch.device, times: int = PROFILED) -> tuple[Counter, float]:
@@ -56,17 +34,10 @@ def kernels(run, device: torch.device, times: int = PROFILED) -> tuple[Counter, 
         return names, sum(names.values())
     spans = []
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not _is_range(event):
+        if event.device_type == torch.autograd.DeviceType.CUDA and not is_range(event):
             spans.append((event.time_range.start, event.time_range.end))
             names[event.name] += event.time_range.elapsed_us() / 1e3 / times
     return names, busy_time(spans) / 1e3 / times
-
-
-def _is_range(event) -> bool:
-    """Whether it is not a kernel but a named range of kernels (compiled regions are reported as such)."""
-    return getattr(event, "is_user_annotation", False) or event.name.startswith(
-        ("Torch-Compiled", "## Call", "Profiler")
-    )
 
 
 def measure_breakdown(setting: Setting, work: Workload, system: System, clock: Clock, rounds: int) -> dict:
@@ -87,9 +58,10 @@ def measure_breakdown(setting: Setting, work: Workload, system: System, clock: C
             ms += turn_of(clock, run)
             peak_ms.append(clock(peak.run))
         names, busy = kernels(run, setting.device)
-    by_kind = {kind: 0.0 for kind, _ in KINDS}
+    by_kind = {kind: 0.0 for kind, _ in KINDS if kind != COLLECTIVES}
     for name, spent in names.items():
-        by_kind[block_spec_of(name)] += spent
+        kind = kind_of(name)
+        by_kind[kind if kind in by_kind else OTHER] += spent
     factor = 3 if work.train else 1
     attention = attention_flops(setting.config.hidden_size, work.lengths) * setting.layers * factor
     rate = peak.flops_per_second(statistics.median(peak_ms))
@@ -104,7 +76,7 @@ def measure_breakdown(setting: Setting, work: Workload, system: System, clock: C
         "ms_by_kind": {**by_kind, "gaps": max(0.0, total - busy)},
         "peak_matmul_flops_per_second": rate,
         "ms_at_peak": {"matmuls": linear / rate * 1e3, "attention": attention / rate * 1e3},
-        "kernels": [{"name": name, "kind": block_spec_of(name), "ms": spent} for name, spent in names.most_common(20)],
+        "kernels": [{"name": name, "kind": kind_of(name), "ms": spent} for name, spent in names.most_common(20)],
     }
 
 
