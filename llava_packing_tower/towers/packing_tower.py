@@ -54,8 +54,6 @@ class HEVCViTPackingVisionTower(nn.Module):
     Features keep the tower's own dtype, whatever the dtype of the images.
     """
 
-    on_grids: Callable[[list[Grid]], None] | None = None  # is told what each forward pass encodes
-
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
         super().__init__()
         self.is_loaded = False
@@ -75,6 +73,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         self._native = settings_of(args)
         self._reading = reading_of(args, is_checkpoint=bool(self._saved))
         self._unfilled = False
+        self.on_grids: Callable[[list[Grid]], None] | None = None  # is told what each forward pass encodes
         if not delay_load or wants_loading(args):
             self.load_model()
         else:

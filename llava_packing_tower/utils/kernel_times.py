@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 # The first rule that finds its pattern in a kernel's name counts: attention kernels are built on matmul libraries.
 COLLECTIVES, OTHER = "collectives", "norms and elementwise"
@@ -30,7 +31,7 @@ def busy_time(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def is_range(event: object) -> bool:
+def is_range(event: Any) -> bool:
     """Whether an event of a profile is not a kernel but a named range of kernels (compiled regions are reported so)."""
     return getattr(event, "is_user_annotation", False) or event.name.startswith(
         ("Torch-Compiled", "## Call", "Profiler")
