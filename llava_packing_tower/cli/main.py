@@ -7,7 +7,8 @@ import sys
 from importlib import import_module
 from typing import NamedTuple
 
-from ..utils.errors import UsageError
+from ..utils.errors import DISK_FULL, REFUSED_BY_DISK, UsageError
+from ..utils.supervise import Stopped, raising_signals
 
 
 class Command(NamedTuple):
@@ -47,6 +48,28 @@ def main(argv: list[str] | None = None) -> int:
     )
     top.add_argument("command", choices=COMMANDS, metavar="command", help="one of: " + ", ".join(COMMANDS))
     name = top.parse_args(argv[:1]).command
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with raising_signals():
+            return _run(name, argv[1:])
+    except UsageError as error:
+        return _say(name, error, 2)
+    except Stopped as stopped:
+        return _say(name, stopped, stopped.status)
+    except OSError as error:
+        if error.errno not in REFUSED_BY_DISK:
+            raise
+        return _say(name, f"the disk is full: {error}" if error.errno in DISK_FULL else error, 1)
+
+
+def _say(name: str, what: object, status: int) -> int:
+    print(f"llava-packing {name}: {what}", file=sys.stderr)
+    return status
+
+
+def _run(name: str, words: list[str]) -> int:
     module = import_module(f".{COMMANDS[name].module}", __package__)
     parser = argparse.ArgumentParser(
         prog=f"llava-packing {name}",
@@ -56,16 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    try:
-        # A command that takes the host's own arguments says so by reading `args.rest`.
-        if getattr(module, "TAKES_REST", False):
-            args, args.rest = parser.parse_known_args(argv[1:])
-        else:
-            args = parser.parse_args(argv[1:])
-        return module.run(args)
-    except UsageError as error:
-        print(f"llava-packing {name}: {error}", file=sys.stderr)
-        return 2
+    # A command that takes the host's own arguments says so by reading `args.rest`.
+    if getattr(module, "TAKES_REST", False):
+        args, args.rest = parser.parse_known_args(words)
+    else:
+        args = parser.parse_args(words)
+    return module.run(args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,7 +20,9 @@ from ..checkpoint.pretrained import StrictPreTrainedModel
 from ..models.llava_vit.key_map import SOURCE_TYPE
 from ..models.llava_vit.packed import LlavaViTPackingModel
 from ..models.llava_vit.standard import LlavaViTModel
+from ..utils.errors import DISK_FULL
 from ..utils.files import open_to_others, write_json
+from ..utils.scratch import scratch_beside
 from .plan import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
 from .sources import Source, read_source
 from .test_images import Photographer, find_photos
@@ -123,14 +124,16 @@ def aside(folder: Path) -> Iterator[Path]:
     scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield scratch
+        with scratch_beside(folder, alone=True) as scratch:
+            yield scratch
+    except BlockingIOError as error:
+        raise ValueError(str(error)) from error
     except OSError as error:
         reason = str(error) if scratch else error.strerror
+        if error.errno in DISK_FULL:
+            reason = f"the disk is full ({shutil.disk_usage(folder.parent).free / 1e6:.0f} MB free): {reason}"
         raise OSError(f"{folder} was not written: {reason}") from error
     finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # not empty: the output is in it
                 parent.rmdir()

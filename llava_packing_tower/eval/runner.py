@@ -20,6 +20,7 @@ from rich.console import Console
 from .. import __version__
 from ..utils.files import write_text
 from ..utils.net import free_port
+from ..utils.supervise import child
 from ..utils.versions import installed
 from . import MODEL
 from .preflight import plugin_environment
@@ -144,11 +145,8 @@ def _watch(command: Sequence[str], environment: Mapping[str, str], log: Path, co
     with log.open("w", encoding="utf-8") as file:
         file.write(f"{' '.join(command)}\n")
         file.flush()
-        process = subprocess.Popen(
-            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
         shown = False
-        try:
+        with child(command, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             while chunk := os.read(process.stdout.fileno(), 1 << 16):
                 text = chunk.decode("utf-8", errors="replace")
                 file.write(text)
@@ -157,15 +155,9 @@ def _watch(command: Sequence[str], environment: Mapping[str, str], log: Path, co
                 if bars and console.is_terminal:
                     print(f"\r  {bars[-1][: console.width - 3]}", end="", file=console.file, flush=True)
                     shown = True
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        finally:
-            process.stdout.close()
             if shown:
                 print(file=console.file)
+            return process.wait()
 
 
 def cause(log: str) -> str:

@@ -13,9 +13,9 @@ from importlib import import_module
 
 from ..integrations.llava import install, registry
 from ..integrations.llava.patcher import Patches
+from ..utils.supervise import watch_launcher
 from .hostfile import unpack
 from .run_lock import LOCK_ENV, hold
-from .supervise import watch_launcher
 
 
 def main() -> None:

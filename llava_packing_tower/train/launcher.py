@@ -21,6 +21,7 @@ from ..utils.errors import UsageError
 from ..utils.files import read_json
 from ..utils.hub import check_is_here
 from ..utils.net import free_port
+from ..utils.supervise import supervise
 from ..utils.versions import Run, impossible, install_command
 from .arguments import ALIASES, known_arguments, resolve, to_argv
 from .config import read_overrides, read_yaml
@@ -31,7 +32,6 @@ from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
 from .resume import finished, last_complete, misfit, read_saved
 from .run_lock import LOCK, LOCK_ENV
-from .supervise import supervise
 
 ENTRY = "llava_packing_tower.train.entrypoint"
 TOWER_WORDS = {PACKING: "packing tower", STANDARD: "standard LlavaViT", None: "LLaVA's own"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from .scratch import scratch_beside
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -79,8 +79,9 @@ def atomic_folder(folder: str | os.PathLike, replaces: Callable[[str], bool] = l
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with scratch_beside(folder) as scratch:
+        aside = scratch / "content"
+        aside.mkdir()
         yield aside
         open_to_others(aside)
         if folder.is_dir() and any(folder.iterdir()):
@@ -94,8 +95,6 @@ def atomic_folder(folder: str | os.PathLike, replaces: Callable[[str], bool] = l
                 os.replace(file, folder / file.name)
         else:
             os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(content: dict, file: Path) -> None:

@@ -15,15 +15,15 @@ from host_runs import needs_host
 
 from llava_packing_tower.train import run_lock
 from llava_packing_tower.train.run_lock import RunLock
-from llava_packing_tower.train.supervise import identity, is_alive, supervise, watch_launcher
 from llava_packing_tower.utils.errors import UsageError
+from llava_packing_tower.utils.supervise import identity, is_alive, supervise, watch_launcher
 
 REPOSITORY = Path(__file__).parents[2]
 # An agent in between that knows nothing of the launcher and ignores SIGTERM, and two ranks in sessions of their own, as
 # torchrun has them; each rank has a child, as data loaders are. Each writes its pid and lives for a minute.
 RANK = """
 import os, subprocess, sys, time
-from llava_packing_tower.train.supervise import watch_launcher
+from llava_packing_tower.utils.supervise import watch_launcher
 assert watch_launcher() is not None
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 open(sys.argv[1], "w").write(f"{os.getpid()} {child.pid} ")
@@ -40,7 +40,7 @@ time.sleep(60)
 """
 LAUNCHER = """
 import os, sys
-from llava_packing_tower.train.supervise import supervise
+from llava_packing_tower.utils.supervise import supervise
 sys.exit(supervise([sys.executable, "-c", *sys.argv[1:]], os.environ))
 """
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ...checkpoint.folder_hash import identity
 from ...integrations.llava import batched_inference, install
 from ...integrations.llava.inference import load_checkpoint
+from ...utils.supervise import watch_launcher
 from .. import hf_inference
 
 DEFAULT_NEW_TOKENS = 1024
@@ -57,6 +58,7 @@ class LlavaPacking(lmms):
         weights: str | None = None,
     ) -> None:
         super().__init__()
+        watch_launcher()
         exported = hf_inference.is_export(pretrained)
         self.inference = hf_inference if exported else batched_inference
         if not exported:

@@ -24,6 +24,7 @@ from ...train.arguments import ALIASES
 from ...train.config import read_overrides, read_yaml
 from ...train.deepspeed_config import check_deepspeed
 from ...train.history import TOWER_RECORD
+from ...utils.supervise import child
 from . import OUTPUT, report
 from .dataset import QUESTION, write_dataset
 from .scoring import score
@@ -202,8 +203,11 @@ def ask(plan: Plan, checkpoint: Path, name: str) -> dict:
     command = [sys.executable, "-m", "llava_packing_tower.tools.demo.ask", str(checkpoint), "--output", str(result)]
     command += ["--data", str(plan.path("data_path")), "--images", str(plan.path("image_folder"))]
     command += ["--version", str(plan.values["version"])]
-    with log.open("w", encoding="utf-8") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    with (
+        log.open("w", encoding="utf-8") as file,
+        child(command, os.environ, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        status = process.wait()
     if status:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
         raise DemoFailed("\n".join([f"asking {checkpoint} failed with exit status {status}; log: {log}", *tail]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import time
@@ -13,6 +14,8 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ...utils.supervise import child
 
 # What the launcher prints: "step  7/60  loss 3.0241  lr 1.9e-03  0:24 left" and
 # "engine: DeepSpeedEngine, ZeRO stage 2, world size 2, backend gloo".
@@ -111,8 +114,14 @@ def launch(command: Sequence[str], steps: int, log: Path, console: Console) -> T
     with (
         log.open("w", encoding="utf-8") as file,
         StepReport(console, steps) as report,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+        child(
+            command,
+            os.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
         ) as process,
     ):
         for line in process.stdout:
@@ -124,6 +133,7 @@ def launch(command: Sequence[str], steps: int, log: Path, console: Console) -> T
             if step is not None:
                 history.append(step)
                 report.step(*step)
+        process.wait()
     if process.returncode:
         shown = "".join(cause or tail)
         raise TrainingFailed(f"training failed with exit status {process.returncode}; log: {log}\n{shown}")

@@ -15,9 +15,11 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 LAUNCHER_ENV = "LLAVA_PACKING_LAUNCHER"
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL for the processes of a run."""
 INTERVAL = 1.0
@@ -84,44 +86,78 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end and return its exit status.
+class Stopped(BaseException):
+    """A signal that asks this process to end: what is open is closed on the way out, as with KeyboardInterrupt."""
 
-    SIGTERM, SIGHUP and SIGINT end it: first it gets SIGTERM, after :data:`GRACE` seconds everything in its session
-    SIGKILL; the status is then 128 + the signal. A signal that is ignored (nohup) stays ignored.
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+@contextlib.contextmanager
+def raising_signals() -> Iterator[None]:
+    """In here SIGTERM, SIGHUP and SIGINT raise :class:`Stopped`, once. Signals that are ignored (nohup) stay ignored,
+    and other threads than the main one have none."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def child(command: Sequence[str], environment: Mapping[str, str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process in a session of its own that ends with this one, however that ends, and with this block.
+
+    It gets SIGTERM if the block is left while it runs; what is left of its session after :data:`GRACE` seconds gets
+    SIGKILL. options: those of ``Popen``.
     """
-    received: list[int] = []
     process = subprocess.Popen(
         command,
         env={**environment, LAUNCHER_ENV: identity()},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         preexec_fn=_end_with_parent,
+        **options,
     )
-
-    def stop(number: int, frame: object) -> None:
-        if not received:
-            process.send_signal(signal.SIGTERM)
-        received.append(number)
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, stop)
     try:
-        while not received:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return _status(process.wait(timeout=0.2))
+        yield process
+    except BaseException:
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE)
-        print(f"{signal.Signals(received[0]).name}: the training was stopped", flush=True)
-        return 128 + received[0]
+        raise
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what is left of its session
         process.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command to its end and return its exit status.
+
+    SIGTERM, SIGHUP and SIGINT end it: first it gets SIGTERM, after :data:`GRACE` seconds everything in its session
+    SIGKILL; the status is then 128 + the signal. A signal that is ignored (nohup) stays ignored.
+    """
+    try:
+        with raising_signals(), child(command, environment) as process:
+            return _status(process.wait())
+    except Stopped as stopped:
+        print(f"{signal.Signals(stopped.status - 128).name}: the training was stopped", flush=True)
+        return stopped.status
 
 
 def _status(returncode: int) -> int:

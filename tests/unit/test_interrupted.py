@@ -1,0 +1,170 @@
+"""Commands that are stopped, killed, started twice or out of room: one line, no child and no file that stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conversions import standard_folder
+
+from llava_packing_tower.cli import main as cli
+from llava_packing_tower.cli.main import main
+from llava_packing_tower.utils.files import atomic_folder
+from llava_packing_tower.utils.scratch import MARK, scratch_beside
+from llava_packing_tower.utils.supervise import child, identity
+
+REPOSITORY = Path(__file__).parents[2]
+# A conversion that stops in the middle of writing until it is told to go on.
+SLOW = """
+import sys, time
+from llava_packing_tower.convert import plan
+from llava_packing_tower.cli.main import main
+tensor = plan.Conversion.tensor
+def slow(self, name):
+    print("writing", flush=True)
+    time.sleep(60)
+    return tensor(self, name)
+plan.Conversion.tensor = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def standard(tmp_path_factory):
+    return standard_folder(tmp_path_factory.mktemp("source") / "standard", num_hidden_layers=2)
+
+
+def start(source, output):
+    words = [sys.executable, "-c", SLOW, "convert", str(source), "--output_dir", str(output), "--no-verify"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, **options)
+    while "writing" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    return process
+
+
+def convert(source, output):
+    return main(["convert", str(source), "--output_dir", str(output), "--no-verify"])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_stopped_conversion_says_so_in_one_line_and_leaves_nothing(standard, tmp_path, name):
+    process = start(standard, tmp_path / "out")
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=20)
+    assert said == f"llava-packing convert: stopped by {name}\n"
+    assert process.returncode == 128 + getattr(signal, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_one(standard, tmp_path, capsys):
+    process = start(standard, tmp_path / "out")
+    assert convert(standard, tmp_path / "out") == 1  # while the first is at work: at once
+    assert f"another process is writing {tmp_path / 'out'}" in capsys.readouterr().out
+    process.kill()
+    process.communicate()
+    assert len(left := list(tmp_path.iterdir())) == 1 and (left[0] / MARK).is_file()
+    assert convert(standard, tmp_path / "out") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_only_folders_of_ours_are_removed(tmp_path):
+    for name in (".out.mine", ".out.other", ".outer.x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.other" / MARK).touch()
+    with scratch_beside(tmp_path / "out"):
+        assert {p.name for p in tmp_path.iterdir()} > {".out.mine", ".outer.x"}
+        assert not (tmp_path / ".out.other").exists()
+        with scratch_beside(tmp_path / "out"):  # a folder that is in use stays
+            pass
+        assert len(list(tmp_path.glob(f".out.*/{MARK}"))) == 1
+        with pytest.raises(BlockingIOError, match="another process is writing"), scratch_beside(tmp_path / "out", True):
+            pass
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out") as aside:
+        (aside / "x").touch()
+        raise RuntimeError
+    assert {p.name for p in tmp_path.iterdir()} == {".out.mine", ".outer.x"}
+
+
+def test_a_full_disk_is_called_that(standard, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("llava_packing_tower.convert.pipeline.write_conversion", full)
+    assert convert(standard, tmp_path / "out") == 1
+    assert "out was not written: the disk is full (" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(cli, "_run", full)
+    assert main(["eval"]) == 1
+    assert capsys.readouterr().err.startswith("llava-packing eval: the disk is full: [Errno 28]")
+
+
+# ---------------------------------------------------------------- processes of a command
+
+FAMILY = """
+import subprocess, sys
+open(sys.argv[1], "w").write(str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid))
+"""
+
+
+def ended(pid):
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            identity(pid)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_what_a_child_leaves_behind_ends_with_it(tmp_path):
+    with child([sys.executable, "-c", FAMILY, str(tmp_path / "pid")], os.environ) as process:
+        assert process.wait() == 0
+        pid = int((tmp_path / "pid").read_text())
+        assert identity(pid)
+    assert ended(pid)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_a_stopped_command_takes_its_processes_along(tmp_path, name):
+    """As `eval` and `demo` start theirs; lmms-eval's own ranks look for the launcher (`watch_launcher`)."""
+    program = (
+        "import os, sys\n"
+        "from llava_packing_tower.cli import main\n"
+        "from llava_packing_tower.utils.supervise import child\n"
+        "def run(name, words):\n"
+        "    with child([sys.executable, '-c', 'import os, sys, time; open(sys.argv[1], \"w\").write(str(os.getpid()));"
+        " time.sleep(60)', sys.argv[1]], os.environ) as process:\n"
+        "        process.wait()\n"
+        "main._run = run\n"
+        "sys.exit(main.main(['eval']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    words = [sys.executable, "-c", program, str(tmp_path / "pid")]
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "pid").is_file() or not (pid := (tmp_path / "pid").read_text()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=20)
+    assert ended(int(pid))
+    if name == "SIGKILL":
+        assert process.returncode == -9
+    else:
+        assert said == f"llava-packing eval: stopped by {name}\n" and process.returncode == 128 + getattr(signal, name)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_help_has_an_example(name, capsys):
+    with pytest.raises(SystemExit) as ended_with:
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert ended_with.value.code == 0 and f"  llava-packing {name} " in f"{text} ".replace("\n", " \n")
