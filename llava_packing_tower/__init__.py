@@ -6,6 +6,7 @@ from importlib import import_module
 
 from . import _renamed
 from .hf import auto
+from .models.llava_vit.timm_names import when_timm_is_there
 from .utils.import_hooks import ImportHooks
 
 __version__ = "0.2.0"
@@ -40,6 +41,8 @@ _PUBLIC = {
     "compute_patch_positions_with_interpolated_temporal": "data.positions",
     "interpolate_frame_indices": "data.positions",
     "register_family": "models.registry",
+    "remap_state_dict_hf_to_packing": "models.llava_vit.remap",
+    "remap_state_dict_packing": "models.llava_vit.remap",
     "varlen_attention": "attention.dispatch",
 }
 __all__ = sorted([*_PUBLIC, "__version__"])
@@ -55,5 +58,13 @@ def __dir__() -> list[str]:
     return __all__
 
 
+def _watch() -> None:
+    """Hear of transformers and timm when they are imported, before or after this package, or never."""
+    hooks = ImportHooks()
+    auto.install(hooks)
+    hooks.install()
+    hooks.after("timm", when_timm_is_there)
+
+
 _renamed.install()
-auto.install(ImportHooks())
+_watch()

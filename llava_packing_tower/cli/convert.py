@@ -13,6 +13,7 @@ to *.failed.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 
 from rich.console import Console
@@ -98,6 +99,18 @@ def run(args: argparse.Namespace) -> int:
     remark = " (not verified)" if not outcome.results else " (not compared with another model)" if skipped else ""
     console.print(f"written to {outcome.folder}{remark}", markup=False, soft_wrap=True)
     return 0
+
+
+def run_by_name(arguments: Sequence[str], usage: str | None = None) -> int:
+    """The command line of the documents' scripts: ``MODEL_NAME WEIGHT_PATH [options]``. Returns the exit status, 2 for
+    a call without the two."""
+    if len(arguments) < 2 or any(word.startswith("-") for word in arguments[:2]):
+        print(usage or "MODEL_NAME WEIGHT_PATH [options]")
+        return 0 if {"-h", "--help"} & set(arguments) else 2
+    name, weights, *options = arguments
+    parser = argparse.ArgumentParser(prog="convert")
+    add_arguments(parser)
+    return run(parser.parse_args([weights, "--model_name", name, *options]))
 
 
 def _convert(args: argparse.Namespace, console: Console) -> Outcome:

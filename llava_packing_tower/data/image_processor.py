@@ -21,7 +21,7 @@ from transformers import BatchFeature
 
 from ..utils.files import atomic_folder, read_json, write_json
 from .images import ImageReading, to_rgb
-from .pixel_scale import PixelScale
+from .pixel_scale import CLIP_MEAN, CLIP_STD, PixelScale
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ NOT_SAVED = ("image_reading", "tower_patch_size")
 LARGEST_ENLARGED = 1 << 24
 """Pixels of a resized image beyond which only the part that is kept is made; 16 times as long as wide at 1024."""
 _raw: ContextVar[bool] = ContextVar("raw_pixels", default=False)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 
+from .pictures import picture_to_pixels
 from .pixel_scale import PixelScale
 from .segments import Grid, read_grid
 
@@ -142,7 +145,7 @@ def _cut(clip: torch.Tensor, grid: Grid, patch_size: int, layout: PatchLayout) -
 
 
 def batch_images_to_packing_input(
-    images: torch.Tensor | Sequence[torch.Tensor],
+    images: torch.Tensor | np.ndarray | Sequence[torch.Tensor | Image.Image | np.ndarray],
     patch_size: int = 16,
     layout: PatchLayout = PatchLayout.CHANNEL_FIRST,
     *,
@@ -156,7 +159,9 @@ def batch_images_to_packing_input(
     """Pack a batch of images, of one size or of many.
 
     Args:
-        images: ``[B, C, H, W]`` or a list of ``[C, H, W]`` (or clips ``[C, T, H, W]``) of any sizes.
+        images: ``[B, C, H, W]`` or a list of ``[C, H, W]`` (or clips ``[C, T, H, W]``) of any sizes. PIL images and
+            uint8 arrays ``[H, W, C]`` are resized to whole patches and normalized as CLIP's are
+            (:func:`.pictures.picture_to_pixels`): for the statistics of another model, use its image processor.
         patch_size: side of a patch in pixels.
         layout: order inside a row.
         num_channels: channels that every image must have.
@@ -180,7 +185,10 @@ def batch_images_to_packing_input(
     if len(images) == 0:
         raise ValueError("no images: the batch is empty")
     stacked = images if isinstance(images, torch.Tensor) else None
-    images = list(images)
+    images = [
+        picture_to_pixels(image, patch_size, number) if isinstance(image, (Image.Image, np.ndarray)) else image
+        for number, image in zip(numbers or range(len(images)), images)
+    ]
     grids: list[Grid] = []
     for index, image in zip(numbers or range(len(images)), images):
         if not isinstance(image, torch.Tensor) or image.dim() not in (3, 4):
@@ -235,9 +243,13 @@ def batch_images_to_packing_input(
 
 
 def image_to_packing_input(
-    image: torch.Tensor, patch_size: int = 16, layout: PatchLayout = PatchLayout.CHANNEL_FIRST, **options: Any
+    image: torch.Tensor | Image.Image | np.ndarray,
+    patch_size: int = 16,
+    layout: PatchLayout = PatchLayout.CHANNEL_FIRST,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One image ``[C, H, W]`` (or clip ``[C, T, H, W]``) as ``hidden_states [N, patch_dim]`` and ``grid_thw [1, 3]``.
+    """One image ``[C, H, W]`` (or clip ``[C, T, H, W]``, or picture) as ``hidden_states [N, patch_dim]`` and
+    ``grid_thw [1, 3]``.
 
     Options and errors are those of :func:`batch_images_to_packing_input`.
     """

@@ -8,6 +8,9 @@ import torch
 
 from .cached_metadata import cached
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class PixelScale(NamedTuple):
     """What an image processor does to pixels once they have their size: ``(pixels * factor - mean) / std``.

@@ -133,6 +133,11 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         return 1
 
     @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.patch_size
+
+    @property
     def patch_dim(self) -> int:
         return self.config.num_channels * self.frames_per_patch * self.config.patch_size**2
 

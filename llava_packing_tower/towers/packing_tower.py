@@ -275,6 +275,19 @@ class HEVCViTPackingVisionTower(nn.Module):
         packed = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
         return packed, read_grid(grid_thw)
 
+    def _image_to_packing_input(self, image_tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One image ``[C, H, W]`` as this tower's encoder takes it: rows ``[h*w, patch_dim]`` and grid ``[1, 3]``."""
+        return self._batch_images_to_packing_input([image_tensor])
+
+    def _batch_images_to_packing_input(
+        self, images: torch.Tensor | Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images ``[B, C, H, W]``, or a list, as rows ``[N, patch_dim]`` and grid ``[B, 3]``."""
+        model = self.vision_tower
+        return batch_images_to_packing_input(
+            images, model.config.patch_size, model.patch_layout, num_channels=model.config.num_channels
+        )
+
     def forward(
         self,
         images: torch.Tensor | Sequence[torch.Tensor],

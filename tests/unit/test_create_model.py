@@ -1,13 +1,17 @@
 """Models by name, in this package and through timm."""
 
 import importlib
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from llava_packing_tower import LlavaViTPackingModel, create_model
+from llava_packing_tower.models.llava_vit import timm_names
 from llava_packing_tower.models.llava_vit.presets import PRESETS, preset
 from llava_packing_tower.models.llava_vit.standard import LlavaViTModel
 
@@ -52,17 +56,15 @@ def test_fields_in_place_of_the_presets_and_no_pretrained_weights():
 
 
 @pytest.fixture
-def variants_with(monkeypatch):
-    """Import ``variants`` anew beside the timm that is given."""
+def registered(monkeypatch):
+    """Tell the timm that is given, as an import of it does."""
 
-    def load(timm):
+    def tell(timm):
         for name, module in timm.items():
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.delitem(sys.modules, "llava_packing_tower.models.llava_vit.create_model", raising=False)
-        return importlib.import_module("llava_packing_tower.models.llava_vit.create_model")
+        timm_names.when_timm_is_there(timm["timm"])
 
-    yield load
-    sys.modules.pop("llava_packing_tower.models.llava_vit.create_model", None)
+    return tell
 
 
 def stand_in(known=()):
@@ -80,34 +82,58 @@ def stand_in(known=()):
     return registry, {"timm": timm, "timm.models": models}
 
 
-def test_registered_where_timm_is_installed(variants_with):
+def test_registered_where_timm_is_installed(registered):
     registry, timm = stand_in()
-    variants_with(timm)
+    registered(timm)
     assert set(PRESETS) == set(registry)
     # timm's create_model passes these of its own.
     options = {"pretrained_cfg": None, "pretrained_cfg_overlay": None, "cache_dir": None, "num_hidden_layers": 1}
     model = registry["hf_llava_vit_packing_small_ln"](pretrained=False, **options)
     assert type(model).__name__ == "LlavaViTPackingModel" and model.config.num_hidden_layers == 1
-    assert type(registry["llava_vit_small_ln"](num_hidden_layers=1)).__name__ == "LlavaViTModel"
+    assert type(registry["llava_vit_small_ln"](num_hidden_layers=1)).__name__ == "LlavaViTSourceModel"
 
 
-def test_names_that_timm_has_already_are_left_alone(variants_with):
+def test_names_that_timm_has_already_are_left_alone(registered):
     registry, timm = stand_in(["llava_vit_small_ln"])
-    variants_with(timm)
+    registered(timm)
     assert registry["llava_vit_small_ln"] is None and registry["llava_vit_base_ln"] is not None
 
 
-def test_a_broken_timm_breaks_nothing(variants_with, caplog):
+def test_a_broken_timm_breaks_nothing(registered, caplog):
     timm = stand_in()[1]
     del timm["timm.models"].register_model
-    assert variants_with(timm).create_model("hf_llava_vit_packing_small_ln", num_hidden_layers=1)
+    registered(timm)
+    assert create_model("hf_llava_vit_packing_small_ln", num_hidden_layers=1)
     assert "timm is installed but cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize("first", ["timm", "llava_packing_tower"])
+def test_the_order_of_imports_does_not_matter(tmp_path, first):
+    """In a process of its own: nothing imports timm or torch but the user, and then the names are there."""
+    (tmp_path / "timm" / "models").mkdir(parents=True)
+    (tmp_path / "timm" / "__init__.py").write_text("from . import models\n")
+    (tmp_path / "timm" / "models" / "__init__.py").write_text(
+        "NAMES = {}\nis_model = NAMES.__contains__\n\ndef register_model(entry):\n    NAMES[entry.__name__] = entry\n"
+    )
+    second = {"timm": "llava_packing_tower", "llava_packing_tower": "timm"}[first]
+    code = f"""
+import sys
+import {first}
+assert "timm" not in sys.modules or {first == "timm"}
+import {second}
+import timm
+assert "torch" not in sys.modules
+assert "hf_llava_vit_packing_giant_ln" in timm.models.NAMES and "ov_encoder_base" in timm.models.NAMES
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_real_timm():
     timm = pytest.importorskip("timm")
-    import llava_packing_tower.models.llava_vit.create_model  # noqa: F401
-
     model = timm.create_model("hf_llava_vit_packing_small_ln", num_hidden_layers=1)
     assert isinstance(model, LlavaViTPackingModel) and model.config.hidden_size == 384
     assert len(timm.list_models("hf_llava_vit_packing_*_ln")) == 5

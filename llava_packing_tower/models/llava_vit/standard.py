@@ -178,6 +178,11 @@ class LlavaViTModel(StrictPreTrainedModel):
         self.post_init()
 
     @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.patch_size
+
+    @property
     def num_layers(self) -> int:
         return len(self.encoder.layers)
 

@@ -1,0 +1,11 @@
+"""Compare the packed DINOv3 with transformers' own model: `python align_dinov3_packing.py --ckpt FOLDER_OR_HUB_ID`.
+
+The options are those of `llava-packing align`.
+"""
+
+import sys
+
+from llava_packing_tower.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["align", "--family", "dinov3", *sys.argv[1:]]))
