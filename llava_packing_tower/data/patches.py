@@ -185,12 +185,12 @@ def batch_images_to_packing_input(
     if len(images) == 0:
         raise ValueError("no images: the batch is empty")
     stacked = images if isinstance(images, torch.Tensor) else None
-    images = [
+    tensors: list[Any] = [
         picture_to_pixels(image, patch_size, number) if isinstance(image, (Image.Image, np.ndarray)) else image
         for number, image in zip(numbers or range(len(images)), images)
     ]
     grids: list[Grid] = []
-    for index, image in zip(numbers or range(len(images)), images):
+    for index, image in zip(numbers or range(len(tensors)), tensors):
         if not isinstance(image, torch.Tensor) or image.dim() not in (3, 4):
             found = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
             raise ValueError(f"image {index} must be a tensor [C, H, W] (or a clip [C, T, H, W]), got {found}")
@@ -198,20 +198,20 @@ def batch_images_to_packing_input(
         frames = image.shape[1] if image.dim() == 4 else 1
         grids.append((-(-frames // frames_per_patch), image.shape[-2] // patch_size, image.shape[-1] // patch_size))
 
-    device = torch.device(images[0].device if device is None else device)
-    in_bytes = [not image.is_floating_point() for image in images]
+    device = torch.device(tensors[0].device if device is None else device)
+    in_bytes = [not image.is_floating_point() for image in tensors]
     if any(in_bytes) and scale is None and dtype is not None and dtype.is_floating_point:
-        number = list(numbers or range(len(images)))[in_bytes.index(True)]
-        raise ValueError(f"image {number} is {images[in_bytes.index(True)].dtype}: integer pixels need a scale")
+        number = list(numbers or range(len(tensors)))[in_bytes.index(True)]
+        raise ValueError(f"image {number} is {tensors[in_bytes.index(True)].dtype}: integer pixels need a scale")
     if any(in_bytes) and scale is not None and not all(in_bytes):
-        stacked, images = None, [scale(x.to(device), 0) if raw else x for raw, x in zip(in_bytes, images)]
+        stacked, tensors = None, [scale(x.to(device), 0) if raw else x for raw, x in zip(in_bytes, tensors)]
         in_bytes = [False]
     late = scale if all(in_bytes) else None  # bytes cross to the device as they are
     wanted = dtype
     if late is not None:
-        wanted, dtype = wanted or torch.float32, images[0].dtype
-    dtype = images[0].dtype if dtype is None else dtype
-    staging = device if all(image.device == device for image in images) else images[0].device
+        wanted, dtype = wanted or torch.float32, tensors[0].dtype
+    dtype = tensors[0].dtype if dtype is None else dtype
+    staging = device if all(image.device == device for image in tensors) else tensors[0].device
     rows = torch.empty(
         sum(t * h * w for t, h, w in grids),
         num_channels * frames_per_patch * patch_size**2,
@@ -223,7 +223,7 @@ def batch_images_to_packing_input(
         clips = [stacked.transpose(0, 1).unsqueeze(2).expand(-1, -1, frames_per_patch, -1, -1)]
         shapes = [(len(grids), *grids[0][1:])]
     else:
-        clips, shapes = [_temporal(image, frames_per_patch) for image in images], grids
+        clips, shapes = [_temporal(image, frames_per_patch) for image in tensors], grids
     cuts, targets, start = [], [], 0
     for clip, grid in zip(clips, shapes, strict=True):
         cuts.append(_cut(clip, grid, patch_size, layout))

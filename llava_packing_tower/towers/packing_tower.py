@@ -285,7 +285,11 @@ class HEVCViTPackingVisionTower(nn.Module):
         """Images ``[B, C, H, W]``, or a list, as rows ``[N, patch_dim]`` and grid ``[B, 3]``."""
         model = self.vision_tower
         return batch_images_to_packing_input(
-            images, model.config.patch_size, model.patch_layout, num_channels=model.config.num_channels
+            images,
+            model.config.patch_size,
+            model.patch_layout,
+            num_channels=model.config.num_channels,
+            frames_per_patch=model.frames_per_patch,
         )
 
     def forward(

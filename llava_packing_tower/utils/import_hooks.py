@@ -1,8 +1,9 @@
-"""The import hooks of :mod:`...utils.import_hooks`, by the name that they had here."""
+"""Running code right before or right after a module is imported, whenever that happens.
 
-from ...utils.import_hooks import Callback, ImportHooks
+LLaVA copies names between its modules while it is imported (``from .multimodal_encoder.builder import
+build_vision_tower``), so a change has to be in place before the next module copies it: not after ``import llava``.
+"""
 
-<<<<<<<< HEAD:llava_packing_tower/utils/import_hooks.py
 from __future__ import annotations
 
 import sys
@@ -100,6 +101,3 @@ class ImportHooks(MetaPathFinder):
             if spec is not None:
                 return spec
         return None
-========
-__all__ = ["Callback", "ImportHooks"]
->>>>>>>> ca895a0 (The documents' names: scripts and modules, pictures, the source model by its timm name, timm told without being imported):llava_packing_tower/integrations/llava/import_hooks.py

@@ -9,6 +9,7 @@ from .config import LlavaViTConfig, OneVisionEncoderConfig
 from .packed import LlavaViTPackingConfig, LlavaViTPackingModel
 from .presets import ONEVISION, PACKING, preset
 from .standard import LlavaViTModel, OneVisionEncoderModel
+from .timm_names import register_with_timm as register_with_timm
 
 
 def create_model(name: str, pretrained: bool = False, **fields: object) -> LlavaViTPackingModel | LlavaViTModel:
