@@ -266,6 +266,7 @@ MOVED: dict[str, dict[str, str]] = {
     "tower": {
         "ATTENTION_ENV": "utils.environment:ATTENTION",
         "NAME_PREFIX": "towers.names:NAME_PREFIX",
+        "folder_fingerprint": "checkpoint.hashing:folder_fingerprint",
     },
 }
 # Old packages: their submodules are in RENAMED under their own names.

@@ -25,6 +25,7 @@ class SingleFile(WeightFiles):
     def __init__(self, path: Path) -> None:
         self.folder, self.path = path.parent, path
         self.ignored: dict[str, str] = {}
+        self.left = {}
         self._since_release = 0
         content: Any = open_weights(path)
         if path.suffix != ".safetensors":
@@ -78,6 +79,7 @@ class NpzFile(WeightFiles):
     def __init__(self, path: Path) -> None:
         self.folder, self.path = path.parent, path
         self.ignored: dict[str, str] = {}
+        self.left = {}
         self._arrays: dict[str, np.ndarray] = {}
         try:
             with zipfile.ZipFile(path) as archive:

@@ -257,16 +257,9 @@ class HEVCViTPackingVisionTower(nn.Module):
         #                -> hidden_states [N, patch_dim] + grid_thw [B, 3]
         # ============================================================================================
         model = self.vision_tower
-        hidden_states, grid_thw = batch_images_to_packing_input(
-            images,
-            model.config.patch_size,
-            model.patch_layout,
-            num_channels=model.config.num_channels,
-            device=self.device,
-            dtype=self.dtype,
-            numbers=numbers,
-            scale=getattr(self.image_processor, "pixel_scale", None),
-            frames_per_patch=model.frames_per_patch,
+        scale = getattr(self.image_processor, "pixel_scale", None)
+        hidden_states, grid_thw = self._batch_images_to_packing_input(
+            images, device=self.device, dtype=self.dtype, numbers=numbers, scale=scale
         )
 
         # One variable-length pass over all images; only the hidden states that are selected are computed and kept.
@@ -280,17 +273,12 @@ class HEVCViTPackingVisionTower(nn.Module):
         return self._batch_images_to_packing_input([image_tensor])
 
     def _batch_images_to_packing_input(
-        self, images: torch.Tensor | Sequence[torch.Tensor]
+        self, images: torch.Tensor | Sequence[torch.Tensor], **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images ``[B, C, H, W]``, or a list, as rows ``[N, patch_dim]`` and grid ``[B, 3]``."""
         model = self.vision_tower
-        return batch_images_to_packing_input(
-            images,
-            model.config.patch_size,
-            model.patch_layout,
-            num_channels=model.config.num_channels,
-            frames_per_patch=model.frames_per_patch,
-        )
+        options |= {"num_channels": model.config.num_channels, "frames_per_patch": model.frames_per_patch}
+        return batch_images_to_packing_input(images, model.config.patch_size, model.patch_layout, **options)
 
     def forward(
         self,
