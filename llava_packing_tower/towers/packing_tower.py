@@ -34,7 +34,15 @@ from .loading import device_of, wants_loading
 from .names import strip_prefix
 from .passes import allow_several, budget_of, count_patches, run_passes
 from .sample_positions import encode_samples
-from .saved_tower import device_of, frozen_folder, hollow, saved_tower, tower_fingerprint, wants_loading
+from .saved_tower import (
+    device_of,
+    fitting_processor,
+    frozen_folder,
+    hollow,
+    saved_tower,
+    tower_fingerprint,
+    wants_loading,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +135,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         model.set_attention_backend(self.attention)
         model.set_fused(self.fused)
         processor.image_reading = self._reading
-        self.image_processor = self._fitting(processor, model.config.patch_size)
+        self.image_processor = fitting_processor(processor, model.config.patch_size)
         self.image_processor.tower_patch_size = model.config.patch_size
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
@@ -139,18 +147,6 @@ class HEVCViTPackingVisionTower(nn.Module):
         self.encoder_tokens = budget
         if self.is_loaded:
             allow_several(self.vision_tower, budget is not None)
-
-    @staticmethod
-    def _fitting(processor: PackingImageProcessor, patch_size: int) -> PackingImageProcessor:
-        """The processor, or one like it whose images have sides of whole patches (384 pixels and patch 14: 378)."""
-        if getattr(processor, "patch_size", None) is not None:
-            return processor
-        sides = processor.crop_size if processor.do_center_crop else processor.size
-        if all(side % patch_size == 0 for name, side in sides.items() if name != "shortest_edge"):
-            return processor
-        fitting = type(processor).from_dict({**processor.to_dict(), "patch_size": patch_size})
-        fitting.image_reading = processor.image_reading
-        return fitting
 
     def set_native(self, settings: NativeSettings | None) -> None:
         """Prepare images at native resolution as the settings say, or (None) as the tower's own processor does."""

@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.hub import resolve_path
+from ..data.image_processor import PackingImageProcessor
 from ..models.registry import part_of
 from ..utils.files import CONFIG_NAME, read_json
 from .names import strip_prefix
@@ -88,3 +89,15 @@ def wants_loading(args: object) -> bool:
     """Whether LLaVA's arguments say that the tower is trained (then it is loaded even if loading may be delayed)."""
     parts = getattr(args, "mm_tunable_parts", None) or ""
     return bool(getattr(args, "unfreeze_mm_vision_tower", False)) or "mm_vision_tower" in parts
+
+
+def fitting_processor(processor: PackingImageProcessor, patch_size: int) -> PackingImageProcessor:
+    """The processor, or one like it whose images have sides of whole patches (384 pixels and patch 14: 378)."""
+    if getattr(processor, "patch_size", None) is not None:
+        return processor
+    sides = processor.crop_size if processor.do_center_crop else processor.size
+    if all(side % patch_size == 0 for name, side in sides.items() if name != "shortest_edge"):
+        return processor
+    fitting = type(processor).from_dict({**processor.to_dict(), "patch_size": patch_size})
+    fitting.image_reading = processor.image_reading
+    return fitting
