@@ -30,7 +30,6 @@ from ..utils import environment
 from ..utils.files import CONFIG_NAME, read_json
 from ..utils.tracing import is_plain
 from .feature_select import selected_layers
-from .loading import device_of, wants_loading
 from .names import strip_prefix
 from .passes import allow_several, budget_of, count_patches, run_passes
 from .sample_positions import encode_samples
