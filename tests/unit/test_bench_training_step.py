@@ -144,10 +144,11 @@ def test_one_backend_alone():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [([], "set LLAVA_NEXT_DIR"), (["--scaling"], "--training-step excludes")],
+    [([], "set LLAVA_DIR"), (["--scaling"], "--training-step excludes")],
 )
 def test_what_the_command_refuses(arguments, message, monkeypatch, capsys):
-    monkeypatch.delenv("LLAVA_NEXT_DIR", raising=False)
+    for name in ("LLAVA_DIR", "LLAVA_NEXT_DIR"):
+        monkeypatch.delenv(name, raising=False)
     assert main(["bench", "--training-step", "--device", "cpu", *arguments]) == 2
     assert message in capsys.readouterr().err
 
