@@ -314,6 +314,8 @@ def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | N
     batch = _batch(images)
     if model.training or not batch or not all(isinstance(x, torch.Tensor) for x in batch):
         return None
+    if not all(x.is_floating_point() for x in batch):  # bytes, which are scaled as the tower's processor is now
+        return None
     parameters, hooked, foreign, version = state_of(model).snapshot()
     encoder: Any = model.encoder
     if hooked or foreign is not None or not parameters or encoder.fused is False or traced(*batch):
@@ -327,14 +329,13 @@ def _key(model: nn.Module, images: Images, layers: tuple[int, ...]) -> tuple | N
     if encoder.fused is None and environment.switch(environment.FUSED) is False:
         return None
     place = hash((addresses(parameters), version, encoder.fused))
-    shapes = (isinstance(images, torch.Tensor), *((x.shape, x.is_floating_point() or x.dtype) for x in batch))
+    shapes = (isinstance(images, torch.Tensor), *(x.shape for x in batch))
     return place, device, dtype, encoder.attention_backend, layers, shapes
 
 
 def _capture_images(images: Images, encode: Callable[[Images], Encoded], like: torch.Tensor) -> Captured:
     """Capture ``encode`` for batches of these shapes; ``like``: a tensor with the model's dtype and device."""
     with torch.inference_mode(False):
-        dtypes = [like.dtype if x.is_floating_point() else x.dtype for x in _batch(images)]
-        pixels = [torch.zeros(x.shape, dtype=d, device=like.device) for x, d in zip(_batch(images), dtypes)]
+        pixels = [torch.zeros(x.shape, dtype=like.dtype, device=like.device) for x in _batch(images)]
     given = pixels[0] if isinstance(images, torch.Tensor) else pixels
     return _capture(lambda: encode(given), pixels, like.device)
