@@ -2,8 +2,8 @@
 
     python benchmarks/image_loading.py [--json F]
 
-Photographs of the sizes of COCO, as JPEG files; for each image_aspect_ratio the median processor time from the file to the
-pixels (one thread), and the bytes of a batch of 16. No GPU.
+Photographs of the sizes of COCO, as JPEG files; for each image_aspect_ratio the median processor time from the file to
+the pixels (one thread), and the bytes of a batch of 16. No GPU.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import left_out_checks
 import native_data_checks
 import native_tiles_checks
 import native_video_checks
+import odd_images_checks
 import torch
 from native_host import (
     IGNORE,
@@ -31,6 +32,7 @@ CHECKS = {
     **native_data_checks.CHECKS,
     **native_tiles_checks.CHECKS,
     **left_out_checks.CHECKS,
+    **odd_images_checks.CHECKS,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from PIL import ImageFile
 from tqdm import tqdm
 
 from ...checkpoint.folder_hash import identity
@@ -22,6 +20,7 @@ from ...integrations.llava import batched_inference, install
 from ...integrations.llava.inference import load_checkpoint
 from ...utils.supervise import watch_launcher
 from .. import hf_inference
+from ..refusals import refusals
 
 DEFAULT_NEW_TOKENS = 1024
 # lmms-eval puts this into every task that names no end; it would cut answers of several paragraphs.
@@ -261,22 +260,6 @@ class LlavaPacking(lmms):
                 ahead = worker.submit(make, following) if following else None
                 yield indices, questions
                 progress.update(len(indices))
-
-
-@contextlib.contextmanager
-def refusals(task: str, document: object) -> Iterator[None]:
-    """Whatever is raised in here for an image or a text, with the task and the document that it belongs to.
-
-    A truncated image is an error too, whatever a task or the host has told Pillow.
-    """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    except (MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"task {task}, document {document}: {reason}") from error
 
 
 def generation_options(given: dict) -> tuple[dict[str, object], list[str]]:
