@@ -114,7 +114,12 @@ def test_probing(files, shape):
     processor = native() if shape == "native" else PackingImageProcessor(size=56)
 
     def read(odd):
-        return refusal(lambda path: next(probe._batches(processor, [path], 1))[0], odd)
+        found = refusal(lambda path: next(probe._batches(processor, [path], 1))[0], odd)
+        if isinstance(found, str):
+            return found
+        factor, mean, std = processor.pixel_scale  # (its threads read normalized pixels)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        return ((found * std + mean) / factor).round().to(torch.uint8)
 
     read_all(f"probe, {shape}", files, read)
 
