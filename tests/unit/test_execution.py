@@ -134,7 +134,7 @@ def test_an_old_name_is_read_with_a_warning(monkeypatch, caplog, new, old, value
 
 def test_every_variable_is_in_the_table_and_in_the_docs():
     text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "llava_packing_tower").rglob("*.py"))
-    named = set(re.findall(r'"(LLAVA_(?:PACKING|NEXT)_[A-Z_]+)"', text))
+    named = set(re.findall(r'"(LLAVA_(?:(?:PACKING|NEXT)_[A-Z_]+|DIR))"', text))
     old = {name for variable in environment.VARIABLES.values() for name in variable.old}
     assert named == environment.VARIABLES.keys() | old
     docs = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")

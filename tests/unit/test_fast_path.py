@@ -38,7 +38,8 @@ def ragged(count, seed, patch=1, most=6):
 
 def packed(model, sizes, device="cpu"):
     images = [torch.randn(3, h * model.config.patch_size, w * model.config.patch_size) for h, w in sizes]
-    return batch_images_to_packing_input(images, model.config.patch_size, model.patch_layout, device=device)
+    kind = {"frames_per_patch": model.frames_per_patch, "device": device}
+    return batch_images_to_packing_input(images, model.config.patch_size, model.patch_layout, **kind)
 
 
 # ---------------------------------------------------------------- host reads and copies: the meta device has no values

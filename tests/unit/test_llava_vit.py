@@ -289,7 +289,7 @@ KEY = "encoder.layers.1.self_attn.qkv.weight"
         (lambda t, c, f: t.update({KEY: torch.zeros(64, 64)}), rf"1 mis-shaped\n.*{KEY}.*\(64, 64\).*\(192, 64\)"),
         (lambda t, c, f: c.update(num_hidden_layers=4), "12 missing"),
         (lambda t, c, f: c.update(model_type="clip"), "model_type 'clip'"),
-        (lambda t, c, f: (f / "config.json").unlink(), "no config.json"),
+        (lambda t, c, f: (f / "config.json").unlink(), "LlavaViT checkpoint without config.json"),
         (lambda t, c, f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     ],
 )

@@ -79,6 +79,7 @@ GONE: dict[str, tuple[str, str]] = {
     "bench.breakdown": ("kind_of", "renamed in a tool"),
     "commands.eval": ("OURS", "renamed in a tool"),
     "hosts.builder_hook": ("FUNCTION", "tower_builders, a field of Host"),
+    "hosts.native_data": ("SKIPS", "no sample takes the place of another"),
     "hosts.inference": ("model_name", "the class is that of `architectures`"),
     "module_state": ("ADAPTERS", "whatever is not plainly ours is foreign"),
 }

@@ -227,7 +227,7 @@ from llava_packing_tower.integrations import llava as hosts
 from llava_packing_tower.integrations.llava import compat
 host = hosts.find_host().host
 report = {}
-for name in (host.train, host.loader):
+for name in (host.train, host.loader.module):
     import_module(host.module(name))
 try:
     from deepspeed.accelerator import get_accelerator
