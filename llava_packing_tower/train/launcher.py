@@ -299,8 +299,8 @@ def _environment(plan: Plan) -> dict[str, str]:
             # DeepSpeed counts CPU sockets with the numactl program unless it gets the number of processes.
             "LOCAL_SIZE": str(plan.processes),
         }
-        if plan.nodes.on_this_machine:  # then nothing must depend on how its host name resolves
-            wanted["GLOO_SOCKET_IFNAME"] = "lo"
+    if plan.nodes.on_this_machine and plan.hostfile is None:  # nothing must depend on how its host name resolves
+        wanted["GLOO_SOCKET_IFNAME"] = "lo"
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

@@ -19,7 +19,7 @@ from ..data.images import reading_of
 from ..data.media_check import MediaCheck, check_data
 from ..data.native_config import NATIVE
 from ..data.smart_resize import CHECKPOINT, known_merge
-from ..integrations.llava.arguments_table import tunable_parts
+from ..integrations.llava.arguments_table import check_dealing, tunable_parts
 from ..integrations.llava.host import Argument, FoundHost
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
 from ..towers.names import PACKING, strip_prefix, tower_kind
@@ -40,6 +40,7 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
     try:
         if parts is not None and not tunable_parts(str(parts)):
             raise ValueError(f"mm_tunable_parts {parts!r} names no part: remove it, or name parts")
+        check_dealing(values)
     except ValueError as error:
         raise UsageError(str(error)) from error
     for name, pattern, examples in (
@@ -201,4 +202,5 @@ def check_samples(
             count = check_data(str(values["data_path"]), media, look)
         return count, lengths and lengths.result(), media.lines()
     except ValueError as error:
-        raise UsageError(str(error) if str(error).startswith("model_") else f"data_path: {error}") from error
+        of_a_key = str(error).startswith(("model_", "mm_packing_"))
+        raise UsageError(str(error) if of_a_key else f"data_path: {error}") from error

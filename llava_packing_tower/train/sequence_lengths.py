@@ -1,4 +1,6 @@
-"""Samples that ``model_max_length`` will cut, said before anything is loaded. No torch here.
+"""Samples that ``model_max_length`` will cut, and those above a token budget, said before anything is loaded.
+
+No torch here.
 
 Lengths are counted from below, without the words of the prompt's template, newline tokens and further tiles of an
 image: what is named here is too long for certain.
@@ -14,6 +16,7 @@ from ..data.images import UnreadableImage, read_size
 from ..data.native_config import DEFAULT_MIN_PATCHES, NATIVE, POINTWISE, PREFIX
 from ..data.samples import IMAGE_WORD, LOOKED_FOR, NAMED, images_of, spread_indices
 from ..data.smart_resize import CHECKPOINT, SmartResize, check_bounds, known_merge, merge_of
+from ..integrations.llava.arguments_table import TRUNCATE
 from ..utils.files import read_json
 
 ANSWERING = ("gpt", "assistant")
@@ -98,7 +101,8 @@ def _side(value: object) -> int | None:
 
 
 class LengthCheck:
-    """Collects the samples of a dataset that ``model_max_length`` cuts, of :data:`LOOKED_FOR` ones of each file."""
+    """Collects the samples of a dataset that ``model_max_length`` cuts, and those above the token budget of a run that
+    refuses them, of :data:`LOOKED_FOR` ones of each file."""
 
     def __init__(self, values: Mapping[str, object], tower: Path, limit: int) -> None:
         """Raises ``ValueError`` for a limit below 1."""
@@ -106,6 +110,9 @@ class LengthCheck:
             raise ValueError(f"model_max_length must be at least 1, got {limit}")
         self.count = text_counter(Path(str(values["model_name_or_path"])).expanduser())
         self.count_image, self.limit = ImageCounter(values, tower), limit
+        truncates = values.get("mm_packing_over_budget") == TRUNCATE
+        self.budget = None if truncates else values.get("mm_packing_batch_tokens")
+        self.above: list[str] = []
         self.plain = values.get("version") == "plain"  # which leaves the questions out
         self.lines: list[str] = []
         self.checked = 0
@@ -127,24 +134,33 @@ class LengthCheck:
         texts = [turn["value"].replace(IMAGE_WORD, "") for turn in turns]
         # No text has more tokens than bytes: most samples need no tokenizer.
         self.has_images |= images > 0
-        if images + sum(len(text.encode()) + 1 for text in texts) <= self.limit:
+        if images + sum(len(text.encode()) + 1 for text in texts) <= min(self.limit, self.budget or self.limit):
             self.answered[images > 0] += 1
             return
         counts = [self.count(text) for text in texts]
         answer = next((n for n, turn in enumerate(turns) if turn["from"] in ANSWERING), len(turns))
         self.answered[images > 0] += images + sum(counts[:answer]) < self.limit
-        if (length := images + sum(counts)) > self.limit:
-            self.lines.append(f"sample {sample.get('id', index)}: at least {length} tokens, {images} of them of images")
+        length = images + sum(counts)
+        line = f"sample {sample.get('id', index)}: at least {length} tokens, {images} of them of images"
+        if length > self.limit:
+            self.lines.append(line)
+        if self.budget is not None and min(length, self.limit) > self.budget:
+            self.above.append(line)
 
     def result(self) -> str | None:
         """What is cut, in words; None for nothing.
 
-        Raises ``ValueError`` where no answer about an image, or none at all, is left to train on.
+        Raises ``ValueError`` where no answer about an image, or none at all, is left to train on, and for samples above
+        the token budget.
         """
+        if self.above:
+            raise ValueError(
+                f"mm_packing_batch_tokens {self.budget}: {len(self.above)} of {self.checked} samples have more tokens. "
+                f"Raise it, or set mm_packing_over_budget: {TRUNCATE}:{_named(self.above)}"
+            )
         if not self.lines:
             return None
-        more = "" if len(self.lines) <= NAMED else f"\n  and {len(self.lines) - NAMED} more"
-        named = "".join(f"\n  {line}" for line in self.lines[:NAMED]) + more
+        named = _named(self.lines)
         if not self.answered[self.has_images]:
             what = "answer about an image" if self.has_images else "answer"
             raise ValueError(f"model_max_length {self.limit} leaves no {what} to train on:{named}")
@@ -152,3 +168,9 @@ class LengthCheck:
             f"{len(self.lines)} of {self.checked} samples are longer than model_max_length {self.limit} and will be "
             f"cut:{named}"
         )
+
+
+def _named(lines: Sequence[str]) -> str:
+    """The first of the lines, one below the other."""
+    more = "" if len(lines) <= NAMED else f"\n  and {len(lines) - NAMED} more"
+    return "".join(f"\n  {line}" for line in lines[:NAMED]) + more

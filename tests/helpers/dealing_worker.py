@@ -1,7 +1,7 @@
 """One of several processes that train a tiny LLaVA with the host's own trainer, dealt and undealt.
 
-``torchrun dealing_worker.py FOLDER ENGINE RUN...`` prints, on rank 0, a JSON object for each run (a name of RUNS), and
-leaves the gradients of every optimizer step in FOLDER.
+``torchrun dealing_worker.py FOLDER ENGINE:RUN...`` prints, on rank 0, a JSON object for each run (a name of RUNS), and
+leaves the gradients of every optimizer step in FOLDER, or under FSDP the weights at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+if any(word.startswith("fsdp:") for word in sys.argv):
+    sys.argv += ["--fsdp", "full_shard"]  # what the compat patches for FSDP look for
 
 import builder_patch  # noqa: F401
 
@@ -49,7 +52,12 @@ RUNS = {
     "refused": {"mm_packing_batch_tokens": 120},
     "truncated": {"mm_packing_batch_tokens": 120, "mm_packing_over_budget": "truncate"},
     "truncated host": {"mm_packing_balance": False, "tokenizer_model_max_length": 120},
+    "missing host": {"mm_packing_balance": False},
+    "missing": {},
+    "saved": {"mm_packing_batch_tokens": BUDGET},
+    "resumed": {"mm_packing_batch_tokens": BUDGET},
 }
+SAVED = 5  # in the second of two epochs
 
 
 def make_workspace(folder: Path) -> None:
@@ -97,6 +105,10 @@ def make_workspace(folder: Path) -> None:
         sample["conversations"] = [{"from": who, "value": what} for who, what in turns]
         data.append(sample)
     (folder / "data.json").write_text(json.dumps(data))
+    (folder / "whole.json").write_text(json.dumps(data[:48]))  # epochs of whole optimizer steps
+    for number in (11, 27):
+        data[number]["image"] = "missing.png"
+    (folder / "missing.json").write_text(json.dumps(data))
 
 
 class Watch(TrainerCallback):
@@ -104,12 +116,16 @@ class Watch(TrainerCallback):
 
     def __init__(self) -> None:
         self.gradients, self.read, self.tokens, self.supervised, self.ends = [], [], [], [], []
+        self.step = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step = state.global_step
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.ends.append(len(self.read))
 
     @contextlib.contextmanager
-    def watching(self, model, stage):
+    def watching(self, model, engine):
         dataset, get = train.LazySupervisedDataset, train.LazySupervisedDataset.__getitem__
         step_of = packed_step.packed_step
         watch = self
@@ -120,11 +136,13 @@ class Watch(TrainerCallback):
 
         def counted(decoder, plan, given):
             mask = given.get("attention_mask")
-            watch.supervised.append(int((given["labels"][:, 1:] != -100).sum()))
+            watch.supervised.append((watch.step, int((given["labels"][:, 1:] != -100).sum())))
             watch.tokens.append(int(mask.sum()) if mask is not None else given["labels"].numel())
             return step_of(decoder, plan, given)
 
-        if stage is None:
+        if engine == "fsdp":
+            owner, step, stepped = torch.optim.SGD, torch.optim.SGD.step, torch.optim.SGD.step
+        elif not engine.startswith("zero"):
             owner, step = torch.optim.SGD, torch.optim.SGD.step
 
             def stepped(self, *args, **kwargs):
@@ -150,12 +168,12 @@ class Watch(TrainerCallback):
 
 
 def run(folder: Path, engine: str, name: str) -> dict:
-    name, _, workers = name.partition("+")
+    whole = name in ("saved", "resumed")
     stage = int(engine[-1]) if engine.startswith("zero") else None
     config = {**DEEPSPEED, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     config |= {"train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": ACCUMULATION}
     args = train.TrainingArguments(
-        output_dir=str(folder / f"{engine} {name}"),
+        output_dir=str(folder / f"{engine} saved"),
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
         num_train_epochs=2,
@@ -164,11 +182,13 @@ def run(folder: Path, engine: str, name: str) -> dict:
         optim="sgd",
         max_grad_norm=0,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if name == "saved" else "no",
+        save_steps=SAVED,
         report_to=[],
         seed=11,
         remove_unused_columns=False,
-        dataloader_num_workers=int(workers or 0),
+        dataloader_num_workers=2 * whole,
+        fsdp="full_shard auto_wrap" if engine == "fsdp" else "",
         deepspeed=config if stage is not None else None,
         ddp_find_unused_parameters=False,
     )
@@ -180,7 +200,7 @@ def run(folder: Path, engine: str, name: str) -> dict:
     tokenizer.pad_token = tokenizer.unk_token
     conversation.default_conversation = conversation.conv_templates["v1"]
     data_args = SimpleNamespace(
-        data_path=str(folder / "data.json"),
+        data_path=str(folder / f"{'whole' if whole else 'missing' if 'missing' in name else 'data'}.json"),
         image_folder=str(folder),
         video_folder=None,
         is_multimodal=True,
@@ -196,28 +216,34 @@ def run(folder: Path, engine: str, name: str) -> dict:
             tower.vision_tower.encoder.layers[number].requires_grad_(False)
     watch = Watch()
     trainer = LLaVATrainer(model=model, tokenizer=tokenizer, args=args, callbacks=[watch], **module)
-    with watch.watching(model, stage):
-        trainer.train()
+    with watch.watching(model, engine):
+        trainer.train(
+            resume_from_checkpoint=str(folder / f"{engine} saved/checkpoint-{SAVED}") if name == "resumed" else None
+        )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     shares: list = [None] * dist.get_world_size()
     mine = {"read": watch.read, "ends": watch.ends, "tokens": watch.tokens, "supervised": watch.supervised}
     dist.all_gather_object(shares, mine)
-    result = {"run": name, "losses": losses, "steps": trainer.state.global_step, "ranks": shares}
+    result = {"losses": losses, "steps": trainer.state.global_step, "ranks": shares}
+    found = watch.gradients
+    if engine == "fsdp":
+        with type(trainer.model).summon_full_params(trainer.model, writeback=False):
+            found = [{n: p.detach().clone() for n, p in trainer.model.named_parameters()}]
     if dist.get_rank() == 0:
-        torch.save(watch.gradients, folder / f"{engine} {name}.pt")
+        torch.save(found, folder / f"{engine} {name}.pt")
     del trainer, model
     gc.collect()
     return result
 
 
 def main() -> None:
-    folder, engine, *names = sys.argv[1:]
-    folder = Path(folder)
+    folder, words = Path(sys.argv[1]), [word for word in sys.argv[2:] if ":" in word]
     dist.init_process_group("gloo")
     if dist.get_rank() == 0 and not (folder / "data.json").exists():
         make_workspace(folder)
     dist.barrier()
-    for name in names:
+    for word in words:
+        engine, _, name = word.partition(":")
         from accelerate.state import AcceleratorState, GradientState
 
         AcceleratorState._reset_state()
@@ -225,9 +251,9 @@ def main() -> None:
         try:
             result = run(folder, engine, name)
         except ValueError as error:
-            result = {"run": name, "error": str(error)}
+            result = {"error": str(error)}
         if dist.get_rank() == 0:
-            print("RESULT " + json.dumps(result), flush=True)
+            print("RESULT " + json.dumps({"run": word, **result}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)

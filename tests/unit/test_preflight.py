@@ -43,6 +43,11 @@ def turns(*texts: str) -> list[dict]:
         ("mm_tunable_parts", ",", "mm_tunable_parts ',' names no part"),
         ("fp16", "true", "bf16 and fp16 exclude each other: --fp16 null"),
         ("model_max_length", "0", "model_max_length must be at least 1, got 0"),
+        ("mm_packing_batch_tokens", "0", "mm_packing_batch_tokens must be a whole number of tokens, at least 1, got 0"),
+        ("mm_packing_batch_tokens", "many", "mm_packing_batch_tokens must be a whole number of tokens"),
+        ("mm_packing_over_budget", "cut", "mm_packing_over_budget is 'cut'; it is one of refuse, truncate"),
+        ("mm_packing_over_budget", "truncate", "truncate has no effect without mm_packing_batch_tokens"),
+        ("mm_packing_loss_average", "token", "mm_packing_loss_average is 'token'; it is one of micro_batches, tokens"),
         ("vision_tower", "vit_packing", "vision_tower: vit_packing is neither a folder here nor a hub id, owner/name"),
         ("model_name_or_path", "llama", "model_name_or_path: llama is neither a folder here nor a hub id, owner/name"),
         ("output_dir", __file__, "is a file, not a folder"),
@@ -491,6 +496,25 @@ def test_samples_that_are_cut_are_named(tmp_path):
     assert lengths(tmp_path, 100, asked, version="plain").result() is None
 
 
+def test_samples_above_the_token_budget_are_refused_by_name(tmp_path):
+    samples = [
+        {"id": "short", "image": "a.png", "conversations": turns("<image> q", "yes no")},
+        {"id": "long", "image": "a.png", "conversations": turns("<image> q", "word " * 40)},
+        {"conversations": turns("q", "word " * 101)},
+    ]
+    budget = {"mm_packing_batch_tokens": 90}
+    with pytest.raises(ValueError, match="mm_packing_batch_tokens 90: 2 of 3 samples have more tokens") as caught:
+        lengths(tmp_path, 1000, samples, **budget).result()
+    assert str(caught.value).splitlines()[1:] == [
+        "  sample long: at least 105 tokens, 64 of them of images",
+        "  sample 2: at least 102 tokens, 0 of them of images",
+    ]
+    assert lengths(tmp_path, 1000, samples, mm_packing_batch_tokens=105).result() is None
+    assert lengths(tmp_path, 1000, samples, mm_packing_over_budget="truncate", **budget).result() is None
+    # What model_max_length cuts has no more than its tokens.
+    assert lengths(tmp_path, 90, samples, **budget).result().startswith("2 of 3 samples are longer than model_max")
+
+
 def test_a_limit_that_leaves_nothing_to_train_on(tmp_path):
     text = {"id": "text", "conversations": turns("q", "yes")}
     image = {"id": "x", "image": "a.png", "conversations": turns("<image> q", "yes no")}
@@ -524,6 +548,9 @@ def test_the_plan_says_what_is_cut(files, tmp_path):
     plan = launcher.make_plan(files(), ["--model_max_length", "20"], num_processes=1)
     assert "1 of 2 samples are longer than model_max_length 20 and will be cut:\n  sample a: at" in plan.describe()
     assert "warning" not in launcher.make_plan(files(), ["--model_max_length", "60"], num_processes=1).describe()
+    budget = ["--model_max_length", "60", "--mm_packing_batch_tokens", "40"]
+    with pytest.raises(UsageError, match=r"^mm_packing_batch_tokens 40: 1 of 2 samples have more tokens"):
+        launcher.make_plan(files(), budget, num_processes=1)
 
 
 def test_a_host_that_opens_the_data_itself_gets_no_empty_image():

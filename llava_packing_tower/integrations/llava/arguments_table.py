@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -215,3 +216,19 @@ def tunable_parts(value: str | None) -> tuple[str, ...]:
         if part not in PARTS:
             raise ValueError(f"mm_tunable_parts names {part!r}; the parts are {', '.join(PARTS)}, joined by commas")
     return parts
+
+
+MICRO_BATCHES, TOKENS = AVERAGES = ("micro_batches", "tokens")
+REFUSE, TRUNCATE = OVER_BUDGET = ("refuse", "truncate")
+
+
+def check_dealing(values: Mapping[str, object]) -> None:
+    """Raises ``ValueError`` for a key of the balance or the token budget that no run can carry out."""
+    tokens = values.get("mm_packing_batch_tokens")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise ValueError(f"mm_packing_batch_tokens must be a whole number of tokens, at least 1, got {tokens!r}")
+    for key, allowed in (("mm_packing_over_budget", OVER_BUDGET), ("mm_packing_loss_average", AVERAGES)):
+        if (value := values.get(key)) is not None and value not in allowed:
+            raise ValueError(f"{key} is {value!r}; it is one of {', '.join(allowed)}")
+    if values.get("mm_packing_over_budget") == TRUNCATE and tokens is None:
+        raise ValueError(f"mm_packing_over_budget: {TRUNCATE} has no effect without mm_packing_batch_tokens")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
@@ -19,12 +19,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .arguments import current_arguments
+from .arguments_table import MICRO_BATCHES, REFUSE, TRUNCATE, check_dealing
 from .dealing_report import Dealings, StepTimes, describe
 from .dealt_loader import (
     DEALT,
     ITEMS,
-    MICRO_BATCHES,
-    TOKENS,
     DealtBatches,
     DealtCollator,
     DealtDataset,
@@ -41,8 +40,6 @@ from .sample_sizes import SizeReader, cost_of, unsupported_sizes
 
 logger = logging.getLogger(__name__)
 
-AVERAGES = (MICRO_BATCHES, TOKENS)
-REFUSE, TRUNCATE = OVER_BUDGET = ("refuse", "truncate")
 _STATE = "_llava_packing_dealing"
 
 
@@ -60,7 +57,7 @@ class Asked:
     loss_average: str = MICRO_BATCHES
 
     def __post_init__(self) -> None:
-        check_keys({f"mm_packing_{name}": value for name, value in vars(self).items()})
+        check_dealing({f"mm_packing_{name}": value for name, value in vars(self).items()})
 
     @property
     def must(self) -> str | None:
@@ -68,19 +65,6 @@ class Asked:
         if self.batch_tokens is not None:
             return f"mm_packing_batch_tokens {self.batch_tokens}"
         return None if self.loss_average == MICRO_BATCHES else f"mm_packing_loss_average {self.loss_average}"
-
-
-def check_keys(values: Mapping[str, object]) -> None:
-    """Raises ``ValueError`` for a key that no run can carry out."""
-    tokens = values.get("mm_packing_batch_tokens")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
-        raise ValueError(f"mm_packing_batch_tokens must be a whole number of tokens, at least 1, got {tokens!r}")
-    for key, allowed in (("mm_packing_over_budget", OVER_BUDGET), ("mm_packing_loss_average", AVERAGES)):
-        value = values.get(key)
-        if value is not None and value not in allowed:
-            raise ValueError(f"{key} is {value!r}; it is one of {', '.join(allowed)}")
-    if values.get("mm_packing_over_budget") == TRUNCATE and tokens is None:
-        raise ValueError(f"mm_packing_over_budget: {TRUNCATE} has no effect without mm_packing_batch_tokens")
 
 
 def asked_of(model: nn.Module) -> Asked:

@@ -29,6 +29,7 @@ from ...multimodal.dealing import (
     weights_as_averaged,
 )
 from ...multimodal.supervised_head import IGNORE
+from .arguments_table import MICRO_BATCHES, TOKENS
 from .dealing_report import Dealings
 from .left_out import LeftOut
 from .sample_sizes import SizeReader
@@ -38,8 +39,9 @@ logger = logging.getLogger(__name__)
 DEALT = "packing_dealt"
 """Where a batch carries its micro-batches."""
 SHARE, NAMED = 64, 5
-MICRO_BATCHES, TOKENS, ITEMS = "micro_batches", "tokens", "items"
-"""What a loss is averaged over: each micro-batch of the host, the tokens of a step, ``num_items_in_batch``."""
+ITEMS = "items"
+"""Beside MICRO_BATCHES and TOKENS of :mod:`.arguments_table`: a loss that transformers divides by
+``num_items_in_batch``."""
 
 
 class Place(NamedTuple):
@@ -254,17 +256,21 @@ class DealtDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, place: Place) -> Dealt:
-        """Raises ``ValueError`` for a sample of another size than was counted: the weights would be wrong."""
+        """Raises ``ValueError`` for a sample of another size than was counted: the weights would be wrong. Only a video
+        may have other frames than its header says, which is logged."""
         item = self.dataset[place.index]
         if isinstance(item, LeftOut):
             return Dealt(item, place)
         size = self.reader.of_item(item)
         if (size.tokens, size.supervised) != (place.tokens, place.supervised):
-            raise ValueError(
+            message = (
                 f"sample {item.get('id', place.index)} has {size.tokens} tokens, {size.supervised} of them supervised, "
-                f"but {place.tokens} and {place.supervised} were counted before it was read. mm_packing_balance: false "
-                f"keeps LLaVA's own order"
+                f"but {place.tokens} and {place.supervised} were counted before it was read"
             )
+            if "video" not in self.dataset.list_data_dict[place.index]:
+                raise ValueError(f"{message}. mm_packing_balance: false keeps LLaVA's own order")
+            logger.warning(message)
+            place = place._replace(tokens=size.tokens, supervised=size.supervised)
         return Dealt(item, place)
 
 
