@@ -227,8 +227,10 @@ def run(folder: Path, engine: str, name: str) -> dict:
     result = {"losses": losses, "steps": trainer.state.global_step, "ranks": shares}
     found = watch.gradients
     if engine == "fsdp":
-        with type(trainer.model).summon_full_params(trainer.model, writeback=False):
-            found = [{n: p.detach().clone() for n, p in trainer.model.named_parameters()}]
+        summon = getattr(type(trainer.model), "summon_full_params", None)  # FSDP 1
+        with summon(trainer.model, writeback=False) if summon else contextlib.nullcontext():
+            whole = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in trainer.model.named_parameters()}
+            found = [{n: p.detach().clone() for n, p in whole.items()}]
     if dist.get_rank() == 0:
         torch.save(found, folder / f"{engine} {name}.pt")
     del trainer, model
