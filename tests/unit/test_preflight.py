@@ -44,7 +44,6 @@ def turns(*texts: str) -> list[dict]:
         ("fp16", "true", "bf16 and fp16 exclude each other: --fp16 null"),
         ("model_max_length", "0", "model_max_length must be at least 1, got 0"),
         ("mm_packing_batch_tokens", "0", "mm_packing_batch_tokens must be a whole number of tokens, at least 1, got 0"),
-        ("mm_packing_batch_tokens", "many", "mm_packing_batch_tokens must be a whole number of tokens"),
         ("mm_packing_over_budget", "cut", "mm_packing_over_budget is 'cut'; it is one of refuse, truncate"),
         ("mm_packing_over_budget", "truncate", "truncate has no effect without mm_packing_batch_tokens"),
         ("mm_packing_loss_average", "token", "mm_packing_loss_average is 'token'; it is one of micro_batches, tokens"),
