@@ -185,6 +185,10 @@ class PackingImageProcessor:
         self.tower_patch_size: int | None = None
         """Side of a patch of the tower that has this processor. Not in the file either."""
 
+    def read_images_as(self, reading: ImageReading) -> None:
+        """Change how images become RGB."""
+        self.image_reading = reading
+
     # ---------------------------------------------------------------- config files
 
     @classmethod

@@ -104,8 +104,13 @@ def reading_of(args: object, is_checkpoint: bool) -> ImageReading:
 
     Raises ``ValueError`` for a value that cannot be carried out.
     """
+    return with_keys(AS_BEFORE if is_checkpoint else ImageReading(), args)
+
+
+def with_keys(reading: ImageReading, args: object) -> ImageReading:
+    """``reading`` with the keys that LLaVA's arguments or config have. Raises ``ValueError`` as :func:`reading_of`."""
     given = {name: getattr(args, PREFIX + name, None) for name in KEYS}
-    return replace(AS_BEFORE if is_checkpoint else ImageReading(), **{k: v for k, v in given.items() if v is not None})
+    return replace(reading, **{name: value for name, value in given.items() if value is not None})
 
 
 # ---------------------------------------------------------------- pixels

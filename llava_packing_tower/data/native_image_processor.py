@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from .image_processor import PackingImageProcessor
-from .images import check_header
+from .images import ImageReading, check_header
 from .native_config import NativeSettings
 from .smart_resize import SmartResize
 
@@ -43,6 +43,9 @@ class NativeImageProcessor(PackingImageProcessor):
             yield
         finally:
             _lists_are_videos.reset(token)
+
+    def read_images_as(self, reading: ImageReading) -> None:
+        self.image_reading = self.base.image_reading = reading
 
     def to_dict(self) -> dict:
         """That of ``base``: the rule belongs to the model's config, where the settings are."""

@@ -6,7 +6,9 @@ import contextlib
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -15,7 +17,7 @@ from native_data_checks import module, turns, write_video
 from native_host import Host
 from PIL import Image
 
-from llava_packing_tower.data.images import UnreadableImage
+from llava_packing_tower.data.images import AS_BEFORE, UnreadableImage
 from llava_packing_tower.integrations.llava import native_dataset
 from llava_packing_tower.integrations.llava.left_out import NOTE, LeftOut
 
@@ -116,6 +118,38 @@ def images_cross_as_bytes_and_mean_the_same(host: Host):
             if samples[number]["id"] != "t":
                 scaled = processor.pixel_scale(a, a.dim() - 3)
                 assert b.dtype == torch.float32 and torch.equal(scaled, b), (ratio, number)
+
+
+def a_training_from_a_checkpoint_reads_as_it_did_or_as_it_is_told(host: Host):
+    """The keys of the arguments count for a tower that came with the checkpoint too."""
+    for ratio in ("native", "pad"):
+        for asked, wanted in ((None, False), (True, True)):
+            model = host.model(ratio)
+            model.config.mm_vision_tower = str(host.tower)
+            tower = model.get_vision_tower()
+            tower.image_processor.read_images_as(AS_BEFORE)  # trained before there were keys
+            arguments = SimpleNamespace(
+                vision_tower=str(host.tower),
+                mm_vision_select_layer=-1,
+                mm_vision_select_feature="patch",
+                pretrain_mm_mlp_adapter=None,
+                mm_patch_merge_type="flat",
+                mm_projector_type="mlp2x_gelu",
+                unfreeze_mm_vision_tower=True,
+                mm_tunable_parts="mm_mlp_adapter",
+                image_aspect_ratio=ratio,
+                mm_packing_exif=asked,
+                mm_packing_max_patches=None,
+                mm_packing_min_patches=None,
+                mm_packing_video=None,
+                vision_tower_pretrained=None,
+                mm_resampler_type=None,
+                add_faster_video=False,
+            )
+            model.get_model().initialize_vision_modules(model_args=arguments, fsdp=None)
+            assert tower.image_processor.image_reading == replace(AS_BEFORE, exif=wanted)
+            assert getattr(tower.image_processor, "base", tower.image_processor).image_reading.exif is wanted
+            assert model.config.mm_packing_exif is wanted and model.config.mm_packing_background == "none"
 
 
 CHECKS = {

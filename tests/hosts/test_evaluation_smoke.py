@@ -213,6 +213,32 @@ def test_checkpoints_without_their_tower_are_refused(demo, tmp_path):
         check_checkpoint(tmp_path, None)
 
 
+def test_an_image_that_cannot_be_read_ends_the_task_by_name(model, demo, tmp_path):
+    """Truncated, whatever somebody has told Pillow; an error of the task itself; an image above the cap."""
+    from PIL import ImageFile
+
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((demo.images / PHOTOS[0].name).read_bytes()[:5000])
+    whole = opened(demo, 1)
+    for damaged, said in (
+        (lambda: [Image.open(cut)], "truncated"),
+        (lambda: [Image.open(cut).convert("RGB")], "truncated"),
+        (lambda: {}["image"], "KeyError: 'image'"),
+        (lambda: [Image.new("L", (20_000, 9_000))], "mm_packing_max_pixels 178000000"),
+    ):
+        model.task_dict = {"task": {"test": [lambda: [whole], damaged, lambda: [whole]]}}
+        requests = [request(i, {"max_new_tokens": 2}) for i in range(3)]
+        for each in requests:
+            each.args = (*each.args[:2], lambda make: make(), *each.args[3:])
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        with pytest.raises(ValueError, match=f"task task, document 1: .*{said}"):
+            model.generate_until(requests)
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        scored = [SimpleNamespace(args=(QUESTION, "a", *each.args[2:]), metadata={}) for each in requests]
+        with pytest.raises(ValueError, match=f"task task, document 1: .*{said}"):
+            model.loglikelihood(scored)
+
+
 def test_the_cache_is_refused_without_the_identity_of_the_weights(demo, monkeypatch):
     from llava_packing_tower.checkpoint.folder_hash import identity
     from llava_packing_tower.eval.models.llava_packing import LlavaPacking

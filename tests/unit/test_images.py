@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from llava_packing_tower.data.images import (
     reading_as,
     reading_of,
     to_rgb,
+    with_keys,
 )
 from llava_packing_tower.data.native_config import NativeSettings
 from llava_packing_tower.data.native_image_processor import NativeImageProcessor
@@ -328,6 +330,8 @@ def test_what_a_checkpoint_says():
     args = SimpleNamespace(mm_packing_exif=True, mm_packing_background="#010203", mm_packing_max_pixels=None)
     assert reading_of(args, True) == ImageReading(exif=True, background="#010203")
     assert reading_of(SimpleNamespace(**ImageReading(max_aspect=9).items()), True) == ImageReading(max_aspect=9)
+    later = with_keys(AS_BEFORE, SimpleNamespace(mm_packing_exif=True, mm_packing_max_aspect=None))
+    assert later == replace(AS_BEFORE, exif=True)  # a training that starts from a checkpoint without keys
     for wrong, message in (
         ({"mm_packing_background": "nocolour"}, "mm_packing_background"),
         ({"mm_packing_max_pixels": 0}, "mm_packing_max_pixels must be at least 1, got 0"),

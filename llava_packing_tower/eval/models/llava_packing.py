@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import Image
 from tqdm import tqdm
 
 from ...checkpoint.folder_hash import identity
@@ -232,6 +233,9 @@ class LlavaPacking(lmms):
         with refusals(task, doc_id):
             visuals = to_visual(self.task_dict[task][split][doc_id]) if to_visual else None
             visuals = [] if visuals is None else list(visuals) if isinstance(visuals, list | tuple) else [visuals]
+            for visual in visuals:
+                if isinstance(visual, Image.Image):
+                    visual.load()  # now, while its document is known
         metadata = request.metadata or {}
         if visuals and metadata.get("task_type") == "video" and "sample_frames" in metadata:
             count = int(metadata["sample_frames"])

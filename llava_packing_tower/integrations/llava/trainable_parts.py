@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from ...data.images import with_keys
 from ...towers.names import strip_prefix, tower_kind
 from ...towers.packing_tower import HEVCViTPackingVisionTower
 from ...towers.passes import budget_of
@@ -61,7 +62,9 @@ def remember_tower(arch: ModuleType, patches: Patches) -> None:
             weights="checkpoint" if in_checkpoint else "folder"
         )
         self.get_vision_tower().set_encoder_tokens(budget_of(model_args))
-        for name, value in self.get_vision_tower().image_processor.image_reading.items().items():
+        processor = self.get_vision_tower().image_processor
+        processor.read_images_as(with_keys(processor.image_reading, model_args))  # the checkpoint's, else as asked for
+        for name, value in processor.image_reading.items().items():
             setattr(self.config, name, value)
         self.config.mm_packing_conversation = getattr(model_args, "version", None)  # an evaluation asks in it
         for name in ("mm_tunable_parts", "unfreeze_mm_vision_tower"):
