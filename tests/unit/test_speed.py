@@ -262,7 +262,7 @@ def test_the_forward_pass_is_timed():
     span = Span(cuda=False)
     time.sleep(0.02)
     span.end()
-    assert 0.02 <= span.seconds < 0.2
+    assert 0.02 <= span.seconds < 5
     one = meter()
     one.micro_steps = [MicroStep(0, 0.25, span)]
     found = one.take(1, False, False)
@@ -297,7 +297,7 @@ def test_a_slow_loader_is_noticed():
 
     one = meter()
     found = speed.TimedBatches(batches(), one)
-    assert list(found) == [0, 1, 2] and 0.06 <= one.wait < 0.5
+    assert list(found) == [0, 1, 2] and 0.06 <= one.wait < 5
     assert found.gi_running is False  # all else is that of the iterator
 
 
@@ -326,8 +326,8 @@ def two_ranks(tmp_path_factory):
 )
 def test_two_ranks(two_ranks, case, data, ranks):
     found = two_ranks[case]
-    assert found["data_wait"] == pytest.approx(data, abs=0.12)
-    assert found["rank_wait"] == pytest.approx(ranks, abs=0.12)
+    assert found["data_wait"] == pytest.approx(data, abs=1e-4)
+    assert found["rank_wait"] == pytest.approx(ranks, abs=1e-4)
     tokens = [found[f"{kind}_tokens_per_second"] / found["samples_per_second"] for kind in ("visual", "text")]
     assert tokens == [pytest.approx(4, rel=1e-2), pytest.approx(3, rel=1e-2)]
 
