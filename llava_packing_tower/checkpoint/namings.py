@@ -65,6 +65,15 @@ NAMINGS = (
         architecture=r"aimv2_.*",
     ),
     Naming(
+        "radio_nvidia",
+        "NVIDIA's own file of RADIO",
+        (
+            r"radio_model\.model\.patch_generator\.embedder\.weight",
+            r"radio_model\.model\.blocks\.\d+\.attn\.qkv\.weight",
+        ),
+        r"radio_model\.model\..*",
+    ),
+    Naming(
         "aimv2_apple",
         "Apple's own file of AIMv2",
         (r"(image_encoder\.)?preprocessor\.patchifier\.norm\.weight", r"(image_encoder\.)?trunk\.post_trunk_norm\..*"),

@@ -72,7 +72,7 @@ def open_files(
 def identify(checkpoint: Checkpoint) -> bool:
     """Give a checkpoint without ``model_type`` the one of its naming, and the small values that belong to it; whether
     it has one then."""
-    if "model_type" in checkpoint.raw:
+    if checkpoint.raw.get("model_type"):  # (NVIDIA's RADIO has an empty one)
         return True
     naming = recognized(checkpoint.raw, checkpoint.files.shapes(), checkpoint.path)
     if naming is None:

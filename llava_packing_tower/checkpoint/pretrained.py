@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class StrictPreTrainedModel(PreTrainedModel):
     """``model_type`` of foreign checkpoints that :meth:`from_pretrained` converts while loading."""
     tower_prefix: str | None = None
     """Pattern with which the names of this model's tensors begin in a larger checkpoint; all others are left there."""
+    value_tensors: str | None = None
+    """Pattern of small tensors of a foreign checkpoint whose numbers belong to the config, see :meth:`with_values`."""
     merger_prefix: str | None = None
     """That of the projector behind this tower, where the tower's does not cover it."""
 
@@ -51,6 +54,13 @@ class StrictPreTrainedModel(PreTrainedModel):
         shapes: name and shape of its tensors, where they are known, for what a config may leave unsaid.
         """
         raise NotImplementedError
+
+    @classmethod
+    def with_values(cls, source: dict, files: WeightFiles) -> dict:
+        """``source`` with the numbers of the ``value_tensors``, as nested lists under their names."""
+        pattern = cls.value_tensors
+        names = [name for name in files.shapes() if re.fullmatch(pattern, name)] if pattern is not None else []
+        return {**source, **{name: files[name].tolist() for name in names}}
 
     @classmethod
     def read_config(
@@ -195,7 +205,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         opened = open_checkpoint(
             pretrained_model_name_or_path, subfolder, use_safetensors, part=lambda raw: part, **hub
         )
-        folder, raw, files = opened.path, opened.raw, opened.files
+        folder, files, raw = opened.path, opened.files, cls.with_values(opened.raw, opened.files)
         dtype = torch_dtype if dtype is None else dtype
         if config is not None and options.keys() & AUTO_OPTIONS:
             # AutoModel moves attn_implementation into the config, and in transformers 4 dtype as well.

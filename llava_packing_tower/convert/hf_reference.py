@@ -37,6 +37,10 @@ IN_TRANSFORMERS: dict[str, TransformersFamily] = {
     "siglip2_packing": TransformersFamily("Siglip2VisionModel", "4.49", "Siglip2Model", "siglip2"),
     "aimv2_packing": TransformersFamily("Aimv2VisionModel", "4.54", "Aimv2Model", "aimv2"),
     "dinov3_packing": TransformersFamily("DINOv3ViTModel", "4.56"),
+    "qwen2_5_vl_packing": TransformersFamily(
+        "Qwen2_5_VisionTransformerPretrainedModel", "4.56", tower=r"(model\.)?visual\."
+    ),
+    "radio_packing": TransformersFamily("RadioModel", "5.24", tower=r"(vision_model\.)?(?=radio_model\.)"),
     "qwen3_vl_packing": TransformersFamily("Qwen3VLVisionModel", "4.57", tower=r"(model\.)?visual\."),
 }
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from ..checkpoint.weights import WeightFiles
@@ -15,20 +17,19 @@ from ..data.segments import Grid
 from ..utils.files import CONFIG_NAME, read_json
 
 
-def load_tower(cls: type[nn.Module], folder: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
+def load_tower(cls: Any, folder: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
     """A tower of transformers with its tensors of a checkpoint (names without what ``prefix`` matches), all of them."""
     raw = read_json(folder / CONFIG_NAME)
     fields = dict(raw.get("vision_config", raw))
     fields.pop("model_type", None)
     files = WeightFiles(folder, part=prefix)
-    tensors = {re.sub(f"^({prefix})", "", name): files[name].to(dtype) for name in files.shapes()}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        model = cls(cls.config_class(**fields))  # type: ignore[attr-defined]
-    finally:
-        torch.set_default_dtype(before)
-    model.load_state_dict(tensors)
+    tensors = {re.sub(f"^({prefix})", "", name): files[name] for name in files.shapes()}
+    new = Version(transformers.__version__) >= Version("4.56")
+    options = {"state_dict": tensors, "output_loading_info": True, "dtype" if new else "torch_dtype": dtype}
+    model, info = cls.from_pretrained(None, config=cls.config_class(**fields), **options)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong := [key for key in wrong if "layer_scale" not in key]:  # of RADIO, which are ones where there are none
+        raise ValueError(f"transformers' {cls.__name__} does not fit {folder}: {', '.join(sorted(wrong)[:4])}")
     return model
 
 
@@ -59,8 +60,15 @@ def in_windows(model: Any, grid: torch.Tensor) -> torch.Tensor:
 
 
 def block_states(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
-    """The input of the first block and the output of each, ``[t*h*w, hidden]`` in the order of the rows of the image
-    ``[C, H, W]`` or clip ``[C, T, H, W]``."""
+    """The input of the first block and the output of each, ``[t*h*w, hidden]`` in raster order, of one image
+    ``[C, H, W]`` or clip ``[C, T, H, W]``; prefix tokens taken out."""
+    if type(model).__name__ == "RadioModel":
+        states = model(image[None].to(next(model.parameters())), output_hidden_states=True).hidden_states
+        return [state[0, model.config.num_summary_tokens :] for state in states]
+    return _states_of_qwen(model, image)
+
+
+def _states_of_qwen(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
     config, weight = model.config, next(model.parameters())
     rows, grid = batch_images_to_packing_input(
         [image.to(weight.device, weight.dtype)],

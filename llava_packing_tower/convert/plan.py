@@ -154,7 +154,7 @@ def plan_conversion(
         ValueError: nothing to convert, a contradiction, or a config that cannot be.
     """
     cls, shapes = choose(source, target_name), source.files.shapes()
-    config, plan = cls.plan(source.raw, shapes, None, source.path)
+    config, plan = cls.plan(cls.with_values(source.raw, source.files), shapes, None, source.path)
     targets = parameter_shapes(cls.without_values(config, torch.float32, source.path))
     fields = config.to_dict()
     if target_name and target_name not in (*STANDARD_MODELS, "llava_vit_packing"):

@@ -32,6 +32,17 @@ class VarlenMetadata:
         return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
 
 
+@dataclass(frozen=True)
+class LayerSegments:
+    """Segments that differ between blocks: every kind of them, and the number of the kind of each block."""
+
+    kinds: tuple[VarlenMetadata, ...]
+    of_block: tuple[int, ...]
+
+
+Segments = VarlenMetadata | LayerSegments
+
+
 def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Copy a small host tensor to a device without synchronizing (pinned memory, asynchronous copy)."""
     device = torch.device(device)

@@ -18,7 +18,7 @@ from ..checkpoint.pretrained import StrictPreTrainedModel
 from ..data.image_processor import PackingImageProcessor, processor_content
 from ..data.patches import PatchLayout
 from ..data.pixel_scale import check_floating
-from ..data.segments import Grid, VarlenMetadata, make_segments, read_grid
+from ..data.segments import Grid, Segments, VarlenMetadata, make_segments, read_grid
 from ..data.timm_processor import timm_content
 from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
@@ -73,11 +73,12 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, Segments, Rotary | None, torch.Tensor | None]:
         """Positions, prefix tokens and metadata for embedded patches ``[N, hidden]``.
 
-        Returns the packed tokens, their segments, the rotary table or None, and the index of the patch tokens in the
-        packed sequence, or None if it holds nothing else.
+        Returns the packed tokens, their segments (:class:`LayerSegments` where those of the blocks differ), the rotary
+        table or None, and the index of the patch tokens, in raster order, in the packed sequence, or None if it holds
+        nothing else in no other order.
         """
         raise NotImplementedError
 

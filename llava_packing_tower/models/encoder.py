@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.segments import VarlenMetadata
+from ..data.segments import LayerSegments, Segments, VarlenMetadata
 from ..utils.tracing import traced
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .runtime.cuda_graphs import run_blocks
-from .runtime.execution import FUSED, ExecutionPlan, compute_dtype, is_autocast, make_plan
+from .runtime.execution import FUSED, ExecutionPlan, compute_dtype, is_autocast, plan_kinds
 from .runtime.fused import block_spec_of, fused_block, settled
 from .runtime.module_state import Snapshot, addresses, state_of
 from .unused_parameters import checkpoint_input
@@ -50,7 +50,7 @@ class PackedEncoder(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        segments: VarlenMetadata,
+        segments: Segments,
         rotary: Rotary | None,
         keep: Iterable[int],
     ) -> tuple[torch.Tensor, ...]:
@@ -58,7 +58,7 @@ class PackedEncoder(nn.Module):
 
         Args:
             hidden_states: ``[N, hidden]`` input of block 0.
-            segments: metadata of the packed sequence.
+            segments: metadata of the packed sequence, the same for all blocks or each its own.
             rotary: cosines and sines ``[N, 1, head_dim]``, or None.
             keep: indices of the states to return; 0 is the input of block 0, i the output of block i.
 
@@ -74,17 +74,21 @@ class PackedEncoder(nn.Module):
         # (The copies that DataParallel makes hold no parameters.)
         trained = hidden_states.requires_grad or not state.weights or any(p.requires_grad for p in state.weights)
         grad = torch.is_grad_enabled() and trained
-        plan = make_plan(self.config, hidden_states, segments.lengths, state, grad, self.attention_backend, self.fused)
+        kinds = segments.kinds if isinstance(segments, LayerSegments) else (segments,)
+        lengths = [kind.lengths for kind in kinds]
+        plan, backends = plan_kinds(
+            self.config, hidden_states, lengths, state, grad, self.attention_backend, self.fused
+        )
         self.last_plan, dtype = plan, hidden_states.dtype
         if plan.path == FUSED:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
         run = functools.partial(self.run, path=plan.path, cast=is_autocast(device))
         with torch.set_grad_enabled(grad):
-            if plan.graph:
+            if plan.graph and isinstance(segments, VarlenMetadata):
                 place = hash((addresses(state.weights), state.version))
                 states = run_blocks(self, run, hidden_states, segments, rotary, keep, plan.backend, place)
             else:
-                states = run(hidden_states, segments, rotary, keep, plan.backend)
+                states = run(hidden_states, segments, rotary, keep, backends)
         return tuple(states[index].to(device, dtype) for index in keep)  # (the blocks may lie on several devices)
 
     def _checkpoint(self, *call: Any) -> Any:
@@ -99,16 +103,17 @@ class PackedEncoder(nn.Module):
     def run(
         self,
         hidden_states: torch.Tensor,
-        segments: VarlenMetadata,
+        segments: Segments,
         rotary: Rotary | None,
         keep: Sequence[int],
-        backend: str,
+        backends: str | tuple[str, ...],
         path: str,
         cast: bool = False,
     ) -> dict[int, torch.Tensor]:
         """The blocks, one after the other, by number of the wanted states; see :meth:`forward`.
 
-        path: of the plan; cast: whether fused blocks read their weights in the dtype of the states.
+        backends: of attention, of each kind of segments; path: of the plan; cast: whether fused blocks read their
+        weights in the dtype of the states.
         """
         states = {0: hidden_states} if 0 in keep else {}
         pending = None
@@ -118,13 +123,17 @@ class PackedEncoder(nn.Module):
             settle = functools.partial(settled, grad)
             if not grad:
                 hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)  # blocks write into it
+        if isinstance(segments, VarlenMetadata):
+            segments = LayerSegments((segments,), (0,) * len(self.layers))
+        backends = (backends,) if isinstance(backends, str) else backends
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
+            kind = segments.of_block[index - 1]
             run = layer if body is None else functools.partial(layer, body=body)
             if self.gradient_checkpointing and self.training:
                 hidden_states = checkpoint_input(layer, hidden_states)
                 if hidden_states.requires_grad:  # else there is nothing to compute again
                     run = functools.partial(self._checkpoint, run)
-            hidden_states, pending = run(hidden_states, pending, segments, rotary, backend)
+            hidden_states, pending = run(hidden_states, pending, segments.kinds[kind], rotary, backends[kind])
             if index in keep:
                 states[index] = settle(hidden_states, pending)
         return states

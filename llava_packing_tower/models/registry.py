@@ -32,6 +32,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "qwen3_vl_packing",
         *with_towers("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     ),
+    ".qwen2_5_vl:Qwen2_5_VLVisionPacking": ("qwen2_5_vl_packing", *with_towers("qwen2_5_vl")),
+    ".radio:RadioPacking": ("radio_packing", "radio", "radio_nvidia"),
 }
 FAMILIES = {model_type: target for target, types in CLASSES.items() for model_type in types}
 """The target for each ``model_type``."""

@@ -6,7 +6,9 @@ from llava_packing_tower import (
     AIMv2Packing,
     DINOv3ViTPacking,
     LlavaViTPackingModel,
+    Qwen2_5_VLVisionPacking,
     Qwen3VLVisionPacking,
+    RadioPacking,
     Siglip2NaflexPacking,
 )
 from llava_packing_tower.data.patches import batch_images_to_packing_input, split_packed
@@ -22,6 +24,8 @@ GOLDEN_FAMILIES = {
 # Whole VLMs in three shards (make_vlm_golden.py); of each the tower, and the first words of its tensors' names.
 VLM_FAMILIES = {
     "qwen3_vl": Qwen3VLVisionPacking,
+    "radio": RadioPacking,
+    "qwen2_5_vl": Qwen2_5_VLVisionPacking,
 }
 ALL_FAMILIES = {**GOLDEN_FAMILIES, **VLM_FAMILIES}
 
@@ -34,6 +38,8 @@ BLOCK_VARIANTS = [
     ("dinov3", {}),
     ("dinov3", {"use_gated_mlp": True, "hidden_act": "silu"}),
     ("qwen3_vl", {}),
+    ("qwen2_5_vl", {}),
+    ("radio", {"use_swiglu_ffn": True, "layer_scale": True}),
 ]
 
 
@@ -44,6 +50,8 @@ TINY = {
     "aimv2": (AIMv2Packing, {"is_native": True}),
     "dinov3": (DINOv3ViTPacking, {"num_register_tokens": 2}),
     "qwen3_vl": (Qwen3VLVisionPacking, {"num_position_embeddings": 9}),
+    "radio": (RadioPacking, {"max_img_size": 24, "num_registers": 1}),
+    "qwen2_5_vl": (Qwen2_5_VLVisionPacking, {"window_size": 16, "fullatt_block_indexes": [1]}),
 }
 
 

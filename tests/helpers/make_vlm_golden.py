@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FACTORS = ("norm", "ln_", "ls1", "ls2", "lambda", "gamma")
@@ -53,7 +54,7 @@ def write(
     tower: dict[str, torch.Tensor],
     images: list[torch.Tensor],
     states: Callable[[torch.Tensor], list[torch.Tensor]],
-    named: dict[str, torch.Tensor],
+    named: dict[str, torch.Tensor | list[torch.Tensor]],
     merged: Callable[[torch.Tensor, tuple[int, int, int]], torch.Tensor] | None = None,
     processor: dict | None = None,
     decoder: str = "model.language_model.layers.{}.mlp.up_proj.weight",
@@ -61,8 +62,8 @@ def write(
     """Write one golden checkpoint.
 
     tower: the tensors of the tower and of its projector, under the checkpoint's names; states: hidden states of an
-    image, each ``[n, hidden]``; named: parameters whose gradients are kept, under the checkpoint's names; merged: what
-    the projector makes of the last hidden state of an image with this grid of patches.
+    image, each ``[n, hidden]``; named: parameters whose gradients are kept, under the checkpoint's names (a list: the
+    parts of one); merged: what the projector makes of the last hidden state of an image with this grid of patches.
     """
     folder = GOLDEN / name
     folder.mkdir(exist_ok=True)
@@ -86,7 +87,10 @@ def write(
     case["hidden_states"] = torch.stack([torch.cat(parts) for parts in zip(*all_states, strict=True)])
     case["weights"] = torch.randn(case["hidden_states"].shape[1:], generator=generator)
     (case["hidden_states"][-1] * case["weights"]).sum().backward()
-    case.update({f"grad.{key}": p.grad for key, p in named.items() if p.grad is not None})
+    for key, parts in named.items():
+        parts = parts if isinstance(parts, list) else [parts]
+        if all(part.grad is not None for part in parts):
+            case[f"grad.{key}"] = torch.cat([part.grad for part in parts])
     if merged is not None:
         grids = [grid_of(image, config) for image in images]
         case["merged"] = torch.cat([merged(s[-1], grid) for s, grid in zip(all_states, grids, strict=True)])
@@ -126,7 +130,74 @@ def qwen3_vl() -> None:
     )
 
 
-MAKERS = {"qwen3_vl": qwen3_vl}
+def radio() -> None:
+    """In a VLM whose model_type is not known, as NVIDIA's Nemotron has it."""
+    from transformers import RadioModel
+
+    from llava_packing_tower.convert.hf_towers import block_states
+
+    vision = {
+        **dict(model_type="radio", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=1.25),
+        **dict(patch_size=4, image_size=16, max_img_size=20, num_cls_tokens=2, num_registers=3, layer_norm_eps=1e-6),
+        **dict(norm_mean=[0.5, 0.4, 0.45], norm_std=[0.25, 0.3, 0.2], video_temporal_patch_size=2),
+    }
+    model = RadioModel(RadioModel.config_class(**{k: vision[k] for k in vision if k != "model_type"}))
+    randomize(model, 2)
+    with tempfile.TemporaryDirectory() as folder:  # under the names of the hub
+        model.save_pretrained(folder)
+        tensors = load_file(Path(folder) / "model.safetensors")
+    # Buffers count, not the config.
+    model.input_conditioner.norm_mean += 0.01
+    tensors["radio_model.input_conditioner.norm_mean"] += 0.01
+    named = dict(model.named_parameters())
+    fused = {}
+    for key in [key for key in tensors if "blocks" in key]:
+        number, _, rest = key.removeprefix("radio_model.model.blocks.").partition(".")
+        name = f"encoder.layer.{number}.{rest}"
+        if ".attn.qkv." in name:
+            fused[key] = [named[name.replace("attn.qkv", f"attention.{part}_proj")] for part in "qkv"]
+        else:
+            fused[key] = [named[name.replace("attn.proj", "attention.o_proj")]]
+    generator = "radio_model.model.patch_generator"
+    fused[f"{generator}.embedder.weight"] = [named["embeddings.patch_projection.weight"]]
+    fused[f"{generator}.pos_embed"] = [named["embeddings.position_embedding"]]
+    fused[f"{generator}.cls_token.token"] = [named["embeddings.cls_register_token"]]
+    write(
+        "radio",
+        {"model_type": "nemotron_of_tomorrow", "vision_config": vision, "text_config": {"hidden_size": 24}},
+        {f"vision_model.{key}": value for key, value in tensors.items()},
+        pixels(4, [(4, 6), (1, 3), (7, 2), (5, 5), (3, 9)]),
+        lambda image: block_states(model, image),
+        {f"vision_model.{key}": parts for key, parts in fused.items()},
+    )
+
+
+def qwen2_5_vl() -> None:
+    from transformers import Qwen2_5_VisionTransformerPretrainedModel
+
+    from llava_packing_tower.convert.hf_towers import block_states, in_cells
+
+    vision = {
+        **dict(model_type="qwen2_5_vl", depth=3, hidden_size=32, intermediate_size=36, num_heads=2, in_chans=3),
+        **dict(patch_size=4, spatial_patch_size=4, spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=2),
+        **dict(out_hidden_size=128, window_size=18, fullatt_block_indexes=[1], hidden_act="silu"),
+    }
+    cls = Qwen2_5_VisionTransformerPretrainedModel
+    model = cls(cls.config_class(**{k: v for k, v in vision.items() if k not in ("model_type", "in_chans")}))
+    randomize(model, 3)
+    write(
+        "qwen2_5_vl",
+        {"model_type": "qwen2_5_vl", "vision_config": vision, "hidden_size": 128},
+        {f"visual.{key}": value for key, value in model.state_dict().items()},
+        pixels(4, [(4, 6), (3, 6, 10), (2, 2), (10, 4), (2, 4, 4)]),
+        lambda image: block_states(model, image),
+        {f"visual.{key}": p for key, p in model.named_parameters()},
+        lambda last, grid: model.merger(last[in_cells(grid, 2)]),
+        decoder="model.layers.{}.mlp.up_proj.weight",
+    )
+
+
+MAKERS = {"qwen3_vl": qwen3_vl, "radio": radio, "qwen2_5_vl": qwen2_5_vl}
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or MAKERS:

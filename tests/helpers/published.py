@@ -13,6 +13,7 @@ HUB_IDS = {
     "aimv2_native": "apple/aimv2-large-patch14-native",
     "aimv2_learned": "apple/aimv2-large-patch14-224",
     "qwen3_vl": "Qwen/Qwen3-VL-4B-Instruct",
+    "qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
     "dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m",
 }
 

@@ -24,6 +24,8 @@ FAMILIES = {
     "_aimv2": "packing:apple/aimv2-large-patch14-native",
     "_dinov3": "packing:facebook/dinov3-vitl16-pretrain-lvd1689m",
     "_qwen3_vl": "packing:Qwen/Qwen3-VL-4B-Instruct",
+    "_qwen2_5_vl": "packing:Qwen/Qwen2.5-VL-7B-Instruct",
+    "_radio": "packing:nvidia/C-RADIOv4-H",
 }
 NEXT = os.environ.get("LLAVA_NEXT_DIR")
 NEXT_ONLY = ("llava_next_finetune",)  # anyres with a range of grids

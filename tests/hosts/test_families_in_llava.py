@@ -68,8 +68,10 @@ def workspace(tmp_path_factory):
     return folder
 
 
-# Families that start from the VLM's own projector.
-STARTS = {name: "mlp2x_gelu" for name in ALL_FAMILIES} | {"qwen3_vl": "checkpoint"}
+# Projectors: the VLM's own, one that merges 3 x 3 patches, and LLaVA's.
+STARTS = {name: "mlp2x_gelu" for name in ALL_FAMILIES}
+STARTS |= {"qwen3_vl": "checkpoint", "qwen2_5_vl": "checkpoint", "radio": "spatial_merge_3x3"}
+CELLS = {"checkpoint": 2, "spatial_merge_3x3": 3}
 
 
 @pytest.mark.parametrize("next_dir", host_runs.HOSTS)
@@ -106,7 +108,7 @@ def test_one_step_with_the_tower_tuned(workspace, golden, tmp_path, name, next_d
     assert config["mm_packing_config"]["config"]["model_type"] == cls.config_class.model_type
     assert config["mm_hidden_size"] == before["encoder.layers.0.layer_norm1.weight"].numel()
     own = cls.default_image_processor(cls.from_pretrained(golden / name).config)
-    cell = 2 if STARTS[name] == "checkpoint" else 1
+    cell = CELLS.get(STARTS[name], 1)
     side = -(-own.crop_size["height"] // 4 // cell)
     assert told["reloaded"] == [cls.__name__, config["mm_hidden_size"], side**2]
     assert told["processor"] == [own.image_mean, own.image_std, own.resample, 4]

@@ -99,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_blocks(varlen, how, family, more,
             inferred = model(rows, grid, feature_layers=layers)
         results.append([*states, *inferred, *(p.grad for p in model.parameters())])
     assert how == ["eager", "eager", "fused", "fused"]
-    rms = family == "aimv2" or more.get("layer_norm_type") == "rms_norm"
+    rms = model.encoder.config.norm == "rms_norm"
     for got, want in zip(results[1], results[0], strict=True):
         if want is None:
             assert got is None

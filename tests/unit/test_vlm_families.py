@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import assert_close
 from families import VLM_FAMILIES, pack, per_image, tiny
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower import Qwen3VLVisionPacking
+from llava_packing_tower import Qwen3VLVisionPacking, RadioPacking
 from llava_packing_tower.checkpoint.weights import WeightFiles
 from llava_packing_tower.data.patches import batch_images_to_packing_input, split_packed, unpatchify
 from llava_packing_tower.data.segments import read_grid
@@ -220,3 +221,57 @@ def test_grids_that_are_no_whole_cells(load, name):
     rows, grid = pack(model, images)
     for image, packed in zip(images, split_packed(model(rows, grid), read_grid(grid)), strict=True):
         assert_close(per_image(model, [image])[0], packed, atol=1e-5)
+
+
+# ---------------------------------------------------------------- RADIO
+
+
+def radio_folder(golden, folder):
+    """The golden RADIO as a folder of its own, under the names of the hub; its config.json is yet to be written."""
+    tensors = load_file(golden / "radio" / "model-00002-of-00003.safetensors")
+    own = {key.removeprefix("vision_model."): value for key, value in tensors.items() if "radio_model" in key}
+    save_file(own, folder / "model.safetensors")
+    return read_json(golden / "radio" / "config.json")["vision_config"]
+
+
+def test_statistics_of_pixels_are_those_of_the_tensors(tmp_path, golden, load):
+    """transformers loads its buffers from the file, whatever the config says; so they are read from there here too."""
+    vision = radio_folder(golden, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(vision))
+    config = RadioPacking.from_pretrained(tmp_path).config
+    assert_close(torch.tensor(config.norm_mean), torch.tensor(vision["norm_mean"]) + 0.01, atol=1e-6)
+    assert config.norm_mean == load("radio").config.norm_mean
+    processor = RadioPacking.load_image_processor(tmp_path, config)
+    assert processor.do_rescale and not processor.do_normalize
+    pixels = processor.preprocess(Image.new("RGB", (20, 12), (255, 0, 51)), return_tensors="pt")["pixel_values"][0]
+    assert_close(pixels[:, 0, 0], torch.tensor([1.0, 0.0, 0.2]), atol=1e-6)
+
+
+def test_nvidias_own_files(tmp_path, golden, load):
+    """Their config.json has none of the fields: sizes are those of the tensors, heads those of the published width."""
+    radio_folder(golden, tmp_path)
+    own = {"args": {"model": "vit"}, "adaptor_names": [], "preferred_resolution": [24, 24], "version": "c-radio_v3"}
+    (tmp_path / "config.json").write_text(json.dumps({**own, "model_type": ""}))
+    with pytest.raises(ValueError, match=r"published in the widths 384, 768, .* not 32: give num_attention_heads"):
+        RadioPacking.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**own, "num_attention_heads": 2}))
+    model, whole = RadioPacking.from_pretrained(tmp_path), load("radio")
+    assert model.config.image_size == 24 and model.config.max_img_size == 20 and model.config.layer_scale
+    images = [torch.rand(3, 12, 20), torch.rand(3, 32, 8)]
+    assert all(torch.equal(a, b) for a, b in zip(per_image(model, images), per_image(whole, images), strict=True))
+
+
+def test_blocks_without_layer_scale(tmp_path, golden, load):
+    """The hub's files have none where the factors are ones."""
+    vision = radio_folder(golden, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({key: value for key, value in tensors.items() if "scale" not in key}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(vision))
+    model, scaled = RadioPacking.from_pretrained(tmp_path), load("radio")
+    assert not model.config.layer_scale and not any("layer_scale" in key for key in model.state_dict())
+    with torch.no_grad():
+        for key, parameter in scaled.named_parameters():
+            if "layer_scale" in key:
+                parameter.fill_(1.0)
+    image = torch.rand(3, 8, 12)
+    assert_close(per_image(model, [image])[0], per_image(scaled, [image])[0], atol=1e-6)

@@ -18,8 +18,8 @@ from llava_packing_tower.multimodal.visual_tokens import TokenLayout, encode_vis
 
 pytestmark = pytest.mark.newest
 NAMES = list(VLM_FAMILIES)
-TEMPORAL = ["qwen3_vl"]
-MERGING = {"qwen3_vl": 128}
+TEMPORAL = ["qwen3_vl", "qwen2_5_vl"]
+MERGING = {"qwen3_vl": 128, "qwen2_5_vl": 128}
 """Families with a projector in their checkpoint, and the width of its output."""
 
 

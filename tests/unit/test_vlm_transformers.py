@@ -18,6 +18,11 @@ from llava_packing_tower.tools.bench.systems import InMemory
 QWEN3 = dict(depth=2, hidden_size=48, intermediate_size=56, num_heads=3, patch_size=4, num_position_embeddings=36)
 QWEN3 |= dict(out_hidden_size=24, deepstack_visual_indexes=[0])
 
+RADIO = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, patch_size=4, image_size=16, max_img_size=20)
+
+QWEN2_5 = dict(depth=3, hidden_size=48, intermediate_size=52, num_heads=3, patch_size=4, window_size=32)
+QWEN2_5 |= dict(out_hidden_size=24, fullatt_block_indexes=[1])
+
 # our family, fields of transformers' vision config
 VARIANTS = {
     "qwen3_vl": ("qwen3_vl_packing", QWEN3),
@@ -31,6 +36,32 @@ VARIANTS = {
         {
             **{**QWEN3, "num_position_embeddings": 4, "spatial_merge_size": 1, "hidden_act": "silu"},
             **{"rope_parameters": {"rope_type": "axial", "rope_theta": 50.0}},
+        },
+    ),
+    "qwen2_5_vl": ("qwen2_5_vl_packing", QWEN2_5),
+    "qwen2_5_vl, windows of a cell": ("qwen2_5_vl_packing", {**QWEN2_5, "window_size": 8, "num_heads": 1}),
+    "qwen2_5_vl, merge 3, no whole block": (
+        "qwen2_5_vl_packing",
+        {**QWEN2_5, "spatial_merge_size": 3, "window_size": 30, "fullatt_block_indexes": [], "temporal_patch_size": 1},
+    ),
+    "qwen2_5_vl, other switches": (
+        "qwen2_5_vl_packing",
+        {
+            **{**QWEN2_5, "spatial_merge_size": 1, "hidden_act": "gelu", "fullatt_block_indexes": [0, 2]},
+            **{"rope_parameters": {"rope_type": "axial", "rope_theta": 50.0}},
+        },
+    ),
+    "radio": ("radio_packing", RADIO),
+    "radio, gated, no bias": (
+        "radio_packing",
+        {**RADIO, "use_swiglu_ffn": True, "qkv_bias": False, "mlp_ratio": 2.5, "num_registers": 0, "num_cls_tokens": 1}
+        | {"summary_idxs": [0]},
+    ),
+    "radio, small table, other pixels": (
+        "radio_packing",
+        {
+            **{**RADIO, "max_img_size": 8, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-3},
+            **dict(norm_mean=[0.1, 0.2, 0.3], norm_std=[0.5, 0.7, 0.9], video_temporal_patch_size=2),
         },
     ),
 }

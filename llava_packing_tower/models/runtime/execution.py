@@ -91,6 +91,29 @@ def make_plan(
     return plan
 
 
+def plan_kinds(
+    config: BlockConfig,
+    hidden_states: torch.Tensor,
+    kinds: Sequence[Sequence[int]],
+    state: Snapshot,
+    grad: bool,
+    attention: str = "auto",
+    fused: bool | None = None,
+) -> tuple[ExecutionPlan, tuple[str, ...]]:
+    """The plan for one forward whose blocks have several kinds of segments, and the backend for each kind.
+
+    ``kinds``: the lengths of the segments, by kind; the rest as in :func:`make_plan`. Backends are chosen for each;
+    blocks are fused if they can be with all of them. Blocks with several kinds have no CUDA graphs of their own.
+    """
+    plans = [make_plan(config, hidden_states, lengths, state, grad, attention, fused) for lengths in kinds]
+    backends = tuple(plan.backend for plan in plans)
+    if len(plans) == 1:
+        return plans[0], backends
+    reason = next((plan.reason for plan in plans if plan.path == EAGER), None)
+    together = " and ".join(dict.fromkeys(backends))
+    return ExecutionPlan(EAGER if reason else FUSED, False, together, reason), backends
+
+
 def _why_eager(
     config: BlockConfig,
     hidden_states: torch.Tensor,

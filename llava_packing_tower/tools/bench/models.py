@@ -86,4 +86,18 @@ PRESETS: dict[str, Preset] = {
         _sizes(64, 96, 3, 2, 16, num_position_embeddings=64),
         train=("ragged32",),
     ),
+    "qwen2_5_vl": Preset(
+        "qwen2_5_vl_packing",
+        "Qwen2.5-VL vision tower",
+        _sizes(1280, 3420, 32, 16, 14),
+        _sizes(64, 96, 3, 2, 14, fullatt_block_indexes=(1,)),
+        train=("ragged32",),
+    ),
+    "radio": Preset(
+        "radio_packing",
+        "C-RADIOv4-H",
+        _sizes(1280, 5120, 32, 16, 16, layer_scale=True),
+        _sizes(64, 256, 3, 2, 16, max_img_size=256, layer_scale=True),
+        train=("ragged32",),
+    ),
 }

@@ -48,6 +48,9 @@ TARGETS: tuple[Target, ...] = (
     Target("qwen3_vl", "ragged32", "faster", 1.3, PACKED),
     Target("qwen3_vl", "train:ragged32", "faster", 1.3, PACKED),
     Target("qwen3_vl", "ragged32", "faster", 4.0, ONE_BY_ONE),
+    Target("radio", "ragged32", "faster", 1.3, PACKED),
+    Target("radio", "train:ragged32", "faster", 1.3, PACKED),
+    Target("radio", "ragged32", "faster", 4.0, ONE_BY_ONE),
 )
 
 

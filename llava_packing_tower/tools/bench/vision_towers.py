@@ -51,6 +51,21 @@ def qwen3_vl(setting: Setting, train: bool) -> Peer:
     return _qwen(setting, cls, config, train)
 
 
+def qwen2_5_vl(setting: Setting, train: bool) -> Peer:
+    c = setting.config
+    cls = transformers_class("Qwen2_5_VisionTransformerPretrainedModel")
+    config = cls.config_class(
+        depth=c.num_hidden_layers,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_heads=c.num_attention_heads,
+        patch_size=c.patch_size,
+        window_size=c.window_size,
+        fullatt_block_indexes=c.fullatt_block_indexes,
+    )
+    return _qwen(setting, cls, config, train)
+
+
 def _qwen(setting: Setting, cls: type, config, train: bool) -> Peer:
     c = setting.config
     config._attn_implementation = "flash_attention_2" if has_flash_attention(setting) else "sdpa"
@@ -76,4 +91,33 @@ def _qwen(setting: Setting, cls: type, config, train: bool) -> Peer:
     return in_both_ways(setting, model, run), (config.to_dict(), model.state_dict())
 
 
-VISION_TOWERS: dict[str, Callable[[Setting, bool], Peer]] = {"qwen3_vl": qwen3_vl}
+def radio(setting: Setting, train: bool) -> Peer:
+    c = setting.config
+    cls = transformers_class("RadioModel")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size", "max_img_size")
+    more = ("num_cls_tokens", "num_registers", "use_swiglu_ffn")
+    config = cls.config_class(
+        mlp_ratio=c.intermediate_size / c.hidden_size, **{name: getattr(c, name) for name in (*names, *more)}
+    )
+    config._attn_implementation = "flash_attention_2" if has_flash_attention(setting) else "sdpa"
+    model = initialized(lambda: cls(config), setting, train)
+
+    def run(images: Sequence[torch.Tensor]) -> Step:
+        rows, grid = batch_images_to_packing_input(images, c.patch_size, PatchLayout.CHANNEL_FIRST)
+        lengths = grid.prod(1).tolist()
+        sides = grid[:, 1:].to(setting.device)
+        shape = (len(rows), c.hidden_size)
+        return Step(
+            lambda: model(rows, image_grid_hw=sides).features.view(shape),
+            (shape,),
+            lambda out: list(out.split(lengths)),
+        )
+
+    return in_both_ways(setting, model, run), (config.to_dict(), model.state_dict())
+
+
+VISION_TOWERS: dict[str, Callable[[Setting, bool], Peer]] = {
+    "qwen3_vl": qwen3_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "radio": radio,
+}
