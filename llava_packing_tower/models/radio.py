@@ -23,8 +23,9 @@ from ..checkpoint.key_map import KeyMap, carried
 from ..checkpoint.opening import blocks_of
 from ..checkpoint.weights import WeightPlan
 from ..data.cached_metadata import cached
-from ..data.image_processor import CLIP_MEAN, CLIP_STD, PackingImageProcessor
+from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
+from ..data.pixel_scale import CLIP_MEAN, CLIP_STD
 from ..data.positions import prefix_indices
 from ..data.resampling import Resampling
 from ..data.segments import Grid, VarlenMetadata, to_device
