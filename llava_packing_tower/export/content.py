@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from ..data.images import reading_of
-from ..hf import MODEL_TYPE
+from ..hf import ARCHITECTURE, MODEL_TYPE
 from ..hf.visual_settings import fields_of
 from ..integrations.llava.batched_inference import reads_videos
 from ..integrations.llava.inference import trains_with_lists
@@ -22,7 +22,6 @@ CLASSES = {
     "AutoImageProcessor": "image_processing:LlavaPackingImageProcessor",
 }
 """Auto class -> module of ``hf`` and class."""
-ARCHITECTURE = "LlavaPackingForConditionalGeneration"
 # Names that transformers 5 gave to what older versions read under another.
 _NOT_WRITTEN = ("transformers_version", "torch_dtype", "dtype", "architectures", "_name_or_path", "rope_parameters")
 

@@ -86,7 +86,8 @@ class LlavaPackingProcessor(ProcessorMixin):
             text: prompts, with an ``<image>`` or ``<video>`` for each image or video.
             videos: as images; see :meth:`LlavaPackingImageProcessor.clip`.
             options: those of the tokenizer (texts are padded on the left if there are several), ``num_frames`` and
-                ``video_metadata`` for videos, ``return_mm_token_type_ids`` (1 for images, 2 for videos).
+                ``video_metadata`` for videos, ``return_mm_token_type_ids`` (1 for images, 2 for videos), and ``alone``:
+                whether an image has no other visual beside it, for callers whose texts do not tell.
 
         Returns:
             ``input_ids``, ``attention_mask`` and what :meth:`LlavaPackingImageProcessor.preprocess` and
@@ -99,6 +100,7 @@ class LlavaPackingProcessor(ProcessorMixin):
         options = _flat(options)
         asked = {name: bool(options.pop(f"return_{name}", False)) for name in RETURNED}
         num_frames, metadata = options.pop("num_frames", None), options.pop("video_metadata", None)
+        alone = options.pop("alone", None)
         if strange := set(options) - TEXT_OPTIONS - ACCEPTED:
             raise TypeError(f"{type(self).__name__} got unexpected arguments {', '.join(sorted(strange))}")
         if audio is not None:
@@ -111,7 +113,8 @@ class LlavaPackingProcessor(ProcessorMixin):
             self._check_places(texts, flat)
         content: dict[str, Any] = {}
         if flat["image"]:
-            content.update(self.image_processor.preprocess(flat["image"], self._alone(texts, len(flat["image"]))))
+            flags = self._alone(texts, len(flat["image"])) if alone is None else bool(alone)
+            content.update(self.image_processor.preprocess(flat["image"], flags))
         if flat["video"]:
             content.update(self.image_processor.preprocess_videos(flat["video"], num_frames, metadata))
         if texts is not None:
