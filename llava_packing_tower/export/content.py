@@ -107,7 +107,7 @@ def processor_content(model: torch.nn.Module) -> dict[str, Any]:
 
 def auto_map(prefix: str) -> dict[str, str]:
     """For folders that bring their code: Auto class -> file and class."""
-    return {auto: f"{prefix}{place.replace(':', '.')}" for auto, place in CLASSES.items()}
+    return {auto: f"{prefix}hf_{place.replace(':', '.')}" for auto, place in CLASSES.items()}
 
 
 def generation_content(model: object, pad: int | None) -> dict[str, Any]:

@@ -50,9 +50,10 @@ def make_tower(folder: Path, family: str) -> Path:
 
 def make_checkpoint(folder: Path, family: str, ratio: str, word: str = "Llama", **more: object) -> Path:
     """A LLaVA as training saves it, float32, with its tower's weights inside."""
-    decoder = folder / f"decoder_{word}"
+    sizes = more.pop("sizes", {})
+    decoder = folder / f"decoder_{word}{len(sizes)}"
     if not decoder.exists():
-        make_decoder(decoder, word)
+        make_decoder(decoder, word, **sizes)
     values = {**RATIOS.get(ratio.partition("_")[0], {}), **more}
     torch.manual_seed(11)
     model = make_llava(decoder, make_tower(folder, family), word, **values)

@@ -31,11 +31,13 @@ SIZES = {
 DECODERS = {"Llama": "Llama", "Qwen": "Qwen2", "Mistral": "Mistral"}
 
 
-def make_decoder(folder: Path, word: str) -> Path:
+def make_decoder(folder: Path, word: str, **sizes: int) -> Path:
     """A plain decoder with its tokenizer, every tensor another value (also the biases, which start as zeros)."""
     tokenizer = make_tokenizer(folder, make_prompts(), WORDS)
     kind = DECODERS[word]
-    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **SIZES)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **{**SIZES, **sizes}
+    )
     torch.manual_seed(5)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for parameter in model.parameters():

@@ -102,7 +102,7 @@ def test_a_lora_is_merged(work, tmp_path):
     from llava_checkpoints import make_llava, save_lora
 
     folder, _ = work
-    decoder, tower = folder / "decoder_Llama", folder / "llava_vit_packing"
+    decoder, tower = folder / "decoder_Llama0", folder / "llava_vit_packing"
     model = make_llava(decoder, tower, "Llama")
     model.config.mm_packing_conversation, model.config.image_aspect_ratio = "v1", "pad"
     _, merged = save_lora(model, decoder, tmp_path / "lora")
@@ -350,3 +350,40 @@ def test_what_does_not_fit_is_said(loaded):
         )
     labels = inputs["input_ids"]  # with the ids of images, which have no place in the vocabulary
     assert torch.isfinite(model(**inputs, labels=labels).loss)
+
+
+# ---------------------------------------------------------------- with code
+
+WITHOUT_US = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("llava_packing_tower", "llava", "triton"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+import export_samples as samples
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+torch.set_grad_enabled(False)
+folder = sys.argv[1]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+print(samples.answers(model, samples.inputs_of(processor, *samples.samples(True))))
+"""
+
+
+@needs_hf
+def test_with_its_code_an_export_needs_nothing_of_ours(work, loaded, tmp_path):
+    _, checkpoint = work
+    export(checkpoint, tmp_path / "run.1", with_code=True)
+    assert "trust_remote_code=True" in (tmp_path / "run.1" / "README.md").read_text()
+    env = {**environment(""), "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(HELPERS)}
+    result = execute([sys.executable, "-c", WITHOUT_US, str(tmp_path / "run.1")], env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    model, processor = loaded
+    wanted = samples.answers(model, samples.inputs_of(processor, *samples.samples(True)))
+    assert result.stdout.strip().splitlines()[-1] == str(wanted)
