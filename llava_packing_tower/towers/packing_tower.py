@@ -313,7 +313,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         is_batch, order = isinstance(images, torch.Tensor), list(range(len(images)))
         if not isinstance(images, torch.Tensor) and patch_positions is None:
             order = longest_first(images)
-        sizes = [count_patches(images[index], model.config.patch_size) for index in order]
+        sizes = [count_patches(images[i], model.config.patch_size, model.frames_per_patch) for i in order]
 
         def run(places: Sequence[int]) -> tuple[torch.Tensor, list[Grid]]:
             numbers = [order[place] for place in places]  # (They are neighbors.)

@@ -30,11 +30,12 @@ def budget_of(args: object) -> int | None:
     return given
 
 
-def count_patches(image: object, patch_size: int) -> int:
+def count_patches(image: object, patch_size: int, frames_per_patch: int = 1) -> int:
     """The patches of an image ``[C, H, W]`` or a clip ``[C, T, H, W]``; 0 for what the tower will refuse."""
     if not isinstance(image, torch.Tensor) or image.dim() not in (3, 4):
         return 0
-    return math.prod(image.shape[1:]) // patch_size**2
+    frames = 1 if image.dim() == 3 else -(-image.shape[1] // frames_per_patch)
+    return frames * math.prod(image.shape[-2:]) // patch_size**2
 
 
 def divide(sizes: Sequence[int], budget: int | None) -> list[list[int]]:
