@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
-from ..convert.pipeline import Options, Outcome, Progress, convert
+from ..convert.pipeline import REPORT_NAME, Options, Outcome, Progress, convert
 from ..convert.plan import Conversion, DoesNotFit, peak_memory
 from ..convert.report import (
     announce,
@@ -30,6 +31,7 @@ from ..convert.report import (
     progress_bars,
 )
 from ..convert.verify import STEPS, THRESHOLDS
+from ..utils.files import read_json, write_for_program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
     add_common_arguments(parser)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
         return 1
     print_written(console, outcome.report)
+    report = read_json(outcome.folder / REPORT_NAME)
+    write_for_program(args.json, {"output": outcome.folder, "passed": outcome.passed, **report})
     if outcome.results:
         print_results(console, outcome.results, THRESHOLDS[outcome.conversion.dtype])
         peak = peak_memory() / 1e9

@@ -11,9 +11,11 @@ other option is passed to lmms-eval.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from ..utils.errors import UsageError
+from ..utils.files import write_for_program
 
 TAKES_REST = True
 OWN_OPTIONS = ("--model", "--tasks", "--config", "--output_path")
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_base", type=Path, help="the model that a LoRA was trained on")
     parser.add_argument("--max_frames_num", type=int, help="frames per video (default: 32)")
     parser.add_argument("--include_path", help="a folder with your own tasks")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--force", action="store_true", help="also run completed tasks again")
 
 
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     written = write_report(output, {args.checkpoint.resolve().name: results})
     console.print((output / "results.md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
     console.print(f"{', '.join(map(str, written))}", soft_wrap=True)
+    write_for_program(args.json, {task: asdict(result) for task, result in results.items()})
     failed = [task for task, result in results.items() if result.error is not None]
     if failed:
         console.print(f"[bold red]{len(failed)} of {len(tasks)} tasks failed:[/] {', '.join(failed)}", soft_wrap=True)

@@ -8,9 +8,11 @@ The folders are outputs of `llava-packing eval` or of lmms-eval itself.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from ..utils.errors import UsageError
+from ..utils.files import write_for_program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_path", type=Path, help="folder for results.md and results.png (default: nothing is written)"
     )
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
 
 
 def names_of(folders: list[Path]) -> list[str]:
@@ -37,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     print(markdown(runs), end="")
+    results = {name: {task: asdict(result) for task, result in run.items()} for name, run in runs.items()}
+    write_for_program(args.json, results)
     if args.output_path is not None:
         print(", ".join(map(str, write_report(args.output_path, runs))))
     return 0

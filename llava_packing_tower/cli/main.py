@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "probe": Command("probe", "compare towers without a decoder: linear and k-NN probe on an image folder"),
     "export": Command("export", "write a LLaVA checkpoint as a Hugging Face folder, for transformers and vLLM"),
     "import": Command("import_", "turn an export back into a LLaVA checkpoint"),
+    "show": Command("show", "a picture of what a tower sees: patches, tokens, the packed row, features, costs"),
     "run": Command("run", "run LLaVA's own scripts, or any other script, with the packing tower"),
     "bench": Command("bench", "measure the packed encoders beside transformers, timm and the original tower"),
 }

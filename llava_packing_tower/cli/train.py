@@ -21,6 +21,8 @@ from ..train import multinode, resume
 from ..train.launcher import make_plan
 from ..train.launcher import run as run_plan
 from ..train.run_lock import RunLock
+from ..utils.errors import UsageError
+from ..utils.files import write_for_program
 
 TAKES_REST = True
 PROFILED = 3
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"profile so many steps (default {PROFILED}): a trace in output_dir/profile, and what bounds the run",
     )
     parser.add_argument("--dry_run", action="store_true", help="check the configuration, print the plan and stop")
+    parser.add_argument("--json", type=Path, help="with --dry_run: also write the plan to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,10 +62,13 @@ def run(args: argparse.Namespace) -> int:
         *(args.config, words, args.num_gpus, args.num_processes, args.hostfile, args.master_port, machines),
         check_images=args.check_images,
     )
+    if args.json is not None and not args.dry_run:
+        raise UsageError("--json has the plan of --dry_run: add it")
     print(plan.describe(), flush=True)
     if args.dry_run:
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan.environment.items())
         print(f"  command: {settings} {shlex.join(plan.command)}")
+        write_for_program(args.json, plan.content())
         return 0
     if plan.finished is not None:
         return 0

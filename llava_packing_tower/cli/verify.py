@@ -10,11 +10,14 @@ sample, the other packed. B is checked against A: it is also saved, reloaded and
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from ..convert.pipeline import any_failed, verify_pair
 from ..convert.report import announce, make_console, print_results, progress_bars
 from ..convert.verify import STEPS
+from ..utils.files import write_for_program
 from .convert import add_common_arguments, options_of
 
 
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the comparison (default: float32 if both checkpoints are, else the narrower one)",
     )
     add_common_arguments(parser)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
         return 1
     print_results(console, results, threshold)
     failed = any_failed(results)
+    tests = [asdict(result) for result in results]
+    write_for_program(
+        args.json, {"a": args.a, "b": args.b, "threshold": threshold, "passed": not failed, "tests": tests}
+    )
     console.print(
         f"{args.b} " + ("FAILED: it differs from A" if failed else "agrees with A"),
         markup=False,

@@ -82,6 +82,11 @@ class Plan:
         }
         return "\n".join(f"{key:>9}: {value}" for key, value in rows.items())
 
+    def content(self) -> dict[str, object]:
+        """The plan as JSON."""
+        kept = ("zero_stage", "device", "processes", "hostfile", "samples", "environment", "command", "values")
+        return {"host": str(self.host), "start": self.start(), **{name: getattr(self, name) for name in kept}}
+
     @property
     def world_size(self) -> int | None:
         """Processes on all machines; None where only DeepSpeed's launcher will know."""

@@ -97,5 +97,11 @@ def atomic_folder(folder: str | os.PathLike, replaces: Callable[[str], bool] = l
             os.replace(aside, folder)
 
 
+def write_for_program(file: Path | None, content: object) -> None:
+    """What ``--json`` asks for: the content as JSON, complete or not there; nothing without a file."""
+    if file is not None:
+        write_text(file, json.dumps(content, indent=1, default=str) + "\n")
+
+
 def write_json(content: dict, file: Path) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

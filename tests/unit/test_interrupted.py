@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from conversions import standard_folder
+from fuzz_readers import prepare
+from launch_files import need_a_host
 
 from llava_packing_tower.cli import main as cli
 from llava_packing_tower.cli.main import main
@@ -160,6 +163,25 @@ def test_a_stopped_command_takes_its_processes_along(tmp_path, name):
         assert process.returncode == -9
     else:
         assert said == f"llava-packing eval: stopped by {name}\n" and process.returncode == 128 + getattr(signal, name)
+
+
+def test_json_for_programs(standard, tmp_path, files, capsys):
+    """`align`, `bench`, `doctor`, `probe` and `show` have tests of their own."""
+    written = tmp_path / "answer.json"
+    words = ["--output_dir", str(tmp_path / "made"), "--no-verify", "--json", str(written)]
+    assert main(["convert", str(standard), *words]) == 0
+    answer = json.loads(written.read_text())
+    assert answer["output"] == str(tmp_path / "made") and answer["passed"] and answer["dtype"] == "float32"
+    prepare("results", tmp_path / "results")
+    assert main(["eval-report", str(tmp_path / "results"), "--json", str(written)]) == 0
+    assert json.loads(written.read_text())["results"]["smoke"]["metrics"] == {"exact_match": [0.9, 0.01]}
+    need_a_host()
+    capsys.readouterr()
+    words = ["train", str(files()), "--num_processes", "2", "--json", str(written)]
+    assert main([*words, "--dry_run"]) == 0
+    answer = json.loads(written.read_text())
+    assert answer["zero_stage"] == 2 and answer["processes"] == 2 and answer["values"]["learning_rate"] == 1e-4
+    assert main(words) == 2 and "--json has the plan of --dry_run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
