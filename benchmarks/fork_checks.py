@@ -37,7 +37,7 @@ from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 PROMPT = "A chat between a curious user and an artificial intelligence assistant. USER: What is it? ASSISTANT:"
 IMAGE = -200
-MACHINERY = ("importlib", "_frozen_importlib", "llava_packing_tower.integrations.llava.import_hooks")
+MACHINERY = ("importlib", "_frozen_importlib", "llava_packing_tower.utils.import_hooks")
 SIZES = ((42, 70), (84, 28), (56, 56))
 # The decoders that are tried, in this order: the first one that the fork has.
 CLASSES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "QwenForCausalLM", "Qwen1_5ForCausalLM", "MistralForCausalLM")
@@ -188,16 +188,16 @@ def check_native(model: torch.nn.Module) -> None:
     labels = ids.where(ids != IMAGE, -100)
     given = {"attention_mask": torch.ones_like(ids), "labels": labels, "images": images}
     with torch.no_grad():
-        together = model(input_ids=ids, **given)
+        together = model(input_ids=ids.clone(), **given)  # Bunny writes into its ids
         for index, (height, width) in enumerate(SIZES):
             one = {name: value[index : index + 1] for name, value in given.items()}
-            alone = model(input_ids=ids[index : index + 1], **one).logits
+            alone = model(input_ids=ids[index : index + 1].clone(), **one).logits
             patches = height * width // 14**2
             assert alone.shape[1] == ids.shape[1] - 1 + patches, (alone.shape, patches)
             here = together.logits[index, : alone.shape[1]]
             assert torch.allclose(here, alone[0], atol=2e-5), (here - alone[0]).abs().max()
             blank = {**one, "images": [torch.zeros_like(images[index])]}
-            seen = model(input_ids=ids[index : index + 1], **blank).logits
+            seen = model(input_ids=ids[index : index + 1].clone(), **blank).logits
             assert (seen[0, -1] - alone[0, -1]).abs().max() > 1e-4, "the image does not reach the answer"
 
 
@@ -229,7 +229,7 @@ def check_decoder(model: torch.nn.Module) -> str:
         model.config.mm_packing_decoder = packed
         assert (plan_of(model, Patches()).decoder_reason is None) == packed
         model.zero_grad()
-        loss = model(input_ids=ids, **given).loss
+        loss = model(input_ids=ids.clone(), **given).loss
         loss.backward()
         gradient = next(p for n, p in model.named_parameters() if "q_proj" in n and "tower" not in n).grad.clone()
         results.append((loss.detach(), gradient))
@@ -263,8 +263,8 @@ def check_reload(model: torch.nn.Module, folder: Path, tower: Path, tokenizer: o
 
 
 def check_training(host: Host) -> dict:
-    if not host.trainers:
-        return {"none": "it has no training of its own here"}
+    if not find_host().file(host.train).is_file():
+        return {"none": "it has no train.py here"}
     train = import_module(host.module(host.train))
     trainer = getattr(train, host.trainer.name)
     data = import_module(host.module(host.data or host.train))
@@ -273,6 +273,26 @@ def check_training(host: Host) -> dict:
         "trainer": sorted(attached(trainer)),
         "dataset": sorted(attached(getattr(data, host.dataset))),
     }
+
+
+def check_list(host: Host, tower: Path) -> None:
+    """One of several towers is a packing tower; another number of tokens than it has is refused."""
+    part = host.tower_builders[0]
+    arch, builder = (import_module(host.module(name)) for name in (host.arch, part.module))
+    build = getattr(builder, part.name)
+    assert getattr(arch, part.name) is build and part.lengths is not None
+    names, lengths = part.settings[0], part.lengths[0]
+    config = SimpleNamespace(mm_vision_select_layer=-2, **{names: [str(tower)] * 2, lengths: [64, 64]})
+    towers = build(config)
+    assert [type(t) for t in towers] == [HEVCViTPackingVisionTower] * 2
+    assert towers[1](torch.randn(2, 3, 112, 112)).shape == (2, 64, 128)
+    setattr(config, lengths, [64, 576])
+    try:
+        build(config)
+    except ValueError as error:
+        assert "has 64 tokens, not 576" in str(error), error
+    else:
+        raise AssertionError("576 tokens were promised and 64 built")
 
 
 def check_left_alone(clone: Path) -> dict:
@@ -328,6 +348,12 @@ def main() -> None:
     tower = folder / "vit_packing"
     make_tower(tower, seed=1)
     tokenizer = make_tokenizer(folder / "words", [__doc__, PROMPT], ("cat", "moon", "cup"))
+    if host.native_reason is not None:
+        attempt(report, "builder", lambda: check_list(host, tower))
+        report["reason"] = host.native_reason
+        report["stubs"] = sorted(stubs.names)
+        print(json.dumps(report))
+        return
     model = attempt(report, "builder", lambda: make_model(host, tower, len(tokenizer)))
     if model is not None:
         report["class"] = type(model).__name__

@@ -210,6 +210,11 @@ def make_plan(
         found = find_host()
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if not found.host.trainers:
+        raise UsageError(
+            f"{found} is not trained by this command. Its own training script runs with the packing tower under "
+            f"`llava-packing run -- python SCRIPT`"
+        )
     given = read_yaml(config)
     for key, value in read_overrides(overrides).items():
         given.pop(next((k for k in given if ALIASES.get(k, k) == ALIASES.get(key, key)), key), None)

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 Callback = Callable[[ModuleType], None]
+
+
+class _NamespaceLoader(Loader):
+    """Stands for the loader that Python gives a package without ``__init__.py`` after it was found."""
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
 
 
 class ImportHooks(MetaPathFinder):
@@ -78,6 +88,8 @@ class ImportHooks(MetaPathFinder):
         if fullname not in self._before and fullname not in self._after:
             return None
         spec = self._find_elsewhere(fullname, path, target)
+        if spec is not None and spec.loader is None:  # a package without __init__.py, which has no body to run
+            spec.loader = _NamespaceLoader()
         if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
             return spec
         loader, run_body = spec.loader, spec.loader.exec_module

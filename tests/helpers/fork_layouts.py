@@ -245,6 +245,7 @@ class Layout:
     forward_takes: str = ", image_sizes=None"
     projector: str = "build_vision_projector"
     projector_call: str = ""
+    projector_file: str = PROJECTOR
     decoder: str = "Llama"
     word: str = "Llama"
     model_file: str = "llava_llama"
@@ -299,7 +300,7 @@ def write(layout: Layout, clone: Path) -> Path:
         f"{layout.mm_utils.replace('.', '/')}.py": MM_UTILS,
         f"model/{layout.arch}.py": arch,
         "model/multimodal_encoder/builder.py": Template(BUILDER).substitute(words),
-        "model/multimodal_projector/builder.py": Template(PROJECTOR).substitute(words),
+        "model/multimodal_projector/builder.py": Template(layout.projector_file).substitute(words),
         f"model/language_model/{layout.model_file}.py": Template(MODEL).substitute(words),
         "model/builder.py": Template(LOADER).substitute(words),
     }
@@ -356,7 +357,98 @@ def process_anyres_image(image, processor, grid_pinpoints):
 """,
     },
 )
-LAYOUTS = {"onevision": ONEVISION}
+PLAIN = "input_ids, position_ids, attention_mask, past_key_values, labels, images"
+LAYOUTS = {
+    "onevision": ONEVISION,
+    "llava_v1": Layout("llava", model_type="llava_llama"),
+    "llava_med": Layout(
+        "llava",
+        decoder="Mistral",
+        word="Mistral",
+        model_file="llava_mistral",
+        model_type="llava_mistral",
+        to_device=".to(self.device)",
+        has_training=False,
+    ),
+    "llava_more": Layout("src.llava", model_type="llava_llama"),
+    "geochat": Layout(
+        "geochat",
+        "GeoChat",
+        "geochat_arch",
+        takes="input_ids, attention_mask, past_key_values, labels, images",
+        forward=OWN_LOSS,
+        forward_takes="",
+        model_file="geochat_llama",
+        model_type="geochat",
+        trainer="GeoChatTrainer",
+        trainer_file="geochat_trainer",
+    ),
+    "bunny": Layout(
+        "bunny",
+        "Bunny",
+        "bunny_arch",
+        takes=PLAIN,
+        forward_takes="",
+        to_device=".to(self.device)",
+        decoder="Qwen2",
+        word="Qwen2",
+        model_file="bunny_qwen",
+        model_type="bunny-qwen2",
+        loader_takes=", model_type",
+        check='assert model_type == "qwen1.5-1.8b", model_type',
+        mm_utils="util.mm_utils",
+        trainer="BunnyTrainer",
+        trainer_file="bunny_trainer",
+        data_file="util.data_utils",
+        inits=("model",),
+    ),
+    "eagle": Layout(
+        "eagle",
+        "Eagle",
+        "eagle_arch",
+        model_file="eagle_llama",
+        model_type="eagle_llama",
+        trainer="EagleTrainer",
+        trainer_file="eagle_trainer",
+        has_training=False,
+    ),
+    "videollava": Layout(
+        "videollava",
+        tower="image_tower",
+        takes=PLAIN,
+        features=SORTED,
+        forward_takes="",
+        model_type="llava",
+    ),
+    "moellava": Layout(
+        "moellava",
+        tower="image_tower",
+        takes=PLAIN,
+        features=SORTED,
+        forward_takes="",
+        decoder="Qwen2",
+        word="Qwen1_5",
+        model_file="llava_qwen1_5",
+        model_type="llava_qwen1_5",
+        projector="build_projector",
+        projector_call=".forward_image",
+        projector_file="""
+from torch import nn
+
+def build_image_projector(config, delay_load=False, **kwargs):
+    return nn.Linear(config.mm_hidden_size, config.hidden_size)
+
+class build_projector(nn.Module):
+    def __init__(self, config):
+        super(build_projector, self).__init__()
+        self.image_spatial_proj = build_image_projector(config)
+
+    def forward_image(self, image_feature):
+        return self.image_spatial_proj(image_feature)
+""",
+        check='assert "qwen1.5" in model_name, model_name',
+    ),
+}
 VILA = {
     "llava/__init__.py": "from .entry import *\nfrom .media import *\n",
     "llava/entry.py": "",

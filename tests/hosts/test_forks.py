@@ -12,6 +12,8 @@ from fork_layouts import LAYOUTS, VILA, write, write_files
 from host_runs import execute
 
 from llava_packing_tower.integrations.llava import registry
+from llava_packing_tower.train.launcher import make_plan
+from llava_packing_tower.utils.errors import UsageError
 
 pytestmark = pytest.mark.newest
 REPOSITORY = Path(__file__).parents[2]
@@ -29,7 +31,12 @@ def run(clone: Path, folder: Path) -> dict:
     return {**json.loads(result.stdout.splitlines()[-1]), "stderr": result.stderr}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+IN_EVERY_RUN = ("onevision", "bunny", "moellava")  # the others have less that is their own
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in IN_EVERY_RUN else [pytest.mark.long]) for n in LAYOUTS]
+)
 def test_all_of_the_hook_attaches(name, tmp_path):
     write(LAYOUTS[name], tmp_path / "clone")
     report = run(tmp_path / "clone", tmp_path / "work")
@@ -79,6 +86,17 @@ def test_a_clone_of_it_is_refused_with_the_reason(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"LLAVA_DIR=.*takes no vision_tower_cfg(.|\n)*Known are:"):
         registry.find_host()
     assert str(tmp_path) not in sys.path
+
+
+def test_a_host_with_a_training_of_its_own_is_not_launched(tmp_path, monkeypatch):
+    write(LAYOUTS["geochat"], tmp_path / "clone")
+    monkeypatch.delenv("LLAVA_NEXT_DIR", raising=False)
+    monkeypatch.setenv("LLAVA_DIR", str(tmp_path / "clone"))
+    try:
+        with pytest.raises(UsageError, match=r"GeoChat .* is not trained by this command"):
+            make_plan(tmp_path / "config.yaml")
+    finally:
+        registry.take_off_path()
 
 
 def test_a_package_that_only_has_the_name_is_not_mentioned(tmp_path):

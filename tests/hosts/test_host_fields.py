@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_packing_tower.integrations.llava import install, registry
+from llava_packing_tower.integrations.llava import install, registry, tower_builder
 from llava_packing_tower.integrations.llava.host import Host, Part, TowerBuilder
 from llava_packing_tower.tools.demo.tiny_models import make_tower
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
@@ -142,6 +142,31 @@ def test_the_builder_is_called_by_the_names_of_its_own_arguments(other, tmp_path
     given = SimpleNamespace()
     assert body.make_tower("openai/clip", given, x=1) == ("own", "openai/clip", {"x": 1})
     assert body.make_tower(settings=given, tower="openai/clip") == ("own", "openai/clip", {})
+
+
+def test_settings_that_a_host_does_not_have(tmp_path):
+    make_tower(tmp_path / "a_packing", seed=1)
+    builder = TowerBuilder("m", "build", config="cfg", defaults=(("mm_vision_select_layer", -3),))
+    build = tower_builder.hooked(lambda cfg, **kwargs: "own", builder)
+    for given, expected in (({}, -3), ({"mm_vision_select_layer": -1}, -1)):
+        config = SimpleNamespace(mm_vision_tower=str(tmp_path / "a_packing"), **given)
+        assert build(config).select_layer == expected == config.mm_vision_select_layer
+    other = SimpleNamespace(mm_vision_tower="clip")
+    assert build(other) == "own" and not hasattr(other, "mm_vision_select_layer")
+
+
+def test_a_list_of_towers_has_ours_among_its_own(tmp_path):
+    make_tower(tmp_path / "a_packing", seed=1)
+    builder = TowerBuilder("m", "build", config="cfg", settings=("mm_list", "list"), lengths=("mm_lens", "lens"))
+    build = tower_builder.hooked(lambda cfg, **kwargs: [(cfg.list, cfg.lens, kwargs)], builder)
+    names = ["clip", str(tmp_path / "a_packing"), "dino"]
+    given = SimpleNamespace(list=names, lens=[576, 64, 256], mm_vision_select_layer=-1)
+    first, tower, last = build(given, delay_load=True)
+    assert (first, last) == ((["clip"], [576], {"delay_load": True}), (["dino"], [256], {"delay_load": True}))
+    assert type(tower) is HEVCViTPackingVisionTower and given.list is names
+    given.lens = [576, 65, 256]
+    with pytest.raises(ValueError, match="has 64 tokens, not 65"):
+        build(given)
 
 
 def test_what_it_refuses_is_refused(other):

@@ -44,6 +44,8 @@ class TowerBuilder(Part):
     """Its parameter with the tower's name; None where the settings have that."""
     settings: tuple[str, str] = ("mm_vision_tower", "vision_tower")
     """What the settings call the tower's name: in a model config, in the arguments of a training."""
+    defaults: tuple[tuple[str, object], ...] = ()
+    """Settings that a packing tower needs and this host does not have."""
     lengths: tuple[str, str] | None = None
     """Where the settings name a list of towers: what they call the list of their numbers of tokens."""
 
@@ -88,8 +90,12 @@ class Host:
     get_tower: str = "get_vision_tower"
     """The method of both classes that returns the vision tower."""
     tower_builders: tuple[TowerBuilder, ...] = (TowerBuilder("model.multimodal_encoder.builder", "build_vision_tower"),)
+    image_projector: str | None = None
+    """The part of ``mm_projector`` that is for images, where it is not the whole."""
     sorts_images: bool = False
     """Whether its ``prepare_inputs_labels_for_multimodal`` sorts a list of images and videos by their dimensions."""
+    keeps_padding: bool = False
+    """Whether it also embeds the words that the attention mask hides."""
     gridded_images: tuple[Part, ...] = ()
     """Functions ``(image, processor, ...)`` that return ``pixel_values`` and ``grid_thw`` of an image."""
     projector_builder: Part = Part("model.multimodal_projector.builder", "build_vision_projector")

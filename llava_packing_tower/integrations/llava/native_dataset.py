@@ -29,7 +29,7 @@ from .left_out import NOTE, leave_out, note, one_sample, placeholder, split
 from .methods import Call, add_step
 from .native_resolution import token_layout
 from .patcher import Patches
-from .registry import host_of
+from .registry import data_module, host_of, image_token
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,9 @@ POSITIONS = "positions_thw"
 
 def into_training(train: ModuleType, patches: Patches) -> None:
     """Change what a host's ``train.train`` makes batches with."""
-    dataset = getattr(train, host_of(train).dataset)
-    patches.set(train, "Image", HostImage())
+    data = data_module(train)
+    dataset = getattr(data, host_of(train).dataset)
+    patches.set(data, "Image", HostImage())
     add_step(dataset, "LazySupervisedDataset.__init__", "empty_media", empty_media, patches)
     if hasattr(dataset, "process_image"):
         add_step(dataset, "LazySupervisedDataset.process_image", "keep_sizes", keep_sizes, patches)
@@ -62,12 +63,12 @@ def into_training(train: ModuleType, patches: Patches) -> None:
     def fit_batches(call: Call) -> Iterator[None]:
         yield
         module, tokenizer, data_args = call.result, call.arguments["tokenizer"], call.arguments["data_args"]
-        limit, token = tokenizer.model_max_length, train.IMAGE_TOKEN_INDEX
+        limit, token = tokenizer.model_max_length, image_token(data)
         blank = blank_image(data_args, in_list=hasattr(dataset, "_get_item")) if data_args.is_multimodal else None
         last, native = placeholder(tokenizer, blank), asks_for_native(data_args)
         module["data_collator"] = FittingCollator(module["data_collator"], limit, token, last, native)
         if native:
-            report_tokens(train, module["train_dataset"].list_data_dict, tokenizer, data_args)
+            report_tokens(data, module["train_dataset"].list_data_dict, tokenizer, data_args)
 
     add_step(train, "train.make_supervised_data_module", "fit_batches", fit_batches, patches)
 
@@ -239,7 +240,7 @@ def report_tokens(train: ModuleType, samples: Sequence[Mapping], tokenizer: obje
         processor,
         token_layout(arguments, processor.settings),
         to_ids,
-        train.IMAGE_TOKEN_INDEX,
+        image_token(train),
         tokenizer.model_max_length,
         {kind: getattr(data_args, f"{kind}_folder", None) for kind in ("image", "video")},
         sampling,

@@ -29,7 +29,7 @@ from ...multimodal.visual_tokens import TokenLayout, encode_visuals
 from .arguments import current_arguments
 from .methods import Call, add_step
 from .patcher import Patches
-from .registry import host_of, meta_model, mixin
+from .registry import host_of, host_of_model, meta_model, mixin
 from .trainable_parts import is_packing_tower
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,9 @@ def _encode(
     inner = model.get_model()
     newline = getattr(inner, "image_newline", None)
     layout = token_layout(model.config, settings_of(model.config))
-    features = encode_visuals(tower, inner.mm_projector, visuals, layout, newline)
+    part = host_of_model(model).image_projector
+    projector = inner.mm_projector if part is None else getattr(inner.mm_projector, part)
+    features = encode_visuals(tower, projector, visuals, layout, newline)
     slots = fill_slots(features, per_sample)
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     truncations.look(marks, seen, per_sample, [len(slot) for slot in slots], limit)

@@ -18,7 +18,20 @@ from .host import FoundHost, Host, misfits
 logger = logging.getLogger(__name__)
 
 # Looked for in this order; modules with a HOST.
-HOSTS: tuple[str, ...] = ("onevision", "llava_next", "llava_med", "llava_v1", "llavaction")
+HOSTS: tuple[str, ...] = (
+    "onevision",
+    "llava_next",
+    "llava_med",
+    "llava_v1",
+    "llavaction",
+    "llava_more",
+    "geochat",
+    "bunny",
+    "eagle",
+    "videollava",
+    "moellava",
+    "cambrian",
+)
 DIR_ENV, NEXT_DIR_ENV = environment.LLAVA_DIR, environment.NEXT_DIR
 _on_path: list[str] = []
 _in_use: dict[str, Host | None] = {}  # by package: what it was recognised as when it was imported; None: left alone
@@ -120,6 +133,18 @@ def mixin(arch: ModuleType) -> type:
 def trainer_class(module: ModuleType) -> type:
     """The host's trainer, as its ``trainer`` or its ``train`` module has it."""
     return getattr(module, host_of(module).trainer.name)
+
+
+def data_module(train: ModuleType) -> ModuleType:
+    """The module of a host with its dataset and what that reads samples with: its ``train``, in most."""
+    host = host_of(train)
+    return train if host.data is None else import_module(host.module(host.data))
+
+
+def image_token(data: ModuleType) -> int:
+    """The id of ``<image>``: that of the module with the dataset, where that has it, else of ``arch``."""
+    found = vars(data).get("IMAGE_TOKEN_INDEX")
+    return import_module(host_of(data).module(host_of(data).arch)).IMAGE_TOKEN_INDEX if found is None else found
 
 
 def loader(builder: ModuleType) -> Callable:

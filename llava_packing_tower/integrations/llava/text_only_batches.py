@@ -16,7 +16,7 @@ import torch
 from ...checkpoint.weights import zero3_enabled
 from .methods import Call, add_step
 from .patcher import Patches
-from .registry import mixin
+from .registry import host_of, mixin
 from .trainable_parts import is_packing_tower
 
 PREPARE = "prepare_inputs_labels_for_multimodal"
@@ -88,6 +88,8 @@ def look_up_once(arch: ModuleType, patches: Patches) -> None:
     """Have LLaVA look up the embeddings of a batch once, where ranks gather them or have other numbers of samples."""
     from .packed_step import are_weighed
 
+    keeps_padding = host_of(arch).keeps_padding
+
     def once(call: Call) -> Iterator[None]:
         self, given = call.self, call.arguments
         ids, mask = given["input_ids"], given.get("attention_mask")
@@ -96,7 +98,7 @@ def look_up_once(arch: ModuleType, patches: Patches) -> None:
             yield
             return
         inner = self.get_model()
-        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None or keeps_padding else mask.bool()
         lookup = OneLookup(inner.embed_tokens, ids[seen & (ids != arch.IMAGE_TOKEN_INDEX)])
         vars(inner)["embed_tokens"] = lookup  # in front of the module, which stays where it is
         try:

@@ -65,6 +65,9 @@ def hooked(original: Callable, builder: TowerBuilder = TOWER_BUILDER) -> Callabl
         if isinstance(saved, Mapping) and saved.get("weights") == "checkpoint":
             # LLaVA 1.x always asks to delay; these weights can only arrive while its checkpoint loads.
             given["delay_load"] = False
+        for key, value in builder.defaults:
+            if getattr(config, key, None) is None:
+                setattr(config, key, value)
         return cls(name, args=config, **given)
 
     return mark_wrapper(build_vision_tower, original)

@@ -6,6 +6,7 @@ Each looks at a host's module right before its body runs, and puts the names bac
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..patcher import Patches
+from ..registry import host_of
 from . import compat_patch
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ MOVED: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformers.trainer", "GradientAccumulationPlugin"): ("accelerate.utils",),
     ("transformers.trainer", "get_parameter_names"): ("transformers.trainer_pt_utils",),
 }
+
+
+OLD_MASKS = ("_expand_mask", "_make_causal_mask")
 
 
 def find_pruneable_heads_and_indices(
@@ -80,6 +85,66 @@ def _found(name: str, places: tuple[str, ...]) -> object:
         if hasattr(module, name):
             return getattr(module, name)
     raise ImportError(f"{name} is in none of {', '.join(places)}")
+
+
+def _taken_types(models: ModuleType) -> list[str]:
+    """Model types that files of a host register, and that this transformers has itself."""
+    from transformers import CONFIG_MAPPING
+
+    host = host_of(models)
+    folder = Path(next(iter(models.__path__))) / host.language_models.removeprefix(f"{host.models}.")
+    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.py"))]
+    registered = [
+        word for text in texts for word in re.findall(r"^AutoConfig\.register\(\"(\w+)\"", text, re.MULTILINE)
+    ]
+    return [word for word in registered if word in CONFIG_MAPPING]
+
+
+@compat_patch(
+    module="{models}",
+    reason="the host registers its model under a type that transformers has itself by now, which is an error",
+    defect=lambda models: bool(_taken_types(models)),
+    before=True,
+)
+def model_types(models: ModuleType, patches: Patches) -> None:
+    from transformers import AutoConfig
+
+    register, host = AutoConfig.register, host_of(models)
+
+    def register_anyway(model_type: str, config: type, exist_ok: bool = False) -> None:
+        register(model_type, config, exist_ok=exist_ok or host.owns(config.__module__))
+
+    patches.set(AutoConfig, "register", staticmethod(register_anyway))
+
+
+def _old_masks(package: ModuleType) -> list[tuple[str, str]]:
+    """(module, name) of the mask functions that files of a host import from models of transformers, which lost them."""
+    places = []
+    for root in package.__path__:
+        for file in sorted(Path(root).rglob("*.py")):
+            text = file.read_text(encoding="utf-8")
+            if not any(name in text for name in OLD_MASKS):
+                continue
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.models."):
+                    places += [(node.module, alias.name) for alias in node.names if alias.name in OLD_MASKS]
+    return [place for place in dict.fromkeys(places) if not hasattr(import_module(place[0]), place[1])]
+
+
+@compat_patch(
+    module="{package}",
+    reason="files of the host import mask functions that models of transformers no longer have, for text encoders and "
+    "prefix language models; the host can be imported again, and these models say so when they are called",
+    defect=lambda package: bool(_old_masks(package)),
+    before=True,
+)
+def mask_names(package: ModuleType, patches: Patches) -> None:
+    for place, name in _old_masks(package):
+
+        def gone(*args: object, place: str = place, name: str = name, **kwargs: object) -> object:
+            raise NotImplementedError(f"{place} of this transformers has no {name}, which this model of the host needs")
+
+        patches.set(import_module(place), name, gone)
 
 
 @compat_patch(

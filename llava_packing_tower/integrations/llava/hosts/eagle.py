@@ -1,0 +1,27 @@
+"""Eagle, the first one: several towers behind one name with semicolons, or one. Its training code is a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..host import Host, Part
+
+
+def recognises(root: Path) -> bool:
+    return (root / "model" / "eagle_arch.py").is_file()
+
+
+HOST = Host(
+    name="eagle",
+    title="Eagle",
+    package="eagle",
+    folder="Eagle",
+    recognises=recognises,
+    install="git clone https://github.com/NVlabs/Eagle and set LLAVA_DIR to the clone",
+    arch="model.eagle_arch",
+    meta_model="EagleMetaModel",
+    mixin="EagleMetaForCausalLM",
+    class_prefix="Eagle",
+    trainer=Part("train.eagle_trainer", "EagleTrainer"),
+    trainers=(),
+)
