@@ -330,10 +330,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         # OUTPUT CONVERSION: [N, hidden_size]
         #                 -> [B, tokens, hidden_size], or a list of [tokens_i, hidden_size]
         # ============================================================================================
-        if isinstance(images, torch.Tensor):
-            features = packed.unflatten(0, (len(grids), -1))
-        else:
-            features = split_packed(packed, grids)
+        features = packed.unflatten(0, (len(grids), -1)) if is_batch else split_packed(packed, grids)
         if not is_batch:  # back to the order of the images
             places = sorted(range(len(order)), key=order.__getitem__)
             features, grids = [features[i] for i in places], [grids[i] for i in places]
