@@ -10,6 +10,7 @@ from pathlib import Path
 from ..hf import MODEL_TYPE
 from ..integrations.llava.registry import find_host
 from ..towers.names import PACKING, tower_kind
+from ..towers.saved_tower import saved_in
 from ..utils.files import CONFIG_NAME, read_json
 from ..utils.versions import Run, filelock, impossible, installed, unmet
 from . import MODEL
@@ -89,7 +90,7 @@ def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
             f"llava or llava_onevision"
         )
     check_host_has(found, class_name(config, found.host), checkpoint)
-    in_checkpoint = (config.get("mm_packing_config") or {}).get("weights") == "checkpoint"
+    in_checkpoint = saved_in(checkpoint / CONFIG_NAME, config).get("weights") == "checkpoint"
     if in_checkpoint and not any("vision_tower." in name for name in names_in_files(checkpoint, base)):
         raise ValueError(
             f"{checkpoint} should contain the weights of its vision tower, but none of its files has a "

@@ -15,6 +15,7 @@ from ..integrations.llava.host import Host
 from ..integrations.llava.model_class import base_of, check_host_has, class_name
 from ..integrations.llava.registry import find_host
 from ..towers.names import PACKING, tower_kind
+from ..towers.saved_tower import saved_in
 from ..utils.files import CONFIG_NAME, read_json
 
 HOSTS = ("llava_next", "llava_v1")
@@ -59,7 +60,7 @@ def read_source(folder: Path, base: Path | None = None) -> Source:
     given = base_of(folder, None if base is None else str(base))
     if reasons := list(_reasons(config, name, found.host)):
         raise ValueError(f"{folder} cannot be exported: it has " + "; it has ".join(reasons))
-    note = config.get("mm_packing_config") or {}
+    note = saved_in(folder / CONFIG_NAME, config)
     if note.get("weights") == "checkpoint" and not any("vision_tower." in n for n in names_in_files(folder, given)):
         raise ValueError(f"{folder} should contain the weights of its vision tower, but none of its files has them")
     return Source(folder, None if given is None else Path(given), config, name, found.host)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ def saved_tower(args: object) -> dict[str, Any]:
         if not isinstance(saved.get(key, ""), str):
             raise ValueError(f"mm_packing_config.{key} must be a text, got {saved[key]!r:.80}")
     return dict(saved)
+
+
+def saved_in(file: Path, content: Mapping) -> dict[str, Any]:
+    """:func:`saved_tower` of the content of a config.json; the error names the file."""
+    try:
+        return saved_tower(SimpleNamespace(mm_packing_config=content.get("mm_packing_config")))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def hollow(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

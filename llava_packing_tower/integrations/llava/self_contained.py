@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...checkpoint.weights import WeightFiles
 from ...towers.names import strip_prefix
-from ...towers.saved_tower import frozen_folder, tower_fingerprint
+from ...towers.saved_tower import frozen_folder, saved_in, tower_fingerprint
 from ...utils.files import CONFIG_NAME, read_json, write_json
 from .checkpoint_files import has_weights
 
@@ -28,7 +28,7 @@ def self_contained(folder: Path, key: str = "mm_vision_tower") -> Iterator[Path]
     key: where config.json names the tower.
     """
     config = read_json(folder / CONFIG_NAME)
-    saved, name = config.get("mm_packing_config") or {}, str(config.get(key))
+    saved, name = saved_in(folder / CONFIG_NAME, config), str(config.get(key))
     if saved.get("weights") != "folder" or frozen_folder(name, saved) is not None:
         yield folder
         return
