@@ -56,6 +56,7 @@ UNKNOWN_TO_PYTHON = {
     "attention_mask": "torch.ones(1, 6, dtype=torch.long)",
     "hidden_states": "torch.rand(30, 48)",
     "grid_thw": "torch.tensor([[1, 3, 6], [1, 4, 3]])",
+    "data_url": "'data:image/png;base64,'",
 }
 """Name that a page takes for granted -> what it is; in the order in which they are made."""
 
@@ -88,6 +89,18 @@ def llava(folder: Path) -> None:
     config = {"mm_vision_tower": "packing:tower", "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava"}
     (folder / "config.json").write_text(json.dumps(config))
     torch.save({"w": torch.ones(1)}, folder / "pytorch_model.bin")
+
+
+EXPORTED = """
+import sys; from pathlib import Path; from export_checks import make_checkpoint
+from export_host_checks import CLIP, MLP
+from llava_packing_tower.export.writer import export
+folder = Path(sys.argv[1])
+made = make_checkpoint(folder / "export_parts", "llava_vit", "native", **CLIP, **MLP)
+made.rename(folder / "checkpoints" / "whole")
+export(folder / "checkpoints" / "whole", folder / "exported" / "run1")
+"""
+"""What makes a whole LLaVA (``checkpoints/whole``) and its export (``exported/run1``), in a process of its own."""
 
 
 def results(folder: Path) -> None:

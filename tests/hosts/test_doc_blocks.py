@@ -26,10 +26,11 @@ import torch
 import transformers
 import yaml
 from code_messages import messages
-from doc_blocks import MORE, PAGES, ROOT, UNKNOWN_TO_PYTHON, Block, blocks, commands, stand_in, workspace
+from doc_blocks import EXPORTED, MORE, PAGES, ROOT, UNKNOWN_TO_PYTHON, Block, blocks, commands, stand_in, workspace
 from launch_files import need_a_host
 
 from llava_packing_tower.cli.main import COMMANDS, main
+from llava_packing_tower.hf.auto import is_supported
 from llava_packing_tower.integrations.llava import compat
 from llava_packing_tower.integrations.llava.registry import all_hosts, find_host
 from llava_packing_tower.models.llava_vit import presets
@@ -41,6 +42,7 @@ from llava_packing_tower.utils import environment
 NEXT = os.environ.get("LLAVA_NEXT_DIR")
 TINY = dict(zip(presets.SIZE_FIELDS, (32, 64, 3, 2, 96)))
 BLOCKS = [block for page in PAGES for block in blocks(page)]
+CAN_LOAD = is_supported(transformers.__version__)
 HAS_FAMILIES = hasattr(transformers, "Siglip2VisionModel")
 
 
@@ -87,6 +89,9 @@ class Reader:
                 self.through_the_hook(program)
             case ["llava-packing", name, *rest]:
                 self.ours(name, rest)
+            case ["vllm", "serve", folder, *_]:  # tests/hosts/test_vllm.py serves one
+                self.make_export()
+                assert (self.folder / folder / "chat_template.jinja").is_file()
             case ["python", "-c", code]:
                 self.execute(code)
             case ["python", "-m", module, *rest]:
@@ -123,6 +128,9 @@ class Reader:
     def ours(self, name: str, words: list[str]) -> None:
         """A command of this package, in this process. What is written over is what an earlier line has written."""
         assert name in COMMANDS, name
+        if name in ("export", "import"):
+            self.in_a_process_of_its_own(name, words)
+            return
         if name == "doctor" and (name, *words) in self.examined:  # half a minute on a busy machine
             return
         for flag in ("--output_dir", "--output_path"):
@@ -140,6 +148,11 @@ class Reader:
             for work in words[words.index("--work") + 1].split(","):
                 parse_workload(work, patch_size=14)
         if name == "eval":
+            if words[0].startswith("exported"):
+                self.make_export()
+                if not CAN_LOAD:
+                    assert main([name, *words]) == 2 and "needs transformers 4.57" in self.capsys.readouterr().err
+                    return
             self.monkeypatch.setattr("llava_packing_tower.eval.runner.run_tasks", lambda evaluation, tasks, _: {})
         words = [*words, *MORE.get(name, "").split()]
         if "--training-step" in words:  # in another process, for it changes LLaVA
@@ -162,6 +175,23 @@ class Reader:
             assert status == 2 and "transformers" in output.err
         else:
             assert status == 0, f"{name} {' '.join(words)}\n{output.out}\n{output.err}"
+
+    def in_a_process_of_its_own(self, name: str, words: list[str]) -> None:
+        """`export` and `import`, of a whole LLaVA: those that the pages name are only as much as `eval` asks of."""
+        self.make_export()
+        words = ["checkpoints/whole" if word == "checkpoints/llava_qwen_packing" else word for word in words]
+        for folder in ("exported/run1_lora", "checkpoints/run1_again", "checkpoints/run1_lora"):
+            self.set_aside(self.folder / folder)
+        if "exported/run1_lora" in words:  # what a block of Python writes
+            shutil.copytree(self.folder / "exported" / "run1", self.folder / "exported" / "run1_lora")
+        if name == "export":
+            self.set_aside(self.folder / words[words.index("--output_dir") + 1])
+        self.printed += self.python(["-m", "llava_packing_tower", name, *words])
+
+    def make_export(self) -> None:
+        need_a_host()
+        if not (self.folder / "exported").exists():
+            self.python(["-c", EXPORTED, str(self.folder)])
 
     def set_aside(self, path: Path) -> None:
         """Out of the way of the next command; :meth:`put_back` undoes it."""
@@ -233,6 +263,13 @@ class Reader:
     def execute(self, code: str) -> None:
         """Python, in this process; in another where LLaVA is changed."""
         code = f"{supplied(code, set(vars(self.module)))}\n{stand_in(code)}"
+        if "openai" in code:  # tests/hosts/test_vllm.py asks a server
+            compile(code, "a block of the docs", "exec")
+            return
+        if "AutoModelForImageTextToText" in code:
+            if not CAN_LOAD:
+                pytest.skip("exports need transformers 4.57")
+            self.make_export()
         if changes_llava(code):
             need_a_host()
             self.python(["-c", code])
@@ -346,10 +383,15 @@ RULES = {
 }
 
 
+def is_newest(block: Block) -> bool:
+    """Whether a block is run with the newest transformers too."""
+    return "align" in block.text or (block.page.name == "export.md" and block.language == "python")
+
+
 @pytest.mark.timeout(600)  # conversion.md verifies three checkpoints on photographs
 @pytest.mark.parametrize(
     "block",
-    [pytest.param(b, marks=pytest.mark.newest if "align" in b.text else []) for b in BLOCKS],
+    [pytest.param(b, marks=pytest.mark.newest if is_newest(b) else []) for b in BLOCKS],
     ids=str,
 )
 def test_block(block, folder, monkeypatch, capsys):
