@@ -108,6 +108,16 @@ def test_the_best_size_is_found_and_keeps_its_turns(monkeypatch):
     assert found.best.size == Size(16, False) and found.best.rate == pytest.approx(25) and not found.failed
 
 
+def test_a_size_that_does_not_fit_any_more_leaves_its_turns_to_the_next_best(monkeypatch):
+    seconds = {(8, False): 0.05, (16, False): 0.04, (24, False): 0.03}
+    found, turns = contest(monkeypatch, seconds)
+    found.turn(lambda: False)
+    seconds[24, False] = None
+    found.turn(lambda: False)
+    found.turn(lambda: False)
+    assert turns[3:] == [(24, False), (16, False)] and found.best.size == Size(16, False)
+
+
 def test_the_search_ends_where_larger_is_slower_and_with_the_time(monkeypatch):
     seconds = {(8, True): 0.05, (10, True): 0.06, (12, True): 0.01, (4, False): 0.04, (6, False): 0.03}
     found, turns = contest(monkeypatch, seconds)

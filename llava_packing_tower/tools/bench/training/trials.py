@@ -267,6 +267,7 @@ class Contest:
             self.best.turn()
             if self.best.failure:  # what did fit once does not always, where memory lies in pieces
                 logger.warning("%s: %s failed in a later turn: %s", self.row.name, self.best.size, self.best.failure)
+                self._choose()
 
     def _search(self, time_is_up: Callable[[], bool]) -> None:
         stopped = set()
@@ -278,9 +279,12 @@ class Contest:
             best = max((t.rate or 0.0 for t in self.trials if t.size.checkpointing == kind), default=0.0)
             if trial.failure or (trial.rate or 0.0) < self.SLOWER * best:
                 stopped.add(kind)
-            done = [t for t in self.trials if t.rate]
-            self.best = max(done, key=lambda t: t.rate) if done else None
+            self._choose()
         self.searched = True
+
+    def _choose(self) -> None:
+        done = [t for t in self.trials if t.rate]
+        self.best = max(done, key=lambda t: t.rate) if done else None
 
     def record(self, peak_rate: float | None) -> dict:
         tried = {str(t.size): t.rate or t.failure for t in self.trials if t.rate or t.failure}
