@@ -225,9 +225,7 @@ class Dealing:
         ends_here, losses = accelerator.sync_gradients, [torch.zeros((), device=trainer.args.device)]
         with self.times.measuring(sum(part["cost"] for part in parts), trainer.args.device):
             for number, part in enumerate(parts, 1):
-                weighed = contextlib.nullcontext()
-                if part["weights"] is not None:
-                    weighed = weighing(SampleWeights(part["weights"], part["tokens"], part["supervised"]))
+                weighed = weighing(SampleWeights(part["weights"], part["tokens"], part["supervised"]))
                 ends = ends_here and number == len(parts)
                 with self._ending(accelerator, model, ends), self._cutting(), weighed:
                     call.arguments["inputs"] = part["batch"]

@@ -31,7 +31,7 @@ from ...multimodal.dealing import (
 from ...multimodal.supervised_head import IGNORE
 from .arguments_table import MICRO_BATCHES, TOKENS
 from .dealing_report import Dealings
-from .left_out import LeftOut
+from .left_out import PLACEHOLDER_SUPERVISED, PLACEHOLDER_TOKENS, LeftOut
 from .sample_sizes import SizeReader
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ class Place(NamedTuple):
     supervised: int
     cost: float = 0.0
     logged: float = 1.0
+
+
+NOTHING = Place(-1, 0, 0.0, PLACEHOLDER_TOKENS, PLACEHOLDER_SUPERVISED)
 
 
 class Sample(NamedTuple):
@@ -278,8 +281,8 @@ class DealtCollator:
     """Collates the micro-batches of a training step, each with the host's collator.
 
     Returns ``{DEALT: [{"batch", "weights", "tokens", "supervised", "cost", "logged"}, ...]}`` and, for what the trainer
-    counts in a batch, ``input_ids`` and ``labels`` of all of them. A micro-batch of which no sample could be read has
-    no weights.
+    counts in a batch, ``input_ids`` and ``labels`` of all of them. A micro-batch of which no sample could be read
+    has the placeholder, whose weight is zero: the other ranks take the same way through the model.
     """
 
     def __init__(self, collate: Callable[[Sequence[Mapping]], dict]) -> None:
@@ -292,7 +295,9 @@ class DealtCollator:
         made = []
         for part in parts.values():
             places = [sample.place for sample in part if not isinstance(sample.item, LeftOut)]
-            weights = torch.tensor([place.weight for place in places], dtype=torch.float64) if places else None
+            if not places:
+                places = [NOTHING]
+            weights = torch.tensor([place.weight for place in places], dtype=torch.float64)
             made.append(
                 {
                     "batch": self.collate([sample.item for sample in part]),

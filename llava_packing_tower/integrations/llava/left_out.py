@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 NOTE = "packing_left_out"
 """Where a batch carries what was left out of it: ``samples``, and whether nothing else is in it (``empty``)."""
 FILE = "left_out_samples.json"
+PLACEHOLDER_TOKENS, PLACEHOLDER_SUPERVISED = 2, 1
+"""Of :func:`placeholder` in its step: two words, of which the first predicts the second."""
 NAMED = 20
 IGNORE = -100
 _RECORDS = "_llava_packing_left_out"
@@ -106,7 +108,7 @@ def placeholder(tokenizer: object, blank: object) -> dict[str, object]:
     """
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     words = (tokenizer.eos_token_id, tokenizer.bos_token_id, 0, 1)
-    ids = torch.tensor([next(word for word in words if word not in (None, pad))] * 2)
+    ids = torch.tensor([next(word for word in words if word not in (None, pad))] * PLACEHOLDER_TOKENS)
     sample = {"id": None, "input_ids": ids, "labels": torch.full_like(ids, IGNORE)}
     return sample if blank is None else {**sample, "image": blank}
 
