@@ -18,6 +18,9 @@ from .native_config import NativeSettings
 from .smart_resize import SmartResize
 
 _lists_are_videos: ContextVar[bool] = ContextVar("lists_are_videos", default=False)
+_side: ContextVar[int | None] = ContextVar("side", default=None)
+KEPT = 0
+"""In place of a side: squares keep the size that they have."""
 
 
 class NativeImageProcessor(PackingImageProcessor):
@@ -47,13 +50,35 @@ class NativeImageProcessor(PackingImageProcessor):
     def read_images_as(self, reading: ImageReading) -> None:
         self.image_reading = self.base.image_reading = reading
 
+    @contextlib.contextmanager
+    def placed(self, side: int | None) -> Iterator[None]:
+        """In here, and in this thread, square images get ``side`` patches (or are ``KEPT``), whatever the bounds are:
+        each patch has a position of its own. None for images without.
+
+        Raises ``ValueError`` for a side that the projector cannot merge.
+        """
+        if side and any(side * self.rule.patch_size % unit for unit in self.rule.unit):
+            raise ValueError(
+                f"positions of {side} x {side} patches, which a projector that merges "
+                f"{' x '.join(map(str, self.rule.merge))} cannot take"
+            )
+        token = _side.set(None if side is None else side * self.rule.patch_size)
+        try:
+            yield
+        finally:
+            _side.reset(token)
+
     def to_dict(self) -> dict:
         """That of ``base``: the rule belongs to the model's config, where the settings are."""
         return self.base.to_dict()
 
     def _resized(self, image: Image.Image, max_patches: int | None = None) -> Image.Image:
         check_header(image.size, self.image_reading, native=True)
-        target = self.rule.size(*image.size, max_patches=max_patches)
+        side = _side.get()
+        if side is not None and image.width == image.height:
+            target = (side or image.width,) * 2
+        else:
+            target = self.rule.size(*image.size, max_patches=max_patches)
         return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:

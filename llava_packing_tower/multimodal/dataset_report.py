@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..data.codec import DEFAULT_PATCHES, MOSAICS, mosaic_side
 from ..data.images import read_size
 from ..data.native_image_processor import NativeImageProcessor
+from ..data.placed_samples import POSITIONS, read_array, selector_of, square_side
 from ..data.samples import images_of, spread_indices
 from ..data.video import probe_clip
 from .truncation import cut_tokens
@@ -97,15 +99,26 @@ def measure(
         counts = []
         for name in images_of(sample, sampling is not None):
             try:
-                counts.append(
-                    _measure_one(report, os.path.join(folder, name), "image" in sample, processor, layout, sampling)
-                )
+                file, exact = os.path.join(folder, name), exact_grid(sample, folder, processor)
+                counts.append(_measure_one(report, file, "image" in sample, processor, layout, sampling, exact))
             except (OSError, ValueError):
                 report.unreadable.append(name)
         report.measured += 1
         if len(counts) == len(images_of(sample, sampling is not None)):
             _measure_text(report, [token == image_token for token in to_ids(sample)], counts)
     return report
+
+
+def exact_grid(sample: Mapping, folder: str, processor: NativeImageProcessor) -> tuple[int, int] | None:
+    """Frames and patches per side of the images, or of the mosaics, of a sample with positions for squares."""
+    if selector_of(sample):
+        budget = processor.settings.video_max_patches or DEFAULT_PATCHES
+        return MOSAICS, mosaic_side(budget, budget)
+    given, images = sample.get(POSITIONS), images_of(sample, False)
+    if not isinstance(given, str) or not images:
+        return None
+    side = square_side(len(read_array(os.path.join(folder, given))), len(images))
+    return None if side is None else (1, side)
 
 
 def _measure_one(
@@ -115,8 +128,19 @@ def _measure_one(
     processor: NativeImageProcessor,
     layout: TokenLayout,
     sampling: Mapping[str, object] | None,
+    exact: tuple[int, int] | None = None,
 ) -> int:
-    """Visual tokens of a file. Raises what the reader raises for one that it cannot read."""
+    """Visual tokens of a file; ``exact``: its frames and patches per side, where positions tell.
+
+    Raises what the reader raises for one that it cannot read.
+    """
+    if exact is not None:
+        frames, side = exact
+        merge = processor.rule.merge
+        count = token_count((frames, side // merge[0], side // merge[1]), not is_image, layout)
+        report.patches.append(side * side)
+        report.tokens.append(count)
+        return count
     if is_image:
         (width, height), frames, bound = read_size(file, processor.image_reading.exif), 1, None
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import left_out_checks
+import native_codec_checks
 import native_data_checks
 import native_tiles_checks
 import native_video_checks
@@ -33,6 +34,7 @@ CHECKS = {
     **native_tiles_checks.CHECKS,
     **left_out_checks.CHECKS,
     **odd_images_checks.CHECKS,
+    **native_codec_checks.CHECKS,
 }
 
 

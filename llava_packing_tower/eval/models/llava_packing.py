@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...checkpoint.folder_hash import identity
+from ...data.codec import SELECTORS
 from ...integrations.llava import batched_inference, install
 from ...integrations.llava.inference import load_checkpoint
 from ...utils.supervise import watch_launcher
@@ -39,6 +40,7 @@ class LlavaPacking(lmms):
         batch_size: requests that are answered together; the images of all of them are one packed pass.
         device: "cuda", "cuda:1", "cpu"; default the GPU of this process, or the CPU.
         max_frames_num: frames that are read of each video.
+        positions_thw: ``codec`` (or ``codec-video-prep``): of video files the patches in which something happens.
         weights: the identity of the weights, refused if it is another one; makes ``--use_cache`` safe.
 
     Raises ``ValueError`` for a checkpoint that lacks weights, or whose weights are not those that were announced.
@@ -56,6 +58,7 @@ class LlavaPacking(lmms):
         device: str | None = None,
         max_frames_num: int | str = 32,
         weights: str | None = None,
+        positions_thw: str | None = None,
     ) -> None:
         super().__init__()
         watch_launcher()
@@ -80,6 +83,11 @@ class LlavaPacking(lmms):
             raise ValueError(f"batch_size must be a whole number from 1, got {batch_size!r}")
         self.batch_size = int(batch_size)
         self.max_frames = int(max_frames_num)
+        if positions_thw is not None and (positions_thw not in SELECTORS or exported):
+            raise ValueError(
+                f"positions_thw must be one of {', '.join(SELECTORS)}, for a LLaVA checkpoint, got {positions_thw!r}"
+            )
+        self.more = {} if positions_thw is None else {"positions_thw": positions_thw}
         tower = self.model.model.vision_tower if exported else self.model.get_vision_tower()
         print(
             f"llava_packing: rank {self._rank} of {self._world_size} on {self._device}, {type(self.model).__name__} in "
@@ -242,7 +250,9 @@ class LlavaPacking(lmms):
             step = (len(visuals) - 1) / max(count - 1, 1)
             visuals = [[visuals[int(i * step)] for i in range(count)]]
         with refusals(task, doc_id):
-            return self.inference.prepare(self.loaded, context, visuals, self.conversation, self.max_frames, answer)
+            return self.inference.prepare(
+                self.loaded, context, visuals, self.conversation, self.max_frames, answer, **self.more
+            )
 
     def _batches(
         self, texts: Sequence[str], prepared: Callable[[int], object], groups: Sequence[str]

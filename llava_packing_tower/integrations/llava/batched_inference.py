@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...data.codec import DEFAULT_PATCHES, codec_clip
 from ...data.images import ImageReading, to_rgb
 from ...data.native_config import asks_for_native
+from ...data.native_image_processor import KEPT
 from ...data.video import Clip, read_clip
 from ...multimodal.visual_inputs import VIDEO
 from .inference import Checkpoint, as_read, build_prompt, host_module, takes_modalities, trains_with_lists
@@ -80,12 +82,16 @@ def prepare(
     conversation: str,
     max_frames: int = 32,
     answer: str | None = None,
+    positions_thw: str | None = None,
 ) -> Question:
     """A question about images (PIL), videos (paths, of which ``max_frames`` evenly spaced frames are read) and lists of
     frames.
 
     An ``<image>`` for each goes in front of the text, unless the text has them already. Raises ``ValueError`` where it
     has more or fewer, for a video that cannot be read, and for videos where the model takes none.
+
+    positions_thw: ``codec`` or ``codec-video-prep`` for the patches of video files in which something happens, in
+    place of their frames (at native resolution), as many as ``mm_packing_video_max_patches`` of the model.
     """
     constants, utilities = host_module("constants", loaded.model), host_module("mm_utils", loaded.model)
     mark = constants.DEFAULT_IMAGE_TOKEN
@@ -107,14 +113,16 @@ def prepare(
     scored = 0 if answer is None else len(ids) - len(to_ids(None))
     if not visuals:
         return Question(ids, answer=scored)
-    parts = [_pixels(loaded, visual, len(visuals) > 1, max_frames) for visual in visuals]
+    parts = [_pixels(loaded, visual, len(visuals) > 1, max_frames, positions_thw) for visual in visuals]
     pixels, kinds, details = zip(*parts)
     native = asks_for_native(loaded.model.config)
     key = "native" if native else "tensor" if all(p.dim() == 3 for p in pixels) else "list"
     return Question(ids, pixels, kinds, details, scored, key)
 
 
-def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) -> tuple[torch.Tensor, str, object]:
+def _pixels(
+    loaded: Checkpoint, visual: object, several: bool, max_frames: int, selector: str | None
+) -> tuple[torch.Tensor, str, object]:
     """Pixels, kind and detail of one image or video."""
     config, native = loaded.model.config, asks_for_native(loaded.model.config)
     if isinstance(visual, Image.Image):
@@ -131,6 +139,8 @@ def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) 
             f"{type(loaded.model).__name__} of LLaVA 1.x takes videos only from checkpoints that were trained with "
             f"image_aspect_ratio: native; use LLaVA-NeXT"
         )
+    if selector is not None and isinstance(visual, str):
+        return _codec_pixels(loaded, visual, selector)
     reading = loaded.image_processor.image_reading
     clip = read_clip(visual, upbound=max_frames, force=True) if isinstance(visual, str) else _clip_of(visual, reading)
     pixels = loaded.image_processor.preprocess(clip.frames, return_tensors="pt")["pixel_values"]
@@ -140,6 +150,20 @@ def _pixels(loaded: Checkpoint, visual: object, several: bool, max_frames: int) 
         return pixels, VIDEO, size
     places = {"frame_indices": torch.tensor(clip.indices), "total_frames": clip.total}
     return pixels, VIDEO, {"size": size, "modality": VIDEO, **places}
+
+
+def _codec_pixels(loaded: Checkpoint, file: str, selector: str) -> tuple[torch.Tensor, str, object]:
+    """The mosaics of a video file, and where their patches stand. Raises ``ValueError`` for a model that is not one of
+    native resolution."""
+    if not asks_for_native(loaded.model.config):
+        raise ValueError(f"positions_thw {selector!r} needs a model that was trained with image_aspect_ratio: native")
+    processor = loaded.image_processor
+    budget = processor.settings.video_max_patches or DEFAULT_PATCHES
+    clip = codec_clip(file, processor.rule.patch_size, budget, selector)
+    with processor.placed(KEPT):
+        pixels = processor.preprocess(clip.mosaics, return_tensors="pt")["pixel_values"]
+    size = (clip.mosaics.shape[2], clip.mosaics.shape[1])
+    return pixels, VIDEO, {"size": size, "modality": VIDEO, "patch_positions": torch.from_numpy(clip.positions)}
 
 
 def _clip_of(frames: Sequence[Image.Image], reading: ImageReading) -> Clip:

@@ -10,19 +10,22 @@ import copy
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
-import numpy as np
 import torch
 
+from ...data.codec import DEFAULT_PATCHES, CodecClip, codec_clip
 from ...data.image_processor import PackingImageProcessor, raw_pixels
-from ...data.images import HostImage, UnreadableImage, check_file, fit_of, reading_as
+from ...data.images import HostImage, check_file, fit_of, reading_as
 from ...data.native_config import asks_for_native
+from ...data.native_image_processor import KEPT
+from ...data.placed_samples import POSITIONS, mark_datasets, read_array, refuse_positions, selector_of, square_side
 from ...data.samples import MEDIA, check_places, drop_empty_media, images_of
-from ...data.video import Clip, check_video, read_clip, video_errors
+from ...data.video import check_video, read_clip, video_errors
 from ...multimodal.dataset_report import measure
 from .arguments import current_arguments
 from .left_out import NOTE, leave_out, note, one_sample, placeholder, split
@@ -35,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 DETAILS = "packing_details"
 """Where a sample carries what LLaVA has no place for: a ``multimodal.visual_inputs.Detail`` for each of its images."""
-POSITIONS = "positions_thw"
 
 
 def into_training(train: ModuleType, patches: Patches) -> None:
@@ -77,6 +79,16 @@ def empty_media(call: Call) -> Iterator[None]:
     """A dataset that was made: samples with ``image: null`` or an empty path are samples of text."""
     yield
     drop_empty_media(call.self.list_data_dict)
+    data_args = call.self.data_args
+    mark_datasets(call.arguments.get("data_path") or "", call.self.list_data_dict)
+    ours = isinstance(getattr(data_args, "image_processor", None), PackingImageProcessor)
+    if ours and not asks_for_native(data_args) and not host_places(call.self):
+        refuse_positions(call.self.list_data_dict, data_args.image_aspect_ratio)
+
+
+def host_places(dataset: object) -> bool:
+    """Whether the host itself gives positions to its tower: OneVision-Encoder's LLaVA."""
+    return hasattr(sys.modules[type(dataset).__module__], "build_patch_positions")
 
 
 def keep_sizes(call: Call) -> Iterator[None]:
@@ -97,9 +109,17 @@ class ClipReader:
 
     def __init__(self, original: Callable) -> None:
         self.original, self.last = original, None
+        self.selector: str | None = None
+        """What makes the patches of the sample that is being read; None for its frames."""
 
     def __call__(self, video_file: str, data_args: object) -> tuple:
         check_file(video_file)
+        if self.selector is not None:
+            processor = data_args.image_processor
+            budget = processor.settings.video_max_patches or DEFAULT_PATCHES
+            clip = self.last = codec_clip(video_file, processor.rule.patch_size, budget, self.selector)
+            times = ",".join(f"{index / clip.fps:.2f}s" for index in clip.indices)
+            return clip.mosaics, clip.total / clip.fps, times, len(clip.indices)
         if not asks_for_native(data_args) and find_spec("decord"):
             with video_errors(video_file):
                 return self.original(video_file, data_args)
@@ -135,10 +155,13 @@ def sample_details(call: Call, reader: ClipReader | None) -> Iterator[None]:
             yield
         blank_as_bytes(call.result, self, i)
         return
+    source = self.list_data_dict[i] if isinstance(i, int) else {}
+    selector, video = selector_of(source), "video" in source
     if reader is not None:
-        reader.last = None
-    video = isinstance(i, int) and "video" in self.list_data_dict[i]
-    with self.data_args.image_processor.reading(video), reading_sample(self, i):
+        reader.last, reader.selector = None, selector
+    processor = self.data_args.image_processor
+    side = side_of(source, self.data_args, selector)
+    with processor.reading(video), processor.placed(side), reading_sample(self, i):
         yield
     sample = blank_as_bytes(call.result, self, i)
     if "image" in sample:
@@ -171,7 +194,9 @@ def make_details(
     """
     tensors = [image[0] for image in images] if isinstance(images, list) else [images]
     details: list[dict] = [{} for _ in tensors]
-    clip: Clip | None = reader.last if reader is not None and "video" in source else None
+    clip = reader.last if reader is not None and "video" in source else None
+    if isinstance(clip, CodecClip):
+        return [{"patch_positions": torch.from_numpy(clip.positions)}]
     if clip is not None and len(clip.indices) == len(tensors[0]):
         details[0] = {"frame_indices": torch.tensor(clip.indices), "total_frames": clip.total}
     if POSITIONS in source:
@@ -192,27 +217,19 @@ def make_details(
 def read_positions(source: Mapping, data_args: object) -> torch.Tensor:
     """The sample's positions (frame, row, column), float32 ``[num_patches, 3]``, from its ``.npy`` file.
 
-    Its path is absolute, or relative to the folder of the sample's images or videos. Raises ``ValueError`` for an array
-    of another shape.
+    Its path is absolute, or relative to the folder of the sample's images or videos. Raises as ``read_array`` does.
     """
     folder = getattr(data_args, "video_folder" if "video" in source else "image_folder", None) or ""
     if not isinstance(source[POSITIONS], str):
         raise ValueError(f"sample {source.get('id')}: {POSITIONS} must be a file, got {source[POSITIONS]!r:.80}")
-    file = os.path.join(folder, source[POSITIONS])
-    check_file(file)
-    try:
-        # Mapped: a header that claims more than the file holds allocates nothing.
-        found = np.load(file, allow_pickle=False, mmap_mode="r")
-        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
-            raise ValueError(f"it holds {getattr(found, 'dtype', type(found).__name__)}, not an array of numbers")
-        positions = torch.from_numpy(found.astype(np.float32))
-    except Exception as error:  # NumPy reads the header as Python text: a damaged one raises anything at all
-        raise UnreadableImage(f"{file} is no file of positions: {error or type(error).__name__}", file) from error
-    if positions.dim() != 2 or positions.shape[1] != 3:
-        raise ValueError(f"{file}: positions must be [num_patches, 3], got {list(positions.shape)}")
-    if not positions.isfinite().all():
-        raise ValueError(f"{file}: {int((~positions.isfinite()).sum())} positions are NaN or infinite")
-    return positions
+    return torch.from_numpy(read_array(os.path.join(folder, source[POSITIONS])))
+
+
+def side_of(source: Mapping, data_args: object, selector: str | None) -> int | None:
+    """Patches along the side of a sample's square images, where its positions tell; see ``placed``."""
+    if POSITIONS not in source or "video" in source:
+        return KEPT if selector else None
+    return square_side(len(read_positions(source, data_args)), len(images_of(source, False)))
 
 
 def report_tokens(train: ModuleType, samples: Sequence[Mapping], tokenizer: object, data_args: object) -> None:
