@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 
 from ..integrations.llava.arguments_table import PLUGIN_ARGUMENTS
@@ -20,8 +21,9 @@ RENAMED = {
     "use_cpu": "no_cuda",
 }
 REQUIRED = ("model_name_or_path", "vision_tower", "data_path", "output_dir")
-LONGEST, MOST = 4096, 2**63
-"""Of a text, and of a number: what a path or a command line can hold."""
+LONGEST, LONGEST_NAME, MOST = 4096, 255, 2**63
+"""Of a text, of a name in a path, and of a number: what a file system or a command line can hold."""
+NAMES_FILES = re.compile(r"path|folder|dir|tower$|adapter|deepspeed")
 TRUE, FALSE = ("true", "yes", "1", "y", "t"), ("false", "no", "0", "n", "f")
 
 
@@ -76,8 +78,12 @@ def _checked(key: str, value: object, argument: Argument) -> object:
     kind = argument.annotation.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
     if isinstance(value, list) and kind in ("bool", "int", "float", "str"):
         raise UsageError(f"{key}: expected one value, got {len(value)}: {value!r:.60}")
+    if kind == "str" and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
     if isinstance(value, str) and not _is_text(value):
         raise UsageError(f"{key}: expected a text of up to {LONGEST} bytes, got {value!r:.60}")
+    if isinstance(value, str) and NAMES_FILES.search(key) and max(map(len, value.split("/"))) > LONGEST_NAME:
+        raise UsageError(f"{key}: no file has a name of more than {LONGEST_NAME} letters, got {value!r:.60}")
     if kind == "bool":
         if str(value).lower() not in TRUE + FALSE:
             raise UsageError(f"{key}: expected true or false, got {value!r}")

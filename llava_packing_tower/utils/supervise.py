@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 LAUNCHER_ENV = "LLAVA_PACKING_LAUNCHER"
@@ -82,6 +83,17 @@ def _end_group(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def _started_by(launcher: str) -> Iterator[int]:
+    """The processes that have this launcher in their environment."""
+    mark = f"{LAUNCHER_ENV}={launcher}".encode()
+    for entry in os.scandir("/proc"):
+        try:
+            if entry.name.isdigit() and mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                yield int(entry.name)
+        except OSError:  # it has just ended, or is another user's
+            continue
+
+
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -141,6 +153,9 @@ def child(command: Sequence[str], environment: Mapping[str, str], **options: Any
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what is left of its session
+        for pid in _started_by(identity()):  # in other sessions, and perhaps frozen: it cannot look at its launcher
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         if process.stdout is not None:
             process.stdout.close()

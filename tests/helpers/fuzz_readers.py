@@ -39,7 +39,7 @@ SECONDS = 20
 KEY = re.compile(
     r"(?<!\w)(mm_\w+|vision_tower|model_name_or_path|data_path|image_folder|output_dir|deepspeed|learning_rate|max_steps"
     r"|version|bf16|attn_implementation|model_max_length|image_aspect_ratio|unknown key|--hostfile needs pdsh"
-    r"|checkpoint folder)(?!\w)"
+    r"|checkpoint folder|report_to)(?!\w)"
 )
 PHOTO = Image.fromarray((np.arange(40 * 28 * 3) % 251).astype(np.uint8).reshape(28, 40, 3))
 SINGLE = {"mm_vision_select_layer": -1, "mm_projector_type": "linear"}

@@ -27,11 +27,12 @@ FAULTS = {
 CUSTOM = """
 import os, sys
 if os.environ.get("RANK") == "2":
-    import importlib.abc, importlib.machinery
+    import functools, importlib.abc, importlib.machinery
     def fault():
         {fault}
     def wrap(trainer):
         step, count = trainer.Trainer.training_step, [0]
+        @functools.wraps(step)
         def training_step(self, *args, **kwargs):
             count[0] += 1
             if count[0] == 3:
