@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .images import NATIVE, ImageReading, UnreadableImage, check_header, open_image, read_size
-from .samples import LOOKED_FOR, check_places, check_turns, data_files, images_of, load_samples, refuse, spread_indices
+from .samples import (
+    LOOKED_FOR,
+    check_pairs,
+    check_places,
+    check_turns,
+    data_files,
+    images_of,
+    load_samples,
+    refuse,
+    spread_indices,
+)
 from .video import check_video, has_reader, read_clip
 
 TOGETHER = 1024
@@ -128,18 +138,23 @@ class MediaCheck:
         ]
 
 
-def check_data(data_path: str, media: MediaCheck, look: Callable[[Sequence[Mapping]], None] | None = None) -> int:
+def check_data(
+    data_path: str, media: MediaCheck, look: Callable[[Sequence[Mapping]], None] | None = None, pairs: bool = False
+) -> int:
     """Check all samples that ``data_path`` stands for; returns their number.
 
-    ``look`` is called with the samples of each file, after they were found to be right.
+    ``look`` is called with the samples of each file, after they were found to be right. pairs: of answers, for DPO.
     Raises ``ValueError`` that names the file and the samples.
     """
     count = 0
     for file in data_files(data_path):
         samples = load_samples(file)
         try:
-            check_turns(samples)
-            check_places(samples, media.reads_videos)
+            if pairs:
+                check_pairs(samples)
+            else:
+                check_turns(samples)
+                check_places(samples, media.reads_videos)
             media.look(samples)
             if look is not None:
                 look(samples)

@@ -114,6 +114,20 @@ def load_samples(file: Path) -> list[dict]:
     return samples
 
 
+def check_pairs(samples: Sequence[Mapping]) -> None:
+    """Raises ``ValueError`` with the samples that are no pair of answers: ``prompt``, ``chosen`` and ``rejected``, and
+    one image or video (LLaVA-NeXT puts one ``<image>`` in front of the prompt)."""
+    wrong = []
+    for index, sample in enumerate(samples):
+        name = f"sample {sample.get('id', index)}"
+        lacking = [key for key in ("prompt", "chosen", "rejected") if not isinstance(sample.get(key), str)]
+        if lacking:
+            wrong.append(f"{name}: no text under {', '.join(lacking)}")
+        elif (count := len(images_of(sample, reads_videos=True))) != 1:
+            wrong.append(f"{name}: {count} images, and one <image> in front of its prompt")
+    refuse(f"{len(wrong)} of {len(samples)} samples are no pairs of answers", wrong)
+
+
 def check_turns(samples: Sequence[Mapping]) -> None:
     """Raises ``ValueError`` with the samples whose conversation is missing, empty, or not of ``{"from", "value"}``."""
     wrong = []

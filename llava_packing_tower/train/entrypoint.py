@@ -6,6 +6,7 @@ Started by the launcher (`llava-packing train`) as ``-m llava_packing_tower.trai
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import os
 import sys
@@ -37,7 +38,8 @@ def main() -> None:
     trainers = callbacks.install(train, Patches())
     # The host seeds when it makes its trainer, after the projector got its random weights: runs would differ.
     set_seed(int(_argument("seed") or TrainingArguments.seed))
-    train.train(attn_implementation=_argument("attn_implementation"))
+    takes = inspect.signature(train.train).parameters
+    train.train(**{name: _argument(name) for name in ("attn_implementation",) if name in takes})
     callbacks.finish(trainers)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         leave()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..data.native_config import KEYS, NATIVE, PREFIX, check_settings
 from ..integrations.llava.host import Argument, FoundHost
 from ..integrations.llava.registry import find_host
 from ..towers.names import PACKING, STANDARD, random_clip, strip_prefix, tower_kind
+from ..utils import environment as variables
 from ..utils.errors import UsageError
 from ..utils.files import read_json
 from ..utils.hub import check_is_here
@@ -33,6 +34,7 @@ from .preflight import check_precision, check_samples, check_values
 from .resume import finished, last_complete, misfit, read_saved
 from .run_lock import LOCK, LOCK_ENV
 
+TRAINER_KEY = "trainer"
 ENTRY = "llava_packing_tower.train.entrypoint"
 TOWER_WORDS = {PACKING: "packing tower", STANDARD: "standard LlavaViT", None: "LLaVA's own"}
 
@@ -219,6 +221,11 @@ def make_plan(
     for key, value in read_overrides(overrides).items():
         given.pop(next((k for k in given if ALIASES.get(k, k) == ALIASES.get(key, key)), key), None)
         given[key] = value
+    trainer = str(given.pop(TRAINER_KEY, None) or "sft")
+    try:
+        found = replace(found, host=found.host.with_trainer(trainer))
+    except ValueError as error:
+        raise UsageError(f"{TRAINER_KEY}: {error}") from error
     known = known_arguments(found)
     values = resolve(given, known, found)
     check_values(values, found)
@@ -245,7 +252,7 @@ def make_plan(
     check_resume(plan)
     checked = check_samples(values, found, known.get("model_max_length"), check_images)
     plan.samples, plan.cut, plan.media = checked
-    plan.environment = _environment(plan)
+    plan.environment = {**_environment(plan), variables.TRAINER: trainer}
     plan.command = _command(plan)
     return plan
 

@@ -199,7 +199,8 @@ def check_samples(
         with progress("reading images") if all_files else nullcontext() as shown:
             media = media_check(values, found, all_files)
             media.progress = shown or media.progress
-            count = check_data(str(values["data_path"]), media, look)
+            pairs = found.host.dataset == "DPODataset"
+            count = check_data(str(values["data_path"]), media, None if pairs else look, pairs)
         return count, lengths and lengths.result(), media.lines()
     except ValueError as error:
         of_a_key = str(error).startswith(("model_", "mm_packing_"))

@@ -26,6 +26,7 @@ GRAPHS = "LLAVA_PACKING_CUDA_GRAPHS"
 ATTENTION = "LLAVA_PACKING_ATTENTION"
 DISABLE_PATCHES = "LLAVA_PACKING_DISABLE_PATCHES"
 ENCODER_TOKENS = "LLAVA_PACKING_ENCODER_TOKENS"
+TRAINER = "LLAVA_PACKING_TRAINER"
 LLAVA_DIR = "LLAVA_DIR"
 NEXT_DIR = "LLAVA_NEXT_DIR"
 PEAK_TFLOPS = "LLAVA_PACKING_PEAK_TFLOPS"
@@ -65,6 +66,7 @@ VARIABLES = {
         Variable(
             "LLAVA_PACKING_RUN_LOCK", "a file", "Set by `train` for its processes: the lock of the output folder."
         ),
+        Variable(TRAINER, "sft or dpo", "Set by `train` for its processes: which trainer of the host."),
         Variable("LLAVA_PACKING_LAUNCHER", "a process", "Set by `train` for its processes: the launcher."),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,8 +74,10 @@ class Host:
     """Modules that do not work with this package, each with the reason."""
     folder: str = ""
     """Where in a clone of its repository the package lies, if not at the top."""
-    trainers: tuple[str, ...] = ("train",)
-    """What `llava-packing train` starts of it: ``train`` and, where it works, ``dpo``. Empty: nothing."""
+    trainers: tuple[str, ...] = ("sft",)
+    """What `llava-packing train` can start of it (``trainer:`` in the YAML). Empty: nothing."""
+    of_trainer: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = ()
+    """The fields that are others with another trainer than ``sft``."""
     native_reason: str | None = None
     """Why it has no native resolution and no text-only batches with this package; None where it has both."""
 
@@ -144,6 +146,12 @@ class Host:
         """The word in a model's name by which the loader knows a class: ``llava_qwen_moe``."""
         words = re.findall("[A-Z][a-z0-9]*", cls.removeprefix(self.class_prefix).removesuffix("ForCausalLM"))
         return dict(self.loader_names).get(cls) or "_".join([self.class_prefix, *words]).lower()
+
+    def with_trainer(self, name: str) -> Host:
+        """This host as it is with one of its ``trainers``. Raises ``ValueError`` for another."""
+        if name not in self.trainers:
+            raise ValueError(f"{self.title} has no trainer {name!r}, but {', '.join(self.trainers) or 'none'}")
+        return replace(self, **dict(dict(self.of_trainer).get(name, ())))
 
     def owns(self, module: str) -> bool:
         """Whether a module of this full name is the host's."""

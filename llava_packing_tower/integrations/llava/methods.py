@@ -71,6 +71,9 @@ STEPS: dict[str, tuple[str, ...]] = {
     "train.preprocess_qwen": (
         "chat_template_ids",  # compat patch: apply_chat_template returns lists
     ),
+    "train.get_model": (
+        "without_deepspeed",  # compat patch: train_dpo looks for a word in the name of DeepSpeed's configuration
+    ),
     "train.preprocess_llama3": (
         "chat_template_ids",  # compat patch: the same
     ),
@@ -89,6 +92,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "keep_sizes",  # native_dataset: at native resolution no image is padded; strips are bounded where one is
     ),
     "LazySupervisedDataset.__getitem__": (
+        "whole_pairs",  # native_dataset: a pair of answers that cannot be read is an error (DPO)
         "one_sample",  # left_out: no other one for a sample that cannot be read (LLaVA-NeXT)
         "leave_out",  # left_out: a mark for a sample that cannot be read (LLaVA 1.x)
         "sample_details",  # native_dataset: how images are read, places of frames, positions of patches (LLaVA 1.x)

@@ -46,6 +46,9 @@ def into_training(train: ModuleType, patches: Patches) -> None:
     dataset = getattr(data, host_of(train).dataset)
     patches.set(data, "Image", HostImage())
     add_step(dataset, "LazySupervisedDataset.__init__", "empty_media", empty_media, patches)
+    if not hasattr(train, "make_supervised_data_module"):  # pairs of answers: nothing travels beside their images
+        add_step(dataset, "LazySupervisedDataset.__getitem__", "whole_pairs", whole_pairs, patches)
+        return
     if hasattr(dataset, "process_image"):
         add_step(dataset, "LazySupervisedDataset.process_image", "keep_sizes", keep_sizes, patches)
     if hasattr(train, "process_video_with_decord"):
@@ -73,6 +76,18 @@ def into_training(train: ModuleType, patches: Patches) -> None:
             report_tokens(data, module["train_dataset"].list_data_dict, tokenizer, data_args)
 
     add_step(train, "train.make_supervised_data_module", "fit_batches", fit_batches, patches)
+
+
+def whole_pairs(call: Call) -> None:
+    """A pair of answers: read once, as the tower wants its images; positions have no way to the model.
+
+    Raises ``ValueError`` for a sample with positions, ``UnreadableImage`` for one that cannot be read.
+    """
+    self, i = call.self, call.arguments["i"]
+    if POSITIONS in self.list_data_dict[i]:
+        raise ValueError(f"sample {self.list_data_dict[i].get('id', i)}: {POSITIONS} is not read with trainer: dpo")
+    with reading_sample(self, i):
+        call.result = self._get_item(i)
 
 
 def empty_media(call: Call) -> Iterator[None]:

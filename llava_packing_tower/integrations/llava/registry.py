@@ -63,7 +63,8 @@ def recognise(package: str, root: Path) -> Recognised:
         if host.package == package and host.recognises(root):
             unlike = misfits(host, root)
             if not unlike:
-                return Recognised(host)
+                trainer = environment.read(environment.TRAINER)
+                return Recognised(host if trainer is None else host.with_trainer(trainer))
             break
     looks_like_one = unlike or any(root.glob("model/*_arch.py")) or (root / "model" / "vision_tower").is_dir()
     if not looks_like_one:

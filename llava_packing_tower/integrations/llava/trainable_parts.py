@@ -132,7 +132,7 @@ def tune_parts(train: ModuleType, patches: Patches) -> None:
                 set_trainable(model, lora=getattr(call.arguments.get("args"), "lora_enable", False))
 
         add_step(trainer, "LLaVATrainer.__init__", "tune_parts", tune, patches)
-    if host_lacks(train, "mm_vision_tower_lr"):
+    if host_lacks(train, "mm_vision_tower_lr") or "create_optimizer" not in vars(trainer):  # LLaVA-NeXT's for DPO
 
         def split(call: Call) -> Iterator[None]:
             yield

@@ -24,7 +24,17 @@ from ..patcher import Patches
 logger = logging.getLogger(__name__)
 
 DISABLE_ENV = environment.DISABLE_PATCHES
-PATCH_MODULES = ("transformers_imports", "llava", "trainer", "models", "deepspeed", "torch_load", "fsdp", "cudnn_sdpa")
+PATCH_MODULES = (
+    "transformers_imports",
+    "llava",
+    "trainer",
+    "dpo",
+    "models",
+    "deepspeed",
+    "torch_load",
+    "fsdp",
+    "cudnn_sdpa",
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..host import Host
+from ..host import Host, Part
 
 
 def recognises(root: Path) -> bool:
@@ -35,9 +35,20 @@ HOST = Host(
     refused=(
         (
             "train.train_dpo",
-            "LLaVA-NeXT's train_dpo does not work with a packing tower (and its repository lacks data_processing, "
-            "which it imports). Fine-tune with `llava-packing train`; to train by DPO with another tower, start it "
-            "without llava-packing",
+            "start it by `llava-packing train` with `trainer: dpo` in the configuration: its repository lacks a module "
+            "that it imports, and without DeepSpeed it fails",
+        ),
+    ),
+    trainers=("sft", "dpo"),
+    of_trainer=(
+        (
+            "dpo",
+            (
+                ("train", "train.train_dpo"),
+                ("dataset", "DPODataset"),
+                ("trainer", Part("train.llava_trainer", "LLaVADPOTrainer")),
+                ("refused", ()),
+            ),
         ),
     ),
 )
