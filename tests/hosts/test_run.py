@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from fork_layouts import LAYOUTS, write
 from host_runs import REPOSITORY, environment, execute
 
 from llava_packing_tower.cli.run import command
@@ -60,9 +61,7 @@ def test_a_script_runs_as_main_with_its_arguments_and_status(tmp_path):
 def test_the_llava_is_that_of_llava_next_dir(tmp_path, module):
     """Another one may be installed: the script would run with that, without a word."""
     clone, scripts = tmp_path / "LLaVA-NeXT", tmp_path / "scripts"
-    (clone / "llava" / "model" / "multimodal_resampler").mkdir(parents=True)
-    for name in ("__init__.py", "model/__init__.py", "model/llava_arch.py"):
-        (clone / "llava" / name).touch()
+    write(LAYOUTS["llava_v1"], clone)
     scripts.mkdir()
     (scripts / "where.py").write_text("import llava\nprint(llava.__file__)\n")
     words = ["-m", "where"] if module else [str(scripts / "where.py")]
