@@ -45,4 +45,4 @@ def test_vllm_answers_as_llava_does(tmp_path):
     env = {**environment(""), "VLLM_CPU_KVCACHE_SPACE": "1"}
     result = execute([INTERPRETER, str(HELPERS / "vllm_checks.py"), str(tmp_path)], env, timeout=1000)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    assert result.stdout.count("served") == 1 and result.stdout.count("answered") == len(CASES)
+    assert result.stdout.count("served case_") == 1 and result.stdout.count("answered case_") == len(CASES)
