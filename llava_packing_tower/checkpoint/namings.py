@@ -65,6 +65,23 @@ NAMINGS = (
         architecture=r"aimv2_.*",
     ),
     Naming(
+        "perception_encoder_meta",
+        "Meta's own file of Perception Encoder",
+        (
+            r"(visual\.)?conv1\.weight",
+            r"(visual\.)?(attn_pool\.probe|transformer\.resblocks\.\d+\.ls_1\.gamma)",
+            r"(visual\.)?transformer\.resblocks\.\d+\.attn\.in_proj_weight",
+        ),
+        r"(visual\.)?attn_pool\.probe",
+    ),
+    Naming(
+        "perception_encoder_timm",
+        "timm's Perception Encoder",
+        (r"norm_pre\.weight", r"blocks\.\d+\.attn\.qkv\.bias", r"pos_embed", r"attn_pool\.latent|blocks\.\d+\.gamma_1"),
+        r"norm_pre\.weight",
+        architecture=r"vit_pe_(core|lang)_\w+(\..*)?",
+    ),
+    Naming(
         "radio_nvidia",
         "NVIDIA's own file of RADIO",
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,35 @@ def block_states(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
     if type(model).__name__ == "RadioModel":
         states = model(image[None].to(next(model.parameters())), output_hidden_states=True).hidden_states
         return [state[0, model.config.num_summary_tokens :] for state in states]
+    if type(model).__name__ == "Kimi_K25VisionModel":
+        return _states_of_kimi(model, image)
     return _states_of_qwen(model, image)
+
+
+def _between(blocks: Any, run: Callable[[], object]) -> list[torch.Tensor]:
+    """The input of the first block and the output of each, while ``run`` runs them."""
+    states: list[torch.Tensor] = []
+
+    def first(module: nn.Module, given: tuple) -> None:
+        states.append(given[0])
+
+    def after(module: nn.Module, given: tuple, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [blocks[0].register_forward_pre_hook(first), *(block.register_forward_hook(after) for block in blocks)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states
+
+
+def _states_of_kimi(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
+    weight, patch = next(model.parameters()), model.config.patch_size
+    rows, grid = batch_images_to_packing_input([image.to(weight.device, weight.dtype)], patch)
+    pixels = rows.view(len(rows), 3, patch, patch)
+    return _between(model.layers, lambda: model(pixels, grid.to(weight.device)))
 
 
 def _states_of_qwen(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
@@ -78,19 +107,5 @@ def _states_of_qwen(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
     )
     order = in_cells(tuple(grid[0].tolist()), config.spatial_merge_size)
     held = order[in_windows(model, grid)].to(weight.device)
-    states: list[torch.Tensor] = []
-
-    def first(module: nn.Module, given: tuple) -> None:
-        states.append(given[0])
-
-    def after(module: nn.Module, given: tuple, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [model.blocks[0].register_forward_pre_hook(first)]
-    hooks += [block.register_forward_hook(after) for block in model.blocks]
-    try:
-        model(rows[order.to(weight.device)], grid.to(weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    states = _between(model.blocks, lambda: model(rows[order.to(weight.device)], grid.to(weight.device)))
     return [torch.empty_like(state).index_copy(0, held, state) for state in states]

@@ -66,6 +66,9 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     image_only: bool = True
     takes_positions: bool = True
     """Whether videos may have ``patch_positions`` of their own (of no meaning where ``image_only``)."""
+    stretches_clips: bool = True
+    """Whether the frames of a clip stand where they lie in their video on a scale of 64, as LlavaViT wants it; else at
+    their number in the video."""
     patch_embed: PatchEmbed | nn.Module
     encoder: PackedEncoder
 

@@ -12,7 +12,8 @@ class Merger:
     """A norm of each patch, concatenation of the patches of a cell (row by row), linear, GELU, linear.
 
     merge: rows and columns of a cell. vision_size, inner_size, text_size: widths of a patch, of what is between the two
-    layers, and of the output. norm: "layer_norm" or "rms_norm", with this eps.
+    layers, and of the output. norm: "layer_norm" or "rms_norm", with this eps. input_norm_eps: of a LayerNorm in front
+    of all that, which is the final one of the tower; None for none.
     """
 
     merge: tuple[int, int]
@@ -21,6 +22,7 @@ class Merger:
     text_size: int
     norm: str = "layer_norm"
     norm_eps: float = 1e-6
+    input_norm_eps: float | None = None
 
     def to_dict(self) -> dict:
         """For a config.json (JSON types only)."""

@@ -33,6 +33,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *with_towers("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     ),
     ".qwen2_5_vl:Qwen2_5_VLVisionPacking": ("qwen2_5_vl_packing", *with_towers("qwen2_5_vl")),
+    ".moonvit:MoonViTPacking": ("moonvit_packing", "moonvit", "kimi_vl", *with_towers("kimi_k25")),
+    ".onevision2:OneVision2Packing": ("onevision2_packing", "llava_onevision2", "llava_onevision2_moe"),
+    ".perception_encoder:PerceptionEncoderPacking": (
+        *("perception_encoder_packing", "perception_encoder_meta", "perception_encoder_timm"),
+    ),
     ".radio:RadioPacking": ("radio_packing", "radio", "radio_nvidia"),
 }
 FAMILIES = {model_type: target for target, types in CLASSES.items() for model_type in types}

@@ -28,6 +28,7 @@ class MergingProjector(nn.Module):
     Args:
         vision_size: width of a patch feature. text_size: width of the decoder. merge: rows and columns of a cell.
         inner_size: width between the two layers (default: that of a cell). norm, norm_eps: "layer_norm" or "rms_norm".
+        input_norm_eps: of one more LayerNorm, in front.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class MergingProjector(nn.Module):
         inner_size: int | None = None,
         norm: str = "layer_norm",
         norm_eps: float = 1e-6,
+        input_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.merge = merge
         width = vision_size * merge[0] * merge[1]
         inner = inner_size or width
+        self.ln_in = None if input_norm_eps is None else nn.LayerNorm(vision_size, eps=input_norm_eps)
         self.ln_q = make_norm(norm, vision_size, norm_eps)
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, text_size))
 
@@ -74,7 +77,7 @@ class MergingProjector(nn.Module):
         return self._merge(features, grids)
 
     def _merge(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        features = self.ln_q(features)
+        features = self.ln_q(features if self.ln_in is None else self.ln_in(features))
         cells, start = [], 0
         for run in _runs(grids):
             (_, h, w), frames = run[0], sum(grid[0] for grid in run)
@@ -114,4 +117,4 @@ def make_projector(projector_type: str | None, vision_size: int, text_size: int)
 def merging_projector(merger: Merger) -> MergingProjector:
     """A projector of the kind that a VLM has."""
     m = merger
-    return MergingProjector(m.vision_size, m.text_size, m.merge, m.inner_size, m.norm, m.norm_eps)
+    return MergingProjector(m.vision_size, m.text_size, m.merge, m.inner_size, m.norm, m.norm_eps, m.input_norm_eps)

@@ -42,12 +42,17 @@ class TokenLayout:
 
 
 def tower_inputs(
-    visuals: Sequence[Visual], patch_size: int, clips: bool, frames_per_patch: int = 1, takes_positions: bool = True
+    visuals: Sequence[Visual],
+    patch_size: int,
+    clips: bool,
+    frames_per_patch: int = 1,
+    takes_positions: bool = True,
+    stretches_clips: bool = True,
 ) -> tuple[list[torch.Tensor], list[Grid], torch.Tensor | None]:
     """What the tower is called with: images ``[C, H, W]`` and clips ``[C, T, H, W]``, their grids in patches, and the
     positions of all patches ``[N, 3]``, or None where those of the grids are meant.
 
-    frames_per_patch, takes_positions: of the encoder.
+    frames_per_patch, takes_positions, stretches_clips: of the encoder.
 
     Raises ``ValueError`` for positions of another number of patches, or for several ``<image>`` that are frames of one
     clip where a patch covers several frames.
@@ -79,7 +84,7 @@ def tower_inputs(
             inputs.append(visual.frames.transpose(0, 1))
             grids.append((-(-count // frames_per_patch), rows, columns))
         if own is None and takes_positions and clips and visual.is_video:
-            own = _clip_positions(visual, rows, columns)
+            own = _clip_positions(visual, rows, columns, stretches_clips)
         positions.append(own)
         previous = visual
     if all(own is None for own in positions):
@@ -97,11 +102,13 @@ def _same_clip(a: Visual, b: Visual) -> bool:
     return a.group == b.group and a.frames.shape[-2:] == b.frames.shape[-2:]
 
 
-def _clip_positions(visual: Visual, rows: int, columns: int) -> torch.Tensor:
-    """Positions of a clip: its frames stand where they lie in their video, stretched over the tower's context."""
+def _clip_positions(visual: Visual, rows: int, columns: int, stretched: bool) -> torch.Tensor:
+    """Positions of a clip: its frames stand where they lie in their video, ``stretched`` over the tower's context."""
     indices = visual.frame_indices or tuple(range(len(visual.frames)))
     total = visual.total_frames or max(indices) + 1
-    interpolated = interpolate_frame_indices(torch.tensor([indices]), torch.tensor([total]))
+    interpolated = torch.tensor([indices])
+    if stretched:
+        interpolated = interpolate_frame_indices(interpolated, torch.tensor([total]))
     return compute_patch_positions_with_interpolated_temporal(interpolated, rows, columns)
 
 
@@ -124,7 +131,9 @@ def encode_visuals(
     """
     patch, frames_per_patch = tower.config.patch_size, tower.vision_tower.frames_per_patch
     takes_positions = tower.vision_tower.takes_positions
-    inputs, grids, positions = tower_inputs(visuals, patch, layout.clips, frames_per_patch, takes_positions)
+    inputs, grids, positions = tower_inputs(
+        visuals, patch, layout.clips, frames_per_patch, takes_positions, tower.vision_tower.stretches_clips
+    )
     features = torch.cat(tower(inputs) if positions is None else tower(inputs, patch_positions=positions))
     weight = next(projector.parameters(), None)
     if weight is not None and features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):

@@ -6,6 +6,9 @@ from llava_packing_tower import (
     AIMv2Packing,
     DINOv3ViTPacking,
     LlavaViTPackingModel,
+    MoonViTPacking,
+    OneVision2Packing,
+    PerceptionEncoderPacking,
     Qwen2_5_VLVisionPacking,
     Qwen3VLVisionPacking,
     RadioPacking,
@@ -26,6 +29,9 @@ VLM_FAMILIES = {
     "qwen3_vl": Qwen3VLVisionPacking,
     "radio": RadioPacking,
     "qwen2_5_vl": Qwen2_5_VLVisionPacking,
+    "moonvit": MoonViTPacking,
+    "onevision2": OneVision2Packing,
+    "perception_encoder": PerceptionEncoderPacking,
 }
 ALL_FAMILIES = {**GOLDEN_FAMILIES, **VLM_FAMILIES}
 
@@ -52,6 +58,9 @@ TINY = {
     "qwen3_vl": (Qwen3VLVisionPacking, {"num_position_embeddings": 9}),
     "radio": (RadioPacking, {"max_img_size": 24, "num_registers": 1}),
     "qwen2_5_vl": (Qwen2_5_VLVisionPacking, {"window_size": 16, "fullatt_block_indexes": [1]}),
+    "moonvit": (MoonViTPacking, {"pos_emb_height": 3, "pos_emb_width": 5, "pos_emb_time": 4}),
+    "onevision2": (OneVision2Packing, {}),
+    "perception_encoder": (PerceptionEncoderPacking, {"layer_scale": True}),
 }
 
 

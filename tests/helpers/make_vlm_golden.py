@@ -5,12 +5,15 @@
 Each is a whole VLM in three shards, of which one holds the tower (with a tensor of the decoder), and
 ``case_images.safetensors``: pixels of images and clips, and what the reference makes of them: the hidden states in
 raster order, and the gradients (``grad.<name in the checkpoint>``) of ``sum(last hidden state * weights)``. References
-are the classes of transformers 5.24, run one image or clip at a time.
+are the classes of transformers 5.24, run one image or clip at a time; for two families the author's code, from clones
+whose folders are named by ONEVISION2 and PERCEPTION_MODELS.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -54,7 +57,7 @@ def write(
     tower: dict[str, torch.Tensor],
     images: list[torch.Tensor],
     states: Callable[[torch.Tensor], list[torch.Tensor]],
-    named: dict[str, torch.Tensor | list[torch.Tensor]],
+    named: dict[str, torch.Tensor | list[torch.Tensor]] | Callable[[], dict[str, torch.Tensor]],
     merged: Callable[[torch.Tensor, tuple[int, int, int]], torch.Tensor] | None = None,
     processor: dict | None = None,
     decoder: str = "model.language_model.layers.{}.mlp.up_proj.weight",
@@ -63,7 +66,8 @@ def write(
 
     tower: the tensors of the tower and of its projector, under the checkpoint's names; states: hidden states of an
     image, each ``[n, hidden]``; named: parameters whose gradients are kept, under the checkpoint's names (a list: the
-    parts of one); merged: what the projector makes of the last hidden state of an image with this grid of patches.
+    parts of one), or what gives these gradients; merged: what the projector makes of the last hidden state of an image
+    with this grid of patches.
     """
     folder = GOLDEN / name
     folder.mkdir(exist_ok=True)
@@ -87,7 +91,10 @@ def write(
     case["hidden_states"] = torch.stack([torch.cat(parts) for parts in zip(*all_states, strict=True)])
     case["weights"] = torch.randn(case["hidden_states"].shape[1:], generator=generator)
     (case["hidden_states"][-1] * case["weights"]).sum().backward()
-    for key, parts in named.items():
+    for key, parts in (named() if callable(named) else named).items():
+        if callable(named):
+            case[f"grad.{key}"] = parts
+            continue
         parts = parts if isinstance(parts, list) else [parts]
         if all(part.grad is not None for part in parts):
             case[f"grad.{key}"] = torch.cat([part.grad for part in parts])
@@ -197,7 +204,157 @@ def qwen2_5_vl() -> None:
     )
 
 
-MAKERS = {"qwen3_vl": qwen3_vl, "radio": radio, "qwen2_5_vl": qwen2_5_vl}
+def moonvit() -> None:
+    """Kimi-K2.5's, under the names of the hub: q, k and v in one, and what turns together side by side."""
+    from transformers import Kimi_K25VisionModel
+    from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25VisionConfig
+
+    from llava_packing_tower.convert.hf_towers import block_states
+
+    sizes = dict(num_hidden_layers=3, hidden_size=32, intermediate_size=40, num_attention_heads=2)
+    model = Kimi_K25VisionModel(
+        Kimi_K25VisionConfig(**sizes, patch_size=4, pos_emb_height=5, pos_emb_width=5, pos_emb_time=4)
+    )
+    randomize(model, 4)
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(0, (2, 2, 8)).transpose(1, 2).flatten(0, 2)
+
+    def hub(values: Callable[[str], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Tensors, or their gradients, under the names of the hub."""
+        found = {
+            "patch_embed.proj.weight": values("patch_embed.proj.weight"),
+            "patch_embed.proj.bias": values("patch_embed.proj.bias"),
+            "patch_embed.pos_emb.weight": values("patch_embed.pos_emb.position_embeddings"),
+        }
+        for kind in ("weight", "bias"):
+            found[f"encoder.final_layernorm.{kind}"] = values(f"final_layernorm.{kind}")
+            for i in range(3):
+                block, own = f"encoder.blocks.{i}", f"layers.{i}"
+                parts = [values(f"{own}.attn.{part}_proj.{kind}") for part in "qkv"]
+                found[f"{block}.wqkv.{kind}"] = torch.cat([turned(parts[0]), turned(parts[1]), parts[2]])
+                for old, new in (("norm0", "norm1"), ("norm1", "norm2"), ("wo", "attn.proj")):
+                    found[f"{block}.{old}.{kind}"] = values(f"{own}.{new}.{kind}")
+                for old, new in (("fc0", "fc1"), ("fc1", "fc2")):
+                    found[f"{block}.mlp.{old}.{kind}"] = values(f"{own}.mlp.{new}.{kind}")
+        return {f"vision_tower.{key}": value for key, value in found.items() if value is not None}
+
+    named = dict(model.named_parameters())
+    projector = torch.nn.ModuleDict(
+        {"pre_norm": torch.nn.LayerNorm(32), "0": torch.nn.Linear(128, 128), "2": torch.nn.Linear(128, 128)}
+    )
+    randomize(projector, 5)
+    own = {"pre_norm": "pre_norm", "0": "proj.0", "2": "proj.2"}
+    tensors = {
+        f"mm_projector.{own[key.partition('.')[0]]}.{key.partition('.')[2]}": value
+        for key, value in projector.state_dict().items()
+    }
+
+    def merged(last: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        from llava_packing_tower.convert.hf_towers import in_cells
+
+        x = projector["pre_norm"](model.final_layernorm(last[in_cells(grid, 2)])).view(-1, 128)
+        return projector["2"](torch.nn.functional.gelu(projector["0"](x)))
+
+    vision = {
+        **{f"vt_{name}": value for name, value in sizes.items()},
+        **dict(patch_size=4, init_pos_emb_height=5, init_pos_emb_width=5, init_pos_emb_time=4),
+        **dict(pos_emb_type="divided_fixed", video_attn_type="spatial_temporal", merge_kernel_size=[2, 2]),
+    }
+    write(
+        "moonvit",
+        {"model_type": "kimi_k25", "vision_config": vision, "text_config": {"hidden_size": 128}},
+        {**hub(lambda name: named[name].detach()), **tensors},
+        pixels(4, [(4, 6), (3, 2, 4), (2, 10), (4, 4, 2), (6, 6)]),
+        lambda image: block_states(model, image),
+        lambda: hub(lambda name: named[name].grad),
+        merged,
+    )
+
+
+def authors(variable: str, module: str) -> object:
+    """A module of the author's code, from a clone whose folder an environment variable names."""
+    sys.path.insert(0, os.environ[variable])
+    return importlib.import_module(module)
+
+
+def onevision2() -> None:
+    """ONEVISION2: ``transformers_impl`` of a clone of EvolvingLMMs-Lab/LLaVA-OneVision-2."""
+    from llava_packing_tower.convert.hf_towers import in_cells
+    from llava_packing_tower.data.positions import grid_positions
+
+    code = authors("ONEVISION2", "llavaonevision2.modeling_llava_onevision2")
+    fields = {
+        **dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=1, patch_size=4),
+        **dict(image_size=16, out_hidden_size=48, spatial_merge_size=3, frame_windows_size=4, layer_norm_eps=1e-6),
+    }
+    config = code.LlavaOnevision2VisionConfig(**fields)
+    config._attn_implementation = "sdpa"
+    model = code.LlavaOnevision2VisionPretrainedModel(config).eval()
+    randomize(model, 6)
+    given = {"model_type": "llava_onevision2", "vision_config": {**fields, "model_type": "onevision_encoder"}}
+
+    def states(image: torch.Tensor) -> list[torch.Tensor]:
+        t, h, w = grid = grid_of(image, given)
+        frames = image.view(3, t, h, 4, w, 4).permute(1, 2, 4, 0, 3, 5).reshape(t * h * w, -1)
+        order = in_cells(grid, 3)
+        out = model(
+            frames[order],
+            torch.tensor([grid]),
+            grid_positions(grid)[order],
+            output_hidden_states=True,
+            skip_merger=True,
+        )
+        found = [*out.hidden_states[:2], out.last_hidden_state]  # (their last one is there once or twice)
+        return [torch.empty_like(x.view(len(order), -1)).index_copy(0, order, x.view(len(order), -1)) for x in found]
+
+    write(
+        "onevision2",
+        {**given, "text_config": {"hidden_size": 48}},
+        {f"model.visual.{key}": value for key, value in model.state_dict().items()},
+        pixels(4, [(3, 6), (6, 3, 3), (9, 3), (5, 3, 6)]),
+        states,
+        {f"model.visual.{key}": p for key, p in model.named_parameters()},
+        lambda last, grid: model.merger(last[in_cells(grid, 3)]).view(-1, 48),
+    )
+
+
+def perception_encoder() -> None:
+    """PERCEPTION_MODELS: a clone of facebookresearch/perception_models (it needs timm)."""
+    code = authors("PERCEPTION_MODELS", "core.vision_encoder.pe")
+    model = code.VisionTransformer(
+        4, 32, 3, 2, 1.25, ls_init_value=0.5, image_size=16, use_cls_token=True, output_dim=24, attn_pooler_heads=2
+    )
+    randomize(model, 7)
+
+    def states(image: torch.Tensor) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        blocks = model.transformer.resblocks
+        hooks = [blocks[0].register_forward_pre_hook(lambda module, given: found.append(given[0]))]
+        hooks += [b.register_forward_hook(lambda module, given, output: found.append(output)) for b in blocks]
+        model.forward_features(image[None])
+        for hook in hooks:
+            hook.remove()
+        return [state[0, 1:] for state in found]
+
+    write(
+        "perception_encoder",
+        {"model_type": "perception_encoder_meta", "num_attention_heads": 2, "patch_size": 4},
+        {f"visual.{key}": value for key, value in model.state_dict().items()},
+        pixels(4, [(4, 4), (3, 5), (1, 7), (6, 2)]),
+        states,
+        {f"visual.{key}": p for key, p in model.named_parameters()},
+    )
+
+
+MAKERS = {
+    "qwen3_vl": qwen3_vl,
+    "radio": radio,
+    "qwen2_5_vl": qwen2_5_vl,
+    "moonvit": moonvit,
+    "onevision2": onevision2,
+    "perception_encoder": perception_encoder,
+}
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or MAKERS:

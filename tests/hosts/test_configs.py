@@ -26,6 +26,9 @@ FAMILIES = {
     "_qwen3_vl": "packing:Qwen/Qwen3-VL-4B-Instruct",
     "_qwen2_5_vl": "packing:Qwen/Qwen2.5-VL-7B-Instruct",
     "_radio": "packing:nvidia/C-RADIOv4-H",
+    "_moonvit": "packing:moonshotai/Kimi-VL-A3B-Instruct",
+    "_onevision2": "packing:lmms-lab/LLaVA-OneVision-2-8B-Instruct",
+    "_perception_encoder": "packing:timm/vit_pe_lang_large_patch14_448.fb",
 }
 NEXT = os.environ.get("LLAVA_NEXT_DIR")
 NEXT_ONLY = ("llava_next_finetune",)  # anyres with a range of grids

@@ -70,8 +70,9 @@ def workspace(tmp_path_factory):
 
 # Projectors: the VLM's own, one that merges 3 x 3 patches, and LLaVA's.
 STARTS = {name: "mlp2x_gelu" for name in ALL_FAMILIES}
-STARTS |= {"qwen3_vl": "checkpoint", "qwen2_5_vl": "checkpoint", "radio": "spatial_merge_3x3"}
-CELLS = {"checkpoint": 2, "spatial_merge_3x3": 3}
+STARTS |= {"qwen3_vl": "checkpoint", "qwen2_5_vl": "checkpoint", "moonvit": "checkpoint"}
+STARTS |= {"radio": "spatial_merge_3x3", "onevision2": "spatial_merge_2x2", "perception_encoder": "linear"}
+CELLS = {"checkpoint": 2, "spatial_merge_2x2": 2, "spatial_merge_3x3": 3}
 
 
 @pytest.mark.parametrize("next_dir", host_runs.HOSTS)
@@ -92,7 +93,7 @@ def test_one_step_with_the_tower_tuned(workspace, golden, tmp_path, name, next_d
 
     # LLaVA reads the last block's output before the final norm: that norm, and nothing else, takes no part.
     before = cls.from_pretrained(golden / name).state_dict()
-    idle = {key for key in before if key.startswith(("post_layernorm.", "norm_post.", "norm."))}
+    idle = {key for key in before if key.startswith(("post_layernorm.", "norm_post.", "norm.", "final_layernorm."))}
     assert told["gradients"].keys() == before.keys() and (name in VLM_FAMILIES or 1 <= len(idle) <= 2)
     assert {key for key, norm in told["gradients"].items() if not norm} == idle
 

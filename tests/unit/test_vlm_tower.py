@@ -19,8 +19,8 @@ from llava_packing_tower.multimodal.visual_tokens import TokenLayout, encode_vis
 pytestmark = pytest.mark.newest
 NAMES = list(VLM_FAMILIES)
 TEMPORAL = ["qwen3_vl", "qwen2_5_vl"]
-MERGING = {"qwen3_vl": 128, "qwen2_5_vl": 128}
-"""Families with a projector in their checkpoint, and the width of its output."""
+MERGING = {"qwen3_vl": (128, 2), "qwen2_5_vl": (128, 2), "moonvit": (128, 2), "onevision2": (48, 3)}
+"""Families with a projector in their checkpoint: the width of its output, and the side of its cells."""
 
 
 def tower_of(golden, name, layer=-1, **more):
@@ -150,7 +150,7 @@ def llava_config(folder, width=32, text=128, **more):
 def test_the_projector_of_the_checkpoint(golden, golden_case, name):
     """It makes of the tower's features what the VLM's own makes, and is rebuilt from the config without the VLM."""
     case, tower = golden_case(name, "images"), tower_of(golden, name)
-    config = llava_config(golden / name, text=MERGING[name])
+    config = llava_config(golden / name, text=MERGING[name][0])
     projector = checkpoint_projector(config)
     images = pixels_of(case)
     patch, frames = tower.config.patch_size, tower.vision_tower.frames_per_patch
@@ -158,8 +158,8 @@ def test_the_projector_of_the_checkpoint(golden, golden_case, name):
         (-(-(x.shape[1] if x.dim() == 4 else 1) // frames), x.shape[-2] // patch, x.shape[-1] // patch) for x in images
     ]
     assert_close(projector(torch.cat(tower(images)), grids), case["merged"])
-    assert projector.merge == (2, 2)
-    again = checkpoint_projector(llava_config("gone", text=MERGING[name], **{NOTE: getattr(config, NOTE)}))
+    assert projector.merge == (MERGING[name][1],) * 2
+    again = checkpoint_projector(llava_config("gone", text=MERGING[name][0], **{NOTE: getattr(config, NOTE)}))
     again.load_state_dict(projector.state_dict())
     assert torch.equal(again(torch.cat(tower(images)), grids), projector(torch.cat(tower(images)), grids))
 

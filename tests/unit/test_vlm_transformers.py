@@ -23,6 +23,9 @@ RADIO = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, patch_s
 QWEN2_5 = dict(depth=3, hidden_size=48, intermediate_size=52, num_heads=3, patch_size=4, window_size=32)
 QWEN2_5 |= dict(out_hidden_size=24, fullatt_block_indexes=[1])
 
+KIMI = dict(num_hidden_layers=2, hidden_size=48, intermediate_size=56, num_attention_heads=3, patch_size=4)
+KIMI |= dict(pos_emb_height=6, pos_emb_width=6, pos_emb_time=5)
+
 # our family, fields of transformers' vision config
 VARIANTS = {
     "qwen3_vl": ("qwen3_vl_packing", QWEN3),
@@ -51,6 +54,14 @@ VARIANTS = {
             **{"rope_parameters": {"rope_type": "axial", "rope_theta": 50.0}},
         },
     ),
+    "kimi": ("moonvit_packing", KIMI),
+    "kimi, other positions": (
+        "moonvit_packing",
+        {
+            **{**KIMI, "pos_emb_height": 2, "pos_emb_width": 2, "num_attention_heads": 1, "hidden_act": "silu"},
+            **{"rope_parameters": {"rope_type": "axial", "rope_theta": 50.0}},
+        },
+    ),
     "radio": ("radio_packing", RADIO),
     "radio, gated, no bias": (
         "radio_packing",
@@ -70,10 +81,10 @@ VARIANTS = {
 def pair(name):
     """Our encoder and transformers', with the same random weights."""
     family, fields = VARIANTS[name]
-    names = IN_TRANSFORMERS[family]
-    if not hasattr(transformers, names.vision):
-        pytest.skip(f"transformers {transformers.__version__} has no {names.vision}")
-    cls = getattr(transformers, names.vision)
+    vision = IN_TRANSFORMERS[family].vision if family in IN_TRANSFORMERS else "Kimi_K25VisionModel"
+    if not hasattr(transformers, vision):
+        pytest.skip(f"transformers {transformers.__version__} has no {vision}")
+    cls = getattr(transformers, vision)
     theirs = cls(cls.config_class(**fields))
     randomize(theirs, 3)
     source, tensors = theirs.config.to_dict(), InMemory(theirs.state_dict())
@@ -104,6 +115,7 @@ def test_hidden_states_and_gradients(name):
     named, compared = dict(theirs.named_parameters()), 0
     for key, parameter in model.named_parameters():
         grads = [named[source].grad for source in plan.recipes[key].sources]
+        # (of q, k and v from three tensors, or of one)
         if any(grad is None for grad in grads):
             assert parameter.grad is None
             continue

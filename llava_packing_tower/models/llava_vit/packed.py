@@ -185,6 +185,11 @@ class LlavaViTPackingModel(PackedVisionModel):
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> LlavaViTPackingConfig:
         """The packing config for the config.json of a standard model; every shared field is kept."""
+        if source.get("frame_windows_size"):
+            raise ValueError(
+                f"it has windows of {source['frame_windows_size']} frames: this is the tower of LLaVA-OneVision-2; "
+                f"name the whole checkpoint, or write model_type llava_onevision2"
+            )
         carried = {name: source[name] for name in CARRIED_FIELDS if name in source}
         if source["model_type"] == "onevision_encoder":
             carried = {**ONEVISION_DEFAULTS, **carried}

@@ -184,7 +184,10 @@ TRANSFORMERS = {"llava_vit": _qwen2_vl, "siglip2": _siglip2, "aimv2": _aimv2, "d
 def transformers_peer(setting: Setting, train: bool, option: str | None) -> Peer:
     from .vision_towers import VISION_TOWERS
 
-    return {**TRANSFORMERS, **VISION_TOWERS}[setting.family](setting, train)
+    make = {**TRANSFORMERS, **VISION_TOWERS}.get(setting.family)
+    if make is None:
+        raise Unavailable("it has no such tower, or none that runs on its own")
+    return make(setting, train)
 
 
 def timm_peer(setting: Setting, train: bool, option: str | None) -> Peer:

@@ -93,6 +93,27 @@ PRESETS: dict[str, Preset] = {
         _sizes(64, 96, 3, 2, 14, fullatt_block_indexes=(1,)),
         train=("ragged32",),
     ),
+    "moonvit": Preset(
+        "moonvit_packing",
+        "MoonViT (Kimi-VL)",
+        _sizes(1152, 4304, 27, 16, 14),
+        _sizes(64, 96, 3, 2, 14, pos_emb_height=8, pos_emb_width=8),
+        train=("ragged32",),
+    ),
+    "onevision2": Preset(
+        "onevision2_packing",
+        "LLaVA-OneVision-2 vision tower",
+        _sizes(1024, 4096, 24, 16, 14),
+        _sizes(64, 96, 3, 2, 14),
+        train=("ragged32",),
+    ),
+    "perception_encoder": Preset(
+        "perception_encoder_packing",
+        "PE-Lang-L14-448",
+        _sizes(1024, 4096, 23, 16, 14, image_size=448, layer_scale=True, norm_post=False),
+        _sizes(64, 96, 3, 2, 14, image_size=112, layer_scale=True, norm_post=False),
+        train=("ragged32",),
+    ),
     "radio": Preset(
         "radio_packing",
         "C-RADIOv4-H",
