@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 from ..checkpoint.key_map import KeyMap, carried
 from ..checkpoint.weights import Recipe, WeightPlan
+from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import batch_positions, rotary_3d, rotary_3d_of_grids
 from ..data.segments import Grid, Segments, make_segments
@@ -127,6 +128,11 @@ class OneVision2Packing(PackedVisionModel):
             (merge, merge), width, width * merge**2, config.out_hidden_size, norm_eps=eps, input_norm_eps=input_norm
         )
         return MergerSource(merger, recipes)
+
+    @classmethod
+    def default_image_processor(cls, config: OneVision2PackingConfig) -> PackingImageProcessor:
+        """CLIP statistics, bicubic, center crop at the config's image size."""
+        return PackingImageProcessor(size=config.image_size, patch_size=config.patch_size)
 
 
 FIRST = "merger.mlp.0.weight"

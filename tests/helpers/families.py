@@ -45,6 +45,7 @@ BLOCK_VARIANTS = [
     ("dinov3", {"use_gated_mlp": True, "hidden_act": "silu"}),
     ("qwen3_vl", {}),
     ("qwen2_5_vl", {}),
+    ("perception_encoder", {}),
     ("radio", {"use_swiglu_ffn": True, "layer_scale": True}),
 ]
 
