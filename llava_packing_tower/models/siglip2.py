@@ -79,6 +79,11 @@ class Siglip2PackingConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.image_size: int = self.patch_size * side if image_size is None else one_side("image_size", image_size)
 
+    @property
+    def vision_config(self) -> Siglip2PackingConfig:
+        """This config: scripts ask that of the whole model, with a text tower, for it."""
+        return self
+
 
 @cached(maxsize=256)
 def axis_weights(length: int, side: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ from llava_packing_tower import (
 from llava_packing_tower.models.llava_vit import timm_names
 from llava_packing_tower.models.llava_vit.presets import SOURCE, register_preset
 from llava_packing_tower.models.llava_vit.source import create_source_model
-from llava_packing_tower.models.llava_vit.standard_positions import clip_in_context
+from llava_packing_tower.models.llava_vit.standard_positions import clip_in_context, rotary_table
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -271,6 +271,19 @@ def test_001_positions_and_residuals_of_the_source_model(tiny_source):
 
 
 # ---------------------------------------------------------------- 001: models and weights
+
+
+def test_001_rotary_angles_by_upstreams_name(tiny_source):
+    """``model.video_rope``: the angles of the grid, and of given positions, are those that the model turns by."""
+    rope, head_dim = (
+        tiny_source[0].video_rope,
+        tiny_source[0].config.hidden_size // tiny_source[0].config.num_attention_heads,
+    )
+    positions = compute_patch_positions_from_grid_thw(torch.tensor([[3, 2, 4]])).view(1, -1, 3)
+    angles = rope(t=3, h=2, w=4)
+    assert angles.shape == (24, rope.half) and torch.equal(rope.forward_from_positions(positions)[0], angles)
+    cos, _ = rotary_table(positions, head_dim, tiny_source[0].config.rope_theta)
+    assert_close(angles.cos(), cos[0, 0, :, : rope.half])
 
 
 def test_001_quick_start():

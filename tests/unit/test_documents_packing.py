@@ -188,6 +188,13 @@ def test_003_basic_use(family):
     assert torch.equal(cls(ckpt=f"{folder}/")(rows, grid), output)
 
 
+def test_003_the_patch_size_of_upstreams_alignment_script(tmp_path):
+    tiny("siglip2", patch_size=16).save_pretrained(tmp_path)
+    model = Siglip2NaflexPacking.from_pretrained(tmp_path)
+    assert model.config.vision_config.patch_size == model.patch_size == 16
+    assert "vision_config" not in config_of(tmp_path)
+
+
 def test_003_convert_to_packing_format(family):
     """Rows of the images that the model itself reads: channels last, grid on the images' device."""
     images = torch.randn(2, 3, 224, 224)

@@ -28,7 +28,7 @@ from ..layers import MLP, BlockConfig, RMSNorm, make_norm
 from ..unused_parameters import checkpoint_input, join_idle
 from .config import STANDARD_FIELDS, LlavaViTConfig, OneVisionEncoderConfig
 from .key_map import SOURCE_TYPE, plan_standard
-from .standard_positions import flat_positions, residual_indices, rotary_table, rotate
+from .standard_positions import VideoRotary, flat_positions, residual_indices, rotary_table, rotate
 
 
 class StandardAttention(nn.Module):
@@ -181,6 +181,12 @@ class LlavaViTModel(StrictPreTrainedModel):
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.config.patch_size
+
+    @property
+    def video_rope(self) -> VideoRotary:
+        """The angles of the rotary positions, by upstream's name. (Nothing that is changed in it changes the model.)"""
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return VideoRotary(head_dim, self.config.rope_theta, self.device)
 
     @property
     def num_layers(self) -> int:

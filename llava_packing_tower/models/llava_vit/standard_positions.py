@@ -24,6 +24,31 @@ def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[
     return angles.cos(), angles.sin()
 
 
+class VideoRotary:
+    """The angles of :func:`rotary_table` by the interface of OneVision-Encoder's ``model.video_rope``.
+
+    half: angles per token, half of the head's width. ``inv_freq_t``, ``inv_freq_h``, ``inv_freq_w``: the frequencies of
+    frame, row and column.
+    """
+
+    def __init__(self, head_dim: int, theta: float, device: torch.device) -> None:
+        self.half = head_dim // 2
+        counts = [self.half * eighths // 8 for eighths in (2, 3, 3)]
+        ladders = [[theta ** (-k / count) for k in range(count)] for count in counts]
+        self.inv_freq_t, self.inv_freq_h, self.inv_freq_w = (torch.tensor(part, device=device) for part in ladders)
+
+    def __call__(self, t: int, h: int, w: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """Angles of a grid of patches, float32 ``[t * h * w, half]``."""
+        sides = (torch.arange(n, device=device or self.inv_freq_t.device) for n in (t, h, w))
+        return self.forward_from_positions(torch.cartesian_prod(*sides).view(1, -1, 3))[0]
+
+    def forward_from_positions(self, patch_positions: torch.Tensor) -> torch.Tensor:
+        """Angles ``[B, K, half]`` of positions (frame, row, column) ``[B, K, 3]``."""
+        ladders = (self.inv_freq_t, self.inv_freq_h, self.inv_freq_w)
+        axes = patch_positions.float().unbind(-1)
+        return torch.cat([axis.unsqueeze(-1) * ladder.to(axis.device) for axis, ladder in zip(axes, ladders)], dim=-1)
+
+
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn neighbors (2m, 2m + 1) of ``[B, heads, K, head_dim]``, each with the angle of its own element."""
     cos, sin = (part.to(x.dtype) for part in table)
