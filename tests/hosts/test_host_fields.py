@@ -54,8 +54,9 @@ FILES = {
         @dataclass
         class DataArguments: pass
         @dataclass
-        class TrainingArguments: pass
+        class TrainingArguments: unfreeze_mm_vision_tower: bool = False
         class OtherDataset:
+            data_args = None
             def __init__(self): self.list_data_dict = [{"image": None}]
             def __getitem__(self, i): return self.list_data_dict[i]
         def make_supervised_data_module(tokenizer, data_args): pass
@@ -123,6 +124,8 @@ def test_every_method_has_its_steps(other):
     assert {"tune_parts"} <= steps(run.OtherTrainer.__init__) and steps(run.OtherTrainer.training_step)
     assert run.OtherDataset().list_data_dict == [{}]
     assert "mm_packing_attention" in run.ModelArguments.__dataclass_fields__
+    # An argument that the host has in another group is not added a second time.
+    assert "unfreeze_mm_vision_tower" not in run.ModelArguments.__dataclass_fields__
     assert "_llava_packing_original" in vars(other("tools").get_model_name_from_path)
     assert "_llava_packing_original" in vars(other("models.projector").make_projector)
     install.undo()

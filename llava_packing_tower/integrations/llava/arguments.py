@@ -25,9 +25,10 @@ _current: dict[str, object] = {}
 
 def extend(train: ModuleType, patches: Patches) -> None:
     """Replace the argument dataclasses of a host's ``train.train`` by subclasses that have the plugin's fields too."""
+    # In whichever group: Open-LLaVA-NeXT has unfreeze_mm_vision_tower among those of the training.
+    present = {f.name for group in GROUPS for f in dataclasses.fields(getattr(train, group))}
     for group in GROUPS:
         original = getattr(train, group)
-        present = {f.name for f in dataclasses.fields(original)}
         missing = [a for a in PLUGIN_ARGUMENTS if a.group == group and a.name not in present]
         fields = [
             (a.name, _TYPES[a.annotation], dataclasses.field(default=a.default, metadata={"help": a.help}))
