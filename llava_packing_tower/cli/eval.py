@@ -14,6 +14,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data.codec import SELECTORS
 from ..utils.errors import UsageError
 from ..utils.files import write_for_program
 
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conv_template", help="LLaVA's conversation template (default: that of the training)")
     parser.add_argument("--model_base", type=Path, help="the model that a LoRA was trained on")
     parser.add_argument("--max_frames_num", type=int, help="frames per video (default: 32)")
+    parser.add_argument(
+        "--positions_thw",
+        choices=SELECTORS,
+        help="of videos, the patches in which something happens in place of frames (default: frames)",
+    )
     parser.add_argument("--include_path", help="a folder with your own tasks")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--force", action="store_true", help="also run completed tasks again")
@@ -72,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         "model_base": args.model_base,
         "conv_template": args.conv_template,
         "max_frames_num": args.max_frames_num,
+        "positions_thw": args.positions_thw,
     }
     model = {name: value for name, value in model.items() if value is not None}
     output = args.output_path or Path("eval_results") / args.checkpoint.resolve().name

@@ -9,6 +9,8 @@ the package codec-video-prep, its selection is taken instead (:func:`by_codec_vi
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +35,7 @@ _SAMPLES = 8  # gray samples along the side of a patch, where change is measured
 
 
 class CodecClip(NamedTuple):
-    """mosaics: uint8 ``[M, S, S, 3]``. positions: float32 ``[M * g * g, 3]``, (frame of 64, row, column) of each patch
+    """mosaics: uint8 ``[M, H, W, 3]``. positions: float32 ``[M * h * w, 3]``, (frame of 64, row, column) of each patch
     of the mosaics, row by row. indices: the frames that were looked at; total and fps: of the video."""
 
     mosaics: np.ndarray
@@ -218,8 +220,11 @@ def _packed(frames: _Frames, indices: list[int], total: int, fps: float, side: i
 def by_codec_video_prep(file: str, patch_size: int, budget: int) -> CodecClip:
     """The canvases of the package codec-video-prep (0.2.5), which also needs ffprobe: one group of 64 frames.
 
-    Raises ``UnreadableImage`` for a file that the package cannot read, or canvases that are no squares of patches.
+    Canvases have the shape of the video's frames. Raises ``UnreadableImage`` for a file that the package cannot read,
+    or other positions than patches; ``ValueError`` without ffprobe.
     """
+    if shutil.which("ffprobe") is None:
+        raise ValueError(f"positions_thw {CODEC_VIDEO_PREP!r} needs the program ffprobe, which is not in the path")
     from codec_video_prep import run_preinfer  # type: ignore[import-not-found]
 
     side = mosaic_side(budget, budget) * patch_size
@@ -238,7 +243,7 @@ def by_codec_video_prep(file: str, patch_size: int, budget: int) -> CodecClip:
             )
             canvases = [np.asarray(Image.open(Path(folder) / name).convert("RGB")) for name in made.canvas_files]
             positions = np.load(Path(folder) / "src_patch_position.npy", allow_pickle=False).astype(np.float32)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             raise UnreadableImage(f"{file} cannot be read by codec-video-prep: {error}", file) from error
     mosaics = np.stack(canvases)
     patches = mosaics.shape[1] * mosaics.shape[2] // patch_size**2

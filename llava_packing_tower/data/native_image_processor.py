@@ -20,7 +20,7 @@ from .smart_resize import SmartResize
 _lists_are_videos: ContextVar[bool] = ContextVar("lists_are_videos", default=False)
 _side: ContextVar[int | None] = ContextVar("side", default=None)
 KEPT = 0
-"""In place of a side: squares keep the size that they have."""
+"""In place of a side: images keep the size that they have."""
 
 
 class NativeImageProcessor(PackingImageProcessor):
@@ -52,8 +52,8 @@ class NativeImageProcessor(PackingImageProcessor):
 
     @contextlib.contextmanager
     def placed(self, side: int | None) -> Iterator[None]:
-        """In here, and in this thread, square images get ``side`` patches (or are ``KEPT``), whatever the bounds are:
-        each patch has a position of its own. None for images without.
+        """In here, and in this thread, square images get ``side`` patches, whatever the bounds are: each patch has
+        a position of its own. ``KEPT`` for images that are made of patches, None for images without positions.
 
         Raises ``ValueError`` for a side that the projector cannot merge.
         """
@@ -75,8 +75,10 @@ class NativeImageProcessor(PackingImageProcessor):
     def _resized(self, image: Image.Image, max_patches: int | None = None) -> Image.Image:
         check_header(image.size, self.image_reading, native=True)
         side = _side.get()
+        if side == KEPT:
+            return image
         if side is not None and image.width == image.height:
-            target = (side or image.width,) * 2
+            target = (side, side)
         else:
             target = self.rule.size(*image.size, max_patches=max_patches)
         return image.resize(target, resample=self.resample, reducing_gap=None) if target != image.size else image

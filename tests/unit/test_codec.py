@@ -151,7 +151,7 @@ def test_codec_video_prep(clips, tmp_path, monkeypatch):
         seen.update(options, video=video)
         names = [f"canvas_{n}.png" for n in range(3)]
         for number, name in enumerate(names):
-            Image.new("RGB", (28, 28), (number, 0, 0)).save(f"{out_dir}/{name}")
+            Image.new("RGB", (56, 14), (number, 0, 0)).save(f"{out_dir}/{name}")
         positions = np.stack([np.repeat([0, 99, -1], 4), np.tile([0, 0, 1, 1], 3), np.tile([0, 1, 0, 1], 3)], axis=1)
         np.save(f"{out_dir}/src_patch_position.npy", positions if video != "few.mp4" else positions[:5])
         return SimpleNamespace(canvas_files=names, summary={"total_frames": 199, "fps": 25.0})
@@ -160,8 +160,12 @@ def test_codec_video_prep(clips, tmp_path, monkeypatch):
     package.run_preinfer = run_preinfer
     monkeypatch.setitem(sys.modules, "codec_video_prep", package)
     monkeypatch.setattr(codec, "find_spec", lambda name: True)
+    monkeypatch.setattr(codec.shutil, "which", lambda program: None)
+    with pytest.raises(ValueError, match="needs the program ffprobe"):
+        codec_clip(str(clips / "still.mp4"), PATCH, BUDGET, "codec-video-prep")
+    monkeypatch.setattr(codec.shutil, "which", lambda program: "/usr/bin/ffprobe")
     clip = codec_clip(str(clips / "still.mp4"), PATCH, 8 * 36 * 36, "codec-video-prep")
-    assert isinstance(clip, CodecClip) and clip.mosaics.shape == (2, 28, 28, 3) and clip.fps == 25.0
+    assert isinstance(clip, CodecClip) and clip.mosaics.shape == (2, 14, 56, 3) and clip.fps == 25.0
     assert clip.positions[:, 0].tolist() == [0] * 4 + [32] * 4 and clip.indices == [0, 99]
     assert (seen["patch"], seen["images_per_group"], seen["max_pixels"]) == (14, 8, (36 * 14) ** 2)
     monkeypatch.setattr(codec, "check_video", lambda file: None)
