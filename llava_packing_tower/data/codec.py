@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .images import UnreadableImage
+from .images import UnreadableImage, open_image
 from .video import check_video, video_errors
 
 CODEC, CODEC_VIDEO_PREP = "codec", "codec-video-prep"
@@ -241,7 +241,7 @@ def by_codec_video_prep(file: str, patch_size: int, budget: int) -> CodecClip:
                 max_pixels=side * side,
                 canvas_format="png",
             )
-            canvases = [np.asarray(Image.open(Path(folder) / name).convert("RGB")) for name in made.canvas_files]
+            canvases = [np.asarray(open_image(Path(folder) / name)) for name in made.canvas_files]
             positions = np.load(Path(folder) / "src_patch_position.npy", allow_pickle=False).astype(np.float32)
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             raise UnreadableImage(f"{file} cannot be read by codec-video-prep: {error}", file) from error

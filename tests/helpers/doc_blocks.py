@@ -128,6 +128,12 @@ def samples(file: Path) -> None:
     file.write_text(json.dumps([{"id": "text", "conversations": turns}]))
 
 
+def pairs(file: Path) -> None:
+    """Data of DPO, about one of the photographs."""
+    pair = {"prompt": "What?", "chosen": "A cup.", "rejected": "A cat."}
+    file.write_text(json.dumps([{"id": "0", "image": "cats/0.png", **pair}]))
+
+
 def mixture(file: Path) -> None:
     samples(file.with_suffix(".json"))
     file.write_text(f"datasets:\n  - json_path: {file.with_suffix('.json')}\n    sampling_strategy: all\n")
@@ -144,6 +150,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "checkpoints/llava_qwen_packing": llava,
     "backbone.pt": backbone,
     "data/train.json": samples,
+    "pairs.json": pairs,
     "data/single_image.yaml": mixture,
     "data/blip_558k/blip_558k_plain.json": samples,
     "data/blip_558k/images": photographs,

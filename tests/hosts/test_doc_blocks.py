@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -36,7 +37,7 @@ from llava_packing_tower.integrations.llava.registry import all_hosts, find_host
 from llava_packing_tower.models.llava_vit import presets
 from llava_packing_tower.tools.bench.workloads import parse_workload
 from llava_packing_tower.train.config import read_overrides, read_yaml
-from llava_packing_tower.train.launcher import ALIASES, known_arguments
+from llava_packing_tower.train.launcher import ALIASES, TRAINER_KEY, known_arguments
 from llava_packing_tower.utils import environment
 
 NEXT = os.environ.get("LLAVA_NEXT_DIR")
@@ -286,9 +287,13 @@ class Reader:
         need_a_host()
         file = self.folder / "part.yaml"
         file.write_text(block.text)
-        known = set(known_arguments(find_host())) | set().union(*(host.own_arguments for host in all_hosts()))
-        values = read_yaml(file)
-        assert {ALIASES.get(key, key) for key in values} <= known
+        values, found = read_yaml(file), find_host()
+        if trainer := values.get(TRAINER_KEY):
+            if not NEXT:
+                pytest.skip("LLAVA_NEXT_DIR is not set")
+            found = replace(found, host=found.host.with_trainer(trainer))
+        known = set(known_arguments(found)) | set().union(*(host.own_arguments for host in all_hosts()))
+        assert {ALIASES.get(key, key) for key in values.keys() - {TRAINER_KEY}} <= known
         words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         assert read_overrides(words).keys() == values.keys()
         self.ours("train", ["base.yaml", *words])

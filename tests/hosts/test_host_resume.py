@@ -173,7 +173,8 @@ def test_which_run_can_go_on_from_a_checkpoint(tmp_path, files, latest, processe
 def test_a_damaged_state_is_named(tmp_path, text):
     folder = saved_by(tmp_path, *PLAIN)
     (folder / resume.STATE).write_text(text)
-    with pytest.raises(ValueError, match=r"checkpoint-8/trainer_state\.json is damaged"):
+    said = r"checkpoint-8/trainer_state\.json (is damaged|is not valid JSON|must hold a JSON object)"
+    with pytest.raises(ValueError, match=said):
         resume.misfit(folder, 1, None)
 
 

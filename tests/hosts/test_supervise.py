@@ -12,6 +12,7 @@ from pathlib import Path
 import host_runs
 import pytest
 from host_runs import needs_host
+from signals import default_signals
 
 from llava_packing_tower.train import run_lock
 from llava_packing_tower.train.run_lock import RunLock
@@ -45,12 +46,6 @@ sys.exit(supervise([sys.executable, "-c", *sys.argv[1:]], os.environ))
 """
 
 
-def _default_signals() -> None:
-    """Whoever started the tests may ignore some (nohup, `&` in a script), and a launcher leaves those ignored."""
-    for name in ("SIGHUP", "SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-
-
 def started(folder: Path, before: list[str] = ()) -> tuple[subprocess.Popen, list[int]]:
     """A launcher, and the pids of all its processes once they run."""
     command = [*before, sys.executable, "-c", LAUNCHER, AGENT, str(folder), RANK]
@@ -61,7 +56,7 @@ def started(folder: Path, before: list[str] = ()) -> tuple[subprocess.Popen, lis
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=_default_signals,
+        preexec_fn=default_signals,
     )
     until = time.monotonic() + 30
     while time.monotonic() < until:

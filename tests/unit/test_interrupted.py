@@ -15,6 +15,7 @@ import pytest
 from conversions import standard_folder
 from fuzz_readers import prepare
 from launch_files import need_a_host
+from signals import default_signals
 
 from llava_packing_tower.cli import main as cli
 from llava_packing_tower.cli.main import main
@@ -45,7 +46,7 @@ def standard(tmp_path_factory):
 
 def start(source, output):
     words = [sys.executable, "-c", SLOW, "convert", str(source), "--output_dir", str(output), "--no-verify"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": default_signals}
     process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, **options)
     while "writing" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
@@ -152,7 +153,8 @@ def test_a_stopped_command_takes_its_processes_along(tmp_path, name):
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     words = [sys.executable, "-c", program, str(tmp_path / "pid")]
-    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": default_signals}
+    process = subprocess.Popen(words, env=environment, **options)
     while not (tmp_path / "pid").is_file() or not (pid := (tmp_path / "pid").read_text()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

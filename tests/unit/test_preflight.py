@@ -558,6 +558,8 @@ def test_a_host_that_opens_the_data_itself_gets_no_empty_image():
     from llava_packing_tower.integrations.llava.patcher import Patches
 
     class Dataset:
+        data_args = None
+
         def __init__(self, path):
             self.list_data_dict = [{"image": None}, {"image": "a.png"}, {"video": ""}]
 
