@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..hf import MODEL_TYPE
 from ..integrations.llava.registry import find_host
-from ..towers.names import PACKING, tower_kind
+from ..towers.names import FUSED, PACKING, tower_kind
 from ..towers.saved_tower import saved_in
 from ..utils.files import CONFIG_NAME, read_json
 from ..utils.versions import Run, filelock, impossible, installed, unmet
@@ -84,7 +84,7 @@ def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
     found = find_host()
     key = found.host.tower_settings[0]
     tower = str(config.get(key) or "")
-    if tower_kind(tower, config.get("mm_packing_config")) != PACKING:
+    if tower_kind(tower, config.get("mm_packing_config")) not in (PACKING, FUSED):
         raise ValueError(
             f"{checkpoint} has no packing tower: its {key} is {tower!r}. Use lmms-eval's own models "
             f"llava or llava_onevision"

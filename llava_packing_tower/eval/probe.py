@@ -25,7 +25,8 @@ from ..checkpoint.hub import resolve_path
 from ..data.images import open_image
 from ..data.native_config import NativeSettings
 from ..models.registry import part_of
-from ..towers.names import strip_prefix
+from ..towers.fused_tower import FusedPackingVisionTower
+from ..towers.names import FUSED, strip_prefix, tower_kind, tower_names
 from ..towers.packing_tower import HEVCViTPackingVisionTower
 from ..towers.saved_tower import tower_fingerprint
 from ..utils.files import write_aside
@@ -97,7 +98,8 @@ def load_tower(
     Raises ``ValueError`` for a tower that takes images of one size only, unless ``square``.
     """
     args = SimpleNamespace(mm_vision_select_layer=layer, mm_vision_select_feature="patch", mm_projector_type="linear")
-    tower = HEVCViTPackingVisionTower(name, args)
+    built = FusedPackingVisionTower if tower_kind(name) == FUSED else HEVCViTPackingVisionTower
+    tower = built(name, args)
     if square:
         return tower
     if getattr(tower.vision_tower, "fixed_side", None):
@@ -160,7 +162,7 @@ def cached_features(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     images = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in photos.files]
-    weights = tower_fingerprint(resolve_path(strip_prefix(name), part=part_of))
+    weights = [tower_fingerprint(resolve_path(strip_prefix(own), part=part_of)) for own in tower_names(name)]
     content = json.dumps([weights, images, options, str(dtype), __version__], sort_keys=True)
     file = cache / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
     if file.is_file():

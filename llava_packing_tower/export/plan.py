@@ -14,7 +14,7 @@ from ..integrations.llava.checkpoint_files import names_in_files
 from ..integrations.llava.host import Host
 from ..integrations.llava.model_class import base_of, check_host_has, class_name
 from ..integrations.llava.registry import find_host
-from ..towers.names import PACKING, tower_kind
+from ..towers.names import FUSED, PACKING, tower_kind
 from ..towers.saved_tower import saved_in
 from ..utils.files import CONFIG_NAME, read_json
 
@@ -73,7 +73,10 @@ def decoder_of(name: str, host: Host) -> str:
 
 def _reasons(config: Mapping[str, object], name: str, host: Host) -> Iterator[str]:
     tower = str(config.get("mm_vision_tower") or "")
-    if tower_kind(tower, config.get("mm_packing_config")) != PACKING:
+    kind = tower_kind(tower, config.get("mm_packing_config"))
+    if kind == FUSED:
+        yield f"several vision towers ({tower}), and an export has one"
+    elif kind != PACKING:
         yield f"no packing tower: its mm_vision_tower is {tower!r}"
     if (reason := unknown_projector(str(config.get("mm_projector_type") or "linear"))) is not None:
         yield reason

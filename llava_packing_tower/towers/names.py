@@ -2,7 +2,7 @@
 
 In this order:
 
-1. the prefix ``packing:``: the packing tower;
+1. the prefix ``packing:``: the packing tower, and with several of them, ``packing:A + packing:B``, all together;
 2. the note that a LLaVA checkpoint keeps of its tower (``mm_packing_config``): the tower it was trained with;
 3. a local folder with a config.json: its ``model_type``. A packing folder (``*_packing``) means the packing tower,
    whatever its name. The published folder of a family means it if "packing" is in the folder's own name ("hevc_vit":
@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 PACKING = "packing"
 STANDARD = "hevc_vit"
+FUSED = "fused"
 NAME_PREFIX = "packing:"
+SEPARATOR = re.compile(r"\s+\+\s+(?=packing:)", re.IGNORECASE)
 PACKING_SUFFIX = "_packing"
 STANDARD_TYPES = ("llava_vit", "onevision_encoder", "llava_vit_packing")
 """``model_type`` of the folders that the standard tower reads."""
@@ -36,6 +39,15 @@ STANDARD_TYPES = ("llava_vit", "onevision_encoder", "llava_vit_packing")
 def strip_prefix(name: str) -> str:
     """A folder or hub id without the optional ``packing:`` in front."""
     return name[len(NAME_PREFIX) :] if name.lower().startswith(NAME_PREFIX) else name
+
+
+def tower_names(name: str) -> list[str]:
+    """The folders or hub ids of ``packing:A + packing:B``, without prefixes; of any other name itself."""
+    return [strip_prefix(part) for part in SEPARATOR.split(name)] if _has_prefix(name) else [name]
+
+
+def _has_prefix(name: str) -> bool:
+    return name.lower().startswith(NAME_PREFIX)
 
 
 def folder_model_type(name: str) -> str | None:
@@ -49,7 +61,7 @@ def folder_model_type(name: str) -> str | None:
 
 
 def tower_kind(name: object, note: Mapping | None = None) -> str | None:
-    """``"packing"``, ``"hevc_vit"``, or None for LLaVA's own builder; see the rule above.
+    """``"packing"``, ``"fused"``, ``"hevc_vit"``, or None for LLaVA's own builder; see the rule above.
 
     Args:
         name: the value of ``mm_vision_tower``.
@@ -60,8 +72,8 @@ def tower_kind(name: object, note: Mapping | None = None) -> str | None:
     """
     if not isinstance(name, str):
         return None
-    if name.lower().startswith(NAME_PREFIX):
-        return PACKING
+    if _has_prefix(name):
+        return FUSED if len(tower_names(name)) > 1 else PACKING
     config = note.get("config") if isinstance(note, Mapping) else None
     noted = config.get("model_type") if isinstance(config, Mapping) else None
     if isinstance(noted, str):

@@ -342,6 +342,10 @@ class HEVCViTPackingVisionTower(nn.Module):
     def config(self) -> PretrainedConfig:
         return self.vision_tower.config if self.is_loaded else self.cfg_only
 
+    def encoders(self) -> dict[str, HEVCViTPackingVisionTower]:
+        """What the names of an encoder's parameters begin with, and the tower that selects from it."""
+        return {"vision_tower.": self}
+
     @property
     def feature_layers(self) -> tuple[int, ...]:
         """Indices of the hidden states that make up the features. Raises ``ValueError`` for a bad selection."""

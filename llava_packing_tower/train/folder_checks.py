@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..integrations.llava.host import FoundHost
-from ..towers.names import strip_prefix
+from ..towers.names import tower_names
 from ..utils.errors import UsageError
 from ..utils.files import once
 
@@ -23,7 +23,7 @@ CONFIG = "config.json"
 def check_folders(values: Mapping[str, object], found: FoundHost) -> None:
     """Tower, decoder, adapter and output. A name that is no folder here may be a hub id, ``owner/name``."""
     for key, name in (
-        ("vision_tower", strip_prefix(str(values["vision_tower"]))),
+        *(("vision_tower", name) for name in tower_names(str(values["vision_tower"]))),
         ("model_name_or_path", str(values["model_name_or_path"])),
     ):
         folder = Path(name).expanduser()

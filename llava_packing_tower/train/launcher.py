@@ -16,7 +16,7 @@ from pathlib import Path
 from ..data.native_config import KEYS, NATIVE, PREFIX, check_settings
 from ..integrations.llava.host import Argument, FoundHost
 from ..integrations.llava.registry import find_host
-from ..towers.names import PACKING, STANDARD, random_clip, strip_prefix, tower_kind
+from ..towers.names import FUSED, PACKING, STANDARD, random_clip, tower_kind, tower_names
 from ..utils import environment as variables
 from ..utils.errors import UsageError
 from ..utils.files import read_json
@@ -36,7 +36,12 @@ from .run_lock import LOCK, LOCK_ENV
 
 TRAINER_KEY = "trainer"
 ENTRY = "llava_packing_tower.train.entrypoint"
-TOWER_WORDS = {PACKING: "packing tower", STANDARD: "standard LlavaViT", None: "LLaVA's own"}
+TOWER_WORDS = {
+    FUSED: "packing towers, joined by channel",
+    PACKING: "packing tower",
+    STANDARD: "standard LlavaViT",
+    None: "LLaVA's own",
+}
 
 
 @dataclass
@@ -129,7 +134,8 @@ def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> in
         if isinstance(path, str) and path and "{" not in path and not Path(path).expanduser().exists():
             raise UsageError(f"{name}: {path} does not exist")
     tower, decoder = str(values["vision_tower"]), str(values["model_name_or_path"])
-    for name, path in (("vision_tower", strip_prefix(tower)), ("model_name_or_path", decoder)):
+    towers = [("vision_tower", path) for path in tower_names(tower)]
+    for name, path in (*towers, ("model_name_or_path", decoder)):
         # A hub id is owner/name; where there is a folder of the owner's name, it is meant.
         is_path = (
             path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
@@ -138,7 +144,8 @@ def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> in
             raise UsageError(f"{name}: folder {path} does not exist")
     check_folders(values, found)
     try:
-        check_is_here(strip_prefix(tower))
+        for _, path in towers:
+            check_is_here(path)
         reason = random_clip(tower)
     except ValueError as error:
         raise UsageError(str(error)) from error

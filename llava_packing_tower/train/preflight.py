@@ -22,7 +22,7 @@ from ..data.smart_resize import CHECKPOINT, known_merge
 from ..integrations.llava.arguments_table import check_dealing, tunable_parts
 from ..integrations.llava.host import Argument, FoundHost
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
-from ..towers.names import PACKING, strip_prefix, tower_kind
+from ..towers.names import FUSED, PACKING, tower_kind, tower_names
 from ..utils.errors import UsageError
 from ..utils.files import read_json
 from .sequence_lengths import LengthCheck
@@ -92,7 +92,7 @@ def check_tower(values: Mapping[str, object]) -> None:
         kind = tower_kind(name)
     except ValueError as error:
         raise UsageError(f"vision_tower: {error}") from error
-    if kind != PACKING:
+    if kind not in (PACKING, FUSED):
         return
     feature = values.get("mm_vision_select_feature") or "patch"
     _one_of("mm_vision_select_feature", feature, SELECT_FEATURES)
@@ -101,7 +101,13 @@ def check_tower(values: Mapping[str, object]) -> None:
         from ..attention.dispatch import BACKENDS
 
         _one_of("mm_packing_attention", attention, ("auto", *BACKENDS))
-    file = Path(strip_prefix(name)).expanduser() / "config.json"
+    for own in tower_names(name):
+        _check_layer(values, own, str(feature))
+
+
+def _check_layer(values: Mapping[str, object], name: str, feature: str) -> None:
+    """The selected hidden state against the config of a tower, where its folder is here."""
+    file = Path(name).expanduser() / "config.json"
     layer = values.get("mm_vision_select_layer")
     if layer is None or not file.is_file():
         return
@@ -192,7 +198,7 @@ def check_samples(
     default = re.search(r"default=(\d+)", max_length.default if max_length else "")
     limit = values.get("model_max_length")
     limit = int(str(limit)) if limit is not None else default and int(default[1])
-    tower = Path(strip_prefix(str(values["vision_tower"]))).expanduser()
+    tower = Path(tower_names(str(values["vision_tower"]))[0]).expanduser()
     try:
         lengths = None if limit is None else LengthCheck(values, tower, limit)
         look = lengths and lengths.look

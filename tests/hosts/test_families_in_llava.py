@@ -29,6 +29,7 @@ from pathlib import Path
 from llava_packing_tower.integrations import llava as hosts
 from llava_packing_tower.train import entrypoint as train_entry
 from llava_packing_tower.train.launcher import make_plan, to_argv
+from llava_packing_tower.checkpoint.hashing import tensor_digest
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 plan = make_plan(sys.argv[1], sys.argv[2:], num_processes=1)
@@ -41,8 +42,8 @@ training_step, told = trainer.training_step, {}
 def step(self, model, *args, **kwargs):
     loss = training_step(self, model, *args, **kwargs)
     tower = model.get_vision_tower()
-    assert type(tower) is HEVCViTPackingVisionTower
-    told["family"] = type(tower.vision_tower).__name__
+    assert isinstance(tower, HEVCViTPackingVisionTower)
+    told["tower"], told["family"] = type(tower).__name__, type(tower.vision_tower).__name__
     for name, parameter in tower.vision_tower.named_parameters():
         told.setdefault("gradients", {})[name] = None if parameter.grad is None else parameter.grad.norm().item()
     return loss
@@ -57,6 +58,7 @@ _, model, processor, _ = builder.load_pretrained_model(folder, None, "llava_llam
 tower = model.get_vision_tower()
 told["reloaded"] = [type(tower.vision_tower).__name__, tower.hidden_size, tower.num_patches]
 told["processor"] = [processor.image_mean, processor.image_std, processor.resample, processor.patch_size]
+told["digests"] = {name: tensor_digest(value) for name, value in tower.vision_tower.state_dict().items()}
 Path(folder, "told.json").write_text(json.dumps(told))
 """
 
@@ -96,7 +98,8 @@ def test_one_step_with_the_tower_tuned(workspace, golden, tmp_path, name, next_d
     result = host_runs.execute(command, host_runs.environment(next_dir), timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     told = json.loads((output / "told.json").read_text())
-    assert told["family"] == cls.__name__ and "step 1/1  loss" in result.stdout
+    assert told["tower"] == "HEVCViTPackingVisionTower" and told["family"] == cls.__name__
+    assert "step 1/1  loss" in result.stdout
 
     # LLaVA reads the last block's output before the final norm: that norm, and nothing else, takes no part.
     before = cls.from_pretrained(golden / name).state_dict()
@@ -123,3 +126,37 @@ def test_one_step_with_the_tower_tuned(workspace, golden, tmp_path, name, next_d
     if STARTS[name] == "checkpoint":
         assert config["mm_packing_projector"]["merge"] == [2, 2]
         assert saved["model.mm_projector.mlp.2.weight"].shape == (128, 128)
+
+
+def test_one_step_with_two_towers_tuned(workspace, golden, tmp_path):
+    """``packing:A + packing:B``: both are trained, saved in the checkpoint and reloaded from it alone."""
+    families, output = ("dinov3", "qwen3_vl"), tmp_path / "llava_llama"
+    tower = " + ".join(f"packing:{golden / name}" for name in families)
+    words = ["--mm_vision_tower", tower, "--bf16", "false", "--max_steps", "1", "--output_dir", str(output)]
+    words += ["--image_aspect_ratio", "native", "--mm_packing_max_patches", "36"]
+    words += ["--mm_projector_type", "spatial_merge_2x2", "--mm_packing_fusion", "channel"]
+    command = [sys.executable, "-c", TRAIN_AND_RELOAD, str(workspace / "config.yaml"), *words]
+    result = host_runs.execute(command, host_runs.environment(""), timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = json.loads((output / "told.json").read_text())
+    assert told["tower"] == "FusedPackingVisionTower" and told["reloaded"][0] == told["family"] == "FusedModel"
+
+    saved = load_file(output / "model.safetensors")
+    recorded = json.loads((output / "packing_tower.json").read_text())["tensors"]
+    assert told["digests"].keys() == told["gradients"].keys() == recorded.keys()
+    width = 0
+    for index, name in enumerate(families):
+        before = ALL_FAMILIES[name].from_pretrained(golden / name).state_dict()
+        start = f"towers.{index}."
+        after = {key: saved[f"model.vision_tower.vision_tower.{start}{key}"] for key in before}
+        for key, value in after.items():  # (LLaVA loads in half precision.)
+            assert tensor_digest(value) == recorded[f"{start}{key}"]
+            assert tensor_digest(value.half()) == told["digests"][f"{start}{key}"]
+        still = {key for key in before if torch.equal(before[key], after[key])}
+        assert still == {key for key in before if not told["gradients"][f"{start}{key}"]} and len(still) <= 2
+        width += before["encoder.layers.0.layer_norm1.weight"].numel()
+    config = json.loads((output / "config.json").read_text())
+    assert config["mm_hidden_size"] == width == told["reloaded"][1] and config["mm_vision_tower"] == tower
+    noted = config["mm_packing_config"]
+    assert noted["fusion"] == "channel" and noted["weights"] == "checkpoint"
+    assert [own["config"]["model_type"] for own in noted["towers"]] == noted["config"]["towers"]

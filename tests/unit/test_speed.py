@@ -174,6 +174,7 @@ def meter(trained=("tower", "projector", "decoder")):
     found.trainer = SimpleNamespace(model=nn.Linear(1, 1).train())
     found.config, found.known, found.cuda = SimpleNamespace(**DECODER), True, False
     found.tower = SimpleNamespace(config=TOWER, feature_layers=(4,))
+    found.tower.encoders = lambda: {"vision_tower.": found.tower}
     found.trained = {f"{part}_trained": part in trained for part in ("tower", "projector", "decoder")}
     found.micro_steps, found.current = [], None
     found.wait = found.paused = 0.0

@@ -40,6 +40,13 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "run the encoder blocks of a packing tower as fused kernels, in half precision on CUDA; false runs them eager",
     ),
     PluginArgument(
+        "mm_packing_fusion",
+        "ModelArguments",
+        "Optional[str]",
+        None,
+        "how the features of several towers (packing:A + packing:B) are joined: channel (the default)",
+    ),
+    PluginArgument(
         "mm_packing_encoder_tokens",
         "ModelArguments",
         "Optional[int]",

@@ -34,12 +34,14 @@ def idle_names(model: nn.Module) -> set[str]:
     for prefix, tower in model.named_modules():
         if not isinstance(tower, HEVCViTPackingVisionTower) or not tower.is_loaded:
             continue
-        layers = range(max(tower.feature_layers), tower.config.num_hidden_layers)
-        above = tuple(f"vision_tower.encoder.layers.{index}." for index in layers)
+        above, used = [], []
+        for start, part in tower.encoders().items():
+            layers = range(max(part.feature_layers), part.config.num_hidden_layers)
+            above += [f"{start}encoder.layers.{index}." for index in layers]
+            used += [f"{start}encoder.", f"{start}patch_embed."]
         for name, _ in tower.named_parameters():
             clean = plain_name(name)
-            used = clean.startswith(("vision_tower.encoder.", "vision_tower.patch_embed."))
-            if not used or clean.startswith(above):
+            if not clean.startswith(tuple(used)) or clean.startswith(tuple(above)):
                 names.add(plain_name(f"{prefix}.{name}"))
     return names
 

@@ -207,9 +207,12 @@ class SizeReader:
 def cost_of(model: nn.Module) -> Cost:
     """The constants of :class:`Cost` for a LLaVA: its layers, and what of them is trained."""
     tower, config = model.get_vision_tower(), model.config
-    encoder, layers = tower.vision_tower.encoder.layers, max(tower.feature_layers)
-    weights, trained = _count(list(encoder)[:layers])
-    patch, pair = layer_cost(tower.config.hidden_size, layers, weights, 1 + (1 + trained if trained else 0))
+    patch = pair = 0.0
+    for part in tower.encoders().values():
+        encoder, layers = part.vision_tower.encoder.layers, max(part.feature_layers)
+        weights, trained = _count(list(encoder)[:layers])
+        more = layer_cost(part.config.hidden_size, layers, weights, 1 + (1 + trained if trained else 0))
+        patch, pair = patch + more[0], pair + more[1]
     weights, trained = _count(model.model.layers)
     token, token_pair = layer_cost(config.hidden_size, len(model.model.layers), weights, 2 + trained)
     weights, trained = _count([model.lm_head])

@@ -29,7 +29,7 @@ def self_contained(folder: Path, key: str = "mm_vision_tower") -> Iterator[Path]
     """
     config = read_json(folder / CONFIG_NAME)
     saved, name = saved_in(folder / CONFIG_NAME, config), str(config.get(key))
-    if saved.get("weights") != "folder" or frozen_folder(name, saved) is not None:
+    if saved.get("weights") != "folder" or saved.get("towers") or frozen_folder(name, saved) is not None:
         yield folder
         return
     if (found := _seen_from(folder, strip_prefix(name), saved.get("fingerprint"))) is not None:

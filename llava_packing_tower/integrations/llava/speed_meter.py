@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ...multimodal.flops import decoder_flops, encoder_flops, head_flops, step_flops
+from ...multimodal.flops import Flops, decoder_flops, encoder_flops, head_flops, step_flops
 from .packed_step import decoder_base
 
 IGNORE = -100
@@ -177,7 +177,8 @@ class Meter:
         """Of a forward and backward pass; 0 for a decoder whose layers are not known."""
         if not self.known:
             return 0.0
-        encoder = encoder_flops(self.tower.config, segments, max(self.tower.feature_layers))
+        towers = self.tower.encoders().values()
+        encoder = sum((encoder_flops(part.config, segments, max(part.feature_layers)) for part in towers), Flops())
         decoder, head = decoder_flops(self.config, tokens), head_flops(self.config, supervised)
         return step_flops(encoder, decoder, head, **self.trained)
 

@@ -20,6 +20,7 @@ from .patcher import Patches
 # What towers.names.tower_kind calls them, module and class of the tower.
 TOWERS: tuple[tuple[str, str, str], ...] = (
     ("packing", "llava_packing_tower.towers.packing_tower", "HEVCViTPackingVisionTower"),
+    ("fused", "llava_packing_tower.towers.fused_tower", "FusedPackingVisionTower"),
     ("hevc_vit", "llava_packing_tower.towers.standard_tower", "HEVCViTVisionTower"),
 )
 TOWER_BUILDER = Host.tower_builders[0]
