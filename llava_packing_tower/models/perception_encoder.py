@@ -8,6 +8,7 @@ and the text tower are not part of the packed encoder.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -188,7 +189,7 @@ def fields_of(raw: Mapping, shapes: Shapes) -> dict:
     if side**2 != positions or not side:
         raise ValueError(f"{table} should have the positions of a square, found {positions}")
     if timm:
-        timm_arguments(raw)
+        _check_reference(raw, side)
     return {
         **sizes,
         "intermediate_size": shape_of(shapes, f"{inner}.weight", 2)[0],
@@ -199,6 +200,19 @@ def fields_of(raw: Mapping, shapes: Shapes) -> dict:
         "layer_scale": scale in shapes,
         "norm_post": post in shapes,
     }
+
+
+def _check_reference(raw: Mapping, side: int) -> None:
+    """Raises ``ValueError`` where timm would stretch rotary positions: its reference grid is not that of the table."""
+    found = timm_arguments(raw, ("num_heads", "ref_feat_shape")).get("ref_feat_shape")
+    named = re.search(r"patch(\d+)_(\d+)", str(raw.get("architecture") or ""))
+    if found is None and named:
+        found = [int(named[2]) // int(named[1])] * 2
+    if found is not None and list(found) != [side, side]:
+        raise ValueError(
+            f"timm stretches the rotary positions of this model to {' x '.join(map(str, found))} (ref_feat_shape), and "
+            f"its table has {side} x {side}: only models without stretching are read"
+        )
 
 
 META = (

@@ -12,7 +12,13 @@ import torch
 from conftest import assert_close
 from safetensors.torch import save_file
 
-from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, HEVCViTPackingVisionTower, Siglip2NaflexPacking
+from llava_packing_tower import (
+    AIMv2Packing,
+    DINOv3ViTPacking,
+    HEVCViTPackingVisionTower,
+    PerceptionEncoderPacking,
+    Siglip2NaflexPacking,
+)
 from llava_packing_tower.checkpoint.hub import resolve_folder
 from llava_packing_tower.checkpoint.namings import recognized
 from llava_packing_tower.checkpoint.opening import open_checkpoint
@@ -33,6 +39,8 @@ KINDS = {
     "siglip2_big_vision.npz": (Siglip2NaflexPacking, {}),
     "siglip2_big_vision_scan.npz": (Siglip2NaflexPacking, {}),
     "aimv2_timm": (AIMv2Packing, {}),
+    "pe_core_timm": (PerceptionEncoderPacking, {}),
+    "pe_lang_timm": (PerceptionEncoderPacking, {}),
     "aimv2_apple_native": (AIMv2Packing, HEADS),
     "aimv2_apple_learned": (AIMv2Packing, HEADS),
 }
@@ -400,3 +408,15 @@ def test_a_hub_id_fetches_only_what_is_read(tmp_path, monkeypatch, repository, w
     subfolder = "vision" if any(name.startswith("vision/") for name in repository) else ""
     assert resolve_folder("owner/name", subfolder) == tmp_path / subfolder
     assert fetched == wanted
+
+
+def test_rotary_positions_that_timm_stretches_are_refused(golden, tmp_path):
+    """A reference grid other than the table's, said by the arguments or by the published model of that name."""
+    folder = shutil.copytree(golden / "authors" / "pe_core_timm", tmp_path / "pe")
+    told = json.loads((folder / "config.json").read_text())
+    for reference in ([3, 4], None):
+        told["model_args"]["ref_feat_shape"] = reference
+        told["model_args"] = {name: value for name, value in told["model_args"].items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(told))
+        with pytest.raises(ValueError, match=r"to (3 x 4|24 x 24) \(ref_feat_shape\), and its table has 4 x 4"):
+            PerceptionEncoderPacking.from_pretrained(folder)

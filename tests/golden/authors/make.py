@@ -108,7 +108,7 @@ def apple(clone):
         save_file(model.state_dict(), HERE / f"{name}.safetensors")
 
 
-def timm_folders():
+def timm_folders(*only):
     import timm
     import torch
     from timm.models import save_for_hf
@@ -119,10 +119,14 @@ def timm_folders():
         ("dinov3_timm_gated", "vit_small_plus_patch16_dinov3", dict(img_size=16)),
         ("aimv2_timm", "aimv2_large_patch14_224", dict(img_size=16)),
         ("siglip2_timm", "naflexvit_base_patch16_siglip", {}),
+        ("pe_core_timm", "vit_pe_core_tiny_patch16_384", dict(img_size=16, ref_feat_shape=(4, 4), num_classes=8)),
+        ("pe_lang_timm", "vit_pe_lang_large_patch14_448", dict(img_size=16, ref_feat_shape=(4, 4))),
     ):
+        if only and name not in only:
+            continue
         model = timm.create_model(architecture, **sizes, **more)
         fill(model.state_dict())
-        images = pictures(4, ((4, 4),) * 2 if name == "aimv2_timm" else GRIDS)
+        images = pictures(4, ((4, 4),) * 2 if name.startswith(("aimv2", "pe_")) else GRIDS)
         save_for_hf(model, HERE / name, safe_serialization=True)
         skip = getattr(model, "num_prefix_tokens", 0)
 
