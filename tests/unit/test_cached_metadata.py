@@ -114,7 +114,7 @@ CIRCUMSTANCES = [
 CASES = [
     (*family, circumstance, warm) for family in FAMILIES for circumstance in CIRCUMSTANCES for warm in (False, True)
 ]
-CASES.append((*FAMILIES[-1], compiled, False))  # (it takes long)
+CASES.append(pytest.param(*FAMILIES[-1], compiled, False, marks=pytest.mark.long))
 
 
 @pytest.mark.parametrize("family, more, circumstance, warm", CASES, ids=lambda value: getattr(value, "__name__", None))
