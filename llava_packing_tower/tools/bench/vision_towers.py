@@ -82,6 +82,11 @@ def _qwen(setting: Setting, cls: type, config, train: bool) -> Peer:
         order = torch.cat(orders).to(setting.device)
         rows, grid = rows[order], grid.to(setting.device)
         lengths = [t * h * w for t, h, w in grids]
+        if hasattr(c, "window_size"):  # transformers gives the rows of Qwen2.5-VL window by window
+            from transformers.vision_utils import get_vision_window_index
+
+            cells = get_vision_window_index(grid, c.spatial_merge_size, c.window_size, c.patch_size)[0]
+            order = order.unflatten(0, (-1, c.spatial_merge_size**2))[cells.to(order.device)].flatten()
 
         def features(output: torch.Tensor) -> list[torch.Tensor]:
             return list(torch.empty_like(output).index_copy(0, order, output).split(lengths))
