@@ -9,9 +9,7 @@ from families import BLOCK_VARIANTS
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from llava_packing_tower.attention.dispatch import backend_module
 from llava_packing_tower.data.patches import batch_images_to_packing_input
-from llava_packing_tower.data.segments import VarlenMetadata
 from llava_packing_tower.kernels import reference, triton
 from llava_packing_tower.models.registry import family_for
 from llava_packing_tower.tools.bench.models import PRESETS
@@ -176,21 +174,6 @@ def test_features_and_gradients_by_the_twice_the_error_rule(family, more, equal,
     for name, want in exact.items():
         error, allowed = (got[name] - want).norm(), 2 * (low[name] - want).norm()
         assert error <= allowed + 1e-6 * want.norm(), (name, error / want.norm(), allowed / want.norm())
-
-
-def test_flash_attention_4_is_launched_directly():
-    """Learnt for forward and backward, on Hopper: else all of these tests would pass through the package."""
-    backend = backend_module("flash_attention_4")
-    if reason := backend.unsupported_reason(torch.device("cuda"), torch.bfloat16, 64, True):
-        pytest.skip(reason)
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("kernels of other chips take lengths as arguments")
-    for width in backend.RIGHT_BACKWARD:
-        q, k, v = (noise(700, 3, width).requires_grad_() for _ in range(3))
-        cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device="cuda")
-        backend.attend(q, k, v, VarlenMetadata(cu_seqlens, 400, (300, 400)), 0.1).sum().backward()
-    learnt = {key[0]: launches for key, launches in backend._known.items() if key[3][0] == 3}
-    assert learnt.keys() == {"forward", "backward"} and all(learnt.values())
 
 
 def test_fused_is_the_default_in_half_precision():

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 LENGTHS = (300, 17, 1, 64, 513, 128, 300)
 
 
-@pytest.mark.parametrize("dim", [64, 72, 96, 128])
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
 def test_no_build_is_called_wrong_in_bfloat16(name, dim):
     module, arguments = backend_module(name), (torch.device("cuda"), torch.bfloat16, dim)
@@ -25,7 +25,7 @@ def test_no_build_is_called_wrong_in_bfloat16(name, dim):
             assert resolve_backend(name, "cuda", *arguments[1:], needs_grad=needs_grad) == name
 
 
-@pytest.mark.parametrize("dim", [64, 72, 96, 128])
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
 def test_backends_by_the_twice_the_error_rule(backend, dim):
     """Forward and gradients in bf16 against float32, error at most twice the bf16 reference's own."""

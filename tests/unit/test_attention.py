@@ -14,6 +14,7 @@ from llava_packing_tower.attention.dispatch import (
     resolve_backend,
     varlen_attention,
 )
+from llava_packing_tower.attention.self_check import self_check_error
 from llava_packing_tower.data.segments import make_segments
 
 LENGTHS = (5, 1, 12, 5, 7)
@@ -317,3 +318,61 @@ def test_cpu_refuses_gpu_kernels_by_name():
     pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen attention")
     with pytest.raises(ValueError, match=r"torch_varlen.*torch.float32 with head width 16 on cpu: needs a CUDA GPU"):
         resolve_backend("torch_varlen", "cpu", torch.float32, 16)
+
+
+@pytest.fixture
+def fa4(monkeypatch):
+    """flash-attn 4's backend with plain attention in place of the kernels, whose gradients are right for some widths
+    of heads only; and the widths that it was called with."""
+    module, widths = backend_module("flash_attention_4"), []
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+        widths.append(q.shape[-1])
+        if q.requires_grad and q.shape[-1] not in (64, 96, 128):
+            q = 2 * q - q.detach()
+        segments = make_segments(cu_seqlens_q.diff().tolist())
+        return backend_module("eager").attend(q, k, v, segments, softmax_scale, causal), None
+
+    monkeypatch.setattr(module, "flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
+    monkeypatch.setattr(module, "missing_package", None)
+    return module, widths
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim, padded", [(40, 64), (64, 64), (72, 96), (80, 96), (96, 96), (104, 128), (128, 128)])
+def test_heads_are_padded_where_gradients_of_flash_attention_4_are_wrong(fa4, dim, padded, causal):
+    """Output and gradients are those of the true width, in training through padded heads, in inference as they are."""
+    module, widths = fa4
+    segments = make_segments(LENGTHS)
+    packed = torch.randn(sum(LENGTHS), 3, 4, dim, requires_grad=True)  # q, k and v are views of one product
+    q, k, v = packed.unbind(1)
+    if causal:  # a decoder's: two heads of queries for one of keys
+        k, v = k[:, :2], v[:, :2]
+    weight = torch.randn(q.shape)
+    for upstream in (weight, torch.ones(()).expand(q.shape)):
+        want = backend_module("eager").attend(q, k, v, segments, 0.3, causal)
+        (want_grad,) = torch.autograd.grad(want, packed, upstream, retain_graph=True)
+        out = module.attend(q, k, v, segments, 0.3, causal)
+        torch.testing.assert_close(out, want, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.autograd.grad(out, packed, upstream, retain_graph=True)[0], want_grad)
+    assert out.is_contiguous() and widths == [padded] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(module.attend(q, k, v, segments, 0.3, causal), want)
+    assert widths[-1] == dim
+    assert self_check_error(module, torch.device("cpu"), torch.bfloat16, dim, True, causal) is None
+    assert widths[-1] == padded
+
+
+def test_the_self_check_sees_what_padding_hides_not(fa4, monkeypatch):
+    module, _ = fa4
+    monkeypatch.setattr(module, "RIGHT_BACKWARD", (72,))
+    found = self_check_error(module, torch.device("cpu"), torch.bfloat16, 72, True)
+    assert found is not None and found.startswith("its gradients of q are wrong")
+
+
+def test_heads_that_flash_attention_4_takes_in_training(fa4, monkeypatch):
+    module, _ = fa4
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    reason = functools.partial(module.unsupported_reason, torch.device("cuda"), torch.bfloat16)
+    assert [dim for dim in range(8, 137, 8) if reason(dim, True) is None] == list(range(40, 129, 8))
+    assert reason(32, True) == "in training heads narrower than 40 would be padded to 64" and reason(32) is None
