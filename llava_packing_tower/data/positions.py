@@ -212,6 +212,15 @@ def rotary_3d_of_grids(
     return make(tuple(grids), head_dim, theta, device)
 
 
+def rotary_3d_of_batch(
+    grids: Sequence[Grid], patch_positions: torch.Tensor | None, head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rotary_3d` at the given positions ``[N, 3]``, or at those of the grids where None are given."""
+    if patch_positions is None:
+        return rotary_3d_of_grids(grids, head_dim, theta, device)
+    return rotary_3d(batch_positions(grids, patch_positions, device), head_dim, theta)
+
+
 @cached(8)
 def _kept_rotary_3d(
     grids: tuple[Grid, ...], head_dim: int, theta: float, device: torch.device

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ..checkpoint.config_check import check_rate, one_side
@@ -26,6 +25,7 @@ from . import aimv2_names as names
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, RMSNorm, Rotary
+from .position_tables import LearnedTable
 
 
 class AIMv2PackingConfig(PretrainedConfig):
@@ -96,13 +96,12 @@ def sincos_positions(grids: Sequence[Grid], hidden_size: int, device: torch.devi
     return torch.cat([waves.index_select(0, column), waves.index_select(0, row)], dim=1)
 
 
-class LearnedPositions(nn.Module):
+class LearnedPositions(LearnedTable):
     """A table of learned positions for one grid, ``side x side``, row by row. It is not resized."""
 
     def __init__(self, side: int, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__(side**2, hidden_size)
         self.side = side
-        self.weight = nn.Parameter(torch.zeros(side**2, hidden_size))
 
     def forward(self, tokens: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Tokens ``[N, hidden]`` plus the position of each. Raises ``ValueError`` for another grid."""
@@ -124,11 +123,8 @@ class AIMv2Packing(PackedVisionModel):
 
     def __init__(self, config: AIMv2PackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
+        block = BlockConfig.of(
+            config,
             norm="rms_norm",
             norm_eps=config.rms_norm_eps,
             gated_mlp=True,
@@ -166,11 +162,6 @@ class AIMv2Packing(PackedVisionModel):
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm_post(hidden_states)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, LearnedPositions):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> AIMv2PackingConfig:

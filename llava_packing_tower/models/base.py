@@ -23,6 +23,7 @@ from ..data.timm_processor import timm_content
 from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
 from .merger import MergerSource
+from .position_tables import LearnedTable
 from .unused_parameters import join_idle
 
 _Meta: Any = type(StrictPreTrainedModel)
@@ -41,6 +42,12 @@ class _LoadsByName(_Meta):
         if args:
             kwargs = {"device": args[0], **kwargs}
         return cls.from_pretrained(ckpt, config=config, **kwargs)
+
+
+def stretched(config: PretrainedConfig, **pixels: Any) -> PackingImageProcessor:
+    """An image processor that stretches images to the config's square; CLIP statistics and bicubic unless given."""
+    size = {"height": config.image_size, "width": config.image_size}
+    return PackingImageProcessor(size=size, patch_size=config.patch_size, **pixels)
 
 
 class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
@@ -247,7 +254,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     def _init_weights(self, module: nn.Module) -> None:
         """transformers' hook for random initialization: normal weights, zero biases; norms are made as ones."""
         std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, LearnedTable)):
             nn.init.normal_(module.weight, std=std)
             for name, bias in module.named_parameters(recurse=False):
                 if name.endswith("bias"):

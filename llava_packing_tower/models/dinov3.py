@@ -26,7 +26,7 @@ from ..data.positions import per_token, positions_and_sizes, prefix_indices
 from ..data.positions import rotary_2d as rotary_of_places
 from ..data.segments import Grid, VarlenMetadata
 from . import dinov3_names as names
-from .base import PackedVisionModel
+from .base import PackedVisionModel, stretched
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, Rotary
 from .position_tables import PrefixTokens
@@ -152,11 +152,8 @@ class DINOv3ViTPacking(PackedVisionModel):
 
     def __init__(self, config: DINOv3PackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
+        block = BlockConfig.of(
+            config,
             norm_eps=config.layer_norm_eps,
             gated_mlp=config.use_gated_mlp,
             qkv_bias=config.qkv_bias,
@@ -188,20 +185,14 @@ class DINOv3ViTPacking(PackedVisionModel):
     ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
         prefix, device = 1 + self.config.num_register_tokens, tokens.device
         insert, patches = prefix_indices(tuple(h * w for _, h, w in grids), prefix, device)
-        centres = torch.zeros(
-            len(insert), 2, dtype=torch.float32, device=device
-        )  # prefix tokens stand at 0: they are not rotated
+        # Prefix tokens stand at 0: they are not rotated.
+        centres = torch.zeros(len(insert), 2, dtype=torch.float32, device=device)
         centres = centres.index_copy(0, patches, self.centres(grids, device))
         rotary = rotary_2d(centres, self.encoder.head_dim, self.config.rope_theta)
         return self.prefix(tokens, insert), self.segments_of(grids, device, prefix), rotary, patches
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm(hidden_states)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, PrefixTokens):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> DINOv3PackingConfig:
@@ -237,13 +228,7 @@ class DINOv3ViTPacking(PackedVisionModel):
     @classmethod
     def default_image_processor(cls, config: DINOv3PackingConfig) -> PackingImageProcessor:
         """ImageNet statistics, bilinear, stretched to the config's image size."""
-        return PackingImageProcessor(
-            size={"height": config.image_size, "width": config.image_size},
-            image_mean=(0.485, 0.456, 0.406),
-            image_std=(0.229, 0.224, 0.225),
-            resample=2,
-            patch_size=config.patch_size,
-        )
+        return stretched(config, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), resample=2)
 
 
 CARRIED_FIELDS = tuple(inspect.signature(DINOv3PackingConfig).parameters)[:-1]

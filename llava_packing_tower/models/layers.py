@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from ..attention.dispatch import attend
@@ -52,6 +53,12 @@ class BlockConfig:
             raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"unknown activation {self.hidden_act!r}")
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, **others: Any) -> BlockConfig:
+        """With the sizes and the activation of a family's config, and the fields that differ from the defaults."""
+        sizes = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        return cls(*sizes, config.hidden_act, **others)
 
     @property
     def head_dim(self) -> int:

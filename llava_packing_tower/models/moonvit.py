@@ -26,7 +26,7 @@ from ..data.patches import PatchLayout
 from ..data.positions import frequency_ladder, positions_and_sizes
 from ..data.resampling import Resampling
 from ..data.segments import Grid, Segments, make_segments
-from .base import PackedVisionModel
+from .base import PackedVisionModel, stretched
 from .encoder import PackedEncoder
 from .layers import BlockConfig, PatchEmbed, Rotary
 from .merger import Merger, MergerSource, merger_recipes
@@ -116,14 +116,7 @@ class MoonViTPacking(PackedVisionModel):
     def __init__(self, config: MoonViTPackingConfig) -> None:
         super().__init__(config)
         self.image_only = config.pos_emb_time < 2
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
-            norm_eps=1e-5,
-            rotary="interleaved",
-        )
+        block = BlockConfig.of(config, norm_eps=1e-5, rotary="interleaved")
         block.check_rotary(2, 4)
         sides = config.pos_emb_height, config.pos_emb_width
         self.patch_embed = PatchEmbed(
@@ -152,11 +145,6 @@ class MoonViTPacking(PackedVisionModel):
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.final_layernorm(hidden_states)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ResampledPositions):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> MoonViTPackingConfig:
@@ -207,12 +195,7 @@ class MoonViTPacking(PackedVisionModel):
     @classmethod
     def default_image_processor(cls, config: MoonViTPackingConfig) -> PackingImageProcessor:
         """Pixels to -1..1, bicubic, stretched to the square of the position table."""
-        return PackingImageProcessor(
-            size={"height": config.image_size, "width": config.image_size},
-            image_mean=(0.5,) * 3,
-            image_std=(0.5,) * 3,
-            patch_size=config.patch_size,
-        )
+        return stretched(config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 
 
 def _neighbors(heads: int, *parts: torch.Tensor) -> torch.Tensor:

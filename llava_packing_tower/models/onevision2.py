@@ -18,7 +18,7 @@ from ..checkpoint.key_map import KeyMap, carried
 from ..checkpoint.weights import Recipe, WeightPlan
 from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
-from ..data.positions import batch_positions, rotary_3d, rotary_3d_of_grids
+from ..data.positions import rotary_3d_of_batch
 from ..data.segments import Grid, Segments, make_segments
 from .base import PackedVisionModel
 from .encoder import PackedEncoder
@@ -63,11 +63,8 @@ class OneVision2Packing(PackedVisionModel):
 
     def __init__(self, config: OneVision2PackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
+        block = BlockConfig.of(
+            config,
             norm=config.layer_norm_type,
             norm_eps=config.layer_norm_eps,
             rotary="interleaved",
@@ -86,10 +83,7 @@ class OneVision2Packing(PackedVisionModel):
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, Segments, Rotary | None, torch.Tensor | None]:
         device, head_dim, theta = tokens.device, self.encoder.head_dim, self.config.rope_theta
-        if patch_positions is None:
-            rotary = rotary_3d_of_grids(grids, head_dim, theta, device)
-        else:
-            rotary = rotary_3d(batch_positions(grids, patch_positions, device), head_dim, theta)
+        rotary = rotary_3d_of_batch(grids, patch_positions, head_dim, theta, device)
         window = self.config.frame_windows_size or max(t for t, _, _ in grids)
         lengths = [min(window, t - start) * h * w for t, h, w in grids for start in range(0, t, window)]
         return self.layernorm_pre(tokens), make_segments(lengths, device), rotary, None

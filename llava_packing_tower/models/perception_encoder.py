@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ..checkpoint.config_check import one_side
@@ -25,7 +24,7 @@ from ..data.patches import PatchLayout
 from ..data.positions import frequency_ladder, positions_of_grids, prefix_indices
 from ..data.resampling import Resampling
 from ..data.segments import Grid, Segments
-from .base import PackedVisionModel
+from .base import PackedVisionModel, stretched
 from .encoder import PackedEncoder
 from .foreign_config import Shapes, heads_of, patch_of, shape_of, timm_arguments, timm_image_size
 from .layers import BlockConfig, PatchEmbed, Rotary, make_norm
@@ -104,11 +103,8 @@ class PerceptionEncoderPacking(PackedVisionModel):
 
     def __init__(self, config: PerceptionEncoderPackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
+        block = BlockConfig.of(
+            config,
             norm_eps=config.layer_norm_eps,
             layer_scale=1.0 if config.layer_scale else None,
             rotary="interleaved",
@@ -143,11 +139,6 @@ class PerceptionEncoderPacking(PackedVisionModel):
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states if self.norm_post is None else self.norm_post(hidden_states)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (PrefixTokens, ResampledPositions)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> PerceptionEncoderPackingConfig:
         """The packing config for Meta's or timm's weights, whose sizes are in the tensors (``shapes``)."""
@@ -169,13 +160,7 @@ class PerceptionEncoderPacking(PackedVisionModel):
     @classmethod
     def default_image_processor(cls, config: PerceptionEncoderPackingConfig) -> PackingImageProcessor:
         """Pixels to -1..1, bilinear, stretched to the square of the position table."""
-        return PackingImageProcessor(
-            size={"height": config.image_size, "width": config.image_size},
-            image_mean=(0.5,) * 3,
-            image_std=(0.5,) * 3,
-            resample=2,
-            patch_size=config.patch_size,
-        )
+        return stretched(config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3, resample=2)
 
 
 def fields_of(raw: Mapping, shapes: Shapes) -> dict:

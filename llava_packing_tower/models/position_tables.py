@@ -13,28 +13,31 @@ from ..data.segments import Grid
 from ..kernels.rotary import wide
 
 
-class PrefixTokens(nn.Module):
-    """The learned tokens in front of every image: CLS, then the registers."""
+class LearnedTable(nn.Module):
+    """A learned tensor ``[rows, hidden_size]``, which :class:`PackedVisionModel` initializes as it does weights."""
 
-    def __init__(self, count: int, hidden_size: int) -> None:
+    def __init__(self, rows: int, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(count, hidden_size))
+        self.weight = nn.Parameter(torch.zeros(rows, hidden_size))
+
+
+class PrefixTokens(LearnedTable):
+    """The learned tokens in front of every image: CLS, then the registers."""
 
     def forward(self, tokens: torch.Tensor, insert: torch.Tensor) -> torch.Tensor:
         """``[N, hidden]`` patches to the packed sequence with prefixes; ``insert`` is from ``prefix_indices``."""
         return torch.cat([self.weight, tokens]).index_select(0, insert)
 
 
-class ResampledPositions(nn.Module):
+class ResampledPositions(LearnedTable):
     """A table of learned positions, resampled to the grid of each image without antialiasing.
 
     sides: rows and columns of the table, which holds them row by row.
     """
 
     def __init__(self, sides: tuple[int, int], hidden_size: int, how: Resampling) -> None:
-        super().__init__()
+        super().__init__(sides[0] * sides[1], hidden_size)
         self.sides, self.how = sides, how
-        self.weight = nn.Parameter(torch.zeros(sides[0] * sides[1], hidden_size))
 
     def forward(
         self, tokens: torch.Tensor, grids: Sequence[Grid], spans: Sequence[tuple[int, int]] | None = None

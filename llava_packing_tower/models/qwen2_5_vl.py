@@ -23,7 +23,7 @@ from ..data.patches import PatchLayout
 from ..data.positions import rotary_2d
 from ..data.segments import Grid, LayerSegments, Segments, make_segments
 from ..data.windows import window_lengths, window_places
-from .base import PackedVisionModel
+from .base import PackedVisionModel, stretched
 from .encoder import PackedEncoder
 from .layers import BlockConfig, Rotary
 from .merger import Merger, MergerSource, merger_recipes
@@ -104,16 +104,7 @@ class Qwen2_5_VLVisionPacking(PackedVisionModel):
 
     def __init__(self, config: Qwen2_5_VLVisionPackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
-            norm="rms_norm",
-            norm_eps=1e-6,
-            gated_mlp=True,
-            rotary="half",
-        )
+        block = BlockConfig.of(config, norm="rms_norm", norm_eps=1e-6, gated_mlp=True, rotary="half")
         block.check_rotary(2, 4)
         self.patch_embed = nn.Linear(self.patch_dim, config.hidden_size, bias=False)
         self.encoder = PackedEncoder(block, config.num_hidden_layers)
@@ -169,8 +160,7 @@ class Qwen2_5_VLVisionPacking(PackedVisionModel):
     @classmethod
     def default_image_processor(cls, config: Qwen2_5_VLVisionPackingConfig) -> PackingImageProcessor:
         """CLIP statistics, bicubic, stretched to the nominal square."""
-        size = {"height": config.image_size, "width": config.image_size}
-        return PackingImageProcessor(size=size, patch_size=config.patch_size)
+        return stretched(config)
 
 
 FIRST = "merger.mlp.0.weight"

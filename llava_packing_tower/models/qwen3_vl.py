@@ -24,7 +24,7 @@ from ..data.patches import PatchLayout
 from ..data.positions import positions_of_grids, rotary_2d
 from ..data.resampling import Resampling
 from ..data.segments import Grid, VarlenMetadata, make_segments
-from .base import PackedVisionModel
+from .base import PackedVisionModel, stretched
 from .encoder import PackedEncoder
 from .layers import BlockConfig, Rotary
 from .merger import Merger, MergerSource, merger_recipes
@@ -99,14 +99,7 @@ class Qwen3VLVisionPacking(PackedVisionModel):
 
     def __init__(self, config: Qwen3VLVisionPackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
-            norm_eps=1e-6,
-            rotary="half",
-        )
+        block = BlockConfig.of(config, norm_eps=1e-6, rotary="half")
         block.check_rotary(2, 4)
         side = math.isqrt(config.num_position_embeddings)
         self.patch_embed = nn.Linear(self.patch_dim, config.hidden_size)
@@ -129,11 +122,6 @@ class Qwen3VLVisionPacking(PackedVisionModel):
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """There is none: the norm behind the last block belongs to the projector."""
         return hidden_states
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ResampledPositions):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> Qwen3VLVisionPackingConfig:
@@ -162,12 +150,7 @@ class Qwen3VLVisionPacking(PackedVisionModel):
     @classmethod
     def default_image_processor(cls, config: Qwen3VLVisionPackingConfig) -> PackingImageProcessor:
         """Pixels to -1..1, bicubic, stretched to the square of the position table."""
-        return PackingImageProcessor(
-            size={"height": config.image_size, "width": config.image_size},
-            image_mean=(0.5,) * 3,
-            image_std=(0.5,) * 3,
-            patch_size=config.patch_size,
-        )
+        return stretched(config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 
 
 FIRST = ".linear_fc1.weight"

@@ -30,7 +30,7 @@ from ..data.positions import prefix_indices
 from ..data.resampling import Resampling
 from ..data.segments import Grid, VarlenMetadata, to_device
 from ..kernels.rotary import wide
-from .base import PackedVisionModel
+from .base import PackedVisionModel, stretched
 from .encoder import PackedEncoder
 from .foreign_config import heads_of, shape_of
 from .layers import BlockConfig, Rotary
@@ -143,11 +143,8 @@ class RadioPacking(PackedVisionModel):
 
     def __init__(self, config: RadioPackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
+        block = BlockConfig.of(
+            config,
             norm_eps=config.layer_norm_eps,
             gated_mlp=config.use_swiglu_ffn,
             qkv_bias=(config.qkv_bias,) * 3,
@@ -172,11 +169,6 @@ class RadioPacking(PackedVisionModel):
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """There is none behind the last block."""
         return hidden_states
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (PrefixTokens, ResampledPositions)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> RadioPackingConfig:
@@ -203,13 +195,7 @@ class RadioPacking(PackedVisionModel):
     @classmethod
     def default_image_processor(cls, config: RadioPackingConfig) -> PackingImageProcessor:
         """Pixels to 0..1 only, bicubic, stretched to the config's image size. (The mean is what LLaVA pads with.)"""
-        return PackingImageProcessor(
-            size={"height": config.image_size, "width": config.image_size},
-            image_mean=config.norm_mean,
-            image_std=config.norm_std,
-            do_normalize=False,
-            patch_size=config.patch_size,
-        )
+        return stretched(config, image_mean=config.norm_mean, image_std=config.norm_std, do_normalize=False)
 
 
 def nvidia_fields(raw: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> dict:

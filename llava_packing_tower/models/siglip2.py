@@ -28,9 +28,10 @@ from ..data.positions import per_token, positions_of_grids
 from ..data.segments import Grid, VarlenMetadata, to_device
 from . import siglip2_names as names
 from .activations import HALF
-from .base import PackedVisionModel
+from .base import PackedVisionModel, stretched
 from .encoder import PackedEncoder
 from .layers import BlockConfig, Rotary
+from .position_tables import LearnedTable
 
 
 class Siglip2PackingConfig(PretrainedConfig):
@@ -95,7 +96,7 @@ def axis_weights(length: int, side: int) -> torch.Tensor:
     return F.interpolate(lines, size=(length, side), mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
-class ResizedPositions(nn.Module):
+class ResizedPositions(LearnedTable):
     """A square table of learned positions, resized to the grid of each image (see :func:`axis_weights`).
 
     Rows and columns are resized one after the other, so the position of a patch is a sum over the table, weighted with
@@ -103,9 +104,8 @@ class ResizedPositions(nn.Module):
     """
 
     def __init__(self, num_patches: int, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__(num_patches, hidden_size)
         self.side = math.isqrt(num_patches)
-        self.weight = nn.Parameter(torch.zeros(num_patches, hidden_size))
 
     def forward(self, tokens: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Tokens ``[N, hidden]`` plus the position of each."""
@@ -139,13 +139,7 @@ class Siglip2NaflexPacking(PackedVisionModel):
 
     def __init__(self, config: Siglip2PackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
-            norm_eps=config.layer_norm_eps,
-        )
+        block = BlockConfig.of(config, norm_eps=config.layer_norm_eps)
         self.patch_embed = nn.Linear(self.patch_dim, config.hidden_size)
         self.position_embedding = ResizedPositions(config.num_patches, config.hidden_size)
         self.encoder = PackedEncoder(block, config.num_hidden_layers)
@@ -159,11 +153,6 @@ class Siglip2NaflexPacking(PackedVisionModel):
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.post_layernorm(hidden_states)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ResizedPositions):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @classmethod
     def config_from_source(cls, source: dict, shapes: Mapping | None = None) -> Siglip2PackingConfig:
@@ -183,13 +172,7 @@ class Siglip2NaflexPacking(PackedVisionModel):
     @classmethod
     def default_image_processor(cls, config: Siglip2PackingConfig) -> PackingImageProcessor:
         """Pixels to -1..1, bilinear, stretched to the square of the position table."""
-        return PackingImageProcessor(
-            size={"height": config.image_size, "width": config.image_size},
-            image_mean=(0.5,) * 3,
-            image_std=(0.5,) * 3,
-            resample=2,
-            patch_size=config.patch_size,
-        )
+        return stretched(config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3, resample=2)
 
     @classmethod
     def image_processor_from_source(cls, content: dict, config: Siglip2PackingConfig) -> PackingImageProcessor:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...checkpoint.weights import WeightPlan
 from ...data.patches import PatchLayout
-from ...data.positions import batch_positions, rotary_3d, rotary_3d_of_grids
+from ...data.positions import rotary_3d_of_batch
 from ...data.segments import Grid, VarlenMetadata, to_device
 from ..base import PackedVisionModel
 from ..encoder import PackedEncoder
@@ -101,11 +101,8 @@ class LlavaViTPackingModel(PackedVisionModel):
 
     def __init__(self, config: LlavaViTPackingConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
+        block = BlockConfig.of(
+            config,
             norm=config.layer_norm_type,
             norm_eps=config.layer_norm_eps,
             rotary="interleaved",
@@ -125,10 +122,7 @@ class LlavaViTPackingModel(PackedVisionModel):
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
         head_dim, theta = self.encoder.head_dim, self.config.rope_theta
-        if patch_positions is None:
-            rotary = rotary_3d_of_grids(grids, head_dim, theta, tokens.device)
-        else:
-            rotary = rotary_3d(batch_positions(grids, patch_positions, tokens.device), head_dim, theta)
+        rotary = rotary_3d_of_batch(grids, patch_positions, head_dim, theta, tokens.device)
         return self.layernorm_pre(tokens), self.segments_of(grids, tokens.device), rotary, None
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
