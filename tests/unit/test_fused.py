@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import BLOCK_VARIANTS
+from low_precision import cpu_kernel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,33 +23,9 @@ from llava_packing_tower.tools.bench.models import PRESETS
 SIZES = [(4, 3), (1, 1), (2, 5)]
 
 
-class WithOwnBackward(torch.autograd.Function):
-    """Attention as flash-attn's backend offers it: an autograd function that a block can take in."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, segments, scale):
-        ctx.save_for_backward(q, k, v)
-        ctx.rest = segments, scale
-        return dispatch.backend_module("sdpa").attend(q, k, v, segments, scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            out = dispatch.backend_module("sdpa").attend(*inputs, *ctx.rest)
-        return *torch.autograd.grad(out, inputs, grad), None, None
-
-
 @pytest.fixture(params=["three nodes", "one node"])
 def varlen(monkeypatch, request):
-    """The name of a backend that takes packed batches on a CPU: sdpa, said to be one kernel."""
-    sdpa = dispatch.backend_module("sdpa")
-    module = SimpleNamespace(VARLEN=True, unsupported_reason=lambda *_: None, attend=sdpa.attend)
-    if request.param == "one node":
-        module.Attention = WithOwnBackward
-    monkeypatch.setitem(dispatch.BACKENDS, "cpu_varlen", "cpu_varlen")
-    monkeypatch.setitem(dispatch._LOADED, "cpu_varlen", module)
-    return "cpu_varlen"
+    return cpu_kernel(monkeypatch, one_node=request.param == "one node")
 
 
 def tiny(family, dtype=torch.float64, **more):

@@ -1,0 +1,36 @@
+"""Every family in bfloat16, its blocks fused, on a CPU: what ``tests/gpu/test_families_gpu.py`` runs on a GPU."""
+
+import pytest
+from low_precision import FAMILIES, check_graphs, check_training, cpu_kernel
+
+from llava_packing_tower.data.cached_metadata import CachedMetadata
+from llava_packing_tower.models.runtime import cuda_graphs
+
+
+@pytest.mark.parametrize("autocast, checkpointing", [(False, True), (True, False)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training(name, autocast, checkpointing, monkeypatch):
+    check_training(name, "cpu", cpu_kernel(monkeypatch), autocast, checkpointing)
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs(name, pixels, monkeypatch):
+    """A stand-in for the graph runs what was captured on the tensors that it reads; the batches that follow have other
+    segments."""
+
+    def capture(function, inputs, device):
+        result = function()
+
+        def replay():
+            new = function()
+            pairs = [(result[key], new[key]) for key in result] if isinstance(result, dict) else [(result[0], new[0])]
+            for kept, found in pairs:
+                kept.copy_(found)
+
+        return cuda_graphs.Captured(replay, inputs, result, CachedMetadata())
+
+    backend = cpu_kernel(monkeypatch)
+    monkeypatch.setattr(cuda_graphs, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    check_graphs(name, "cpu", backend, monkeypatch, pixels)
