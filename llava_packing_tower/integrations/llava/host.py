@@ -57,15 +57,17 @@ class TowerBuilder(Part):
 class Host:
     """One kind of LLaVA: how it is found, and what its parts are called where LLaVA-NeXT's names are not kept.
 
-    ``recognises`` looks at files only: nothing of the host is imported to find it. Modules are named below ``package``.
+    Modules are named below ``package``.
     """
 
     name: str
     title: str
     package: str
     """The name under which it is imported; it may have dots."""
-    recognises: Callable[[Path], bool]
     install: str
+    recognises: Callable[[Path], bool] | None = None
+    """Whether a folder is its package, from the files there: nothing of a host is imported to find it. None: where the
+    file of ``arch`` is."""
     distribution: str | None = None
     """What its package is called on PyPI, where that is not the package's own name."""
     own_arguments: tuple[str, ...] = ()
@@ -125,6 +127,12 @@ class Host:
     constants: str = "constants"
     conversation: str = "conversation"
     mm_utils: str = "mm_utils"
+
+    def is_in(self, root: Path) -> bool:
+        """Whether the package in the folder ``root`` has its files."""
+        if self.recognises is None:
+            return root.joinpath(*self.arch.split(".")).with_suffix(".py").is_file()
+        return self.recognises(root)
 
     def module(self, name: str) -> str:
         """The full name of one of its modules: ``host.module(host.arch)``."""

@@ -60,7 +60,7 @@ def recognise(package: str, root: Path) -> Recognised:
     """
     unlike: list[str] = []
     for host in all_hosts():
-        if host.package == package and host.recognises(root):
+        if host.package == package and host.is_in(root):
             unlike = misfits(host, root)
             if not unlike:
                 trainer = environment.read(environment.TRAINER)

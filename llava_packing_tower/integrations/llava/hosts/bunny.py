@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..host import Host, Part, TowerBuilder
-
-
-def recognises(root: Path) -> bool:
-    return (root / "model" / "bunny_arch.py").is_file()
-
 
 HOST = Host(
     name="bunny",
     title="Bunny",
     package="bunny",
-    recognises=recognises,
     install="git clone https://github.com/BAAI-DCAI/Bunny and set LLAVA_DIR to the clone",
     arch="model.bunny_arch",
     meta_model="BunnyMetaModel",

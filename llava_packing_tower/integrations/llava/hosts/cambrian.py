@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..host import Host, Part, TowerBuilder
-
-
-def recognises(root: Path) -> bool:
-    return (root / "model" / "cambrian_arch.py").is_file()
-
 
 HOST = Host(
     name="cambrian",
     title="Cambrian-1",
     package="cambrian",
-    recognises=recognises,
     install="git clone https://github.com/cambrian-mllm/cambrian and set LLAVA_DIR to the clone",
     arch="model.cambrian_arch",
     meta_model="CambrianMetaModel",

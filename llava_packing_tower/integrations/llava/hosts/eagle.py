@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..host import Host, Part
-
-
-def recognises(root: Path) -> bool:
-    return (root / "model" / "eagle_arch.py").is_file()
-
 
 HOST = Host(
     name="eagle",
     title="Eagle",
     package="eagle",
     folder="Eagle",
-    recognises=recognises,
     install="git clone https://github.com/NVlabs/Eagle and set LLAVA_DIR to the clone",
     arch="model.eagle_arch",
     meta_model="EagleMetaModel",

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..host import Host, Part
-
-
-def recognises(root: Path) -> bool:
-    return (root / "model" / "geochat_arch.py").is_file()
-
 
 HOST = Host(
     name="geochat",
     title="GeoChat",
     package="geochat",
-    recognises=recognises,
     install="git clone https://github.com/mbzuai-oryx/GeoChat and set LLAVA_DIR to the clone",
     arch="model.geochat_arch",
     meta_model="GeoChatMetaModel",

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..host import Host, TowerBuilder
-
-
-def recognises(root: Path) -> bool:
-    return (root / "model" / "llava_arch.py").is_file()
-
 
 HOST = Host(
     name="videollava",
     title="Video-LLaVA",
     package="videollava",
-    recognises=recognises,
     install="git clone https://github.com/PKU-YuanGroup/Video-LLaVA and set LLAVA_DIR to the clone",
     get_tower="get_image_tower",
     tower_builders=(
