@@ -5,7 +5,8 @@
 
 A run is configs/llava_next_finetune.yaml at native resolution, with the changes that its words name: a decoder of
 Qwen2-0.5B's size, a ViT-L/14 tower, random weights; JPEGs of the sizes of COCO's photos, one sample in eight without an
-image, and a share of documents (--documents) of 2,300 to 9,200 patches. Counted is from the end of the 10th step to
+image, and a share of documents (--documents) of 2,300 to 9,200 patches. path=host trains with LLaVA's own step around
+the tower: padded, with all logits, unfused, in the order of its sampler. Counted is from the end of the 10th step to
 the end of the last: everything in between, workers and logging included. With --cpu it runs tiny models, which shows
 only that everything works.
 """
@@ -27,6 +28,16 @@ from pathlib import Path
 from shipped_configs import CONFIGS, REPOSITORY, _environment, _versions, _write
 
 WARM_UP = 10
+WORDS = ("name", "gpus", "deepspeed", "batch", "path")
+PATHS = {
+    "packed": {},
+    "host": {  # LLaVA's own step around the packing tower
+        "mm_packing_decoder": "false",
+        "mm_packing_full_logits": "true",
+        "mm_packing_liger": "false",
+        "mm_packing_balance": "false",
+    },
+}
 STEP = re.compile(r"^step +(\d+)/\d+ .*?loss ([\d.]+)")
 BASE = {
     "image_aspect_ratio": "native",
@@ -42,9 +53,7 @@ BASE = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="words KEY=VALUE: name, gpus, deepspeed, batch, or a key"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"words KEY=VALUE: {', '.join(WORDS)}, or a key")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, read and extended")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs to make images from (default: noise)")
     parser.add_argument("--documents", type=float, default=0.1, help="share of samples with a document (default: 0.1)")
@@ -113,7 +122,8 @@ def run(asked: dict[str, str], workspace: Path, output: Path, args: argparse.Nam
     }
     if args.cpu:
         changes |= {"tf32": "false", "attn_implementation": "sdpa", "dataloader_num_workers": 1}
-    changes |= {key: value for key, value in asked.items() if key not in ("name", "gpus", "deepspeed", "batch")}
+    changes |= PATHS[asked.get("path", "packed")]
+    changes |= {key: value for key, value in asked.items() if key not in WORDS}
     processes, batch = int(asked["gpus"]), int(asked["batch"])
     file = asked["deepspeed"]
     changes["deepspeed"] = file if file.endswith(".json") else CONFIGS / f"{file}.json"

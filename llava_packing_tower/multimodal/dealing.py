@@ -34,7 +34,7 @@ class Cost:
     """Constants of the cost of a sample, in billions of floating-point operations of a forward and a backward pass.
 
     patch, patch_pair: of a row of the encoder, and of two that see each other; token, token_pair: of the decoder, where
-    half of the pairs see each other; supervised: of a row of the head.
+    half of the pairs see each other; supervised: of a row of the head; micro_step: of a micro-batch, whatever is in it.
     """
 
     patch: float
@@ -42,6 +42,7 @@ class Cost:
     token: float
     token_pair: float
     supervised: float
+    micro_step: float = 0.0
 
     def __call__(self, size: SampleSize) -> float:
         encoder = self.patch * size.patches + self.patch_pair * size.pairs
@@ -60,6 +61,17 @@ def layer_cost(hidden: int, layers: int, weights: int, passes: float) -> tuple[f
     of them that is trained. Attention has no weights: its backward pass is 2.
     """
     return 2e-9 * weights * passes, 4e-9 * hidden * layers * (3 if passes > 1 else 1)
+
+
+LAYER_FLOOR = 4000.0
+"""Billions of operations that a layer costs in a forward and a backward pass however few rows it has: the host launches
+its kernels meanwhile. 5.7 ms of a card that makes 700 TFLOP/s (fitted to runs on H200: docs/benchmarks.md). It does not
+grow with the width of the layer."""
+
+
+def layer_floor(layers: int, passes: float) -> float:
+    """What the layers cost a micro-batch of no rows. passes: as in :func:`layer_cost`."""
+    return LAYER_FLOOR * layers * min(passes, 3.0) / 3
 
 
 # ---------------------------------------------------------------- dealing
@@ -173,14 +185,27 @@ def weights_as_averaged(groups: Sequence[Hashable], supervised: Sequence[int]) -
     return [1 / totals[group] if totals[group] else 0.0 for group in groups]
 
 
-def balance_of(costs: Sequence[float], dealt: Deal) -> float:
-    """The part of the ranks' time that is work, by cost: in each micro-step all wait for the most expensive one."""
-    steps = zip(*([sum(costs[p] for p in part) for part in parts] for parts in dealt))
-    slowest = sum(max(step) for step in steps)
-    return sum(costs) / (slowest * len(dealt)) if slowest else 1.0
+def balance_of(costs: Sequence[float], dealt: Deal, micro_step: float = 0.0) -> float:
+    """The part of the ranks' time that is work, by cost: in each micro-step all wait for the most expensive one.
+
+    micro_step: what each costs besides its samples.
+    """
+    steps = list(zip(*([micro_step + sum(costs[p] for p in part) for part in parts] for parts in dealt)))
+    slowest = sum(max(step) for step in steps) * len(dealt)
+    return sum(map(sum, steps)) / slowest if slowest else 1.0
 
 
 def error_of(costs: Sequence[float], seconds: Sequence[float]) -> float:
     """Mean distance of the seconds that costs predict, in proportion, from measured ones; as a part of their mean."""
     rate = sum(seconds) / sum(costs)
     return sum(abs(rate * cost - second) for cost, second in zip(costs, seconds, strict=True)) / sum(seconds)
+
+
+def fit_of(costs: Sequence[float], seconds: Sequence[float]) -> tuple[float, float] | None:
+    """Least squares ``seconds = floor + slope * cost``: (floor, slope), or None where all costs are the same."""
+    mean, middle = sum(costs) / len(costs), sum(seconds) / len(seconds)
+    spread = sum((cost - mean) ** 2 for cost in costs)
+    if spread <= 1e-9 * mean**2 * len(costs):
+        return None
+    slope = sum((c - mean) * (s - middle) for c, s in zip(costs, seconds, strict=True)) / spread
+    return middle - slope * mean, slope

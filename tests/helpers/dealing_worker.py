@@ -54,6 +54,12 @@ RUNS = {
     "truncated host": {"mm_packing_balance": False, "tokenizer_model_max_length": 120},
     "missing host": {"mm_packing_balance": False},
     "missing": {},
+    # The model takes num_items_in_batch, and the trainer averages over the tokens of the step ("items"); by our key.
+    "items host": {"mm_packing_balance": False},
+    "items": {},
+    "items tokens": {"mm_packing_loss_average": "tokens"},
+    "items budget": {"mm_packing_batch_tokens": BUDGET},
+    "fitting tokens": {"mm_packing_loss_average": "tokens"},
     "saved": {"mm_packing_batch_tokens": BUDGET},
     "resumed": {"mm_packing_batch_tokens": BUDGET},
 }
@@ -106,9 +112,22 @@ def make_workspace(folder: Path) -> None:
         data.append(sample)
     (folder / "data.json").write_text(json.dumps(data))
     (folder / "whole.json").write_text(json.dumps(data[:48]))  # epochs of whole optimizer steps
+    fitting = [sample for number, sample in enumerate(data) if number % 11 != 3]  # none is cut
+    (folder / "fitting.json").write_text(json.dumps(fitting[:36]))
     for number in (11, 27):
         data[number]["image"] = "missing.png"
     (folder / "missing.json").write_text(json.dumps(data))
+
+
+class TakesItems(LlavaLlamaForCausalLM):
+    """LLaVA's own, but what the trainer has to say about the loss reaches it."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, images=None, image_sizes=None, **kwargs):
+        made = self.prepare_inputs_labels_for_multimodal(
+            input_ids, None, attention_mask, None, labels, images, image_sizes
+        )
+        given = {"position_ids": made[1], "attention_mask": made[2], "inputs_embeds": made[4], "labels": made[5]}
+        return super(LlavaLlamaForCausalLM, self).forward(**given, **kwargs)
 
 
 class Watch(TrainerCallback):
@@ -168,13 +187,15 @@ class Watch(TrainerCallback):
 
 
 def run(folder: Path, engine: str, name: str) -> dict:
-    whole = name in ("saved", "resumed")
+    whole, fitting = name in ("saved", "resumed"), name.startswith(("items", "fitting"))
+    # The same samples in a step on one rank as on two.
+    batch = BATCH * 2 // dist.get_world_size() if fitting else BATCH
     stage = int(engine[-1]) if engine.startswith("zero") else None
     config = {**DEEPSPEED, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-    config |= {"train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": ACCUMULATION}
+    config |= {"train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": ACCUMULATION}
     args = train.TrainingArguments(
         output_dir=str(folder / f"{engine} saved"),
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         gradient_accumulation_steps=ACCUMULATION,
         num_train_epochs=2,
         learning_rate=0.02,
@@ -192,15 +213,17 @@ def run(folder: Path, engine: str, name: str) -> dict:
         deepspeed=config if stage is not None else None,
         ddp_find_unused_parameters=False,
     )
-    model = LlavaLlamaForCausalLM.from_pretrained(folder / "llava_tiny", torch_dtype=torch.float32)
+    cls = TakesItems if name.startswith("items") else LlavaLlamaForCausalLM
+    model = cls.from_pretrained(folder / "llava_tiny", torch_dtype=torch.float32)
     for key, value in RUNS[name].items():
         setattr(model.config, key, value)
     tower = model.get_vision_tower()
     tokenizer = AutoTokenizer.from_pretrained(folder / "llava_tiny", model_max_length=LIMIT, use_fast=False)
     tokenizer.pad_token = tokenizer.unk_token
     conversation.default_conversation = conversation.conv_templates["v1"]
+    data = "whole" if whole else "fitting" if fitting else "missing" if "missing" in name else "data"
     data_args = SimpleNamespace(
-        data_path=str(folder / f"{'whole' if whole else 'missing' if 'missing' in name else 'data'}.json"),
+        data_path=str(folder / f"{data}.json"),
         image_folder=str(folder),
         video_folder=None,
         is_multimodal=True,

@@ -22,6 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CHECKS = {}
 DECODERS = {"Llama": "LlavaConfig", "Qwen": "LlavaQwenConfig", "Mistral": "LlavaMistralConfig"}
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 # The supervised tokens of each sample are its last ones; what lies in front is a prompt.
 ONE_IMAGE = [3, IMAGE, 4, 5, 6]
 TEXT = [7, 8, 9]
@@ -67,17 +76,12 @@ class Models:
         if word == "Mistral":  # its default is a window of 4096
             options.setdefault("sliding_window", None)
         key = (word, dtype, attention, limit, *sorted(options.items()))
+        sizes = {name: options.pop(name) for name in SIZES if name in options}
         if key not in self.kept:
             module = self._module(word)
             with _default(dtype):
                 config = getattr(module, DECODERS[word])(
-                    vocab_size=50,
-                    hidden_size=32,
-                    intermediate_size=48,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    max_position_embeddings=512,
+                    **{**SIZES, **sizes},
                     attn_implementation=attention,
                     mm_vision_tower=str(self.tower),
                     mm_hidden_size=64,

@@ -179,16 +179,22 @@ def files_that_cannot_be_read_have_no_size(subject):
 @check
 def the_cost_counts_what_is_trained(subject):
     from llava_packing_tower.integrations.llava.sample_sizes import cost_of
+    from llava_packing_tower.multimodal.dealing import LAYER_FLOOR
 
     model = subject.host.model("native")
     trained = cost_of(model)
     model.get_vision_tower().requires_grad_(False)
     frozen = cost_of(model)
+    assert 0 < frozen.micro_step < trained.micro_step == LAYER_FLOOR * _layers(model)
     assert frozen.patch * 2.9 < trained.patch < frozen.patch * 3.1 and frozen.token == trained.token
     model.requires_grad_(False)
     assert cost_of(model).token * 1.4 < trained.token < cost_of(model).token * 1.6
     weights = sum(p.numel() for p in model.model.layers.parameters())
     assert abs(trained.token - 6e-9 * weights) < 1e-4 * trained.token
+
+
+def _layers(model) -> int:
+    return max(model.get_vision_tower().feature_layers) + len(model.model.layers)
 
 
 def make(folder: Path) -> Subject:

@@ -12,6 +12,8 @@ from pathlib import Path
 import host_runs
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs here are for machines without a GPU"),
     pytest.mark.timeout(400),
 ]
+TAKES_ITEMS = Version(transformers.__version__) >= Version("4.46")
 SAMPLES, BATCH, BUDGET = 50, 3, 230  # of dealing_worker.py
 DDP = ("host", "dealt", "tokens undealt", "tokens", "budget", "large budget", "refused", "truncated host", "truncated")
 DDP += ("missing host", "missing", "saved", "resumed")
@@ -31,6 +34,9 @@ RUNS = {
     4: ["ddp:host", "ddp:dealt", "zero2:host", "zero2:budget", "zero3:host", "zero3:dealt"],
 }
 RUNS[2] += ["zero2:saved", "zero2:resumed"]
+# Averages over the tokens of a step: transformers' own, on one rank and on two, and ours.
+RUNS[1] = ["ddp:items host"]
+ITEMS = ["ddp:items host", "ddp:items", "ddp:items budget", "ddp:items tokens", "ddp:fitting tokens"]
 FSDP = ["fsdp:host", "fsdp:dealt", "fsdp:budget"]  # apart: its compat patches are applied where it is asked for
 # Left: in LLaVA's order. Right: what must have the same gradients.
 EQUAL = [
@@ -53,7 +59,7 @@ class Runs:
 
     def __call__(self, ranks: int, words: list[str] | None = None) -> dict[str, dict]:
         words = words or RUNS[ranks]
-        if (key := words[0] + str(ranks)) not in self.kept:
+        if (key := f"{ranks} {words}") not in self.kept:
             self.kept[key] = {}  # a failure is not tried again
             script = Path(__file__).parents[1] / "helpers" / "dealing_worker.py"
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
@@ -94,13 +100,29 @@ def test_losses_and_gradients_are_those_of_the_hosts_order(runs, ranks, host, de
             assert loss == pytest.approx(expected, rel=1e-5, abs=1.1e-4)  # logs are rounded
     reads = [[rank["read"] for rank in found[run]["ranks"]] for run in (host, dealt)]
     assert reads[0] != reads[1]
-    ours, theirs = runs.tensors(ranks, dealt), runs.tensors(ranks, host)
+    close(runs.tensors(ranks, dealt), runs.tensors(ranks, host))
+
+
+def close(ours, theirs):
+    """The gradients of every optimizer step."""
     assert len(ours) == len(theirs)
     for step, (own, expected) in enumerate(zip(ours, theirs)):
         assert own.keys() == expected.keys()
         for name, gradient in expected.items():
             worst = (own[name] - gradient).abs().max().item()
             assert worst <= 1e-5 * gradient.abs().max().item(), (step, name, worst)
+
+
+@pytest.mark.skipif(not TAKES_ITEMS, reason="transformers gives the model no num_items_in_batch")
+@pytest.mark.parametrize("run", ITEMS)
+def test_averages_over_the_tokens_of_a_step_are_those_of_one_process(runs, run):
+    """A step's gradients are those of all its tokens, on whichever rank they are."""
+    found, alone = runs(2, ITEMS)[run], runs(1)["ddp:items host"]
+    assert found["steps"] == alone["steps"] == 6
+    whole, halves = (sorted(index for rank in each["ranks"] for index in rank["read"]) for each in (alone, found))
+    assert whole == halves
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5, abs=1.1e-4)
+    close(runs.tensors(2, run), runs.tensors(1, "ddp:items host"))
 
 
 @pytest.mark.parametrize("dealt", ["fsdp:dealt", "fsdp:budget"])

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from llava_packing_tower.cli.main import main
+from llava_packing_tower.integrations.llava import install
 from llava_packing_tower.multimodal import packed_decoder
-from llava_packing_tower.tools.bench.training import trials
+from llava_packing_tower.tools.bench.training import models, trials
 from llava_packing_tower.tools.bench.training.photos import photo_sizes
 from llava_packing_tower.tools.bench.training.rows import BEFORE, Row, Size, choose, rows, verdicts
 
@@ -115,7 +116,29 @@ def test_a_size_that_does_not_fit_any_more_leaves_its_turns_to_the_next_best(mon
     seconds[24, False] = None
     found.turn(lambda: False)
     found.turn(lambda: False)
-    assert turns[3:] == [(24, False), (16, False)] and found.best.size == Size(16, False)
+    assert turns[3:] == [(24, False), (16, False), (16, False)] and found.best.size == Size(16, False)
+
+
+def test_a_size_with_no_memory_to_spare_is_not_gone_on_with(monkeypatch):
+    """24 samples fit, and are the fastest; but what fits into the last tenth fits in one turn and not in the next."""
+    seconds = {(16, False): 0.04, (24, False): 0.03, (32, False): 0.02}
+    found, turns = contest(monkeypatch, seconds)
+    found.trials[1].tight = True
+    found.turn(lambda: False)
+    found.turn(lambda: False)
+    assert turns == [(16, False), (24, False), (16, False)] and found.best.size == Size(16, False)
+
+
+def test_with_a_lora_its_adapters_and_the_projector_train_alone():
+    pytest.importorskip("peft")
+    install.apply()
+    model = models.build_lora(models.TINY, torch.device("cpu"))
+    models.train_parts(model, rows(tiny=True)["lora"].trained)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "mm_projector" in name or "image_newline" in name for name in trained)
+    layers = models.TINY["decoder"]["num_hidden_layers"]
+    assert sum("lora_" in name for name in trained) == layers * 7 * 2
+    assert not any("vision_tower" in name for name, _ in model.named_parameters() if "lora_" in name)
 
 
 def test_the_search_ends_where_larger_is_slower_and_with_the_time(monkeypatch):
@@ -190,7 +213,7 @@ def test_in_small(tmp_path):
         else:
             assert ("packed decoder: on (sdpa)" in plan) != name.endswith("-before"), (name, plan)
     # The same samples: the paths differ, the loss does not.
-    for name in ("frozen", "stage1", "7b"):
+    for name in ("frozen", "stage1", "lora", "7b"):
         assert found[name]["losses"] == pytest.approx(found[f"{name}-before"]["losses"], rel=1e-5)
         assert found[name]["tokens"] == found[f"{name}-before"]["tokens"] < found[name]["padded to"]
     if found["anyres"]["samples"] == found["stock"]["samples"]:  # which size is best is a matter of the machine

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
 from llava_packing_tower.multimodal.dealing import (
+    LAYER_FLOOR,
     Cost,
     SampleSize,
     balance_of,
@@ -18,6 +21,7 @@ from llava_packing_tower.multimodal.dealing import (
     deal_within,
     error_of,
     layer_cost,
+    layer_floor,
     weights_as_averaged,
 )
 
@@ -107,7 +111,26 @@ def test_cost_counts_operations():
     assert layer_cost(64, 3, 1000, passes=2.25) == (pytest.approx(row * 0.75), pytest.approx(pair))
     cost = Cost(patch=2, patch_pair=0.5, token=3, token_pair=0.25, supervised=7)
     assert cost(SampleSize(patches=10, pairs=52, tokens=8, supervised=2)) == 20 + 26 + 24 + 8 + 14
-    assert Cost(**cost.items()) == cost
+    assert Cost(**cost.items()) == cost and cost.micro_step == 0
+
+
+def test_a_micro_step_costs_something_without_rows():
+    """Text alone: a hundredth of the operations, in two thirds of the time."""
+    assert layer_floor(48, passes=3) == 48 * LAYER_FLOOR == 2 * layer_floor(72, passes=1)
+    costs, seconds = [1000.0, 60_000.0, 110_000.0], [0.36, 0.45, 0.52]
+    floor = layer_floor(48, passes=3)
+    assert error_of([cost + floor for cost in costs], seconds) < 0.1 < 0.5 < error_of(costs, seconds)
+    # It is the same for every rank and every deal: what waits is less of a step's time.
+    dealt = [[[0], [1]], [[2], [3]]]
+    assert balance_of([3, 1, 1, 1], dealt) == 6 / 8 < balance_of([3, 1, 1, 1], dealt, micro_step=2) == 14 / 16
+
+
+def test_the_times_say_what_the_formula_leaves_out():
+    times = StepTimes(deque((float(cost), 0.2 + 3e-6 * cost) for cost in range(10_000, 200_000, 9000)))
+    assert times.fitted() == (pytest.approx(0.2), pytest.approx(3e-6))
+    assert "(+0.200 s a step, 3.000 s for 10^15 operations)" in describe(Dealings(1, 0.5, 0.9), times)
+    same = StepTimes(deque([(5.0, 1.0), (5.0, 2.0)] * 9))
+    assert same.fitted() is None and describe(Dealings(1, 0.5, 0.9), same).endswith("33 % off the measured times")
 
 
 def test_error_of_a_prediction():

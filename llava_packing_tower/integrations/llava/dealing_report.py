@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...multimodal.dealing import error_of
+from ...multimodal.dealing import error_of, fit_of
 
 KEPT = 2000
 WARM_UP, FEWEST = 3, 10
@@ -67,8 +67,12 @@ class StepTimes:
         self._read()
         if len(self.measured) < FEWEST:
             return None
-        costs, seconds = zip(*self.measured)
-        return error_of(costs, seconds)
+        return error_of(*zip(*self.measured))
+
+    def fitted(self) -> tuple[float, float] | None:
+        """Seconds of a step without any cost, and of one unit of it, by least squares: the first is 0 where the formula
+        is right."""
+        return fit_of(*zip(*self.measured)) if len(self.measured) >= FEWEST else None
 
 
 def describe(seen: Dealings, times: StepTimes) -> str | None:
@@ -78,4 +82,10 @@ def describe(seen: Dealings, times: StepTimes) -> str | None:
     before, after = (round(100 * part / seen.windows) for part in (seen.before, seen.after))
     line = f"dealing: by cost, ranks work {after} % of a step ({before} % in LLaVA's order)"
     error = times.error()
-    return line if error is None else f"{line}; costs are {100 * error:.0f} % off the measured times"
+    if error is None:
+        return line
+    line += f"; costs are {100 * error:.0f} % off the measured times"
+    fitted = times.fitted()
+    return (
+        line if fitted is None else f"{line} ({fitted[0]:+.3f} s a step, {1e6 * fitted[1]:.3f} s for 10^15 operations)"
+    )

@@ -223,7 +223,8 @@ class Dealing:
         trainer, parts = self.trainer, call.arguments["inputs"][DEALT]
         accelerator, model = trainer.accelerator, call.arguments["model"]
         ends_here, losses = accelerator.sync_gradients, [torch.zeros((), device=trainer.args.device)]
-        with self.times.measuring(sum(part["cost"] for part in parts), trainer.args.device):
+        floor = self.rules.cost.micro_step if self.rules.cost else 0.0
+        with self.times.measuring(sum(floor + part["cost"] for part in parts), trainer.args.device):
             for number, part in enumerate(parts, 1):
                 weighed = weighing(SampleWeights(part["weights"], part["tokens"], part["supervised"]))
                 ends = ends_here and number == len(parts)

@@ -217,7 +217,7 @@ class DealtBatches(BatchSampler):
             if self.rules.cost is not None:
                 costs = [self.rules.cost(sample.size) for sample in samples]
                 given = as_given(samples, len(share), self.rules.ranks)
-                self.seen.count(balance_of(costs, given), balance_of(costs, dealt))
+                self.seen.count(*(balance_of(costs, made, self.rules.cost.micro_step) for made in (given, dealt)))
             mine = iter(dealt[self.rank])
             for count in calls_of(len(dealt[self.rank]), len(share)):
                 yield places_of(samples, weights, list(itertools.islice(mine, count)), self.rules)

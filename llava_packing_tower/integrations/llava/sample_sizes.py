@@ -22,7 +22,7 @@ from ...data.samples import images_of
 from ...data.smart_resize import merge_of, merged
 from ...data.video import probe_clip
 from ...multimodal.crop_tokens import CropLayout
-from ...multimodal.dealing import Cost, SampleSize, layer_cost
+from ...multimodal.dealing import Cost, SampleSize, layer_cost, layer_floor
 from ...multimodal.supervised_head import IGNORE
 from ...multimodal.visual_tokens import token_count
 from .native_resolution import token_layout
@@ -207,17 +207,19 @@ class SizeReader:
 def cost_of(model: nn.Module) -> Cost:
     """The constants of :class:`Cost` for a LLaVA: its layers, and what of them is trained."""
     tower, config = model.get_vision_tower(), model.config
-    patch = pair = 0.0
+    patch = pair = floor = 0.0
     for part in tower.encoders().values():
         encoder, layers = part.vision_tower.encoder.layers, max(part.feature_layers)
         weights, trained = _count(list(encoder)[:layers])
-        more = layer_cost(part.config.hidden_size, layers, weights, 1 + (1 + trained if trained else 0))
-        patch, pair = patch + more[0], pair + more[1]
+        passes = 1 + (1 + trained if trained else 0)
+        more = layer_cost(part.config.hidden_size, layers, weights, passes)
+        patch, pair, floor = patch + more[0], pair + more[1], floor + layer_floor(layers, passes)
     weights, trained = _count(model.model.layers)
     token, token_pair = layer_cost(config.hidden_size, len(model.model.layers), weights, 2 + trained)
+    floor += layer_floor(len(model.model.layers), 2 + trained)
     weights, trained = _count([model.lm_head])
     head, _ = layer_cost(config.hidden_size, 0, weights, 2 + trained)
-    return Cost(*(float(f"{value:.6g}") for value in (patch, pair, token, token_pair, head)))
+    return Cost(*(float(f"{value:.6g}") for value in (patch, pair, token, token_pair, head, floor)))
 
 
 def _count(modules: Sequence[nn.Module]) -> tuple[int, float]:

@@ -158,6 +158,21 @@ def build_packed(size: dict, device: torch.device, part: str = "decoder") -> nn.
     return _finished(model, device)
 
 
+def build_lora(size: dict, device: torch.device) -> nn.Module:
+    """:func:`build_packed` with a LoRA on the decoder's layers, by peft, of the size in LLaVA's finetune_lora.sh."""
+    from peft import LoraConfig, get_peft_model
+
+    model = build_packed(size, device)
+    torch.manual_seed(0)
+    rank = 128 if size is FULL else 4
+    layers = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=layers, bias="none", task_type="CAUSAL_LM"
+    )
+    get_peft_model(model, config)  # changes the model itself; LLaVA's class goes on being called
+    return model.to(device, model.dtype)
+
+
 def set_checkpointing(model: nn.Module, on: bool) -> None:
     if on:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -169,16 +184,19 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
 
 
 PARTS = ("tower", "projector", "decoder")
+ADAPTERS = "adapters"
+"""What trains of a decoder with a LoRA, in place of its own weights."""
 
 
 def train_parts(model: nn.Module, parts: tuple[str, ...]) -> None:
-    """Let gradients be computed for these of PARTS alone."""
+    """Let gradients be computed for these of PARTS, or for ADAPTERS, alone."""
     tower = {id(p) for p in model.get_vision_tower().parameters()}
     inner = model.get_model()
     projector = {id(p) for p in inner.mm_projector.parameters()} | {id(inner.image_newline)}
+    adapters = {id(p) for name, p in model.named_parameters() if "lora_" in name}
     for parameter in model.parameters():
         part = "tower" if id(parameter) in tower else "projector" if id(parameter) in projector else "decoder"
-        parameter.requires_grad_(part in parts)
+        parameter.requires_grad_((ADAPTERS if id(parameter) in adapters else part) in parts)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ....attention.dispatch import BACKENDS, is_causal
-from .models import PARTS
+from .models import ADAPTERS, PARTS
 
-STOCK, PACKED, WIDE = "stock", "packed", "wide"
-"""The models: LLaVA-NeXT with its CLIP, LLaVA-NeXT with a packing tower, four decoder layers of a larger model."""
+STOCK, PACKED, WIDE, LORA = "stock", "packed", "wide", "lora"
+"""The models: LLaVA-NeXT with its CLIP, LLaVA-NeXT with a packing tower, four decoder layers of a larger model, and the
+second with a LoRA on its decoder."""
 BEFORE = {"mm_packing_decoder": False, "mm_packing_full_logits": True, "mm_packing_liger": False}
 """LLaVA's own training step around a packing tower: padded, with all logits, unfused."""
 UNPACKED = {"mm_packing_decoder": False, "mm_packing_liger": False}
@@ -48,7 +49,8 @@ class Row:
     """One line of the table.
 
     sizes: of the micro-batch; of several, the one with the most samples/s is taken. keys: of this package, switched
-    away from their defaults; trained: of PARTS; attention: backend of the packed decoder (None: the fastest here).
+    away from their defaults; trained: of PARTS or ADAPTERS; attention: backend of the packed decoder (None: the
+    fastest here).
     """
 
     name: str
@@ -78,7 +80,7 @@ def rows(tiny: bool) -> dict[str, Row]:
         packed = (*_sizes(24, 32, 40, **off), *_sizes(64, **on))
         tiles = (*_sizes(12, 16, 20, 24, **off), *_sizes(32, **on))
     plain, recomputed = _sizes(many, **off), _sizes(many, **on)
-    short, frozen = _sizes(few, **on), ("projector", "decoder")
+    short, frozen, adapted = _sizes(few, **on), ("projector", "decoder"), ("projector", ADAPTERS)
     found = [
         Row("stock", "LLaVA-NeXT, CLIP, anyres", STOCK, stock, "anyres"),
         Row(
@@ -142,6 +144,15 @@ def rows(tiny: bool) -> dict[str, Row]:
             keys=BEFORE,
             trained=("projector",),
         ),
+        Row(
+            "lora",
+            "LoRA, tower frozen, checkpointing",
+            LORA,
+            recomputed,
+            trained=adapted,
+            targets=(Target("times", 1.0, "lora-before"),),
+        ),
+        Row("lora-before", "LoRA, tower frozen, padded and unfused", LORA, recomputed, keys=BEFORE, trained=adapted),
         Row(
             "7b",
             "4 decoder layers of 7B's sizes, checkpointing",

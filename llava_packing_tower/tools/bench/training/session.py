@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -15,12 +17,14 @@ from ....integrations.llava import install
 from .. import report as general
 from ..timing import Clock, Deadline, PeakMatmul
 from . import report
-from .models import FULL, TINY, build_packed, build_stock, host_classes, set_checkpointing
+from .models import FULL, TINY, build_lora, build_packed, build_stock, host_classes, set_checkpointing
 from .photos import make_batch
-from .rows import BEFORE, PACKED, STOCK, WIDE, Row, choose, verdicts
+from .rows import BEFORE, LORA, PACKED, STOCK, WIDE, Row, choose, verdicts
 from .trials import Bench, Contest, set_keys
 
 ROUNDS = {True: 1, False: 4}
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""Rows of many sizes share a process: memory that one leaves in pieces must not be what another lacks."""
 
 
 def run(args: argparse.Namespace, device: torch.device, argv: list[str], began: float) -> int:
@@ -31,11 +35,20 @@ def run(args: argparse.Namespace, device: torch.device, argv: list[str], began: 
     """
     tiny = (args.size or ("full" if device.type == "cuda" else "tiny")) == "tiny"
     chosen = choose(args.rows, tiny)
-    if device.type == "cuda" and args.memory:
+    memory = math.inf
+    if device.type == "cuda":
+        os.environ.setdefault(ALLOCATOR, "expandable_segments:True")  # read when the first tensor is made
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total))
+        memory = min(total, (args.memory or math.inf) * 2**30)
+        torch.cuda.set_per_process_memory_fraction(memory / total)
     session = Session(chosen, device, tiny, Deadline(args.limit - (time.monotonic() - began)), args)
-    session.content = {**general.environment(device, argv), "tiny": tiny, "memory limit GiB": args.memory}
+    session.bench.memory = memory
+    session.content = {
+        **general.environment(device, argv),
+        "tiny": tiny,
+        "memory limit GiB": args.memory,
+        ALLOCATOR: os.environ.get(ALLOCATOR),
+    }
     session.seconds["until the command runs"] = time.monotonic() - began
     session.run()
     return int(any(contest.failed for contest in session.contests))
@@ -57,6 +70,7 @@ class Session:
             STOCK: functools.partial(build_stock, size, device),
             PACKED: functools.partial(build_packed, size, device),
             WIDE: functools.partial(build_packed, size, device, "wide"),
+            LORA: functools.partial(build_lora, size, device),
         }
         self.bench = Bench(size, device, tiny, build)
         self.contests = [Contest(self.bench, row) for row in chosen]

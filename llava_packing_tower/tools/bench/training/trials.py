@@ -30,6 +30,8 @@ PHOTOS = {True: 8, False: 64}
 """How many there are: in small, and on a GPU."""
 AT_ONCE = 8  # photos whose tokens are counted
 GIB = 1 << 30
+ROOM = 0.9
+"""Of the memory: a size that needs more is not gone on with, since the next turn may not find that much."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,12 @@ class Step:
 
 
 class Bench:
-    """The models, built when first asked for, and the photos as each of them takes them, made once for all rows."""
+    """The models, built when first asked for, and the photos as each of them takes them, made once for all rows.
+
+    memory: bytes that may be used.
+    """
+
+    memory = float("inf")
 
     def __init__(self, size: dict, device: torch.device, tiny: bool, build: dict[str, Callable[[], nn.Module]]) -> None:
         self.size, self.device, self.tiny = size, device, tiny
@@ -159,7 +166,8 @@ def set_keys(model: nn.Module, keys: dict[str, bool], attention: str | None = No
 
 @dataclass
 class Trial:
-    """A row at one size. seconds: of each timed step; failure: why there are none."""
+    """A row at one size. seconds: of each timed step; failure: why there are none; tight: there were, but with
+    little memory to spare."""
 
     bench: Bench
     row: Row
@@ -170,6 +178,7 @@ class Trial:
     peak: float = 0.0
     failure: str | None = None
     out_of_memory: bool = False
+    tight: bool = False
     plan: str = ""
     count: int = 0
 
@@ -220,7 +229,9 @@ class Trial:
             torch.cuda.synchronize()
         spent = time.perf_counter() - began
         if cuda:
-            self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - others) / GIB)
+            most = torch.cuda.max_memory_allocated()
+            self.peak = max(self.peak, (most - others) / GIB)
+            self.tight = self.tight or most > ROOM * self.bench.memory
         if timed:
             self.seconds.append(spent)
             self.mfu_flops.append(step.flops / spent)
@@ -251,7 +262,7 @@ class Trial:
 
 
 class Contest:
-    """A row over its sizes: in the first turn each is tried, after that the best has its turns."""
+    """A row over its sizes: in the first turn each is tried, after that the best with memory to spare has its turns."""
 
     SLOWER = 0.97  # of the best rate so far: larger batches are not tried then
 
@@ -263,11 +274,15 @@ class Contest:
     def turn(self, time_is_up: Callable[[], bool]) -> None:
         if not self.searched:
             self._search(time_is_up)
-        elif self.best is not None:
-            self.best.turn()
-            if self.best.failure:  # what did fit once does not always, where memory lies in pieces
-                logger.warning("%s: %s failed in a later turn: %s", self.row.name, self.best.size, self.best.failure)
-                self._choose()
+            return
+        while self.best is not None:
+            best = self.best
+            best.turn()
+            if not best.failure:
+                return
+            # What did fit once does not always. The turn is the next best's then.
+            logger.warning("%s: %s failed in a later turn: %s", self.row.name, best.size, best.failure)
+            self._choose()
 
     def _search(self, time_is_up: Callable[[], bool]) -> None:
         stopped = set()
@@ -277,13 +292,13 @@ class Contest:
                 continue
             trial.turn()
             best = max((t.rate or 0.0 for t in self.trials if t.size.checkpointing == kind), default=0.0)
-            if trial.failure or (trial.rate or 0.0) < self.SLOWER * best:
+            if trial.failure or trial.tight or (trial.rate or 0.0) < self.SLOWER * best:
                 stopped.add(kind)
             self._choose()
         self.searched = True
 
     def _choose(self) -> None:
-        done = [t for t in self.trials if t.rate]
+        done = [t for t in self.trials if t.rate and not t.tight] or [t for t in self.trials if t.rate]
         self.best = max(done, key=lambda t: t.rate) if done else None
 
     def record(self, peak_rate: float | None) -> dict:

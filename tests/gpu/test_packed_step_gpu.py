@@ -1,0 +1,102 @@
+"""The packed training step in bfloat16 on a GPU. ``python -m pytest tests/gpu/test_packed_step_gpu.py``.
+
+Loss and gradients of the host's own padded step in float32 are the reference. By the twice-the-error rule the packed
+step may be twice as far away as the host's own step in bfloat16 is. The errors of a tensor are taken over all batches.
+"""
+
+import copy
+import importlib.util
+from collections import defaultdict
+
+import packed_step_checks as checks
+import pytest
+import torch
+
+import builder_patch  # noqa: F401
+from llava_packing_tower.integrations.llava import liger
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(importlib.util.find_spec("llava") is None, reason="no LLaVA is installed"),
+]
+DEVICE = "cuda"
+SIZES = {"vocab_size": 500, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+ROUNDING = 2**-9
+"""The unit roundoff of bfloat16: no error counts as smaller."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return checks.Models(tmp_path_factory.mktemp("packed_step"))
+
+
+def made(models, word, **options):
+    """A model in bfloat16, with weights of the size that training starts from, and its values in float32."""
+    attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") and DEVICE == "cuda" else "sdpa"
+    low = models.make(word, torch.bfloat16, attention=attention, **SIZES, **options).to(DEVICE)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in low.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator) * (0.05 if parameter.dim() > 1 else 0.1)
+            parameter.copy_(value + 1 if "norm" in name and name.endswith("weight") else value)
+    exact = models.make(word, torch.float32, attention="sdpa", **SIZES, **options).to(DEVICE)
+    exact.load_state_dict({name: value.float() for name, value in low.state_dict().items()})
+    return low, exact
+
+
+def run(model, case):
+    """The loss and all gradients, in float64; zeros where there is none."""
+    batch = checks.batch_of(model, case)
+    batch = {name: _moved(value) for name, value in batch.items()}
+    loss = checks.call(model, batch).loss
+    found = checks.gradients(model, loss)
+    return {"loss": loss.detach().double()} | {n: g.double() for n, g in found.items() if g is not None}
+
+
+def _moved(value):
+    if isinstance(value, list):
+        return [_moved(each) for each in value]
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def errors_of(low, exact, plan_says):
+    """Of each tensor over all batches: the size of the reference, and how far the packed and the host's step are."""
+    sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    other = copy.deepcopy(low)  # the packed step fuses the layers of its model for good
+    for case in checks.CASES:
+        with checks.host_path():
+            reference, host = run(exact, case), run(other, case)
+        packed = run(low, case)
+        plan = str(vars(low)["_llava_packing_step"])
+        assert "packed decoder: on" in plan and plan_says in plan, plan
+        assert packed.keys() == host.keys() == reference.keys()
+        for name, expected in reference.items():
+            parts = (expected, packed[name] - expected, host[name] - expected)
+            sums[name] += torch.stack([part.square().sum().cpu() for part in parts])
+    return {name: value.sqrt().tolist() for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("fused", [True, False], ids=["liger", "no_liger"])
+@pytest.mark.parametrize("word", ["Llama", "Qwen", "Mistral"])
+def test_loss_and_every_gradient_by_the_twice_the_error_rule(models, word, fused, checkpointing, record_property):
+    if word not in models.words:
+        pytest.skip(f"this host has no decoder of {word}")
+    if fused and liger.missing_package is not None:
+        pytest.skip(f"liger-kernel is {liger.missing_package}")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    low, exact = made(models, word, mm_packing_liger=fused)
+    if checkpointing:
+        low.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = errors_of(low, exact, "liger: RMSNorm" if fused else "liger: off")
+    assert len(found) > 40
+    worst = {}
+    for name, (size, packed, host) in found.items():
+        if size == 0:
+            assert packed == host == 0, name
+            continue
+        worst[name] = packed / max(host, ROUNDING * size)
+    above = {name: round(ratio, 2) for name, ratio in worst.items() if ratio > 2}
+    record_property("largest ratio", max(worst.values()))
+    assert not above, above
