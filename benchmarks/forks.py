@@ -18,7 +18,10 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parent
+from runs import BENCHMARKS, REPOSITORY, git
+
+from llava_packing_tower.utils.files import write_text
+
 PARTS = ("builder", "native resolution", "text-only batches", "packed decoder", "reload", "training")
 LONGEST = 60
 
@@ -32,17 +35,17 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each fork")
     args = parser.parse_args()
     results = json.loads(args.json.read_text()) if args.json.is_file() else {}
-    project = git(BENCHMARKS.parent, "rev-parse", "--short", "HEAD")
+    project = git(REPOSITORY, "rev-parse", "--short", "HEAD")
     for title, clone in (pair.split("=", 1) for pair in args.fork):
         commit = git(clone, "log", "-1", "--format=%h %cs")
         entry = {"commit": commit, "project": project, "date": date.today().isoformat()}
         entry["transformers"] = version(args.interpreter)
         entry |= check(args.interpreter, clone, args.timeout)
         results[title] = entry
-        write(args.json, json.dumps(results, indent=1) + "\n")
+        write_text(args.json, json.dumps(results, indent=1) + "\n")
         print(f"{title}: {entry}", flush=True)
     if args.markdown:
-        write(args.markdown, markdown(results))
+        write_text(args.markdown, markdown(results))
     print(markdown(results))
     return int(any("failed" in entry for entry in results.values()))
 
@@ -50,7 +53,7 @@ def main() -> int:
 def check(python: str, clone: str, timeout: float) -> dict:
     """The report of one fork; ``failed`` with the last line of what it said where there is none."""
     environment = {name: value for name, value in os.environ.items() if name not in ("LLAVA_DIR", "LLAVA_NEXT_DIR")}
-    environment |= {"PYTHONPATH": str(BENCHMARKS.parent), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory(prefix="forks_") as folder:
         words = [python, str(BENCHMARKS / "fork_checks.py"), folder, clone]
@@ -67,16 +70,6 @@ def check(python: str, clone: str, timeout: float) -> dict:
 def version(python: str) -> str:
     code = "import importlib.metadata as m; print(m.version('transformers'))"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def git(folder: str | Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def write(file: Path, text: str) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 def markdown(results: dict[str, dict]) -> str:

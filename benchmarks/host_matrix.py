@@ -28,29 +28,27 @@ import time
 from datetime import date
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parent
-REPOSITORY = BENCHMARKS.parent
+from runs import BENCHMARKS, REPOSITORY, CellFailed, git, last_error
+
+from llava_packing_tower.utils.files import write_text
+
 STAGES = {"single": None, "ZeRO-2": 2, "ZeRO-3": 3}
 STEPS = 3
 DISTRIBUTIONS = ("transformers", "accelerate", "deepspeed", "torch", "tokenizers", "huggingface_hub", "numpy")
-
-
-class CellFailed(Exception):
-    """Why a cell is not a pass, in one line."""
 
 
 def main() -> int:
     args = _arguments()
     hosts = dict(pair.split("=", 1) for pair in args.host)
     cells = json.loads(args.json.read_text()) if args.json.is_file() else {}
-    project = _git(str(REPOSITORY), "rev-parse", "--short", "HEAD")
+    project = git(REPOSITORY, "rev-parse", "--short", "HEAD")
     with tempfile.TemporaryDirectory(prefix="host_matrix_") as scratch:
         workspace = Path(scratch) / "workspace"
         _python(sys.executable, "-c", _MAKE, str(workspace), environment=_environment())
         for python in args.interpreter:
             versions = _versions(python)
             for title, clone in hosts.items():
-                commit = _git(clone, "rev-parse", "--short", "HEAD")
+                commit = git(clone, "rev-parse", "--short", "HEAD")
                 for stage in args.stage or STAGES:
                     key = f"{title} | {versions['transformers']} | {stage}"
                     if key in cells and not (args.again and cells[key]["result"] != "pass"):
@@ -64,16 +62,16 @@ def main() -> int:
                         cell["result"] = "pass"
                     except CellFailed as failure:
                         cell |= {"result": "FAIL", "reason": str(failure)}
-                    if _git(clone, "status", "--porcelain", "--untracked-files=no"):
+                    if git(clone, "status", "--porcelain", "--untracked-files=no"):
                         cell |= {"result": "FAIL", "reason": "the clone's own files were changed"}
                     cell |= {"seconds": round(time.monotonic() - began), "date": date.today().isoformat()}
                     cells[key] = cell
-                    _write(args.json, json.dumps(cells, indent=1) + "\n")
+                    write_text(args.json, json.dumps(cells, indent=1) + "\n")
                     print(f"{key}: {cell['result']} {cell.get('reason', '')} ({cell['seconds']} s)", flush=True)
     table = markdown(cells)
     print(table)
     if args.markdown:
-        _write(args.markdown, table)
+        write_text(args.markdown, table)
     return int(any(cell["result"] != "pass" for cell in cells.values()))
 
 
@@ -178,9 +176,7 @@ def _python(python: str, *words: str, environment: dict[str, str], timeout: floa
     if process.returncode:
         if os.environ.get("HOST_MATRIX_LOG"):
             Path(os.environ["HOST_MATRIX_LOG"]).write_text(shown)
-        errors = re.findall(r"^(?:\[rank\d+\]: )?(\w[\w.]*(?:Error|Exception|Interrupt)\b.*)$", shown, re.M)
-        own = [e for e in errors if not e.startswith("torch.distributed.elastic")]
-        raise CellFailed((own or shown.strip().splitlines() or ["no output"])[-1][:300])
+        raise CellFailed(last_error(shown))
     return shown
 
 
@@ -190,16 +186,6 @@ def _versions(python: str) -> dict[str, str]:
         f"print(json.dumps({{'python': sys.version.split()[0], **{{n: version(n) for n in {DISTRIBUTIONS!r}}}}}))"
     )
     return json.loads(subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout)
-
-
-def _git(clone: str, *words: str) -> str:
-    return subprocess.run(["git", "-C", clone, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 # ---------------------------------------------------------------- the table

@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -36,20 +35,14 @@ from pathlib import Path
 
 import psutil
 import yaml
+from runs import CONFIGS, REPOSITORY, CellFailed, environment, last_error, versions
 
 from llava_packing_tower.tools.bench.models import PRESETS
+from llava_packing_tower.utils.files import write_text
 
-BENCHMARKS = Path(__file__).resolve().parent
-REPOSITORY = BENCHMARKS.parent
-CONFIGS = REPOSITORY / "configs"
-DISTRIBUTIONS = ("transformers", "accelerate", "deepspeed", "torch", "peft", "tokenizers", "huggingface_hub", "numpy")
 GROUPS = {"pretrain": "_pretrain", "finetune": "_finetune", "lora": "lora"}
 SAVE_EVERY, REPEATED = 2, 3  # a killed run has saved step 2 and logged step 3
 TOLERANCE = 0.01  # of the repeated loss: sums in another order, in bfloat16
-
-
-class CellFailed(Exception):
-    """Why a cell is not a pass, in one line."""
 
 
 @dataclass
@@ -74,20 +67,20 @@ def main() -> int:
             script = "import sys, pathlib, json, shipped_configs_parts as p; p.make_workspace("
             script += "pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4])"
             made = [sys.executable, "-c", script, str(workspace), args.size, json.dumps(missing), args.photos or ""]
-            subprocess.run(made, env=_environment(), cwd=REPOSITORY, check=True)
+            subprocess.run(made, env=environment(), cwd=REPOSITORY, check=True)
             print(f"workspace: {time.monotonic() - began:.0f} s", flush=True)
         for python in args.interpreter or [sys.executable]:
-            versions, host = _versions(python)
+            installed, host = versions(python)
             for name in names:
                 where = f"{args.num_gpus} GPUs" if args.num_gpus else f"CPU, {args.num_processes} process(es)"
-                key = f"{name} | {host} | {versions['transformers']} | {args.size}, {where}"
+                key = f"{name} | {host} | {installed['transformers']} | {args.size}, {where}"
                 if cells.get(key, {}).get("result") == "pass" or (name.startswith("llava_next") and "NeXT" not in host):
                     continue
                 left = args.within - (time.monotonic() - began)
                 if left < args.least:
                     print(f"{key}: not run, {left:.0f} s are left", flush=True)
                     continue
-                cell = {"config": name, "host": host, "size": args.size, "where": where, "versions": versions}
+                cell = {"config": name, "host": host, "size": args.size, "where": where, "versions": installed}
                 start = time.monotonic()
                 try:
                     output = Path(scratch) / "output"
@@ -98,12 +91,12 @@ def main() -> int:
                 shutil.rmtree(output, ignore_errors=True)
                 cell |= {"seconds": round(time.monotonic() - start), "date": date.today().isoformat()}
                 cells[key] = cell
-                _write(args.out, json.dumps(cells, indent=1) + "\n")
+                write_text(args.out, json.dumps(cells, indent=1) + "\n")
                 print(f"{key}: {cell['result']} {cell.get('reason', '')} ({cell['seconds']} s)", flush=True)
     table = markdown(cells)
     print(table)
     if args.markdown:
-        _write(args.markdown, table)
+        write_text(args.markdown, table)
     return int(any(cell["result"] != "pass" for cell in cells.values()))
 
 
@@ -251,7 +244,7 @@ def _train(command: list[str], timeout: float, log: Path | None, kill_after: int
     began = time.monotonic()
     process = subprocess.Popen(
         command,
-        env=_environment(),
+        env=environment(),
         cwd=REPOSITORY,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -280,10 +273,8 @@ def _train(command: list[str], timeout: float, log: Path | None, kill_after: int
     if kill_after in run.losses:
         return run
     if process.returncode:
-        errors = re.findall(r"^(?:\[rank\d+\]: *)?(\w[\w.]*(?:Error|Exception|Interrupt)\b.*)$", run.log, re.M)
-        own = [e for e in errors if not e.startswith("torch.distributed.elastic")]
-        last = (own or run.log.strip().splitlines() or ["no output"])[-1][:300]
-        raise CellFailed(f"not finished after {timeout:.0f} s, step {max(run.losses, default=0)}" if late else last)
+        stopped = f"not finished after {timeout:.0f} s, step {max(run.losses, default=0)}"
+        raise CellFailed(stopped if late else last_error(run.log))
     return run
 
 
@@ -297,30 +288,6 @@ def _kill(launcher: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(found, timeout=30)
-
-
-def _environment() -> dict[str, str]:
-    path = [str(REPOSITORY), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
-    return {"OMP_NUM_THREADS": "1", **os.environ, **quiet, "PYTHONPATH": os.pathsep.join(path)}
-
-
-def _versions(python: str) -> tuple[dict[str, str], str]:
-    """Versions of the libraries that an interpreter has, and the LLaVA that it finds."""
-    script = (
-        "import json, sys\nfrom llava_packing_tower.utils.versions import installed\n"
-        "from llava_packing_tower.integrations.llava.registry import find_host\n"
-        f"found = find_host()\nversions = {{n: installed(n) for n in {DISTRIBUTIONS!r}}}\n"
-        "print(json.dumps([{'python': sys.version.split()[0], **versions}, f'{found.host.title} {found.version}']))"
-    )
-    shown = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True, env=_environment())
-    return tuple(json.loads(shown.stdout.splitlines()[-1]))
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 # ---------------------------------------------------------------- the table

@@ -25,7 +25,9 @@ import time
 from datetime import date
 from pathlib import Path
 
-from shipped_configs import CONFIGS, REPOSITORY, _environment, _versions, _write
+from runs import CONFIGS, REPOSITORY, environment, versions
+
+from llava_packing_tower.utils.files import write_text
 
 WARM_UP = 10
 WORDS = ("name", "gpus", "deepspeed", "batch", "path")
@@ -70,10 +72,10 @@ def main() -> int:
             make_workspace(workspace, args)
         for words in args.runs:
             asked = dict(word.split("=", 1) for word in words.split())
-            row = {"run": asked, "date": date.today().isoformat(), "versions": _versions(sys.executable)[0]}
+            row = {"run": asked, "date": date.today().isoformat(), "versions": versions(sys.executable)[0]}
             row |= run(asked, workspace, Path(scratch) / "output", args)
             found[asked["name"]] = row
-            _write(args.out, json.dumps(found, indent=1) + "\n")
+            write_text(args.out, json.dumps(found, indent=1) + "\n")
             shown = {key: value for key, value in row.items() if key not in ("versions", "losses", "tail")}
             print(json.dumps(shown), *([row["tail"]] if row["exit status"] else []), sep="\n", flush=True)
     return int(any(row["exit status"] for row in found.values()))
@@ -84,7 +86,7 @@ def make_workspace(folder: Path, args: argparse.Namespace) -> None:
     script = "import sys, pathlib, shipped_configs_parts as p; "
     script += "p.make_workspace(pathlib.Path(sys.argv[1]), sys.argv[2], [('llava_vit', 'qwen')], sys.argv[3])"
     command = [sys.executable, "-c", script, str(folder), size, args.photos or ""]
-    subprocess.run(command, env=_environment(), cwd=REPOSITORY, check=True)
+    subprocess.run(command, env=environment(), cwd=REPOSITORY, check=True)
     add_documents(folder, args.documents, 0.15 if args.cpu else 1.0)
 
 
@@ -134,7 +136,7 @@ def run(asked: dict[str, str], workspace: Path, output: Path, args: argparse.Nam
     began, times, losses, lines, peaks = time.monotonic(), {}, {}, [], []
     process = subprocess.Popen(
         ["timeout", "--kill-after=10", f"{args.limit:.0f}", *command],
-        env=_environment(),
+        env=environment(),
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -21,7 +21,9 @@ from datetime import date
 from pathlib import Path
 
 import train_speed
-from shipped_configs import REPOSITORY, _versions, _write
+from runs import REPOSITORY, versions
+
+from llava_packing_tower.utils.files import write_text
 
 HOST, PACKED, ROUNDING = "host", "packed", "rounding"
 LAST = 10
@@ -55,11 +57,11 @@ def main() -> int:
             if content["runs"].get(name, {}).get("exit status") == 0:
                 continue
             asked = words(name, args)
-            row = {"run": asked, "date": date.today().isoformat(), "versions": _versions(sys.executable)[0]}
+            row = {"run": asked, "date": date.today().isoformat(), "versions": versions(sys.executable)[0]}
             row |= train_speed.run(asked, workspace, Path(scratch) / "output", args)
             content["runs"][name] = row
             content |= compare({name: losses_of(row) for name, row in content["runs"].items()})
-            _write(args.out, json.dumps(content, indent=1) + "\n")
+            write_text(args.out, json.dumps(content, indent=1) + "\n")
             losses = losses_of(row)
             last = losses[max(losses)] if losses else None
             print(f"{name}: status {row['exit status']}, {len(losses)} steps, {row['seconds']} s, last loss {last}")

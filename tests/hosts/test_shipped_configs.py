@@ -20,10 +20,8 @@ from llava_packing_tower.tools.bench.models import PRESETS
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARK = REPOSITORY / "benchmarks" / "shipped_configs.py"
-spec = importlib.util.spec_from_file_location("shipped_configs", BENCHMARK)
-shipped_configs = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = shipped_configs
-spec.loader.exec_module(shipped_configs)
+sys.path.append(str(BENCHMARK.parent))
+import shipped_configs  # noqa: E402
 
 PATHS = {"model_name_or_path", "data_path", "image_folder", "output_dir", "mm_vision_tower", "pretrain_mm_mlp_adapter"}
 STEPS = {"max_steps", "save_steps"}
