@@ -1,11 +1,14 @@
-"""All families but LlavaViT inside a real host: published checkpoints, tuned for one step, saved, reloaded."""
+"""All families but LlavaViT inside a real host: published checkpoints, tuned for one step, saved, reloaded.
+
+Two steps of every family on a GPU: ``tests/gpu/test_families_in_llava_gpu.py``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 
+import family_trainings
 import host_runs
 import pytest
 import torch
@@ -21,55 +24,6 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-# The host's own train(), as `llava-packing train` starts it; its trainer tells the gradients of the tower.
-TRAIN_AND_RELOAD = """
-import inspect, json, os, sys
-from importlib import import_module
-from pathlib import Path
-from llava_packing_tower.integrations import llava as hosts
-from llava_packing_tower.train import entrypoint as train_entry
-from llava_packing_tower.train.launcher import make_plan, to_argv
-from llava_packing_tower.checkpoint.hashing import tensor_digest
-from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
-
-plan = make_plan(sys.argv[1], sys.argv[2:], num_processes=1)
-sys.argv[1:] = to_argv(plan.values)
-os.environ.update(plan.environment)
-hosts.apply()
-trainer = import_module("llava.train.train").LLaVATrainer
-training_step, told = trainer.training_step, {}
-
-def step(self, model, *args, **kwargs):
-    loss = training_step(self, model, *args, **kwargs)
-    tower = model.get_vision_tower()
-    assert isinstance(tower, HEVCViTPackingVisionTower)
-    told["tower"], told["family"] = type(tower).__name__, type(tower.vision_tower).__name__
-    for name, parameter in tower.vision_tower.named_parameters():
-        told.setdefault("gradients", {})[name] = None if parameter.grad is None else parameter.grad.norm().item()
-    return loss
-
-trainer.training_step = step
-train_entry.main()
-folder = sys.argv[sys.argv.index("--output_dir") + 1]
-builder = import_module("llava.model.builder")
-v1 = "device" in inspect.signature(builder.load_pretrained_model).parameters
-how = {"device": "cpu", "device_map": "cpu"} if v1 else {"attn_implementation": "sdpa", "torch_dtype": "bfloat16"}
-_, model, processor, _ = builder.load_pretrained_model(folder, None, "llava_llama", **how)
-tower = model.get_vision_tower()
-told["reloaded"] = [type(tower.vision_tower).__name__, tower.hidden_size, tower.num_patches]
-told["processor"] = [processor.image_mean, processor.image_std, processor.resample, processor.patch_size]
-told["digests"] = {name: tensor_digest(value) for name, value in tower.vision_tower.state_dict().items()}
-Path(folder, "told.json").write_text(json.dumps(told))
-"""
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-    host_runs.make_workspace(folder)
-    return folder
-
-
 # Projectors: the VLM's own, one that merges 3 x 3 patches, and LLaVA's.
 STARTS = {name: "mlp2x_gelu" for name in ALL_FAMILIES}
 STARTS |= {"qwen3_vl": "checkpoint", "qwen2_5_vl": "checkpoint", "moonvit": "checkpoint"}
@@ -78,28 +32,54 @@ CELLS = {"checkpoint": 2, "spatial_merge_2x2": 2, "spatial_merge_3x3": 3}
 
 
 # Of the towers of VLMs one in both hosts: what differs between hosts is the same for all of them.
-RUNS = [(name, host) for host in host_runs.HOSTS for name in (*GOLDEN_FAMILIES, "qwen3_vl")]
-RUNS += [(name, host_runs.HOSTS[0]) for name in VLM_FAMILIES if name != "qwen3_vl"]
+IN_BOTH = (*GOLDEN_FAMILIES, "qwen3_vl")
+FUSED = ("dinov3", "qwen3_vl")
+RUNS = [(name, host) for host in host_runs.HOSTS for name in IN_BOTH]
+RUNS += [(name, host_runs.HOSTS[0]) for name in (*VLM_FAMILIES, "fusion") if name not in IN_BOTH]
+
+
+@pytest.fixture(scope="module")
+def told_by(tmp_path_factory, golden):
+    """What the trainings in a host told, and the folder of their outputs: one process for all of them."""
+    kept = {}
+
+    def run(next_dir):
+        if next_dir not in kept:
+            folder = tmp_path_factory.mktemp("families")
+            host_runs.make_workspace(folder)
+            jobs = []
+            for name, host in RUNS:
+                if host.values[0] != next_dir:
+                    continue
+                families = FUSED if name == "fusion" else (name,)
+                tower = " + ".join(f"packing:{golden / own}" for own in families)  # the prefix alone selects it
+                more = {"mm_projector_type": STARTS.get(name, "spatial_merge_2x2"), "max_steps": 1}
+                if name not in GOLDEN_FAMILIES:  # their nominal images are large
+                    more |= {"image_aspect_ratio": "native", "mm_packing_max_patches": 36}
+                if name == "fusion":
+                    more["mm_packing_fusion"] = "channel"
+                job = family_trainings.job(name, folder / "config.yaml", folder, tower, "cpu", True, **more)
+                jobs.append(job)
+            kept[next_dir] = family_trainings.start(jobs, folder, next_dir, timeout=500), folder
+        return kept[next_dir]
+
+    return run
 
 
 @pytest.mark.parametrize(
     ("name", "next_dir"),
-    [pytest.param(name, *host.values, id=f"{name}-{host.id}", marks=host.marks) for name, host in RUNS],
+    [
+        pytest.param(name, *host.values, id=f"{name}-{host.id}", marks=host.marks)
+        for name, host in RUNS
+        if name != "fusion"
+    ],
 )
-def test_one_step_with_the_tower_tuned(workspace, golden, tmp_path, name, next_dir):
-    cls, output = ALL_FAMILIES[name], tmp_path / "llava_llama"
-    # The prefix alone selects the tower, and model_type the family.
-    tower = f"packing:{golden / name}"
-    words = ["--mm_vision_tower", tower, "--bf16", "false", "--max_steps", "1", "--output_dir", str(output)]
-    words += ["--mm_projector_type", STARTS[name]]
-    if name in VLM_FAMILIES:  # their nominal images are large
-        words += ["--image_aspect_ratio", "native", "--mm_packing_max_patches", "36"]
-    command = [sys.executable, "-c", TRAIN_AND_RELOAD, str(workspace / "config.yaml"), *words]
-    result = host_runs.execute(command, host_runs.environment(next_dir), timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    told = json.loads((output / "told.json").read_text())
+def test_one_step_with_the_tower_tuned(told_by, golden, name, next_dir):
+    cls, (all_told, folder) = ALL_FAMILIES[name], told_by(next_dir)
+    told, output = all_told[name], folder / name / "llava_llama"
+    assert "error" not in told, told["error"]
     assert told["tower"] == "HEVCViTPackingVisionTower" and told["family"] == cls.__name__
-    assert "step 1/1  loss" in result.stdout
+    assert len(told["losses"]) == 1 and told["step"].startswith("packed decoder: on")
 
     # LLaVA reads the last block's output before the final norm: that norm, and nothing else, takes no part.
     before = cls.from_pretrained(golden / name).state_dict()
@@ -128,17 +108,11 @@ def test_one_step_with_the_tower_tuned(workspace, golden, tmp_path, name, next_d
         assert saved["model.mm_projector.mlp.2.weight"].shape == (128, 128)
 
 
-def test_one_step_with_two_towers_tuned(workspace, golden, tmp_path):
+def test_one_step_with_two_towers_tuned(told_by, golden):
     """``packing:A + packing:B``: both are trained, saved in the checkpoint and reloaded from it alone."""
-    families, output = ("dinov3", "qwen3_vl"), tmp_path / "llava_llama"
-    tower = " + ".join(f"packing:{golden / name}" for name in families)
-    words = ["--mm_vision_tower", tower, "--bf16", "false", "--max_steps", "1", "--output_dir", str(output)]
-    words += ["--image_aspect_ratio", "native", "--mm_packing_max_patches", "36"]
-    words += ["--mm_projector_type", "spatial_merge_2x2", "--mm_packing_fusion", "channel"]
-    command = [sys.executable, "-c", TRAIN_AND_RELOAD, str(workspace / "config.yaml"), *words]
-    result = host_runs.execute(command, host_runs.environment(""), timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    told = json.loads((output / "told.json").read_text())
+    (all_told, folder), families = told_by(""), FUSED
+    told, output = all_told["fusion"], folder / "fusion" / "llava_llama"
+    assert "error" not in told, told["error"]
     assert told["tower"] == "FusedPackingVisionTower" and told["reloaded"][0] == told["family"] == "FusedModel"
 
     saved = load_file(output / "model.safetensors")
@@ -156,7 +130,7 @@ def test_one_step_with_two_towers_tuned(workspace, golden, tmp_path):
         assert still == {key for key in before if not told["gradients"][f"{start}{key}"]} and len(still) <= 2
         width += before["encoder.layers.0.layer_norm1.weight"].numel()
     config = json.loads((output / "config.json").read_text())
-    assert config["mm_hidden_size"] == width == told["reloaded"][1] and config["mm_vision_tower"] == tower
+    assert config["mm_hidden_size"] == width == told["reloaded"][1] and config["mm_vision_tower"].count("packing:") == 2
     noted = config["mm_packing_config"]
     assert noted["fusion"] == "channel" and noted["weights"] == "checkpoint"
     assert [own["config"]["model_type"] for own in noted["towers"]] == noted["config"]["towers"]
