@@ -27,6 +27,10 @@ class Naming:
     telling: str
     architecture: str = ""
     values: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+
+    def fits(self, names: Mapping[str, object]) -> bool:
+        return _has(names, self.signature) and not any(_has(names, (rule,)) for rule in self.lacking)
 
 
 NAMINGS = (
@@ -79,7 +83,28 @@ NAMINGS = (
         "timm's Perception Encoder",
         (r"norm_pre\.weight", r"blocks\.\d+\.attn\.qkv\.bias", r"pos_embed", r"attn_pool\.latent|blocks\.\d+\.gamma_1"),
         r"norm_pre\.weight",
-        architecture=r"vit_pe_(core|lang)_\w+(\..*)?",
+        architecture=r"vit_pe_(core|lang|spatial)_\w+(\..*)?",
+    ),
+    # Without pooling and factors its tensors are named like a CLIP's, which has a norm behind the last block.
+    Naming(
+        "perception_encoder_meta",
+        "Meta's own file of PE-Spatial",
+        (
+            r"(visual\.)?conv1\.weight",
+            r"(visual\.)?ln_pre\.weight",
+            r"(visual\.)?positional_embedding",
+            r"(visual\.)?transformer\.resblocks\.\d+\.attn\.in_proj_weight",
+        ),
+        r"(visual\.)?transformer\.resblocks\.\d+\.ls_1\.gamma",
+        lacking=(r"(visual\.)?ln_post\.weight", r"(visual\.)?proj"),
+    ),
+    Naming(
+        "perception_encoder_timm",
+        "timm's PE-Spatial",
+        (r"norm_pre\.weight", r"blocks\.\d+\.attn\.qkv\.bias", r"pos_embed"),
+        r"norm_pre\.weight",
+        architecture=r"vit_pe_spatial_\w+(\..*)?",
+        lacking=(r"(fc_)?norm\.weight",),
     ),
     Naming(
         "radio_nvidia",
@@ -128,7 +153,7 @@ def recognized(raw: Mapping, shapes: Mapping[str, tuple[int, ...]], where: objec
 
     Raises ``ValueError`` where timm's config.json names a model that the weights, or this package, do not have.
     """
-    found = next((naming for naming in NAMINGS if _has(shapes, naming.signature)), None)
+    found = next((naming for naming in NAMINGS if naming.fits(shapes)), None)
     name = raw.get("architecture")
     if name is None or (found and re.fullmatch(found.architecture, str(name))):
         return found

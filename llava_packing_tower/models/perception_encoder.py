@@ -1,4 +1,4 @@
-"""Perception Encoder (Core and Lang): a class token, a resampled table of positions, and 2-D rotary ones.
+"""Perception Encoder (Core, Lang and Spatial): a class token, a resampled table of positions, and 2-D rotary ones.
 
 Reads Meta's own files and timm's folders (see ``checkpoint.namings``). Model: Bolya et al. 2025,
 https://arxiv.org/abs/2504.13181; numerics after Meta's ``VisionTransformer``
@@ -34,8 +34,9 @@ from .position_tables import PrefixTokens, ResampledPositions
 class PerceptionEncoderPackingConfig(PretrainedConfig):
     """Configuration of :class:`PerceptionEncoderPacking`; sizes of PE-Core-L14-336.
 
-    class_token: whether there is one in front of every image. layer_scale: whether blocks have learned factors (Lang).
-        norm_post: whether there is a norm behind the last block (Core). image_size: pixels of the table of positions.
+    class_token: whether there is one in front of every image. layer_scale: whether blocks have learned factors (Lang,
+        Spatial-G14). norm_post: whether there is a norm behind the last block (Core). image_size: pixels of the table
+        of positions.
 
     Raises ``ValueError`` for sizes of two different sides.
     """

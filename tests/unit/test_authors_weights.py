@@ -41,6 +41,8 @@ KINDS = {
     "aimv2_timm": (AIMv2Packing, {}),
     "pe_core_timm": (PerceptionEncoderPacking, {}),
     "pe_lang_timm": (PerceptionEncoderPacking, {}),
+    "pe_spatial_timm": (PerceptionEncoderPacking, {}),
+    "pe_spatial_timm_giant": (PerceptionEncoderPacking, {}),
     "aimv2_apple_native": (AIMv2Packing, HEADS),
     "aimv2_apple_learned": (AIMv2Packing, HEADS),
 }
@@ -420,3 +422,38 @@ def test_rotary_positions_that_timm_stretches_are_refused(golden, tmp_path):
         (folder / "config.json").write_text(json.dumps(told))
         with pytest.raises(ValueError, match=r"to (3 x 4|24 x 24) \(ref_feat_shape\), and its table has 4 x 4"):
             PerceptionEncoderPacking.from_pretrained(folder)
+
+
+# Meta's PE-Spatial: width, layers, heads, patch, side, inner width, class token, layer scale.
+PE_SPATIAL = {
+    "T16-512": (192, 12, 3, 16, 512, 768, True, False),
+    "L14-448": (1024, 24, 16, 14, 448, 4096, True, False),
+    "G14-448": (1536, 50, 16, 14, 448, 8960, False, True),
+}
+
+
+@pytest.mark.parametrize("size", PE_SPATIAL)
+def test_metas_files_of_pe_spatial(size):
+    """By their shapes: without pooling and norm they are told from a CLIP by what they lack."""
+    width, layers, _, patch, side, inner, token, scaled = PE_SPATIAL[size]
+    shapes = {"conv1.weight": (width, 3, patch, patch), "positional_embedding": ((side // patch) ** 2 + token, width)}
+    shapes |= {"class_embedding": (width,)} if token else {}
+    shapes |= {f"ln_pre.{kind}": (width,) for kind in ("weight", "bias")}
+    for i in range(layers):
+        block = f"transformer.resblocks.{i}."
+        shapes |= {f"{block}ln_{n}.{kind}": (width,) for n in (1, 2) for kind in ("weight", "bias")}
+        shapes |= {f"{block}attn.in_proj_weight": (3 * width, width), f"{block}attn.in_proj_bias": (3 * width,)}
+        shapes |= {f"{block}attn.out_proj.weight": (width, width), f"{block}attn.out_proj.bias": (width,)}
+        shapes |= {f"{block}mlp.c_fc.weight": (inner, width), f"{block}mlp.c_fc.bias": (inner,)}
+        shapes |= {f"{block}mlp.c_proj.weight": (width, inner), f"{block}mlp.c_proj.bias": (width,)}
+        shapes |= {f"{block}ls_{n}.gamma": (width,) for n in (1, 2) if scaled}
+    assert recognized({}, shapes, "file").model_type == "perception_encoder_meta"
+    config, plan = PerceptionEncoderPacking.plan({"model_type": "perception_encoder_meta"}, shapes)
+    found = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.patch_size)
+    assert (*found, config.image_size, config.intermediate_size) == PE_SPATIAL[size][:6]
+    assert (config.class_token, config.layer_scale, config.norm_post) == (token, scaled, False)
+    with torch.device("meta"):
+        model = PerceptionEncoderPacking(config)
+    assert not plan_problems(plan, shapes, parameter_shapes(model))
+    clip = {**shapes, "ln_post.weight": (width,), "ln_post.bias": (width,), "proj": (width, 512)}
+    assert scaled or recognized({}, clip, "file") is None

@@ -121,6 +121,8 @@ def timm_folders(*only):
         ("siglip2_timm", "naflexvit_base_patch16_siglip", {}),
         ("pe_core_timm", "vit_pe_core_tiny_patch16_384", dict(img_size=16, ref_feat_shape=(4, 4), num_classes=8)),
         ("pe_lang_timm", "vit_pe_lang_large_patch14_448", dict(img_size=16, ref_feat_shape=(4, 4))),
+        ("pe_spatial_timm", "vit_pe_spatial_tiny_patch16_512", dict(img_size=16, ref_feat_shape=(4, 4))),
+        ("pe_spatial_timm_giant", "vit_pe_spatial_gigantic_patch14_448", dict(img_size=16, ref_feat_shape=(4, 4))),
     ):
         if only and name not in only:
             continue
