@@ -100,6 +100,8 @@ def processor_content(model: torch.nn.Module) -> dict[str, Any]:
         "tower_patch_size": tower.config.patch_size,
         "tower_image_size": tower.config.image_size,
         "patch_layout": tower.vision_tower.patch_layout.name.lower(),
+        "tower_frames_per_patch": tower.vision_tower.frames_per_patch,
+        "tower_stretches_clips": tower.vision_tower.stretches_clips,
         **visual_keys(model),
         **reading_of(model.config, is_checkpoint=True).items(),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..data.native_config import PREFIX
 from ..hf import MODEL_TYPE
 from ..hf.projectors import unknown_projector
-from ..hf.visual_settings import unsupported_reason
+from ..hf.visual_settings import PROJECTOR, unsupported_reason
 from ..integrations.llava.checkpoint_files import names_in_files
 from ..integrations.llava.host import Host
 from ..integrations.llava.model_class import base_of, check_host_has, class_name
@@ -78,7 +78,8 @@ def _reasons(config: Mapping[str, object], name: str, host: Host) -> Iterator[st
         yield f"several vision towers ({tower}), and an export has one"
     elif kind != PACKING:
         yield f"no packing tower: its mm_vision_tower is {tower!r}"
-    if (reason := unknown_projector(str(config.get("mm_projector_type") or "linear"))) is not None:
+    kind = str(config.get("mm_projector_type") or "linear")
+    if (reason := unknown_projector(kind, config.get(PROJECTOR))) is not None:
         yield reason
     if (reason := unsupported_reason(config)) is not None:
         yield reason

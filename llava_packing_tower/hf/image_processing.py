@@ -28,6 +28,7 @@ from .visual_settings import FIELDS, Size, VisualSettings
 MAX_FRAMES = 32
 """Frames that are read of a video file, evenly spaced, unless the caller says otherwise."""
 DOWNLOAD_SECONDS = 60
+TOWER = ("tower_patch_size", "tower_image_size", "patch_layout", "tower_frames_per_patch", "tower_stretches_clips")
 ImageLike = Image.Image | np.ndarray | torch.Tensor | str
 
 
@@ -37,6 +38,7 @@ class LlavaPackingImageProcessor(BaseImageProcessor):
     Args:
         tower_patch_size, tower_image_size: of the tower, in pixels.
         patch_layout: "channel_first" or "channel_last": the order of the numbers in a row.
+        tower_frames_per_patch, tower_stretches_clips: of the tower (see :class:`..models.base.PackedVisionModel`).
         fields: those of :class:`..data.image_processor.PackingImageProcessor` (``size``, ``crop_size``, ``image_mean``
             ...), of :data:`.visual_settings.FIELDS` and of :class:`..data.images.ImageReading`.
     """
@@ -48,11 +50,14 @@ class LlavaPackingImageProcessor(BaseImageProcessor):
         tower_patch_size: int = 14,
         tower_image_size: int = 448,
         patch_layout: str = "channel_first",
+        tower_frames_per_patch: int = 1,
+        tower_stretches_clips: bool = True,
         **fields: Any,
     ) -> None:
         super().__init__()
         self.tower_patch_size, self.tower_image_size = tower_patch_size, tower_image_size
-        self.patch_layout = patch_layout
+        self.patch_layout, self.tower_frames_per_patch = patch_layout, tower_frames_per_patch
+        self.tower_stretches_clips = tower_stretches_clips
         for name, default in FIELDS.items():
             setattr(self, name, default if fields.get(name) is None else fields[name])
         reading = reading_of(_Fields(fields), is_checkpoint=False)
@@ -64,7 +69,7 @@ class LlavaPackingImageProcessor(BaseImageProcessor):
                 setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("tower_patch_size", "tower_image_size", "patch_layout", *FIELDS, *(PREFIX + k for k in READING_KEYS))
+        names = (*TOWER, *FIELDS, *(PREFIX + k for k in READING_KEYS))
         base = {name: value for name, value in self._base().to_dict().items() if name != "patch_size"}
         content = {**base, **{name: getattr(self, name) for name in names}}
         return {**content, "size": dict(self.size), "image_processor_type": type(self).__name__}
@@ -159,11 +164,21 @@ class LlavaPackingImageProcessor(BaseImageProcessor):
 
     __call__ = preprocess
 
-    def _rows(self, samples: Sequence[Sequence[np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and grids of samples of several tiles or frames of one size each."""
-        layout = PatchLayout[self.patch_layout.upper()]
+    @property
+    def _has_clips(self) -> bool:
+        """Whether the frames of a video see each other."""
+        return self.settings.native is not None and self.settings.native.video == "clip"
+
+    def _rows(self, samples: Sequence[Sequence[np.ndarray]], clips: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and grids of samples of several tiles or frames of one size each; ``clips``: each is a clip."""
+        layout, frames_per_patch = PatchLayout[self.patch_layout.upper()], self.tower_frames_per_patch
+        if clips and frames_per_patch > 1:
+            made = [torch.from_numpy(np.stack(list(frames), axis=1)) for frames in samples]
+            return batch_images_to_packing_input(made, self.tower_patch_size, layout, frames_per_patch=frames_per_patch)
         flat = [torch.from_numpy(tile) for tiles in samples for tile in tiles]
-        rows, grids = batch_images_to_packing_input(flat, self.tower_patch_size, layout)
+        rows, grids = batch_images_to_packing_input(
+            flat, self.tower_patch_size, layout, frames_per_patch=frames_per_patch
+        )
         starts = np.cumsum([0, *(len(tiles) for tiles in samples)])[:-1]
         grids = grids[starts.tolist()].clone()
         grids[:, 0] = torch.tensor([len(tiles) for tiles in samples])
@@ -203,24 +218,33 @@ class LlavaPackingImageProcessor(BaseImageProcessor):
     def preprocess_videos(
         self, videos: Sequence[object], num_frames: int | None = None, metadata: Sequence[object] | None = None
     ) -> BatchFeature:
-        """Rows of videos: ``pixel_values_videos``, ``video_grid_thw`` (frames, rows, columns), and where the frames of
-        a clip see each other ``video_frame_positions``, a list of ``[frames]``."""
+        """Rows of videos: ``pixel_values_videos``, ``video_grid_thw`` (frames, rows, columns; of clips in a tower whose
+        patches cover several frames, temporal patches), and where the frames of a clip see each other
+        ``video_frame_positions``, a list of ``[frames]``."""
         given = metadata or [None] * len(videos)
         clips = [self.clip(video, num_frames, more) for video, more in zip(videos, given, strict=True)]
         processor = self._native() if self.settings.is_native else self._base()
         samples = [[np.asarray(f) for f in processor.preprocess(clip.frames)["pixel_values"]] for clip in clips]
-        content: dict[str, Any] = dict(zip(("pixel_values_videos", "video_grid_thw"), self._rows(samples)))
-        if self.settings.native is not None and self.settings.native.video == "clip":
-            content["video_frame_positions"] = [
-                interpolate_frame_indices(torch.tensor([clip.indices]), torch.tensor([clip.total]))[0] for clip in clips
-            ]
+        content: dict[str, Any] = dict(
+            zip(("pixel_values_videos", "video_grid_thw"), self._rows(samples, self._has_clips))
+        )
+        if self._has_clips:
+            content["video_frame_positions"] = [self._places(clip) for clip in clips]
         return BatchFeature(content)
 
+    def _places(self, clip: Clip) -> torch.Tensor:
+        """Where the frames of a clip stand in time, ``[frames]``."""
+        indices = torch.tensor([clip.indices])
+        if self.tower_stretches_clips:
+            indices = interpolate_frame_indices(indices, torch.tensor([clip.total]))
+        return indices[0]
+
     def video_grid(self, frames: int, size: Size) -> tuple[int, int, int]:
-        """(frames, rows, columns of patches) of a video, without looking at it."""
+        """(frames or temporal patches, rows, columns of patches) of a video, without looking at it."""
         settings = self.settings
         if settings.is_native:
-            return (frames, *settings.rule.grid(*size, max_patches=settings.native.frame_patches(frames)))
+            count = -(-frames // self.tower_frames_per_patch) if self._has_clips else frames
+            return (count, *settings.rule.grid(*size, max_patches=settings.native.frame_patches(frames)))
         width, height = self._base().output_size(*size)
         return frames, height // self.tower_patch_size, width // self.tower_patch_size
 

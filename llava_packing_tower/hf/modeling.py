@@ -75,7 +75,10 @@ class LlavaPackingModel(LlavaPackingPreTrainedModel):
         )
         self.vision_tower = family_for(config.vision_config.model_type)(config.vision_config)
         self.mm_projector = build_projector(
-            config.mm_projector_type, config.vision_config.hidden_size * len(layers), width
+            config.mm_projector_type,
+            config.vision_config.hidden_size * len(layers),
+            width,
+            config.mm_packing_projector,
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.image_newline = nn.Parameter(torch.zeros(width)) if config.settings.has_newlines else None
@@ -125,13 +128,17 @@ class LlavaPackingModel(LlavaPackingPreTrainedModel):
         video_frame_positions: Sequence[torch.Tensor] | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPooling:
-        """As :meth:`get_image_features`, for videos: ``video_grid_thw`` (frames, rows, columns), and where the frames
-        of a clip see each other their places in time, ``[frames]`` of each."""
+        """As :meth:`get_image_features`, for videos: ``video_grid_thw`` (frames or temporal patches, rows, columns),
+        and where the frames of a clip see each other their places in time, ``[frames]`` of each (not read by towers
+        that have no use for them).
+        """
         grids = read_grid(video_grid_thw, len(pixel_values_videos))
         native = self.config.settings.native
         if native is None or native.video != "clip":
             frames = [(1, h, w) for t, h, w in grids for _ in range(t)]
             return self._features(pixel_values_videos, frames, grids, None, True, None)
+        if not self.vision_tower.takes_positions:
+            return self._features(pixel_values_videos, grids, grids, None, True, None)
         if video_frame_positions is None or len(video_frame_positions) != len(grids):
             raise ValueError(f"{len(grids)} videos need the places of their frames (video_frame_positions)")
         positions = [

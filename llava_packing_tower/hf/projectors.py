@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from ..multimodal.projectors import make_projector
+from ..data.smart_resize import CHECKPOINT, known_merge
+from ..models.merger import Merger
+from ..multimodal.projectors import make_projector, merging_projector
 
 _MLP = re.compile(r"mlp(\d+)x(?:_res(\d+)x)?_gelu")
-KNOWN = "linear, identity, mlpNx_gelu, mlpNx_resMx_gelu, spatial_merge, patch_merger"
+KNOWN = "linear, identity, mlpNx_gelu, mlpNx_resMx_gelu, spatial_merge, spatial_merge_RxR, patch_merger, checkpoint"
 
 
 class ResidualBlock(nn.Module):
@@ -26,16 +29,23 @@ class ResidualBlock(nn.Module):
         return x + self.proj(x)
 
 
-def unknown_projector(kind: str) -> str | None:
+def unknown_projector(kind: str, merger: Mapping | None = None) -> str | None:
     """Why :func:`build_projector` cannot build a projector of this name, or None."""
-    known = kind in ("linear", "identity", "spatial_merge", "patch_merger") or _MLP.fullmatch(kind)
+    if kind == CHECKPOINT and not merger:
+        return "mm_projector_type 'checkpoint', but no mm_packing_projector, which says what it is"
+    known = kind in ("linear", "identity", CHECKPOINT) or known_merge(kind) or _MLP.fullmatch(kind)
     return None if known else f"mm_projector_type {kind!r}; these can be exported: {KNOWN}"
 
 
-def build_projector(kind: str, vision_size: int, text_size: int) -> nn.Module:
-    """The projector of this ``mm_projector_type``. Raises ``ValueError`` for an unknown one."""
-    if reason := unknown_projector(kind):
+def build_projector(kind: str, vision_size: int, text_size: int, merger: Mapping | None = None) -> nn.Module:
+    """The projector of this ``mm_projector_type``; ``merger``: what a VLM's own is (``mm_packing_projector``).
+
+    Raises ``ValueError`` for an unknown one.
+    """
+    if reason := unknown_projector(kind, merger):
         raise ValueError(reason)
+    if kind == CHECKPOINT and merger:
+        return merging_projector(Merger.from_dict(dict(merger)))
     if (merging := make_projector(kind, vision_size, text_size)) is not None:
         return merging
     if kind == "linear":

@@ -15,11 +15,13 @@ from typing import Any
 
 from ..data.native_config import KEYS as NATIVE_KEYS
 from ..data.native_config import NATIVE, PREFIX, NativeSettings, settings_of
-from ..data.smart_resize import MERGES, SmartResize, merge_of, merged
+from ..data.smart_resize import CHECKPOINT, MERGES, SmartResize, merge_of, merged
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
+PROJECTOR = "mm_packing_projector"
+"""What a VLM's own projector is (``mm_projector_type: checkpoint``): see :class:`..models.merger.Merger`."""
 FIELDS: dict[str, Any] = {
     "image_aspect_ratio": "square",
     "image_grid_pinpoints": None,
@@ -30,6 +32,7 @@ FIELDS: dict[str, Any] = {
     "mm_spatial_pool_stride": 2,
     "mm_spatial_pool_mode": "bilinear",
     "mm_reads_videos": False,
+    PROJECTOR: None,
     **{PREFIX + name: None for name in NATIVE_KEYS},
 }
 """Keys of config.json and preprocessor_config.json, and their defaults. All but three are LLaVA's own, or those of
@@ -64,13 +67,16 @@ class VisualSettings:
     mm_spatial_pool_mode: str = "bilinear"
     mm_reads_videos: bool = False
     native: NativeSettings | None = None
+    checkpoint_merge: tuple[int, int] = (1, 1)
 
     @classmethod
     def read(cls, source: object, patch_size: int, image_size: int) -> VisualSettings:
         """From the attributes of a config or an image processor. Raises ``ValueError`` for values that do not fit."""
         values = {name: getattr(source, name, default) for name, default in FIELDS.items() if not _is_native(name)}
         values = {name: FIELDS[name] if value is None else value for name, value in values.items()}
-        return cls(patch_size, image_size, **values, native=settings_of(source))
+        own = getattr(source, PROJECTOR, None) or {}
+        merge = tuple(own.get("merge", (1, 1)))
+        return cls(patch_size, image_size, **values, native=settings_of(source), checkpoint_merge=merge)
 
     # ---------------------------------------------------------------- what the keys say
 
@@ -89,7 +95,7 @@ class VisualSettings:
     @property
     def merge(self) -> tuple[int, int]:
         """Rows and columns of patches that become one token."""
-        return merge_of(self.mm_projector_type)
+        return self.checkpoint_merge if self.mm_projector_type == CHECKPOINT else merge_of(self.mm_projector_type)
 
     @property
     def rule(self) -> SmartResize:

@@ -41,6 +41,19 @@ NEXT_CASES: list[tuple[str, str, str, dict]] = [
     ("dinov3", "native", "Qwen", FOUR),
     ("aimv2", "pad", "Qwen", {"mm_projector_type": "mlp2x_res1x_gelu", "mm_patch_merge_type": "spatial_unpad"}),
 ]
+# Vision towers of VLMs, in LLaVA 1.x: temporal patches, clips without positions or with those of the frames, and the
+# projector that the VLM brings.
+MERGER = {"merge": [2, 2], "vision_size": 64, "inner_size": 96, "text_size": 32, "norm": "rms_norm", "norm_eps": 1e-6}
+OWN = {"mm_projector_type": "checkpoint", "mm_packing_projector": MERGER}
+VLM_CASES: list[tuple[str, str, str, dict]] = [
+    ("qwen3_vl", "native", "Llama", {**CLIP, "mm_projector_type": "spatial_merge_3x3"}),
+    ("qwen3_vl", "pad", "Llama", MLP),
+    ("qwen2_5_vl", "native", "Llama", {**CLIP, **OWN}),
+    ("radio", "native", "Llama", {**FOUR, "mm_newline_position": "frame"}),
+    ("moonvit", "native", "Llama", {**CLIP, **MLP}),
+    ("onevision2", "native", "Llama", {**CLIP, **FOUR}),
+    ("perception_encoder", "anyres", "Llama", {"mm_vision_select_layer": -2}),
+]
 
 
 def make(folder: Path) -> None:
@@ -49,7 +62,7 @@ def make(folder: Path) -> None:
 
     from llava_packing_tower.export.writer import export
 
-    for number, (family, ratio, decoder, more) in enumerate([*CASES, *(NEXT_CASES if IS_NEXT else [])]):
+    for number, (family, ratio, decoder, more) in enumerate([*CASES, *(NEXT_CASES if IS_NEXT else VLM_CASES)]):
         checkpoint = checks.make_checkpoint(folder, family, ratio, decoder, **more)
         said = checks.says_all(checkpoint)
         export(checkpoint, folder / f"case_{number}")

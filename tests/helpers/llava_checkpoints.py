@@ -52,6 +52,8 @@ def make_llava(decoder: Path, tower: Path, word: str, **arguments: object) -> to
     cls = getattr(import_module(f"llava.model.language_model.{HOST.loader_name(name)}"), name)
     # LLaVA-NeXT reads the config by AutoConfig, so that the checkpoint says model_type qwen2.
     model = cls.from_pretrained(decoder, config=transformers.AutoConfig.from_pretrained(decoder))
+    if note := arguments.get("mm_packing_projector"):
+        model.config.mm_packing_projector = note
     wanted = {
         "vision_tower": str(tower),
         "mm_vision_select_layer": -1,

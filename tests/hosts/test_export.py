@@ -11,7 +11,7 @@ import export_samples as samples
 import pytest
 import torch
 from conftest import assert_close
-from export_host_checks import CAN_LOAD, CASES, NEXT_CASES
+from export_host_checks import CAN_LOAD, CASES, NEXT_CASES, VLM_CASES
 from host_runs import HOSTS, environment, execute
 from llava_checkpoints import edit_config
 
@@ -37,7 +37,7 @@ def test_logits_and_answers_are_those_of_llava(tmp_path, next_dir):
     env = {**environment(next_dir), "PYTHONPATH": f"{HELPERS.parents[1]}"}
     result = execute([sys.executable, str(HELPERS / "export_host_checks.py"), str(tmp_path)], env)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
-    cases = len(CASES) + (len(NEXT_CASES) if next_dir else 0)
+    cases = len(CASES) + len(NEXT_CASES if next_dir else VLM_CASES)
     assert len(list(tmp_path.glob("case_*/model.safetensors"))) == cases
     assert result.stdout.count("compared") == (cases if CAN_LOAD else 0)
 
