@@ -24,6 +24,7 @@ from ..convert.hf_reference import NoReference, Reference, require_reference
 from ..convert.parity import Row, compare, comparison_packs, fixed_size, real_images, side_unit
 from ..data.images import open_image
 from ..models.registry import family_for, part_of, type_of
+from ..towers.names import check_single
 from ..utils.errors import UsageError
 from ..utils.files import CONFIG_NAME, read_json, write_text
 
@@ -60,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
     torch.backends.cudnn.allow_tf32 = False  # the float32 reference convolves; TF32 would be its largest error
+    try:
+        for given in filter(None, (args.ckpt, args.packed)):
+            check_single(given, "align")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     try:
         return _compare_all(args)
     except (NoReference, ImportError) as error:  # ImportError: a backend asked for that is not installed

@@ -31,6 +31,7 @@ from ..convert.report import (
     progress_bars,
 )
 from ..convert.verify import STEPS, THRESHOLDS
+from ..towers.names import check_single
 from ..utils.files import read_json, write_for_program
 
 
@@ -119,6 +120,7 @@ def run_by_name(arguments: Sequence[str], usage: str | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace, console: Console) -> Outcome:
+    check_single(args.src, "convert")
     options = options_of(args, target_model_name=args.target_model_name, dtype=args.dtype, verify=not args.no_verify)
     with progress_bars(console) as bars:
         writing = bars.add_task("converting", total=None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..towers.names import check_single
 from ..utils.errors import UsageError
 
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--positions belongs to one image, the sample of kept patches")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        check_single(args.tower, "show")
         tower = look.load(args.tower, args.projector, args.max_patches, device)
         images = [look.see(tower, file, args.frames) for file in args.images]
         if args.positions is not None:

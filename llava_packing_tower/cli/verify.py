@@ -17,6 +17,7 @@ from pathlib import Path
 from ..convert.pipeline import any_failed, verify_pair
 from ..convert.report import announce, make_console, print_results, progress_bars
 from ..convert.verify import STEPS
+from ..towers.names import check_single
 from ..utils.files import write_for_program
 from .convert import add_common_arguments, options_of
 
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     console = make_console()
     try:
+        for given in (args.a, args.b):
+            check_single(given, "verify")
         with progress_bars(console) as bars:
             task = bars.add_task("verifying", total=STEPS)
             step = partial(announce, console, bars, task)

@@ -46,6 +46,16 @@ def tower_names(name: str) -> list[str]:
     return [strip_prefix(part) for part in SEPARATOR.split(name)] if _has_prefix(name) else [name]
 
 
+def check_single(name: object, command: str) -> None:
+    """Raises ``ValueError`` for ``packing:A + packing:B``, given to a command that takes one tower."""
+    names = tower_names(str(name))
+    if len(names) > 1:
+        raise ValueError(
+            f"{name} are {len(names)} towers, which a LLaVA joins in training; {command} takes one of them at a time, "
+            f"for example {names[0]}"
+        )
+
+
 def _has_prefix(name: str) -> bool:
     return name.lower().startswith(NAME_PREFIX)
 

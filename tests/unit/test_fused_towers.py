@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from llava_packing_tower import HEVCViTPackingVisionTower
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.data.image_processor import raw_pixels
 from llava_packing_tower.data.native_config import NativeSettings
 from llava_packing_tower.eval.probe import load_tower
+from llava_packing_tower.export.plan import read_source
 from llava_packing_tower.integrations.llava.gradients import idle_names
 from llava_packing_tower.integrations.llava.restore_frozen import restore
 from llava_packing_tower.integrations.llava.tower_builder import hooked, tower_class
@@ -246,7 +248,46 @@ def test_the_name(folders, files):
         launcher.make_plan(files(mm_vision_tower=f"{name} + packing:{folders / 'gone'}"), num_processes=1)
 
 
-def test_it_can_be_probed(folders):
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "NAME"),
+        ("verify", "a", "NAME"),
+        ("align", "--ckpt", "NAME"),
+        ("align", "--ckpt", "a", "--packed", "NAME"),
+        ("show", "photo.png", "--tower", "NAME"),
+    ],
+    ids=lambda words: f"{words[0]}-{len(words)}",
+)
+def test_commands_for_one_tower_say_so(folders, capsys, words):
+    name = name_of(folders)
+    status = main([name if word == "NAME" else word for word in words])
+    said = "".join(capsys.readouterr())
+    assert status in (1, 2) and "Traceback" not in said
+    assert f"{name} are 2 towers, which a LLaVA joins in training; {words[0]} takes one of them at a time" in said
+    assert f"for example {folders / 'a'}" in said
+
+
+def test_an_export_is_refused(folders, tmp_path):
+    pytest.importorskip("llava")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": name_of(folders)})
+    )
+    with pytest.raises(ValueError, match=r"cannot be exported: it has several vision towers .*, and an export has one"):
+        read_source(tmp_path)
+
+
+def test_it_can_be_probed(folders, tmp_path):
     tower = load_tower(name_of(folders), max_patches=16)
     assert type(tower) is FusedPackingVisionTower
     assert tower.image_processor.preprocess(PHOTO, return_tensors="pt")["pixel_values"].shape == (1, 6, 18, 24)
+    for number, kind in enumerate("vwvwvwvw"):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        PHOTO.resize((20 + number, 30)).save(tmp_path / kind / f"{number}.png")
+    words = ["probe", name_of(folders), "--data", str(tmp_path), "--max_patches", "16", "--device", "cpu"]
+    assert main([*words, "--cache", str(tmp_path / "c"), "--json", str(tmp_path / "out.json")]) == 0
+    (found,) = json.loads((tmp_path / "out.json").read_text())
+    assert found["hidden_size"] == 64 + 32 and found["family"] == "fused_packing" and found["tested"] == 2
