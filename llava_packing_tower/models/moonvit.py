@@ -80,6 +80,12 @@ class MoonViTPackingConfig(PretrainedConfig):
         nominal = self.patch_size * min(pos_emb_height, pos_emb_width)
         self.image_size: int = nominal if image_size is None else one_side("image_size", image_size)
 
+    def attended(self, grids: Sequence[Grid]) -> list[tuple[list[int], Sequence[int]]]:
+        """Lengths of the segments of a batch, with the numbers of the blocks that attend in them."""
+        time = max(self.pos_emb_time, 1)
+        lengths = [min(time, t - start) * h * w for t, h, w in grids for start in range(0, t, time)]
+        return [(lengths, range(self.num_hidden_layers))]
+
 
 def rotary_alternating(places: torch.Tensor, head_dim: int, theta: float) -> Rotary:
     """MoonViT's rotary table, for the "interleaved" rotation.
@@ -139,7 +145,7 @@ class MoonViTPacking(PackedVisionModel):
             alone = torch.minimum(frames - frame // time * time, torch.full_like(frames, time)) == 1
             waves = frame_waves(frame % time, self.config.hidden_size) * ~alone[:, None]
             tokens = (tokens + waves).to(tokens.dtype)
-        lengths = [min(time, t - start) * h * w for t, h, w in grids for start in range(0, t, time)]
+        lengths = self.config.attended(grids)[0][0]
         rotary = rotary_alternating(positions[:, 1:].float(), self.encoder.head_dim, self.config.rope_theta)
         return tokens, make_segments(lengths, device), rotary, None
 

@@ -50,6 +50,12 @@ class OneVision2PackingConfig(LlavaViTConfig):
         self.spatial_merge_size = spatial_merge_size
         self.out_hidden_size = out_hidden_size
 
+    def attended(self, grids: Sequence[Grid]) -> list[tuple[list[int], Sequence[int]]]:
+        """Lengths of the segments of a batch, with the numbers of the blocks that attend in them."""
+        window = self.frame_windows_size or max(t for t, _, _ in grids)
+        lengths = [min(window, t - start) * h * w for t, h, w in grids for start in range(0, t, window)]
+        return [(lengths, range(self.num_hidden_layers))]
+
 
 class OneVision2Packing(PackedVisionModel):
     """The packed vision tower of LLaVA-OneVision-2. Rows are ``(channel, patch row, patch column)``."""
@@ -84,9 +90,8 @@ class OneVision2Packing(PackedVisionModel):
     ) -> tuple[torch.Tensor, Segments, Rotary | None, torch.Tensor | None]:
         device, head_dim, theta = tokens.device, self.encoder.head_dim, self.config.rope_theta
         rotary = rotary_3d_of_batch(grids, patch_positions, head_dim, theta, device)
-        window = self.config.frame_windows_size or max(t for t, _, _ in grids)
-        lengths = [min(window, t - start) * h * w for t, h, w in grids for start in range(0, t, window)]
-        return self.layernorm_pre(tokens), make_segments(lengths, device), rotary, None
+        segments = make_segments(self.config.attended(grids)[0][0], device)
+        return self.layernorm_pre(tokens), segments, rotary, None
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states if self.layernorm_post is None else self.layernorm_post(hidden_states)

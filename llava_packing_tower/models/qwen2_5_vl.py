@@ -91,6 +91,14 @@ class Qwen2_5_VLVisionPackingConfig(PretrainedConfig):
     def use_gated_mlp(self) -> bool:
         return True
 
+    def attended(self, grids: Sequence[Grid]) -> list[tuple[list[int], Sequence[int]]]:
+        """Lengths of the segments of a batch, with the numbers of the blocks that attend in them."""
+        whole, blocks = set(self.fullatt_block_indexes), range(self.num_hidden_layers)
+        return [
+            (window_lengths(grids, self.window_side), [i for i in blocks if i not in whole]),
+            ([h * w for t, h, w in grids for _ in range(t)], [i for i in blocks if i in whole]),
+        ]
+
 
 class Qwen2_5_VLVisionPacking(PackedVisionModel):
     """The packed vision tower of Qwen2.5-VL. Rows are ``(channel, frame, patch row, patch column)``."""
@@ -121,10 +129,9 @@ class Qwen2_5_VLVisionPacking(PackedVisionModel):
         places, positions = window_places(grids, side, device)
         positions = torch.empty_like(positions).index_copy(0, places, positions)
         rotary = rotary_2d(positions[:, 1:].float(), self.encoder.head_dim, self.config.rope_theta)
-        windows = make_segments(window_lengths(grids, side), device)
-        frames = make_segments([h * w for t, h, w in grids for _ in range(t)], device)
-        whole = set(self.config.fullatt_block_indexes)
-        segments = LayerSegments((windows, frames), tuple(int(i in whole) for i in range(self.num_layers)))
+        (windows, _), (frames, whole) = self.config.attended(grids)
+        kinds = make_segments(windows, device), make_segments(frames, device)
+        segments = LayerSegments(kinds, tuple(int(i in whole) for i in range(self.num_layers)))
         return torch.empty_like(tokens).index_copy(0, places, tokens), segments, rotary, places
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,10 @@ class Qwen3VLVisionPackingConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.image_size: int = self.patch_size * side if image_size is None else one_side("image_size", image_size)
 
+    def attended(self, grids: Sequence[Grid]) -> list[tuple[list[int], Sequence[int]]]:
+        """Lengths of the segments of a batch, with the numbers of the blocks that attend in them."""
+        return [([h * w for t, h, w in grids for _ in range(t)], range(self.num_hidden_layers))]
+
 
 class Qwen3VLVisionPacking(PackedVisionModel):
     """The packed vision tower of Qwen3-VL. Rows are ``(channel, frame, patch row, patch column)``."""
@@ -116,7 +120,7 @@ class Qwen3VLVisionPacking(PackedVisionModel):
     ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
         places = positions_of_grids(grids, tokens.device)[:, 1:].float()
         rotary = rotary_2d(places, self.encoder.head_dim, self.config.rope_theta)
-        segments = make_segments([h * w for t, h, w in grids for _ in range(t)], tokens.device)
+        segments = make_segments(self.config.attended(grids)[0][0], tokens.device)
         return self.position_embedding(tokens, grids), segments, rotary, None
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:

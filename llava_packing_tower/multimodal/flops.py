@@ -46,18 +46,26 @@ def attention_flops(width: int, lengths: Sequence[int], causal: bool = False) ->
     return (2.0 if causal else 4.0) * width * sum(n * n for n in lengths)
 
 
-def encoder_flops(config: Any, lengths: Sequence[int], layers: int | None = None) -> Flops:
+def encoder_flops(
+    config: Any,
+    lengths: Sequence[int],
+    layers: int | None = None,
+    grids: Sequence[Sequence[int]] | None = None,
+) -> Flops:
     """One forward pass of a vision encoder.
 
     config: has ``hidden_size``, ``intermediate_size``, ``num_hidden_layers`` and, where MLPs may be gated,
     ``use_gated_mlp``; lengths: patches of each image, clip or tile, which attend to each other; layers: those that the
-    selected features need (all if left out).
+    selected features need (all if left out); grids: (frames, rows, columns) of each, from which a family whose blocks
+    attend in windows or slices of clips (``config.attended``) has its segments.
     """
     width, inner = config.hidden_size, config.intermediate_size
     layers = config.num_hidden_layers if layers is None else layers
     gated = getattr(config, "use_gated_mlp", getattr(config, "model_type", None) == "aimv2_packing")
     linear = 2.0 * (4 * width**2 + (3 if gated else 2) * width * inner) * sum(lengths)
-    return Flops(linear * layers, attention_flops(width, lengths) * layers)
+    kinds = [(lengths, range(layers))] if grids is None or not hasattr(config, "attended") else config.attended(grids)
+    attention = sum(attention_flops(width, own) * sum(i < layers for i in blocks) for own, blocks in kinds)
+    return Flops(linear * layers, attention)
 
 
 def decoder_flops(config: Any, lengths: Sequence[int]) -> Flops:

@@ -62,9 +62,10 @@ class ImageCounter:
         sides = {_side(config.get("image_size")), _side(square)} - {None}
         self.folder = Path(str(values.get("image_folder") or "")).expanduser()
         projector = str(values.get("mm_projector_type") or "linear")
-        merge = (config.get("spatial_merge_size", 1),) * 2 if projector == CHECKPOINT else merge_of(projector)
+        cell = _side(config.get("spatial_merge_size", config.get("merge_kernel_size")))  # (the latter is Kimi's)
+        merge = (cell or 1,) * 2 if projector == CHECKPOINT else merge_of(projector)
         self.exif = values.get("mm_packing_exif") is not False
-        if not patch or not sides:
+        if not patch or not sides or (projector == CHECKPOINT and not cell):
             return
         nominal = (min(sides) // patch) ** 2
         if values.get("image_aspect_ratio") == NATIVE:

@@ -11,7 +11,7 @@ import host_runs
 import pytest
 import torch
 from conftest import assert_close
-from families import GOLDEN_FAMILIES, pack, ragged
+from families import ALL_FAMILIES, pack, ragged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -45,7 +45,7 @@ def gradients(model, inputs, wanted, **checkpointing) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("family", [*GOLDEN_FAMILIES, "llava_vit"])
+@pytest.mark.parametrize("family", [*ALL_FAMILIES, "llava_vit"])
 @pytest.mark.parametrize("wanted", [("encoder.layers.1.",), ("encoder.layers.0.", "encoder.layers.1.")])
 def test_blocks_above_frozen_ones_get_their_gradients(golden, family, wanted):
     """The default of transformers 4 is reentrant: its checkpoints gave none, without a word."""
@@ -53,7 +53,7 @@ def test_blocks_above_frozen_ones_get_their_gradients(golden, family, wanted):
         model = LlavaViTModel.from_pretrained(golden / family)
         inputs = (torch.randn(2, 3, model.config.image_size, model.config.image_size),)
     else:
-        model = GOLDEN_FAMILIES[family].from_pretrained(golden / family)
+        model = ALL_FAMILIES[family].from_pretrained(golden / family)
         inputs = pack(model, ragged(model))
     plain = gradients(model, inputs, wanted)
     assert plain and all(gradient is not None and gradient.abs().max() > 0 for gradient in plain.values())

@@ -42,8 +42,8 @@ def test_only_paths_and_steps_are_changed(name, tmp_path):
 
 
 def test_groups_and_names():
-    families = {shipped_configs.family(name) for name in shipped_configs.chosen(["finetune"])}
-    assert families == set(PRESETS)
+    for stage in ("pretrain", "finetune"):
+        assert {shipped_configs.family(name) for name in shipped_configs.chosen([stage])} == set(PRESETS)
     assert shipped_configs.chosen(["lora"]) == ["llava_lora"] and shipped_configs.chosen(["none"]) == []
     with pytest.raises(SystemExit, match="no shipped configuration 'fintune'"):
         shipped_configs.chosen(["fintune"])

@@ -1,19 +1,27 @@
 """Published checkpoints of the families: every naming, strict loading, image processors, towers."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_close
-from families import GOLDEN_FAMILIES, pack
+from families import ALL_FAMILIES, GOLDEN_FAMILIES, TINY, pack
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_packing_tower import AIMv2Packing, DINOv3ViTPacking, HEVCViTPackingVisionTower, Siglip2NaflexPacking
+from llava_packing_tower import (
+    AIMv2Packing,
+    DINOv3ViTPacking,
+    HEVCViTPackingVisionTower,
+    LlavaViTPackingModel,
+    Siglip2NaflexPacking,
+)
 from llava_packing_tower.checkpoint.weights import WeightFiles
-from llava_packing_tower.models.registry import FAMILIES, family_for
+from llava_packing_tower.models.registry import CLASSES, FAMILIES, family_for
+from llava_packing_tower.tools.bench.models import PRESETS
 from llava_packing_tower.utils.files import read_json
 
 pytestmark = pytest.mark.newest
@@ -214,6 +222,16 @@ def test_every_family_line_resolves():
     for model_type in FAMILIES:
         cls = family_for(model_type)
         assert model_type in (cls.config_class.model_type, *cls.source_model_types)
+
+
+def test_every_family_has_a_bench_tests_and_a_page():
+    """The registry is the list of families; configurations follow the bench's (tests/hosts/test_shipped_configs.py)."""
+    classes = {family_for(types[0]) for types in CLASSES.values()}
+    assert classes == {family_for(preset.model_type) for preset in PRESETS.values()}
+    assert classes == {cls for cls, _ in TINY.values()} == {*ALL_FAMILIES.values(), LlavaViTPackingModel}
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    others = classes - {LlavaViTPackingModel}  # the first, which has pages of its own
+    assert [cls.__name__ for cls in others if f"`{cls.__name__}`" not in page] == []
 
 
 # ---------------------------------------------------------------- image processors of published checkpoints

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import TINY, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -51,6 +52,26 @@ def test_an_encoder_has_what_torch_counts(model, config):
     ours = encoder_flops(encoder.config, LENGTHS, layers=2)
     assert (ours.linear, ours.attention) == (more[0] - fewer[0], more[1] - fewer[1])
     assert encoder_flops(encoder.config, LENGTHS).forward == pytest.approx(1.5 * ours.forward)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if not tiny(name).image_only])
+def test_windows_and_slices_of_clips_are_counted_as_they_are_attended(name):
+    """Blocks that differ among each other too; the first two and all three."""
+    encoder = tiny(name, num_hidden_layers=3)
+    encoder.set_attention_backend("eager")
+    grids = [(5, 3, 7), (1, 2, 1), (1, 9, 6)]
+    lengths = [t * h * w for t, h, w in grids]
+    rows = torch.randn(sum(lengths), encoder.patch_dim)
+
+    def run(layers):
+        with torch.no_grad():
+            encoder(hidden_states=rows, grid_thw=torch.tensor(grids), feature_layers=(layers,))
+
+    nothing = counted(lambda: run(0))
+    for layers in (2, 3):
+        found = counted(lambda: run(layers))  # noqa: B023
+        ours = encoder_flops(encoder.config, lengths, layers, grids)
+        assert (ours.linear, ours.attention) == (found[0] - nothing[0], found[1] - nothing[1])
 
 
 SIZES = dict(vocab_size=53, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6)

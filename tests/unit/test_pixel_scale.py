@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from families import GOLDEN_FAMILIES, TINY, tiny
+from families import ALL_FAMILIES, TINY, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -78,7 +78,7 @@ def tower_of(folder, cls=HEVCViTPackingVisionTower):
     return cls(str(folder), args)
 
 
-@pytest.mark.parametrize("name", ["llava_vit", *GOLDEN_FAMILIES])
+@pytest.mark.parametrize("name", ["llava_vit", *ALL_FAMILIES])
 def test_a_tower_has_the_features_of_normalized_images(golden, name):
     tower = tower_of(golden / name)
     side = tower.image_size // tower.config.patch_size * tower.config.patch_size

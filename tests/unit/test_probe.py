@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import GOLDEN_FAMILIES
+from families import ALL_FAMILIES, GOLDEN_FAMILIES
 from PIL import Image
 
 from llava_packing_tower.cli.main import main
@@ -107,7 +107,7 @@ def test_the_command_compares_towers_and_caches(tower, photos, tmp_path, capsys)
         assert "from the cache" not in capsys.readouterr().out, change
 
 
-@pytest.mark.parametrize("name", GOLDEN_FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_every_familys_features_are_means_of_the_patches_alone(name, golden, photos):
     """No class token or register is in the mean, and no image sees its neighbours in the pass."""
     fixed = name == "aimv2_learned"
@@ -115,7 +115,7 @@ def test_every_familys_features_are_means_of_the_patches_alone(name, golden, pho
         with pytest.raises(ValueError, match=r"images of one size only: add --square"):
             probe.load_tower(f"packing:{golden / name}")
     loaded = probe.load_tower(f"packing:{golden / name}", square=fixed, **({} if fixed else {"max_patches": 40}))
-    assert type(loaded.vision_tower) is GOLDEN_FAMILIES[name]
+    assert type(loaded.vision_tower) is ALL_FAMILIES[name]
     files = probe.read_folder(photos).files[::4]
     together, counts = probe.features(loaded, files, batch_size=4)
     assert len(set(counts.tolist())) == 1 if fixed else len(set(counts.tolist())) > 2

@@ -7,10 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import tiny
+from families import TINY, tiny
 from PIL import Image
 
 from llava_packing_tower.cli.main import main
+from llava_packing_tower.models.encoder import PackedEncoder
+from llava_packing_tower.multimodal.visual_inputs import Visual
+from llava_packing_tower.multimodal.visual_tokens import TokenLayout, encode_visuals
 from llava_packing_tower.tools.show import look, picture
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
@@ -112,6 +115,41 @@ def test_a_video_has_its_frames_and_positions(folder, capsys):
     assert clip["frame_indices"] == [0, 2, 5, 8] and clip["positions"] == [0, 16, 39, 63]
     assert "frames and their positions: 0 at 0, 2 at 16, 5 at 39, 8 at 63" in capsys.readouterr().out
     assert Image.open(folder / "clip.png").width == 8 * (picture.WIDTH + picture.MARGIN) + picture.MARGIN
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_is_shown_as_it_is_run(name, folder, monkeypatch):
+    """Segments are those of the encoder (the largest, without prefix tokens), features those of the clip's frames."""
+    tiny(name).save_pretrained(folder / "tower_packing")
+    write_video(folder / "clip.mp4")
+    tower = look.load(str(folder / "tower_packing"), "linear", 40, "cpu")
+    model = tower.vision_tower
+    seen = [look.see(tower, folder / file, 5) for file in ("halves.png", "clip.mp4")]
+    ran, forward = [], PackedEncoder.forward
+
+    def spied(self, hidden_states, segments, *rest):
+        kinds = getattr(segments, "kinds", (segments,))
+        ran.append((len(hidden_states), max(kinds, key=lambda kind: kind.max_seqlen).lengths))
+        return forward(self, hidden_states, segments, *rest)
+
+    monkeypatch.setattr(PackedEncoder, "forward", spied)
+    look.run(tower, seen, look.cost_of(tower, seen))
+    ((tokens, lengths),) = ran
+    shown = [length for each in seen for length in each.segments]
+    assert sum(shown) == sum(each.patches for each in seen)
+    prefix = (tokens - sum(shown)) // len(lengths)
+    assert sorted(length - prefix for length in lengths) == sorted(shown)  # (a tower takes the longest first)
+    clip = seen[1]
+    if model.image_only:
+        assert clip.grid[0] == 5
+        return
+    assert clip.grid[0] == -(-5 // model.frames_per_patch)
+    assert clip.positions.tolist() == ([0, 16, 32, 47, 63] if model.stretches_clips else [0, 2, 4, 6, 8])
+    layout = TokenLayout(clips=True, pool_stride=1)
+    visual = Visual(clip.values, True, frame_indices=(0, 2, 4, 6, 8), total_frames=9)
+    with torch.inference_mode():
+        (expected,) = encode_visuals(tower, torch.nn.Identity(), [visual], layout)
+    assert np.allclose(clip.features, expected.numpy(), atol=1e-5)
 
 
 def test_kept_patches_stand_on_their_frames(folder):

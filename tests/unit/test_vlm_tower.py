@@ -6,15 +6,18 @@ import pytest
 import torch
 from conftest import assert_close
 from families import VLM_FAMILIES, per_image, tiny
+from PIL import Image
 from torch import nn
 
 from llava_packing_tower import HEVCViTPackingVisionTower
 from llava_packing_tower.data.native_config import NativeSettings, check_settings, make_settings
 from llava_packing_tower.data.smart_resize import known_merge, merge_of
 from llava_packing_tower.integrations.llava.checkpoint_projector import NOTE, checkpoint_projector
-from llava_packing_tower.multimodal.projectors import make_projector
+from llava_packing_tower.integrations.llava.sample_sizes import SizeReader
+from llava_packing_tower.multimodal.projectors import MergingProjector, make_projector
 from llava_packing_tower.multimodal.visual_inputs import Visual
 from llava_packing_tower.multimodal.visual_tokens import TokenLayout, encode_visuals, tower_inputs
+from llava_packing_tower.train.sequence_lengths import ImageCounter
 
 pytestmark = pytest.mark.newest
 NAMES = list(VLM_FAMILIES)
@@ -24,7 +27,7 @@ MERGING = {"qwen3_vl": (128, 2), "qwen2_5_vl": (128, 2), "moonvit": (128, 2), "o
 
 
 def tower_of(golden, name, layer=-1, **more):
-    args = SimpleNamespace(mm_vision_select_layer=layer, mm_projector_type="mlp2x_gelu", **more)
+    args = SimpleNamespace(**{"mm_vision_select_layer": layer, "mm_projector_type": "mlp2x_gelu", **more})
     return HEVCViTPackingVisionTower(f"packing:{golden / name}", args)
 
 
@@ -86,6 +89,54 @@ def test_tokens_of_clips_and_images(golden, name):
     tokens = encode_visuals(tower, identity, visuals, TokenLayout(clips=False, pool_stride=1))
     assert [len(x) for x in tokens] == [5 * 6, 2, 8]
     assert_close(tokens[2][4:], per_image(tower.vision_tower, [visuals[2].frames[1]])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "spatial_merge_3x3", "mlp2x_gelu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_of_samples_are_those_of_their_tokens(golden, name, kind):
+    """Dealing asks for tokens and patches before a sample is encoded."""
+    tower = tower_of(golden, name, mm_projector_type=kind)
+    clips = "frames" if tower.vision_tower.image_only else "clip"
+    keys = {"mm_packing_min_patches": 4, "mm_packing_max_patches": 60, "mm_packing_video": clips}
+    config = SimpleNamespace(image_aspect_ratio="native", mm_projector_type=kind, mm_spatial_pool_stride=2, **keys)
+    tower.set_native(NativeSettings(4, 60, clips))
+    model = SimpleNamespace(config=config, get_vision_tower=lambda: tower)
+    data = SimpleNamespace(image_aspect_ratio="native", image_processor=tower.image_processor)
+    reader = SizeReader(SimpleNamespace(data_args=data), model)
+    merge = tower.merge
+    projector = MergingProjector(32, 24, merge) if merge != (1, 1) else nn.Linear(32, 24)
+    rows, run = [], tower.vision_tower.forward
+    tower.vision_tower.forward = lambda hidden_states, *args, **more: (
+        rows.append(len(hidden_states)),
+        run(hidden_states, *args, **more),
+    )[1]
+    patch = tower.config.patch_size
+    for frames, is_video in ((5, True), (1, False), (2, True)):
+        pixels = torch.randn(frames, 3, 7 * patch, 4 * patch)
+        rows.clear()
+        with torch.no_grad():
+            tokens = encode_visuals(tower, projector, [Visual(pixels, is_video)], reader.layout)[0]
+        size = reader._tensor(pixels, None, "video" if is_video else "image")
+        assert (size.tokens, size.patches) == (len(tokens), sum(rows))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "spatial_merge_3x3"])
+@pytest.mark.parametrize("name", NAMES)
+def test_lengths_before_the_start_are_counted_from_below(golden, tmp_path, name, kind):
+    """From the files of the whole VLM alone: never more tokens of an image than it will have, and as many where the
+    files say how many patches are a token."""
+    folder = tmp_path / "vlm"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((golden / name / "config.json").read_bytes())
+    (folder / "preprocessor_config.json").write_text('{"size": {"height": 16, "width": 16}}')
+    Image.new("RGB", (53, 31)).save(tmp_path / "photo.png")
+    values = {"mm_projector_type": kind, "image_aspect_ratio": "native", "image_folder": tmp_path}
+    values |= {"mm_packing_max_patches": 60, "mm_packing_min_patches": 4, "model_name_or_path": tmp_path}
+    tower = tower_of(golden, name, mm_projector_type=kind)
+    tower.set_native(NativeSettings(4, 60, "frames"))
+    rows, columns = tower.image_processor.rule.tokens(53, 31)
+    found = ImageCounter(values, folder)("photo.png")
+    assert found == rows * columns or (kind == "checkpoint" and found == 1 and name not in MERGING)
 
 
 def test_frames_with_an_image_each_cannot_share_a_patch():

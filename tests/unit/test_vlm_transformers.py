@@ -62,6 +62,24 @@ VARIANTS = {
             **{"rope_parameters": {"rope_type": "axial", "rope_theta": 50.0}},
         },
     ),
+    "kimi, table of 7 x 7, five blocks": (
+        "moonvit_packing",
+        {**KIMI, "pos_emb_height": 7, "pos_emb_width": 7, "num_hidden_layers": 5, "merge_kernel_size": [1, 1]},
+    ),
+    "kimi, all frames apart": ("moonvit_packing", {**KIMI, "pos_emb_time": 1, "patch_size": 3}),
+    "qwen3_vl, five blocks, patch 7": (
+        "qwen3_vl_packing",
+        {**QWEN3, "depth": 5, "deepstack_visual_indexes": [0, 2, 4], "patch_size": 7, "num_position_embeddings": 1},
+    ),
+    "qwen2_5_vl, windows that divide nothing": (
+        "qwen2_5_vl_packing",
+        {**QWEN2_5, "depth": 5, "window_size": 47, "fullatt_block_indexes": [0, 3, 9], "num_heads": 2},
+    ),
+    "qwen2_5_vl, one window for all": ("qwen2_5_vl_packing", {**QWEN2_5, "window_size": 4000, "patch_size": 7}),
+    "radio, patch 5, five blocks": (
+        "radio_packing",
+        {**RADIO, "num_hidden_layers": 5, "patch_size": 5, "max_img_size": 40, "mlp_ratio": 1.5, "hidden_act": "relu"},
+    ),
     "radio": ("radio_packing", RADIO),
     "radio, gated, no bias": (
         "radio_packing",
@@ -78,10 +96,22 @@ VARIANTS = {
 }
 
 
+# Other VLMs with the same tower: our family, transformers' class.
+SAME = {
+    "qwen3_vl_moe": ("qwen3_vl_packing", "Qwen3VLMoeVisionModel"),
+    "qwen3_5": ("qwen3_vl_packing", "Qwen3_5VisionModel"),
+    "qwen3_5_moe": ("qwen3_vl_packing", "Qwen3_5MoeVisionModel"),
+}
+for _type, (_family, _) in SAME.items():
+    _of_it = {key: value for key, value in QWEN3.items() if key != "deepstack_visual_indexes" or "vl" in _type}
+    VARIANTS[_type] = (_family, {**_of_it, "depth": 3})
+
+
 def pair(name):
     """Our encoder and transformers', with the same random weights."""
     family, fields = VARIANTS[name]
     vision = IN_TRANSFORMERS[family].vision if family in IN_TRANSFORMERS else "Kimi_K25VisionModel"
+    vision = SAME[name][1] if name in SAME else vision
     if not hasattr(transformers, vision):
         pytest.skip(f"transformers {transformers.__version__} has no {vision}")
     cls = getattr(transformers, vision)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ...data.images import UnreadableImage, read_size
 from ...data.native_config import POINTWISE, asks_for_native, settings_of
 from ...data.samples import images_of
-from ...data.smart_resize import merge_of, merged
+from ...data.smart_resize import merged
 from ...data.video import probe_clip
 from ...multimodal.crop_tokens import CropLayout
 from ...multimodal.dealing import Cost, SampleSize, layer_cost, layer_floor
@@ -94,7 +94,7 @@ class SizeReader:
         self.limit = min((limit for limit in limits if limit is not None), default=sys.maxsize)
         if self.native:
             self.layout = token_layout(config, settings_of(config))
-            self.merge = merge_of(getattr(config, "mm_projector_type", None))
+            self.merge, self.frames_per_patch = tower.merge, tower.vision_tower.frames_per_patch
             return
         self.side, self.image_size = tower.num_patches_per_side, tower.image_size
         merge_type = getattr(config, "mm_patch_merge_type", None) or "flat"
@@ -154,6 +154,8 @@ class SizeReader:
     def _native(self, frames: int, rows: int, columns: int, is_video: bool) -> VisualSize:
         each = rows * columns
         together = is_video and self.layout.clips
+        if together:
+            frames = -(-frames // self.frames_per_patch)
         tokens = token_count((frames, *merged((rows, columns), self.merge)), is_video, self.layout)
         return VisualSize(frames * each, (frames * each) ** 2 if together else frames * each**2, tokens)
 

@@ -6,6 +6,7 @@ is due, when the trainer reads its loss anyway. Time is that of the rank's clock
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,14 +52,14 @@ class Span:
 @dataclass
 class MicroStep:
     """One forward pass for training. step: of the optimizer; wait: seconds in the data loader before it; counts:
-    ``[3, B]``, tokens, words and supervised positions of each sample, where the model is; segments: patches of each
-    image, clip or tile."""
+    ``[3, B]``, tokens, words and supervised positions of each sample, where the model is; grids: (frames, rows,
+    columns) of each image, clip or tile."""
 
     step: int
     wait: float
     forward: Span
     counts: torch.Tensor | None = None
-    segments: list[int] = field(default_factory=list)
+    grids: list[Sequence[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Meter:
 
     def count_patches(self, grids: Sequence[Sequence[int]]) -> None:
         if self.current is not None:
-            self.current.segments += [t * h * w for t, h, w in grids]
+            self.current.grids += grids
 
     def count_tokens(self, words: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor | None) -> None:
         """words, tokens: bool ``[B, L]``, true for text before images came in, and for real positions after that;
@@ -152,7 +153,7 @@ class Meter:
             text += sum(counts[1])
             # Of a sample that was cut, words may be gone: it has no more of them than tokens.
             visual += sum(max(tokens - words, 0) for tokens, words in zip(counts[0], counts[1]))
-            operations = self.operations(micro.segments, counts[0], sum(counts[2]))
+            operations = self.operations(micro.grids, counts[0], sum(counts[2]))
             flops += operations
             key = number if by_micro_step else micro.step
             waits[key] = waits.get(key, 0.0) + micro.wait
@@ -166,19 +167,22 @@ class Meter:
             samples=samples,
             visual=visual,
             text=text,
-            patches=sum(sum(micro.segments) for micro in micro_steps),
+            patches=sum(math.prod(grid) for micro in micro_steps for grid in micro.grids),
             flops=flops,
             memory=torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0,
             waits=tuple(waits.values()),
             work=tuple(work.values()),
         )
 
-    def operations(self, segments: Sequence[int], tokens: Sequence[int], supervised: int) -> float:
+    def operations(self, grids: Sequence[Sequence[int]], tokens: Sequence[int], supervised: int) -> float:
         """Of a forward and backward pass; 0 for a decoder whose layers are not known."""
         if not self.known:
             return 0.0
         towers = self.tower.encoders().values()
-        encoder = sum((encoder_flops(part.config, segments, max(part.feature_layers)) for part in towers), Flops())
+        lengths = [math.prod(grid) for grid in grids]
+        encoder = sum(
+            (encoder_flops(part.config, lengths, max(part.feature_layers), grids) for part in towers), Flops()
+        )
         decoder, head = decoder_flops(self.config, tokens), head_flops(self.config, supervised)
         return step_flops(encoder, decoder, head, **self.trained)
 

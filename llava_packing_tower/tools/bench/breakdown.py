@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ...multimodal.flops import attention_flops
+from ...multimodal.flops import encoder_flops
 from ...utils.kernel_times import COLLECTIVES, KINDS, OTHER, busy_time, is_range, kind_of
 from .systems import Setting, System
 from .timing import WARM_UPS, Clock, PeakMatmul, compiled_so_far, prepared, turn_of
-from .workloads import Workload, reordered, useful_flops
+from .workloads import Workload, reordered
 
 PROFILED = 5
 
@@ -63,9 +63,10 @@ def measure_breakdown(setting: Setting, work: Workload, system: System, clock: C
         kind = kind_of(name)
         by_kind[kind if kind in by_kind else OTHER] += spent
     factor = 3 if work.train else 1
-    attention = attention_flops(setting.config.hidden_size, work.lengths) * setting.layers * factor
+    grids = [(1, *grid) for grid in work.grids]
+    operations = encoder_flops(setting.config, work.lengths, setting.layers, grids)
+    attention, linear = operations.attention * factor, operations.linear * factor
     rate = peak.flops_per_second(statistics.median(peak_ms))
-    linear = useful_flops(setting.config, work.lengths, setting.layers, work.train) - attention
     total = statistics.median(ms)
     return {
         "family": setting.family,

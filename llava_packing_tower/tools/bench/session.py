@@ -135,7 +135,7 @@ class Session:
             systems, missing = self._build(setting, train)
             for work in works:
                 if self.deadline.left <= 0:
-                    flops = useful_flops(setting.config, work.lengths, setting.layers, work.train)
+                    flops = useful_flops(setting.config, work.lengths, setting.layers, work.train, work.grids)
                     result = Result(setting.family, setting.title, work, flops, [])
                     result.note = "not run: the time limit (--limit) was reached"
                 else:

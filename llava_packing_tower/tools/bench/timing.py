@@ -204,7 +204,7 @@ def measure(
     ``until`` (of ``time.monotonic``) ends the rounds early, after three at least. A system other than the packed
     encoder that fails is noted and left out.
     """
-    flops = useful_flops(setting.config, work.lengths, setting.layers, work.train)
+    flops = useful_flops(setting.config, work.lengths, setting.layers, work.train, work.grids)
     result = Result(setting.family, setting.title, work, flops, [])
     images = work.images(setting.config.patch_size, setting.device, setting.dtype)
     reference: list[torch.Tensor] | None = None

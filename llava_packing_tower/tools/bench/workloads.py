@@ -112,10 +112,17 @@ def uniform(count: int, side: int) -> Workload:
     return Workload(f"{count} x {side * side}", ((side, side),) * count)
 
 
-def useful_flops(config: object, lengths: Sequence[int], layers: int, train: bool = False) -> float:
+def useful_flops(
+    config: object,
+    lengths: Sequence[int],
+    layers: int,
+    train: bool = False,
+    grids: Sequence[tuple[int, int]] | None = None,
+) -> float:
     """Floating-point operations that the task asks for, whoever runs it; see :mod:`...multimodal.flops`.
 
     Over real patches (no padding, no prefix tokens) and ``layers`` layers; with ``train``, those of a training step.
+    grids: (rows, columns) of the images, for encoders that attend in windows.
     """
-    forward = encoder_flops(config, lengths, layers)
+    forward = encoder_flops(config, lengths, layers, None if grids is None else [(1, *grid) for grid in grids])
     return forward.step(trained=True) if train else forward.forward

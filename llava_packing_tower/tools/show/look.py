@@ -19,7 +19,7 @@ from ...data.images import check_file, open_image
 from ...data.native_config import DEFAULT_MIN_PATCHES, NativeSettings
 from ...data.positions import interpolate_frame_indices
 from ...data.segments import Grid
-from ...data.smart_resize import merge_of, merged
+from ...data.smart_resize import merged
 from ...data.video import read_clip
 from ...multimodal.flops import encoder_flops
 from ...multimodal.visual_inputs import Visual
@@ -72,14 +72,16 @@ def load(name: str, projector: str, max_patches: int | None, device: str) -> HEV
 
 def see(tower: HEVCViTPackingVisionTower, file: Path, frames: int) -> Seen:
     """Read an image, or sample ``frames`` frames of a video. Raises ``ValueError`` that names the file."""
-    processor, patch, merge = tower.image_processor, tower.config.patch_size, merge_of(tower.projector_type)
+    processor, patch, merge = tower.image_processor, tower.config.patch_size, tower.merge
     indices, total, places = None, None, None
     if file.suffix.lower() in VIDEOS:
         clip = read_clip(str(file), upbound=frames, force=True)
         indices, total = clip.indices, clip.total
         size = clip.frames.shape[2], clip.frames.shape[1]
         values = processor.preprocess(clip.frames, return_tensors="pt")["pixel_values"]
-        places = interpolate_frame_indices(torch.tensor([indices]), torch.tensor([total]))[0].numpy()
+        places = np.array(indices)
+        if tower.vision_tower.stretches_clips:
+            places = interpolate_frame_indices(torch.tensor([indices]), torch.tensor([total]))[0].numpy()
     else:
         image = open_image(file, processor.image_reading, FIT)
         size = image.size
@@ -87,7 +89,7 @@ def see(tower: HEVCViTPackingVisionTower, file: Path, frames: int) -> Seen:
     rows, columns = (side // patch for side in values.shape[-2:])
     grid = (-(-len(values) // tower.vision_tower.frames_per_patch), rows, columns)
     tokens = (grid[0], *merged((rows, columns), merge))
-    segments = [math.prod(grid)] if _has_clips(tower) else [rows * columns] * grid[0]
+    segments = _segments(tower, grid) if _has_clips(tower) else [rows * columns] * grid[0]
     pixels = _as_bytes(values, processor)
     return Seen(str(file), size, pixels, values, grid, tokens, segments, indices, total, places)
 
@@ -95,6 +97,12 @@ def see(tower: HEVCViTPackingVisionTower, file: Path, frames: int) -> Seen:
 def _has_clips(tower: HEVCViTPackingVisionTower) -> bool:
     """Whether the frames of a video see each other."""
     return not tower.vision_tower.image_only
+
+
+def _segments(tower: HEVCViTPackingVisionTower, grid: Grid) -> list[int]:
+    """Patches of a sample that see each other, without prefix tokens; where blocks differ, in those that see most."""
+    attended = getattr(tower.config, "attended", None)
+    return [math.prod(grid)] if attended is None else max((lengths for lengths, _ in attended([grid])), key=max)
 
 
 def _as_bytes(values: torch.Tensor, processor: object) -> np.ndarray:
@@ -149,7 +157,7 @@ def cost_of(tower: HEVCViTPackingVisionTower, images: Sequence[Seen]) -> Cost:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     size = next(model.parameters()).element_size()
     values = 6 * tower.config.hidden_size + 2 * tower.config.intermediate_size
-    flops = encoder_flops(tower.config, lengths).forward
+    flops = encoder_flops(tower.config, lengths, grids=[seen.grid for seen in images]).forward
     return Cost(weights, sum(lengths) * values * size, flops, _rate(tower, sum(lengths)))
 
 
@@ -186,7 +194,7 @@ def run(tower: HEVCViTPackingVisionTower, images: Sequence[Seen], cost: Cost) ->
             visuals.append(Visual(values, patch_positions=own))
     model, patch, clips = tower.vision_tower, tower.config.patch_size, _has_clips(tower)
     places = clips and model.takes_positions
-    inputs, _, positions = tower_inputs(visuals, patch, clips, model.frames_per_patch, places)
+    inputs, _, positions = tower_inputs(visuals, patch, clips, model.frames_per_patch, places, model.stretches_clips)
     _wait(tower)
     start = time.perf_counter()
     found = tower(inputs) if positions is None or not places else tower(inputs, patch_positions=positions)
