@@ -1,15 +1,17 @@
 """A fused block: the two parts around its attention, each a node of the autograd graph, or all of it as one node.
 
-Forward and backward are written out, so that Python calls nine kernels per block forward and sixteen backward without
+Forward and backward are written out, so that Python calls nine kernels per block forward and fourteen backward without
 a compiler's wrappers around them, and what memory bounds is read once: bias gradients fall out of the kernels that
 write what they sum, and the input of both norms' products is computed again by the kernels of the norms' backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -48,6 +50,21 @@ def _added(partials: Tensor, columns: list[int], like: Tensor) -> tuple[Tensor, 
     return operations(like).finish(partials, like.dtype).split(columns)
 
 
+def _backward(function: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward of one of the two parts as a node of its own: its products, then its sums over tokens."""
+    part = _Part()  # a checkpoint lets saved tensors be asked for once
+    part.kind, part.saved_tensors, part.needs_input_grad = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
+    columns = function.columns(part)
+    partials = operations(grads[0]).partials(sum(columns), grads[0])
+    products = function.products(part, partials, 0, *grads)
+    return None, *function.gradients(part, products, _added(partials, columns, grads[0]))
+
+
+def _is_one(first: Tensor, second: Tensor) -> bool:
+    """Whether two gradients are one tensor, as where a block's two outputs are only added up."""
+    return first.data_ptr() == second.data_ptr() and first.stride() == second.stride()
+
+
 class BeforeAttention(torch.autograd.Function):
     """``total = x + pending``; rotated q, k and v of its norm. Returns total ``[N, hidden]``, and q, k, v ``[N, heads,
     head_dim]``, views of one tensor."""
@@ -77,21 +94,34 @@ class BeforeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(BeforeAttention, ctx, grad_total, *grads)
+
+    @staticmethod
+    def columns(ctx: Any) -> list[int]:
+        """How wide the sums over tokens are: gradients of the qkv bias and of the norm's weight and bias; the column
+        sums of the total's gradient are not used."""
+        wide, width = ctx.saved_tensors[4].shape
+        return [wide, width, width, width]
+
+    @staticmethod
+    def products(ctx: Any, partials: Tensor, offset: int, grad_total: Tensor, *grads: Tensor) -> tuple[Any, ...]:
+        """The gradients of total and qkv weight. The sums go into ``partials``, from ``offset`` on."""
         total, stats, norm_weight, norm_bias, qkv_weight, cos, sin = ctx.saved_tensors
-        kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
-        wide, width = qkv_weight.shape
-        # Sums over tokens: gradients of the qkv bias and of the norm's weight and bias; the last is not used here.
-        columns = [wide, width, width, width]
-        partials = run.partials(sum(columns), grad_total)
+        kind, run = ctx.kind, operations(total)
         rotary = None if kind.rotary is None else (cos, sin)
-        grad_qkv = run.qkv_backward(grads, rotary, kind.rotary, partials, 0)
+        grad_qkv = run.qkv_backward(grads, rotary, kind.rotary, partials, offset)
         grad, normed = run.norm_backward(
-            total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms, partials, wide
+            *(total, stats, grad_qkv @ qkv_weight, grad_total, norm_weight, norm_bias, kind.rms),
+            *(partials, offset + len(qkv_weight)),
         )
-        grad_weight = grad_qkv.t() @ normed if needs[5] else None
-        qkv_bias, scale, shift, _ = _added(partials, columns, grad_total)
+        return grad, grad_qkv.t() @ normed if ctx.needs_input_grad[5] else None
+
+    @staticmethod
+    def gradients(ctx: Any, products: tuple[Any, ...], sums: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Of all inputs but the first."""
+        (grad, grad_weight), (qkv_bias, scale, shift, _) = products, sums
+        needs = ctx.needs_input_grad
         return (
-            None,
             grad if needs[1] else None,
             grad if needs[2] else None,
             scale if needs[3] else None,
@@ -144,39 +174,59 @@ class AfterAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(AfterAttention, ctx, grad_total, grad_out)
+
+    @staticmethod
+    def columns(ctx: Any) -> list[int]:
+        """How wide the sums over tokens are: gradients of the biases inside of the MLP, of the norm's weight and bias,
+        and of the two outer biases."""
+        gate_weight, _, fc2_weight = ctx.saved_tensors[-3:]
+        width, wide = fc2_weight.shape
+        return [wide * (1 if gate_weight is None else 2), width, width, width, width]
+
+    @staticmethod
+    def products(ctx: Any, partials: Tensor, offset: int, grad_total: Tensor, grad_out: Tensor) -> tuple[Any, ...]:
+        """The other gradients. The sums go into ``partials``, from ``offset`` on."""
         (
             attended, total, stats, inner, inner_bias, factor, factor_bias,
             proj_weight, norm_weight, norm_bias, gate_weight, fc1_weight, fc2_weight,
         ) = ctx.saved_tensors  # fmt: skip
         kind, needs, run = ctx.kind, ctx.needs_input_grad, operations(total)
-        width, wide = fc2_weight.shape
-        gated = gate_weight is not None
-        # Sums over tokens: gradients of the biases inside of the MLP, of the norm, of the two outer biases.
-        columns = [wide * (1 + gated), width, width, width, width]
-        partials = run.partials(sum(columns), grad_out)
-        run.column_sums(grad_out, partials, sum(columns[:4]))
+        columns = AfterAttention.columns(ctx)
+        # The bias of fc2 has the column sums of grad_out, which are those of the gradient that passes the norm by
+        # where the two are one.
+        passing = _is_one(grad_total, grad_out)
+        if not passing:
+            run.column_sums(grad_out, partials, offset + sum(columns[:4]))
         # The MLP.
         grad_inner, grad_factor, active = run.act_backward(
-            kind.activation, inner, inner_bias, factor, factor_bias, grad_out @ fc2_weight, partials, 0
+            kind.activation, inner, inner_bias, factor, factor_bias, grad_out @ fc2_weight, partials, offset
         )
         grad_fc2 = grad_out.t() @ active if needs[11] else None
-        if gated:
+        if gate_weight is not None:
             grad_normed = torch.addmm(grad_factor @ fc1_weight, grad_inner, gate_weight)
         else:
             grad_normed = grad_inner @ fc1_weight
         # The norm, with the gradient that passes it by.
         grad, normed = run.norm_backward(
-            total, stats, grad_normed, grad_total, norm_weight, norm_bias, kind.rms, partials, columns[0]
+            *(total, stats, grad_normed, grad_total, norm_weight, norm_bias, kind.rms),
+            *(partials, offset + columns[0], passing),
         )
         grad_gate = grad_inner.t() @ normed if needs[7] else None
-        grad_fc1 = (grad_factor if gated else grad_inner).t() @ normed if needs[9] else None
+        grad_fc1 = (grad_inner if gate_weight is None else grad_factor).t() @ normed if needs[9] else None
         # The projection.
         grad_attended = (grad @ proj_weight).view(grad.shape[0], kind.heads, -1) if needs[2] else None
         grad_proj = grad.t() @ attended if needs[3] else None
-        inside, scale, shift, proj_bias, fc2_bias = _added(partials, columns, grad_out)
-        gate_bias, fc1_bias = inside.split(wide) if gated else (None, inside)
+        return grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2
+
+    @staticmethod
+    def gradients(ctx: Any, products: tuple[Any, ...], sums: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Of all inputs but the first."""
+        grad, grad_attended, grad_proj, grad_gate, grad_fc1, grad_fc2 = products
+        inside, scale, shift, proj_bias, fc2_bias = sums
+        needs, gated = ctx.needs_input_grad, len(inside) > ctx.saved_tensors[-1].shape[1]
+        gate_bias, fc1_bias = inside.chunk(2) if gated else (None, inside)
         return (
-            None,
             grad if needs[1] else None,
             grad_attended,
             grad_proj,
@@ -228,19 +278,22 @@ class Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        # The saved tensors are asked for once: a checkpoint allows no more.
-        saved, (before, inner, after) = (
-            iter(ctx.saved_tensors),
-            ctx.parts,
-        )  # asked for once: a checkpoint allows no more
+        saved = iter(ctx.saved_tensors)  # asked for once: a checkpoint allows no more
+        before, inner, after = ctx.parts
         for part, count in zip(ctx.parts, ctx.counts):
             part.saved_tensors = tuple(islice(saved, count))
         needs = ctx.needs_input_grad[4:]
         before.needs_input_grad = (False, *needs[:INPUTS_BEFORE])
         after.needs_input_grad = (False, True, True, *needs[INPUTS_BEFORE:])
-        _, grad_total, grad_attended, *grads_after = AfterAttention.backward(after, grad_total, grad_out)
-        heads = ctx.attention.backward(inner, grad_attended)[:3]
-        grads_before = BeforeAttention.backward(before, grad_total, *heads)[1:]
+        # The sums over tokens of both parts are added up by one kernel.
+        columns = [*AfterAttention.columns(after), *BeforeAttention.columns(before)]
+        partials = operations(grad_out).partials(sum(columns), grad_out)
+        of_after = AfterAttention.products(after, partials, 0, grad_total, grad_out)
+        heads = ctx.attention.backward(inner, of_after[1])[:3]
+        of_before = BeforeAttention.products(before, partials, sum(columns[:5]), of_after[0], *heads)
+        sums = _added(partials, columns, grad_out)
+        _, _, *grads_after = AfterAttention.gradients(after, of_after, sums[:5])
+        grads_before = BeforeAttention.gradients(before, of_before, sums[5:])
         for part in ctx.parts:
             part.saved_tensors = ()
         return None, None, None, None, *grads_before, *grads_after

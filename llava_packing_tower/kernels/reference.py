@@ -78,12 +78,13 @@ def norm_backward(
     rms: bool,
     partials: torch.Tensor,
     offset: int,
+    passing: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of ``total`` from that of its norm (whose memory may be taken), plus the ``residual`` gradient; and the
     norm once more.
 
     Three times ``width`` columns of ``partials``, from ``offset`` on: gradients of weight and bias, and the column sums
-    of the gradient returned.
+    of the gradient returned. With ``passing`` a fourth: the column sums of ``residual``.
     """
     width = total.shape[1]
     mean, deviation = stats[:, :, None]
@@ -94,10 +95,13 @@ def norm_backward(
         inner = inner - weighted.mean(1, keepdim=True)
     out = inner * deviation
     out = (out if residual is None else out + wide(residual)).to(total.dtype)
-    columns = partials[:, offset : offset + 3 * width].view(-1, 3, width)
+    columns = partials[:, offset : offset + (3 + passing) * width].view(-1, 3 + passing, width)
     columns[:, 0] = (wide(grad) * (wide(unit.to(total.dtype)) if rms else unit)).sum(0)
     columns[:, 1] = wide(grad).sum(0)
     columns[:, 2] = wide(out).sum(0)
+    if passing:
+        assert residual is not None
+        columns[:, 3] = wide(residual).sum(0)
     return out, _scaled(unit, weight, bias, rms, total.dtype)
 
 

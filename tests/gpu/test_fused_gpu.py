@@ -63,15 +63,15 @@ def test_norms(shape, rms, dtype):
         for got, want in zip(*sides):
             check(got, want)
     total, _, stats = reference.add_norm(x, pending, weight, bias, 1e-6, rms)
-    for passing in (residual, None):
-        sums = filled(x, 3 * width + 7)
+    for passing, summed in ((residual, False), (None, False), (residual, True)):
+        sums = filled(x, 4 * width + 7)
         sides = [
-            m.norm_backward(total, stats, grad.clone(), passing, weight, bias, rms, s, 4)
+            m.norm_backward(total, stats, grad.clone(), passing, weight, bias, rms, s, 4, summed)
             for m, s in zip((triton, reference), sums)
         ]
         for got, want in zip(*sides):
             check(got, want)
-        check_sums(*sums, 4, 4 + 3 * width)
+        check_sums(*sums, 4, 4 + (3 + summed) * width)
 
 
 @pytest.mark.parametrize("gated", [False, True])

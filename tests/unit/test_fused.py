@@ -84,6 +84,19 @@ def test_values_and_gradients_are_those_of_the_blocks(varlen, how, family, more,
             torch.testing.assert_close(got, want, rtol=1e-4 if rms else 1e-9, atol=1e-4 if rms else 1e-9)
 
 
+@pytest.mark.parametrize("layers, own", [((3,), 0), ((1, 3), 1), ((0, 2, 3), 1)])
+def test_a_bias_takes_the_sums_of_the_gradient_that_passes_by(varlen, monkeypatch, layers, own):
+    """The two gradients of a block are one tensor, unless its output was returned as well: then sums are made."""
+    model = tiny("llava_vit", num_hidden_layers=3)
+    model.set_attention_backend(varlen)
+    model.encoder.fused = True
+    calls, sums = [], reference.column_sums
+    monkeypatch.setattr(reference, "column_sums", lambda *args: (calls.append(args), sums(*args)))
+    rows, grid = batch(model)
+    sum(x.sum() for x in model(rows, grid, feature_layers=layers)).backward()
+    assert len(calls) == own
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_both_kinds_of_checkpoints(varlen, reentrant):
     """A reentrant checkpoint runs the blocks first without gradients, when they must not write into their input."""

@@ -149,6 +149,7 @@ def _norm_backward(
     n_offset,
     WIDTH: tl.constexpr,
     RMS: tl.constexpr,
+    PASSING: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -164,6 +165,8 @@ def _norm_backward(
     of_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     of_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     of_total = tl.zeros((ROWS, BLOCK), tl.float32)
+    if PASSING:
+        of_residual = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(part * ROWS, n_rows, PARTS * ROWS):
         row = start + tl.arange(0, ROWS)
         there = row < n_rows
@@ -180,7 +183,10 @@ def _norm_backward(
             inner -= (tl.sum(weighted, axis=1) / WIDTH)[:, None]
         result = inner * deviation
         if residual is not None:
-            result += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+            passed = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+            result += passed
+            if PASSING:
+                of_residual += passed
         result = tl.where(mask, result, 0.0).to(kind)
         tl.store(out + place, result, mask=mask)
         if RMS:
@@ -196,6 +202,8 @@ def _norm_backward(
     tl.store(target, tl.sum(of_weight, axis=0), mask=inside)
     tl.store(target + WIDTH, tl.sum(of_bias, axis=0), mask=inside)
     tl.store(target + 2 * WIDTH, tl.sum(of_total, axis=0), mask=inside)
+    if PASSING:
+        tl.store(target + 3 * WIDTH, tl.sum(of_residual, axis=0), mask=inside)
 
 
 def norm_backward(
@@ -208,6 +216,7 @@ def norm_backward(
     rms: bool,
     partials: torch.Tensor,
     offset: int,
+    passing: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`reference.norm_backward`."""
     rows, width = total.shape
@@ -217,5 +226,6 @@ def norm_backward(
     tensors = (total, stats, grad, residual, weight, bias, out, normed, partials)
     numbers = (rows, partials.shape[1], offset)
     # 4096 numbers at a time: more would not fit the registers.
-    launch(_norm_backward, (PARTS, 1, 1), tensors, numbers, (width, rms, PARTS, max(1, 4096 // block), block), 4)
+    constants = (width, rms, passing, PARTS, max(1, 4096 // block), block)
+    launch(_norm_backward, (PARTS, 1, 1), tensors, numbers, constants, 4)
     return out, normed
