@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         session.break_down()
     else:
         session.compare()
-    session.write(args.json, args.plot)
+    session.write(args.plot)
     return 0
 
 

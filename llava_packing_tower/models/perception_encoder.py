@@ -28,7 +28,7 @@ from .base import PackedVisionModel, stretched
 from .encoder import PackedEncoder
 from .foreign_config import Shapes, heads_of, patch_of, shape_of, timm_arguments, timm_image_size
 from .layers import BlockConfig, PatchEmbed, Rotary, make_norm
-from .position_tables import PrefixTokens, ResampledPositions
+from .position_tables import PrefixPosition, PrefixTokens, ResampledPositions
 
 
 class PerceptionEncoderPackingConfig(PretrainedConfig):
@@ -117,7 +117,7 @@ class PerceptionEncoderPacking(PackedVisionModel):
         )
         self.position_embedding = ResampledPositions((side, side), config.hidden_size, RESAMPLING)
         self.prefix = PrefixTokens(1, config.hidden_size) if config.class_token else None
-        self.prefix_position = PrefixTokens(1, config.hidden_size) if config.class_token else None
+        self.prefix_position = PrefixPosition(1, config.hidden_size) if config.class_token else None
         self.norm_pre = make_norm(*norm)
         self.encoder = PackedEncoder(block, config.num_hidden_layers)
         self.norm_post = make_norm(*norm) if config.norm_post else None
@@ -129,13 +129,14 @@ class PerceptionEncoderPacking(PackedVisionModel):
         device, patches = tokens.device, None
         places = positions_of_grids(grids, device)[:, 1:].float()
         tokens = self.position_embedding(tokens, grids)
+        segments = self.segments_of(grids, device, int(self.prefix is not None))
         if self.prefix is not None and self.prefix_position is not None:
             # The class token stands at (0, 0), and the patches begin at (1, 1).
             insert, patches = prefix_indices(tuple(h * w for _, h, w in grids), 1, device)
-            tokens = torch.cat([self.prefix.weight + self.prefix_position.weight, tokens]).index_select(0, insert)
+            tokens = self.prefix_position(self.prefix(tokens, insert), segments.cu_seqlens[:-1])
             places = torch.cat([places.new_zeros(1, 2), places + 1]).index_select(0, insert)
         rotary = rotary_column_row(places, self.encoder.head_dim, self.config.rope_theta)
-        return self.norm_pre(tokens), self.segments_of(grids, device, int(patches is not None)), rotary, patches
+        return self.norm_pre(tokens), segments, rotary, patches
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states if self.norm_post is None else self.norm_post(hidden_states)

@@ -29,6 +29,14 @@ class PrefixTokens(LearnedTable):
         return torch.cat([self.weight, tokens]).index_select(0, insert)
 
 
+class PrefixPosition(LearnedTable):
+    """The learned position of the one token in front of every image."""
+
+    def forward(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """``[N, hidden]`` of the packed sequence with prefixes, added to the rows ``starts [images]``."""
+        return tokens.index_add(0, starts, self.weight.expand(len(starts), -1))
+
+
 class ResampledPositions(LearnedTable):
     """A table of learned positions, resampled to the grid of each image without antialiasing.
 

@@ -160,7 +160,7 @@ class RadioPacking(PackedVisionModel):
     def prepare(
         self, tokens: torch.Tensor, grids: Sequence[Grid], patch_positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, VarlenMetadata, Rotary | None, torch.Tensor | None]:
-        device, prefix = tokens.device, len(self.prefix.weight)
+        device, prefix = tokens.device, self.config.num_cls_tokens + self.config.num_registers
         # The table is resampled to the square of the longer side; an image takes its first rows and columns.
         tokens = self.position_embedding(tokens, grids, [(max(h, w),) * 2 for _, h, w in grids])
         insert, patches = prefix_indices(tuple(h * w for _, h, w in grids), prefix, device)

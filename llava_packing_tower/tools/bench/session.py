@@ -36,6 +36,7 @@ class Session:
     rounds: int
     deadline: Deadline
     environment: dict
+    json_file: Path | None = None
     out: report.Console = field(default_factory=report.console)
     results: list[Result] = field(default_factory=list)
     series: list[dict] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Session:
                 backend_module(backend)
         rounds = args.repeat or (20 if device.type == "cuda" else 3)
         environment = report.environment(device, argv)
-        return cls(device, tiny, tasks, peers, backends, rounds, Deadline(args.limit), environment)
+        return cls(device, tiny, tasks, peers, backends, rounds, Deadline(args.limit), environment, args.json)
 
     @property
     def judged(self) -> bool:
@@ -144,6 +145,7 @@ class Session:
                 to_do -= 1
                 self.results.append(result)
                 report.show(result, self.out, self.judged)
+                self._keep()
             del systems
             release(self.device)
         if self.judged and (found := over_draws(self.results)):
@@ -176,19 +178,26 @@ class Session:
 
     # ---------------------------------------------------------------- files
 
-    def write(self, json_file: Path | None, plot_file: Path | None) -> None:
+    def _keep(self) -> None:
+        """Write what was measured so far: a run that is ended from outside has not been for nothing."""
+        if self.json_file is None:
+            return
+        content = {
+            **self.environment,
+            "tiny": self.tiny,
+            "results": [report.record(result, self.judged) for result in self.results],
+            "over_draws": [report.verdict_record(verdict) for verdict in self.draws],
+            "scaling": self.series,
+            "breakdown": self.parts,
+        }
+        report.write_json(content, self.json_file)
+
+    def write(self, plot_file: Path | None) -> None:
+        """The JSON as a whole, and the figure."""
         caption = f"{self.environment['device']}, torch {self.environment['versions']['torch']}"
-        if json_file:
-            content = {
-                **self.environment,
-                "tiny": self.tiny,
-                "results": [report.record(result, self.judged) for result in self.results],
-                "over_draws": [report.verdict_record(verdict) for verdict in self.draws],
-                "scaling": self.series,
-                "breakdown": self.parts,
-            }
-            report.write_json(content, json_file)
-            self.out.print(f"written: {json_file}")
+        if self.json_file:
+            self._keep()
+            self.out.print(f"written: {self.json_file}")
         if plot_file:
             if self.series:
                 report.plot_scaling(self.series, plot_file, caption)

@@ -77,7 +77,7 @@ def rows(tiny: bool) -> dict[str, Row]:
     else:
         # 10 samples were LLaVA-NeXT's best on 80 GiB, and 24 ours (16 with tiles).
         stock = (*_sizes(8, 10, 12, 16, 20, **on), *_sizes(4, 6, 8, **off))
-        packed = (*_sizes(24, 32, 40, **off), *_sizes(64, **on))
+        packed = (*_sizes(20, 24, 28, 32, **off), *_sizes(64, **on))
         tiles = (*_sizes(12, 16, 20, 24, **off), *_sizes(32, **on))
     plain, recomputed = _sizes(many, **off), _sizes(many, **on)
     short, frozen, adapted = _sizes(few, **on), ("projector", "decoder"), ("projector", ADAPTERS)

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 GROUPS, TIMED = 3, 2
 """Micro-batches of a trial; timed steps in a turn."""
-WARM_UPS = {True: 2, False: 1}
-"""Steps that are not timed, in the first turn and in later ones."""
+WARM_UPS = {True: GROUPS, False: 1}
+"""Steps that are not timed: in the first turn each micro-batch once (memory is taken, kernels are built), later one."""
 PHOTOS = {True: 8, False: 64}
 """How many there are: in small, and on a GPU."""
 AT_ONCE = 8  # photos whose tokens are counted
