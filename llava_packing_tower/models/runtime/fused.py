@@ -104,10 +104,9 @@ def fused_block(
     qkv, proj = _own(attention.qkv), _own(attention.proj)
     gate: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None) if mlp.gate is None else _own(mlp.gate)
     scales = (layer.layer_scale1, layer.layer_scale2)
-    more = (
-        [] if not attention.qkv.partial_biases else [attention.qkv.q_bias, attention.qkv.k_bias, attention.qkv.v_bias]
-    )
-    more += [scale.weight for scale in scales if not isinstance(scale, nn.Identity)]
+    more: list[Any] = [scale.weight for scale in scales if not isinstance(scale, nn.Identity)]
+    if attention.qkv.partial_biases:
+        more += [attention.qkv.q_bias, attention.qkv.k_bias, attention.qkv.v_bias]
     if not _fit(hidden_states, cast, (*norm1, *qkv, *proj, *norm2, *gate, *fc1, *fc2, *more)):
         if pending is not None:
             hidden_states = (hidden_states + pending).to(hidden_states.dtype)
