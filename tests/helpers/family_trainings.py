@@ -15,7 +15,7 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-from host_runs import environment, execute
+from host_runs import environment, execute, importable
 
 
 def start(jobs: list[dict], folder: Path, next_dir: str, timeout: float) -> dict[str, dict]:
@@ -23,7 +23,7 @@ def start(jobs: list[dict], folder: Path, next_dir: str, timeout: float) -> dict
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs, default=str))
     helpers = Path(__file__).parent
-    path = os.pathsep.join([str(helpers.parents[1]), str(helpers), str(helpers.parent)])  # (conftest, for host_runs)
+    path = importable(helpers.parents[1], helpers, helpers.parent)  # (conftest, for host_runs)
     env = {**environment(next_dir), "PYTHONPATH": path}
     result = execute([sys.executable, __file__, str(file)], env, timeout=timeout)
     files = {job["name"]: Path(job["output"], "told.json") for job in jobs}

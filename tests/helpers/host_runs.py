@@ -90,6 +90,11 @@ def make_workspace(folder: Path) -> Path:
     return file
 
 
+def importable(*folders: Path) -> str:
+    """PYTHONPATH with these in front of what it has."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def environment(next_dir: str) -> dict[str, str]:
     return {**os.environ, "LLAVA_NEXT_DIR": next_dir, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -136,7 +141,7 @@ def reload(jobs: list[dict], workspace: Path, next_dir: str) -> list[dict]:
     prompt = f"{SYSTEM}USER: <image>\n{QUESTION} ASSISTANT:"
     script = Path(__file__).parent / "host_reload.py"
     command = [sys.executable, str(script), json.dumps(jobs, default=str), str(workspace / "images" / "3.png"), prompt]
-    result = execute(command, {**environment(next_dir), "PYTHONPATH": str(REPOSITORY)})
+    result = execute(command, {**environment(next_dir), "PYTHONPATH": importable(REPOSITORY)})
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -224,7 +229,7 @@ def run_checks(module: str, next_dir: str, folder: Path, timeout: float) -> dict
     command = [sys.executable, "-m", "pytest", str(Path(__file__).parent / "checks_in_host.py"), "-q"]
     command += ["--timeout=0", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
     command += [f"--basetemp={folder / 'temp'}"]
-    env = {**environment(next_dir), "PYTHONPATH": str(REPOSITORY), "HOST_CHECKS": module}
+    env = {**environment(next_dir), "PYTHONPATH": importable(REPOSITORY), "HOST_CHECKS": module}
     for name in [name for name in env if name.startswith(("PYTEST_", "COV_"))]:
         del env[name]
     result = execute(command, env, timeout=timeout)
