@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..export.writer import export
 
+    if args.push_to_hub:
+        check_upload(args.push_to_hub)
     try:
         made = export(
             args.checkpoint,
@@ -50,9 +52,34 @@ def run(args: argparse.Namespace) -> int:
         f"conversation {made.conversation}"
     )
     if args.push_to_hub:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(args.push_to_hub, exist_ok=True)
-        print(f"uploaded to {api.upload_folder(repo_id=args.push_to_hub, folder_path=made.folder)}")
+        print(f"uploaded to {upload(args.push_to_hub, made.folder)}")
     return 0
+
+
+def check_upload(repository: str) -> None:
+    """Raises ``UsageError`` where an upload cannot work, before the export is made for nothing."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UsageError(f"--push_to_hub {repository}: {error}") from error
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError(f"--push_to_hub {repository}: HF_HUB_OFFLINE is set")
+    if get_token() is None:
+        raise UsageError(f"--push_to_hub {repository}: no token; run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(repository: str, folder: Path) -> str:
+    """The address of the uploaded folder. Raises ``UsageError`` with what is left to do where the hub refuses it."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder))
+    except Exception as error:  # whatever the network or the hub has against it
+        raise UsageError(
+            f"{folder} is complete, but was not uploaded: {error}\nTo upload it: hf upload {repository} {folder}"
+        ) from error

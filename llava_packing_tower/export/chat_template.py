@@ -14,6 +14,7 @@ _CONTENT = """\
 {%- set seen.text = message['content'] -%}
 {%- else -%}
 {%- for part in message['content'] -%}
+{%- set part = {'type': 'text', 'text': part} if part is string else part -%}
 {%- if part['type'] in ('image', 'image_url', 'video', 'video_url') -%}
 {%- set mark = '<video>' if part['type'] in ('video', 'video_url') else '<image>' -%}
 {%- set seen.text = seen.text ~ (' ' if seen.visual else '') ~ mark -%}
@@ -22,9 +23,15 @@ _CONTENT = """\
 {%- set between = '\\n' if seen.visual and not part['text'].startswith('\\n') else '' -%}
 {%- set seen.text = seen.text ~ between ~ part['text'] -%}
 {%- set seen.visual = false -%}
+{%- else -%}
+{{- raise_exception('a part of a message is text, image or video, not ' ~ part['type']) -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
+"""
+_OTHER_ROLE = """\
+{%- elif message['role'] != 'user' -%}
+{{- raise_exception('after a system message in front, roles are user and assistant, not ' ~ message['role']) -}}
 """
 
 
@@ -116,6 +123,7 @@ def make_chat_template(conversation: object, bos: bool, marks: Marks) -> str:
         "{%- for message in turns -%}",
         "{%- if message['role'] == 'assistant' -%}",
         f"{{{{- {q(assistant + before[1])} -}}}}",
+        _OTHER_ROLE.rstrip("\n"),
         "{%- else -%}",
         f"{{{{- {q(user + before[0])} -}}}}",
         "{%- endif -%}",
@@ -157,6 +165,7 @@ def _llama_2(system: str, sep: str, sep2: str, bos: bool, marks: Marks) -> str:
         "{{- ' ' -}}",
         _content(marks),
         f"{{{{- {q(' ' + sep2)} -}}}}",
+        _OTHER_ROLE.rstrip("\n"),
         "{%- else -%}",
         f"{{{{- ({q(sep)} if not loop.first else '') ~ '[INST] ' -}}}}",
         "{%- if loop.first and system -%}{{- '<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' -}}{%- endif -%}",
@@ -220,6 +229,11 @@ def render(template: str, messages: Sequence[Mapping[str, object]], bos: str, ge
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
     return environment.from_string(template).render(
         messages=messages, bos_token=bos, eos_token="", add_generation_prompt=generates
     )
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)

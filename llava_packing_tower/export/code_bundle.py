@@ -34,15 +34,20 @@ DYNAMIC = {
 
 
 def write_code(folder: Path, family: type) -> None:
-    """Write the files. family: the class of the tower. Raises ``ValueError`` for a family of another package."""
+    """Write the files. family: the class of the tower. Raises ``ValueError`` for a family of another package.
+
+    All families of this package are in it: transformers reads the config of a second such folder by the first's code.
+    """
     tower = family.__module__
     if not tower.startswith(f"{PACKAGE}."):
         raise ValueError(
             f"the tower {family.__name__} is of the package {tower.partition('.')[0]}: leave out --with_code"
         )
     from ..attention.dispatch import BACKENDS
+    from ..models.registry import CLASSES
 
-    dynamic = [tower.removeprefix(f"{PACKAGE}."), *(f"attention.{module}" for module in BACKENDS.values())]
+    families = [f"models{target.partition(':')[0]}" for target in CLASSES]
+    dynamic = [*families, *(f"attention.{module}" for module in BACKENDS.values())]
     modules = closure([*ENTRIES, *dynamic])
     for module in modules:
         text = flattened(module)

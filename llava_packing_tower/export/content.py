@@ -113,8 +113,8 @@ def auto_map(prefix: str) -> dict[str, str]:
 
 
 def generation_content(model: object, pad: int | None) -> dict[str, Any]:
-    """generation_config.json, as the LLaVA has it."""
-    content = model.generation_config.to_dict()
+    """generation_config.json, as the LLaVA has it, without defaults: they are not the same in every transformers."""
+    content = model.generation_config.to_diff_dict()
     dropped = ("transformers_version", "_from_model_config")
     content = {key: value for key, value in content.items() if key not in dropped and value is not None}
     return {**content, **({} if pad is None else {"pad_token_id": pad})}

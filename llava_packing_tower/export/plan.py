@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.native_config import PREFIX
 from ..hf import MODEL_TYPE
 from ..hf.projectors import unknown_projector
 from ..hf.visual_settings import PROJECTOR, unsupported_reason
@@ -91,8 +90,3 @@ def _reasons(config: Mapping[str, object], name: str, host: Host) -> Iterator[st
         yield NOT_EXPORTED[decoder]
     if config.get("use_pos_skipping"):
         yield "use_pos_skipping"
-
-
-def own_keys(config: Mapping[str, object]) -> dict[str, object]:
-    """The keys of a LLaVA's config that the export's own config keeps under their names."""
-    return {key: value for key, value in config.items() if key.startswith(PREFIX) and key != "mm_packing_config"}

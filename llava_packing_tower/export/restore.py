@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint.weights import WeightFiles
 from ..hf import INFO, MODEL_TYPE, ORIGIN
-from ..utils.files import CONFIG_NAME, atomic_folder, read_json, write_json
+from ..utils.files import CONFIG_NAME, atomic_folder, check_free, read_json, write_json
 from .names import DECODER, HEAD, HF_TOWER, SAME, llava_name
 
 
@@ -35,8 +35,7 @@ def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_si
         ValueError: for a folder that is no export, tensors that belong to no LLaVA or are missing, or an output folder
             that has files; nothing is written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty")
+    check_free(output)
     config = read_config(folder)
     source = (origin or folder) / ORIGIN
     if not (source / CONFIG_NAME).is_file():

@@ -19,7 +19,7 @@ from ..integrations.llava.batched_inference import conversation_name
 from ..integrations.llava.checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, has_weights
 from ..integrations.llava.inference import Checkpoint, host_module, load_checkpoint
 from ..towers.names import NAME_PREFIX, strip_prefix
-from ..utils.files import CONFIG_NAME, atomic_folder, write_json
+from ..utils.files import CONFIG_NAME, atomic_folder, check_free, write_json
 from . import content
 from .chat_template import Marks, Turns, check_chat_template, make_chat_template, probes
 from .model_card import model_card
@@ -65,13 +65,15 @@ def export(
     Raises:
         ValueError: for a checkpoint that cannot be exported, or an output folder that has files; nothing is written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty")
+    check_free(output)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; it is one of {', '.join(DTYPES)}")
     install.apply()
     source = read_source(checkpoint, base)
-    loaded = load_checkpoint(source.folder, "cpu", source.base)
+    try:
+        loaded = load_checkpoint(source.folder, "cpu", source.base)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"LLaVA cannot load {source.folder}: {error}") from error
     parts = Parts.of(source, loaded, conversation)
     target = parts.dtype if dtype is None else getattr(torch, dtype)
     tensors = {name: tensor.to(target) for name, tensor in parts.tensors().items()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import url2pathname, urlopen
 
 import numpy as np
 import torch
@@ -29,7 +31,9 @@ MAX_FRAMES = 32
 """Frames that are read of a video file, evenly spaced, unless the caller says otherwise."""
 DOWNLOAD_SECONDS = 60
 TOWER = ("tower_patch_size", "tower_image_size", "patch_layout", "tower_frames_per_patch", "tower_stretches_clips")
-ImageLike = Image.Image | np.ndarray | torch.Tensor | str
+MAX_NAME = 255
+"""The longest name of a file; no image is as short as that in base64."""
+ImageLike = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
 class LlavaPackingImageProcessor(BaseImageProcessor):
@@ -96,17 +100,12 @@ class LlavaPackingImageProcessor(BaseImageProcessor):
     # ---------------------------------------------------------------- images
 
     def fetch(self, image: ImageLike) -> Image.Image:
-        """An image as 8-bit RGB: of a PIL image, a uint8 array, a path, a ``data:`` or an ``http`` address.
+        """An image as 8-bit RGB: of a PIL image, a uint8 array, a path, a ``data:``, ``file:`` or ``http`` address.
 
         Raises ``ValueError`` for what cannot be read.
         """
-        if isinstance(image, str):
-            if image.startswith("data:"):
-                return open_image(io.BytesIO(base64.b64decode(image.partition(",")[2])), self.reading)
-            if image.startswith(("http://", "https://")):
-                with urlopen(image, timeout=DOWNLOAD_SECONDS) as answer:
-                    return open_image(io.BytesIO(answer.read()), self.reading)
-            return open_image(image.removeprefix("file://"), self.reading)
+        if isinstance(image, (str, os.PathLike)):
+            return open_image(_content(os.fspath(image)), self.reading)
         return to_rgb(image if isinstance(image, Image.Image) else _from_array(image), self.reading)
 
     def tiles(self, image: Image.Image, alone: bool) -> list[np.ndarray]:
@@ -203,11 +202,13 @@ class LlavaPackingImageProcessor(BaseImageProcessor):
         """
         if not self.mm_reads_videos:
             raise ValueError("this model takes no videos: it was trained with LLaVA 1.x, without native resolution")
-        if isinstance(video, str):
-            return read_clip(video.removeprefix("file://"), upbound=num_frames or MAX_FRAMES, force=True)
+        if isinstance(video, (str, os.PathLike)):
+            return read_clip(_local(video), upbound=num_frames or MAX_FRAMES, force=True)
         if isinstance(video, tuple) and len(video) == 2 and not isinstance(video[0], Image.Image):
             video, metadata = video
         frames = [np.asarray(self.fetch(frame)) for frame in video]
+        if not frames:
+            raise ValueError("a video without frames")
         if len({frame.shape for frame in frames}) != 1:
             raise ValueError(f"all frames of a video must have one size, got {sorted({f.shape for f in frames})}")
         indices = _field(metadata, "frames_indices")
@@ -256,14 +257,45 @@ class _Fields:
         self.__dict__.update(values)
 
 
+def _local(address: str | os.PathLike) -> str:
+    """The path that a ``file:`` address stands for; of any other text itself."""
+    text = os.fspath(address)
+    return url2pathname(urlsplit(text).path) if text.startswith("file://") else text
+
+
+def _content(address: str) -> str | io.BytesIO:
+    """The path of an image, or what is behind its address. Raises ``ValueError`` where nothing is."""
+    shown = f"{address[:60]}..." if len(address) > 60 else address
+    try:
+        if address.startswith("data:"):
+            return io.BytesIO(base64.b64decode(address.partition(",")[2], validate=True))
+        if address.startswith(("http://", "https://")):
+            with urlopen(address, timeout=DOWNLOAD_SECONDS) as answer:
+                return io.BytesIO(answer.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the image {shown}: {error}") from error
+    path = _local(address)
+    return path if os.path.exists(path) else _decoded(path) or path
+
+
+def _decoded(text: str) -> io.BytesIO | None:
+    """The image in a text that is no path but base64, as in ``{"type": "image", "base64": ...}``; None for others."""
+    try:
+        return io.BytesIO(base64.b64decode(text, validate=True)) if len(text) > MAX_NAME else None
+    except ValueError:
+        return None
+
+
 def _field(metadata: object, name: str) -> Any:
     return metadata.get(name) if isinstance(metadata, dict) else getattr(metadata, name, None)
 
 
 def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
     array = np.asarray(image)
+    array = array[..., None] if array.ndim == 2 else array
     if array.dtype != np.uint8 or array.ndim != 3:
-        raise ValueError(f"images are PIL images or uint8 arrays [H, W, C], got {array.dtype} {list(array.shape)}")
+        given = f"{array.dtype} {list(np.shape(image))}"
+        raise ValueError(f"images are PIL images or uint8 arrays [H, W] or [H, W, C], got {given}")
     if array.shape[2] not in (1, 3) and array.shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)

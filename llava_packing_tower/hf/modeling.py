@@ -287,6 +287,8 @@ class LlavaPackingForConditionalGeneration(LlavaPackingPreTrainedModel, Generati
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         video_frame_positions: Sequence[torch.Tensor] | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
@@ -295,8 +297,11 @@ class LlavaPackingForConditionalGeneration(LlavaPackingPreTrainedModel, Generati
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and with ``labels`` the loss; see :meth:`LlavaPackingModel.forward`.
 
+        past_key_values, cache: the cache, under the name that this version of transformers has for it.
         labels: ids to predict, -100 where none is; those at the places of images and videos never count.
         """
+        caches = {"past_key_values": past_key_values, "cache": cache}
+        kwargs.update({name: value for name, value in caches.items() if value is not None})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -338,9 +343,11 @@ class LlavaPackingForConditionalGeneration(LlavaPackingPreTrainedModel, Generati
             kwargs.update(repetition_penalty=1.0, logits_processor=LogitsProcessorList(own))
         return super().generate(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As transformers does it; images are encoded with the prompt alone."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         cache = inputs.get("cache", inputs.get("past_key_values"))
         if cache is not None and cache.get_seq_length() > 0:
             for name in VISUALS:

@@ -95,7 +95,7 @@ class LlavaPackingProcessor(ProcessorMixin):
 
         Raises:
             ValueError: more or fewer images or videos than a text has places; audio; nothing to prepare.
-            TypeError: options that nobody here has.
+            TypeError: options that nobody here has, texts that are none.
         """
         options = _flat(options)
         asked = {name: bool(options.pop(f"return_{name}", False)) for name in RETURNED}
@@ -107,10 +107,14 @@ class LlavaPackingProcessor(ProcessorMixin):
             raise ValueError("this model takes no audio")
         flat = {"image": _flatten(images, 0), "video": _flatten(videos, 1)}
         texts = None if text is None else [text] if isinstance(text, str) else list(text)
+        if not all(isinstance(sample, str) for sample in texts or ()):
+            kinds = [type(sample).__name__ for sample in texts or ()]
+            raise TypeError(f"texts are strings, got {kinds}: call processor(text=..., images=...)")
         if texts is None and not any(flat.values()):
             raise ValueError("neither text nor images nor videos were given")
         if texts is not None:
             self._check_places(texts, flat)
+            self._check_own(texts, {"image": _counts(images, 0), "video": _counts(videos, 1)})
         content: dict[str, Any] = {}
         if flat["image"]:
             flags = self._alone(texts, len(flat["image"])) if alone is None else bool(alone)
@@ -128,6 +132,14 @@ class LlavaPackingProcessor(ProcessorMixin):
                 raise ValueError(f"{len(flat[kind])} {kind}s, but the texts have {places} {token}")
             if not flat[kind] and sum(places):
                 raise ValueError(f"no {kind}s, but the texts have {places} {token}")
+
+    @staticmethod
+    def _check_own(texts: Sequence[str], counts: Mapping[str, list[int] | None]) -> None:
+        """Where each text has a list of its own, its places must be as many: else images go to other texts."""
+        for kind, token in (("image", IMAGE), ("video", VIDEO)):
+            given, places = counts[kind], [text.count(token) for text in texts]
+            if given is not None and given != places:
+                raise ValueError(f"lists of {given} {kind}s, but the texts have {places} {token}")
 
     @staticmethod
     def _alone(texts: Sequence[str] | None, count: int) -> list[bool]:
@@ -155,11 +167,24 @@ class LlavaPackingProcessor(ProcessorMixin):
             options.setdefault("add_special_tokens", False)
         made = dict(self.tokenizer(replaced, return_tensors=return_tensors, **options))
         made.pop("token_type_ids", None)
+        self._check_cut(replaced, made["input_ids"], options)
         if asked["mm_token_type_ids"]:
             made["mm_token_type_ids"] = self.token_types(made["input_ids"])
         if asked["text_replacement_offsets"]:
             made["text_replacement_offsets"] = offsets
         return made
+
+    def _check_cut(self, texts: Sequence[str], ids: Any, options: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` where a truncation has cut off tokens of images: the model could not place them."""
+        if not options.get("truncation"):
+            return
+        for token, index in ((IMAGE, self.image_token_id), (VIDEO, self.video_token_id)):
+            wanted = [text.count(token) for text in texts]
+            left = [sum(int(i) == index for i in row) for row in ids]
+            if left != wanted:
+                raise ValueError(
+                    f"the truncation to {options.get('max_length')} tokens leaves {left} of the {wanted} tokens {token}"
+                )
 
     def token_types(self, ids: Any) -> Any:
         """0 for a token of text, 1 of an image, 2 of a video, in the form of ``ids``: a tensor or lists."""
@@ -272,6 +297,8 @@ def _flatten(given: Any, depth: int) -> list:
     """
     if given is None:
         return []
+    if not depth and getattr(given, "ndim", 0) == 4:  # images of one size in one array
+        return list(given)
     if not isinstance(given, (list, tuple)) or _is_visual(given, depth):
         return [given]
     flat: list[Any] = []
@@ -283,6 +310,14 @@ def _flatten(given: Any, depth: int) -> list:
         else:
             flat.append(entry)
     return flat
+
+
+def _counts(given: Any, depth: int) -> list[int] | None:
+    """How many visuals each text has, where every entry is a list for a text; None for any other form."""
+    if not isinstance(given, (list, tuple)) or not given or _is_visual(given, depth):
+        return None
+    own = [entry for entry in given if isinstance(entry, (list, tuple)) and not _is_visual(entry, depth)]
+    return [len(entry) for entry in own] if len(own) == len(given) else None
 
 
 def _is_visual(given: Sequence, depth: int) -> bool:

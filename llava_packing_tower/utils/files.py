@@ -68,6 +68,17 @@ def open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
+def check_free(folder: Path) -> None:
+    """Raises ``ValueError`` unless a new folder can be made here, or an empty one is there already."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} exists and is not a folder")
+    if there == folder.absolute() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not empty")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} is not writable")
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: str | os.PathLike, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``; on success its files appear in ``folder`` by rename, else nothing does.

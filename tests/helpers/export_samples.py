@@ -54,7 +54,7 @@ def load(folder: Path, **options: object):
     # isort: split
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **options).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, **{"dtype": "auto", **options}).eval()
     return model, AutoProcessor.from_pretrained(folder)
 
 

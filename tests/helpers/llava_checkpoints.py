@@ -28,7 +28,24 @@ SIZES = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
-DECODERS = {"Llama": "Llama", "Qwen": "Qwen2", "Mistral": "Mistral"}
+DECODERS = {
+    "Llama": "Llama",
+    "Qwen": "Qwen2",
+    "Mistral": "Mistral",
+    "QwenMoe": "Qwen2Moe",
+    "Mixtral": "Mixtral",
+    "Gemma": "Gemma",
+}
+OWN_SIZES: dict[str, dict[str, object]] = {
+    "QwenMoe": {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "Mixtral": {"num_local_experts": 3},
+    "Gemma": {"head_dim": 8, "tie_word_embeddings": True},
+}
 
 
 def make_decoder(folder: Path, word: str, **sizes: int) -> Path:
@@ -36,7 +53,7 @@ def make_decoder(folder: Path, word: str, **sizes: int) -> Path:
     tokenizer = make_tokenizer(folder, make_prompts(), WORDS)
     kind = DECODERS[word]
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **{**SIZES, **sizes}
+        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **{**SIZES, **OWN_SIZES.get(word, {}), **sizes}
     )
     torch.manual_seed(5)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
@@ -52,8 +69,8 @@ def make_llava(decoder: Path, tower: Path, word: str, **arguments: object) -> to
     cls = getattr(import_module(f"llava.model.language_model.{HOST.loader_name(name)}"), name)
     # LLaVA-NeXT reads the config by AutoConfig, so that the checkpoint says model_type qwen2.
     model = cls.from_pretrained(decoder, config=transformers.AutoConfig.from_pretrained(decoder))
-    if note := arguments.get("mm_packing_projector"):
-        model.config.mm_packing_projector = note
+    if (projector := arguments.pop("mm_packing_projector", None)) is not None:
+        model.config.mm_packing_projector = projector
     wanted = {
         "vision_tower": str(tower),
         "mm_vision_select_layer": -1,

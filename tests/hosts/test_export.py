@@ -11,7 +11,7 @@ import export_samples as samples
 import pytest
 import torch
 from conftest import assert_close
-from export_host_checks import CAN_LOAD, CASES, NEXT_CASES, VLM_CASES
+from export_host_checks import CAN_LOAD, CASES, LONG_CASES, LONG_NEXT_CASES, NEXT_CASES
 from host_runs import HOSTS, environment, execute
 from llava_checkpoints import edit_config
 
@@ -20,7 +20,7 @@ from llava_packing_tower.cli.main import main
 from llava_packing_tower.export.restore import restore
 from llava_packing_tower.export.writer import export
 from llava_packing_tower.integrations.llava.inference import load_checkpoint
-from llava_packing_tower.utils.files import write_json
+from llava_packing_tower.utils.files import read_json, write_json
 
 pytestmark = [
     pytest.mark.newest,
@@ -30,16 +30,28 @@ needs_hf = pytest.mark.skipif(not CAN_LOAD, reason="exports need transformers 4.
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 
+def compare_in_host(folder: Path, next_dir: str, cases: int, *words: str) -> None:
+    env = {**environment(next_dir), "PYTHONPATH": f"{HELPERS.parents[1]}"}
+    command = [sys.executable, str(HELPERS / "export_host_checks.py"), str(folder), *words]
+    result = execute(command, env, timeout=500)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
+    assert len(list(folder.glob("case_*/model.safetensors"))) == cases
+    assert result.stdout.count("compared") == (cases if CAN_LOAD else 0)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_logits_and_answers_are_those_of_llava(tmp_path, next_dir):
     """Float32, 1e-5; one image, several, none, a video; each alone and all in one batch, token by token."""
-    env = {**environment(next_dir), "PYTHONPATH": f"{HELPERS.parents[1]}"}
-    result = execute([sys.executable, str(HELPERS / "export_host_checks.py"), str(tmp_path)], env)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
-    cases = len(CASES) + len(NEXT_CASES if next_dir else VLM_CASES)
-    assert len(list(tmp_path.glob("case_*/model.safetensors"))) == cases
-    assert result.stdout.count("compared") == (cases if CAN_LOAD else 0)
+    compare_in_host(tmp_path, next_dir, len(CASES) + (len(NEXT_CASES) if next_dir else 0))
+
+
+@needs_hf
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("next_dir", HOSTS)
+def test_the_other_families_in_three_modes(tmp_path, next_dir):
+    compare_in_host(tmp_path, next_dir, len(LONG_CASES) + (len(LONG_NEXT_CASES) if next_dir else 0), "long")
 
 
 # ---------------------------------------------------------------- one checkpoint for all that follows
@@ -53,7 +65,7 @@ def work(tmp_path_factory):
 
     from llava_packing_tower.export.writer import export
 
-    folder = tmp_path_factory.mktemp("export")
+    folder = tmp_path_factory.mktemp("exports of mine")
     checkpoint = make_checkpoint(folder, "llava_vit", "native", **CLIP, **MLP)
     write_json({"global_step": 3, "epoch": 1.5, "log_history": [{"loss": 4.0}]}, checkpoint / "trainer_state.json")
     write_json({}, checkpoint / "packing_finished.json")
@@ -79,6 +91,12 @@ def test_what_an_export_holds(work):
     assert "model.safetensors.index.json" in names  # in shards, as asked
     text = "".join(p.read_text() for p in (folder / "run1").rglob("*") if p.suffix in (".json", ".md", ".jinja"))
     assert str(folder) not in text, "a published folder should not tell paths"
+    # Defaults of the transformers that wrote it: a newer one would take a max_length of 20 for the user's own.
+    assert read_json(folder / "run1" / "generation_config.json").keys() <= {
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    }
     card = (folder / "run1" / "README.md").read_text()
     assert "3 steps, 1.50 epochs" in card and "mlp2x_gelu" in card and "as clip" in card
     assert not list((folder / "run1").rglob("packing_finished.json"))
@@ -126,6 +144,20 @@ REFUSED = [
     ({"mm_vision_tower": "openai/clip", "mm_packing_config": None}, "no packing tower"),
     ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mm_vision_tower": None}, "is not a LLaVA"),
     ({"architectures": ["LlavaMptForCausalLM"]}, "MPT"),
+    ({"mm_vision_tower": "packing:a + packing:b"}, "several vision towers"),
+    ({"mm_projector_type": "checkpoint"}, "no mm_packing_projector, which says what it is"),
+    (
+        {
+            "mm_projector_type": "patch_merger",
+            "image_aspect_ratio": "anyres",
+            "image_grid_pinpoints": [[16, 32]],
+            "mm_patch_merge_type": "spatial_unpad",
+        },
+        "anyres tiles of a patch_merger",
+    ),
+    ({"use_pos_skipping": True}, "use_pos_skipping"),
+    ({"architectures": ["LlavaQwen3ForCausalLM"]}, "LlavaQwen3ForCausalLM, a class that the LLaVA in"),
+    ({"mm_packing_conversation": "v0"}, "messages of its own"),
     ({"mm_packing_conversation": "nonsense"}, "conversation template 'nonsense'"),
     ({"mm_packing_conversation": "mpt_no_such"}, "conversation template"),
 ]
@@ -142,10 +174,59 @@ def test_what_cannot_be_exported_says_why_before_anything_is_written(work, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"bad"}
 
 
+def without_tower(bad: Path) -> None:
+    import llava_checkpoints
+
+    llava_checkpoints.edit(bad, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
+
+
+DAMAGED = [
+    (lambda bad: (bad / "config.json").unlink(), "has no config.json"),
+    (lambda bad: (bad / "config.json").write_text("{"), "config.json"),
+    (lambda bad: (bad / "model.safetensors").unlink(), "weights"),
+    (lambda bad: (bad / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0"), "model.safetensors"),
+    (without_tower, "should contain the weights of its vision tower"),
+    (lambda bad: [file.unlink() for file in bad.glob("tokenizer*")], "LLaVA cannot load"),
+    (lambda bad: edit_config(bad, mm_packing_min_patches=None), "mm_packing_min_patches"),
+    (lambda bad: edit_config(bad, hidden_size=64), "LLaVA cannot load"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGED)
+def test_a_damaged_checkpoint_says_what_is_wrong_before_anything_is_written(work, tmp_path, damage, reason, capsys):
+    bad = tmp_path / "a bad one"
+    shutil.copytree(work[1], bad)
+    damage(bad)
+    assert main(["export", str(bad), "--output_dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert reason in said and "Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"a bad one"}
+
+
+def test_other_hosts_are_refused_by_name(work, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from llava_packing_tower.export import plan
+
+    found = plan.find_host()
+    other = replace(found, host=replace(found.host, name="bunny", title="Bunny"))
+    monkeypatch.setattr(plan, "find_host", lambda: other)
+    with pytest.raises(ValueError, match="the LLaVA here is Bunny: exports say what LLaVA-NeXT and"):
+        export(work[1], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_folder_with_files_is_refused_and_nothing_is_half_written(work, tmp_path, monkeypatch):
     folder, checkpoint = work
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
+    for output in (tmp_path / "full" / "x", tmp_path / "full" / "x" / "out"):
+        for act in (
+            lambda output=output: export(checkpoint, output),
+            lambda output=output: restore(folder / "run1", output),
+        ):
+            with pytest.raises(ValueError, match="x exists and is not a folder"):
+                act()
     with pytest.raises(ValueError, match="is not empty"):
         export(checkpoint, tmp_path / "full")
     with pytest.raises(ValueError, match="is not empty"):
@@ -181,6 +262,7 @@ def test_what_is_no_export_is_refused(work, tmp_path):
 
 def test_push_to_hub_uploads_the_folder(work, tmp_path, monkeypatch, capsys):
     import huggingface_hub
+    from huggingface_hub import constants
 
     calls = []
 
@@ -190,12 +272,28 @@ def test_push_to_hub_uploads_the_folder(work, tmp_path, monkeypatch, capsys):
 
         def upload_folder(self, repo_id, folder_path):
             calls.append((repo_id, (Path(folder_path) / "config.json").is_file()))
+            if repo_id == "me/full":
+                raise RuntimeError("quota exceeded")
             return "there"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    words = ["export", str(work[1]), "--output_dir", str(tmp_path / "out"), "--push_to_hub", "me/run1"]
-    assert main(words) == 0
+    words = ["export", str(work[1]), "--output_dir", str(tmp_path / "out"), "--push_to_hub"]
+    # What cannot be uploaded is not exported either.
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    for offline, name, reason in (
+        (True, "me/run1", "OFFLINE"),
+        (False, "me/run1", "no token"),
+        (False, "a/b/c", "a/b/c"),
+    ):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert main([*words, name]) == 2 and reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and not calls
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    assert main([*words, "me/run1"]) == 0
     assert calls == ["me/run1", ("me/run1", True)] and "uploaded to there" in capsys.readouterr().out
+    words[3] = str(tmp_path / "two")
+    assert main([*words, "me/full"]) == 2 and (tmp_path / "two" / "config.json").is_file()
+    assert "is complete, but was not uploaded: quota exceeded" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- conversations
@@ -311,6 +409,7 @@ def test_the_pipeline_and_saving(work, loaded, tmp_path):
     answer = pipe(text=samples.messages_of(visuals, question), **options)
     wanted = samples.answers(model, samples.inputs_of(processor, (visuals, question)))
     assert answer[0]["generated_text"] == processor.decode(wanted[0], skip_special_tokens=True)
+    assert len(pipe(text=samples.messages_of(visuals, question))) == 1  # with no limit of the user's
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     again, processor_again = samples.load(tmp_path / "saved")

@@ -108,6 +108,8 @@ class Host:
     """The module in which all its model classes are."""
     language_models: str = "model.language_model"
     """The package that has a module for each decoder."""
+    late_models: tuple[str, ...] = ()
+    """Modules with classes that ``models`` leaves out; they are imported where a checkpoint names such a class."""
     class_prefix: str = "Llava"
     """Its model classes are ``<prefix><Decoder>ForCausalLM``."""
     decoders: tuple[tuple[str, str], ...] = DECODERS

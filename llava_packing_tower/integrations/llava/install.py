@@ -84,7 +84,8 @@ def _install(host: Host) -> None:
     for part in host.gridded_images:
         tower_builder.hook_function(host, part, _gridded, _hooks, _patches)
     _hooks.after(host.module(host.arch), _on_arch)
-    _hooks.after(host.module(host.models), _on_models)
+    for models in (host.models, *host.late_models):
+        _hooks.after(host.module(models), _on_models)
     _hooks.after(host.module(host.loader.module), _on_loader)
     _hooks.after(host.module(host.train), _on_train)
     _hooks.after(host.module(host.trainer.module), _on_trainer)

@@ -124,7 +124,8 @@ def install(host: Host, hooks: ImportHooks, patches: Patches) -> None:
         if item.before:
             hooks.before(name, act)
         elif item.module != name:
-            hooks.after(name, act)
+            for module in [name, *(map(host.module, host.late_models) if item.module == "{models}" else ())]:
+                hooks.after(module, act)
         elif item.name not in _watched:  # once, however many hosts there are
             _watched.add(item.name)
             patches.on_undo(lambda item=item: _watched.discard(item.name))
