@@ -67,11 +67,11 @@ def test_generation_compiles_by_itself_with_a_static_cache(folder):
         assert samples.answers(model, inputs, cache_implementation="static") == samples.answers(model, inputs)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes(folder, bits):
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.05), (8, 0.2)])  # with 8 bits activations are rounded, too
+def test_bitsandbytes(folder, bits, tolerance):
     pytest.importorskip("bitsandbytes")
     config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    checks.check_quantised(folder, DEVICE, config, checks.of_bitsandbytes, 5e-2, checks.BITSANDBYTES_KEEPS)
+    checks.check_quantised(folder, DEVICE, config, checks.of_bitsandbytes, tolerance, checks.BITSANDBYTES_KEEPS)
 
 
 def test_torchao(folder):

@@ -46,11 +46,11 @@ def test_torchao_quantises_all_parts_and_its_layers_are_called(folder):
     checks.check_quantised(folder, "cpu", config, checks.of_torchao, 1e-4)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_quantises_all_parts_and_its_layers_are_called(folder, bits):
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.05), (8, 0.2)])  # with 8 bits activations are rounded, too
+def test_bitsandbytes_quantises_all_parts_and_its_layers_are_called(folder, bits, tolerance):
     pytest.importorskip("bitsandbytes")
     config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    checks.check_quantised(folder, "cpu", config, checks.of_bitsandbytes, 2e-2, checks.BITSANDBYTES_KEEPS)
+    checks.check_quantised(folder, "cpu", config, checks.of_bitsandbytes, tolerance, checks.BITSANDBYTES_KEEPS)
 
 
 # ---------------------------------------------------------------- what a user calls it with
