@@ -53,7 +53,7 @@ _LOADED: dict[str, ModuleType] = {}
 
 LONG_FROM, FA4_FORWARD_FROM = 256, 360  # tokens per segment, on average
 CUDNN_FROM, CUDNN_TRAINING_BELOW = 256, 512
-FA3_TRAINING_FROM, ALONE_SHORT = 16384, 1024  # tokens
+FA3_TRAINING_FROM, FA4_TRAINING_FROM, ALONE_SHORT = 16384, 7168, 1024  # tokens
 
 
 def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, ...]:
@@ -63,7 +63,9 @@ def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, .
     (within a sixth of the fastest for heads of 64, a quarter for 72); else FA3 from a mean length of 256 on, or FA4
     from 360 on; FA2 (or the same kernel inside torch) for the rest. Training: FA4 from a mean length of 256 on (for
     heads of 64 in 0.54 to 0.7 of FA2's time from 360 on, about as fast at 256), but cuDNN for equal lengths below 512.
-    Without FA4, FA3 takes large batches.
+    Small batches get FA2, since the host is what they wait for and FA4's Python takes more of its time: 7,785 tokens
+    were a tenth faster with FA4 in a tower, 6,051 a tenth slower in a decoder on a slow host. Without FA4, FA3 takes
+    large batches.
 
     cuDNN builds a plan per shape, in tens of milliseconds, and its graphs are captured per shape. Images one by one are
     seldom of one shape, so a segment alone is given to it only where nothing else is installed; in inference a short
@@ -74,7 +76,7 @@ def auto_order(lengths: Sequence[int], needs_grad: bool = False) -> tuple[str, .
     order: list[str] = []
     if count and tokens >= LONG_FROM * count and (needs_grad or count > 1 or tokens > ALONE_SHORT):
         fa3 = ["flash_attention_3"] * (not needs_grad or tokens >= FA3_TRAINING_FROM)
-        fa4 = ["flash_attention_4"] * (needs_grad or tokens >= FA4_FORWARD_FROM * count)
+        fa4 = ["flash_attention_4"] * (tokens >= (FA4_TRAINING_FROM if needs_grad else FA4_FORWARD_FROM * count))
         order = [*fa4, *fa3] if needs_grad else [*fa3, *fa4]
     if equal and count > 1:
         order.insert(int(needs_grad and lengths[0] >= CUDNN_TRAINING_BELOW), "cudnn")

@@ -278,7 +278,9 @@ def test_the_rule_of_auto():
     assert auto_order((256,) * 256)[0] == auto_order((256,) * 256, needs_grad=True)[0] == "cudnn"
     assert auto_order((255,) * 256)[0] == auto_order((255,) * 256, needs_grad=True)[0] == "flash_attention_2"
     assert auto_order((100, 200, 300))[0] == auto_order(())[0] == "flash_attention_2"
-    assert auto_order((4000, 300, 900), needs_grad=True)[:2] == ("flash_attention_4", "flash_attention_2")
+    assert auto_order((8000, 300, 900), needs_grad=True)[:2] == ("flash_attention_4", "flash_attention_2")
+    assert auto_order((4000, 300, 900), needs_grad=True)[0] == "flash_attention_2"  # the host is what is waited for
+    assert auto_order((1024,) * 4, needs_grad=True)[:2] == ("cudnn", "flash_attention_2")
     assert auto_order((9000, 8000), needs_grad=True)[:2] == ("flash_attention_4", "flash_attention_3")
     assert auto_order((1024,) * 8, needs_grad=True)[:3] == ("flash_attention_4", "cudnn", "flash_attention_2")
     assert auto_order((100,) * 200, needs_grad=True)[0] == "flash_attention_2"
@@ -297,7 +299,8 @@ def test_auto_asks_cudnn_for_no_plan_per_image():
         order = auto_order(lengths)
         assert kernels <= set(order) and order[-1] == "sdpa" and len(set(order)) == len(order)
     assert auto_order((1024,))[0] == "flash_attention_2" and auto_order((1025,))[0] == "flash_attention_3"
-    assert auto_order((1024,), needs_grad=True)[0] == "flash_attention_4"
+    assert auto_order((1024,), needs_grad=True)[0] == "flash_attention_2"
+    assert auto_order((7168,), needs_grad=True)[0] == "flash_attention_4"
     assert auto_order((1024, 1024))[0] == "cudnn"
 
 
