@@ -24,15 +24,14 @@ import builder_patch  # noqa: F401
 import numpy as np
 import torch
 import torch.distributed as dist
-from distributed_worker import DECODER, DEEPSPEED, TOWER
+from distributed_worker import DEEPSPEED, make_checkpoint
 from llava import conversation
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.train import train
 from llava.train.llava_trainer import LLaVATrainer
 from PIL import Image
 from transformers import AutoTokenizer, TrainerCallback
 
-from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel, PackingImageProcessor
 from llava_packing_tower.integrations.llava import packed_step
 from llava_packing_tower.tools.demo.tiny_models import make_tokenizer
 
@@ -68,34 +67,9 @@ SAVED = 5  # in the second of two epochs
 
 def make_workspace(folder: Path) -> None:
     """A checkpoint, its tokenizer, ragged photos; samples without images, without labels, and cut at the limit."""
-    torch.manual_seed(0)
-    tower = folder / "vit_packing"
-    LlavaViTPackingModel(LlavaViTPackingConfig(image_size=16, use_head=True, **TOWER)).save_pretrained(tower)
-    PackingImageProcessor(size=16).save_pretrained(tower)
     texts = [f"{SYSTEM}USER: <image>\nWhat is it ? ASSISTANT: {word}</s>" for word in WORDS]
     tokenizer = make_tokenizer(folder / "llava_tiny", texts, WORDS)
-    config = LlavaConfig(
-        **{**DECODER, "vocab_size": len(tokenizer)},
-        mm_vision_tower=str(tower),
-        mm_hidden_size=TOWER["hidden_size"],
-        mm_vision_select_layer=-2,
-        mm_projector_type="mlp2x_gelu",
-        mm_patch_merge_type="spatial_unpad",
-        mm_tunable_parts="mm_vision_tower,mm_mlp_adapter,mm_language_model",
-        image_aspect_ratio="native",
-        mm_packing_min_patches=1,
-        mm_packing_max_patches=64,
-        mm_packing_video="frames",
-        tokenizer_model_max_length=LIMIT,
-        use_cache=False,
-    )
-    model = LlavaLlamaForCausalLM(config).float()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.config.mm_packing_config = model.get_vision_tower().packing_config("checkpoint")
-    model.save_pretrained(folder / "llava_tiny")
+    make_checkpoint(str(folder), len(tokenizer), LIMIT)
     chance, noise, data = random.Random(3), np.random.default_rng(0), []
     for number in range(SAMPLES):
         turns = [("human", "What is it ?"), ("gpt", chance.choice(WORDS))] * chance.choice((1, 1, 2, 4))

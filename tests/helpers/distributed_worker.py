@@ -44,14 +44,17 @@ DEEPSPEED = {
 }
 
 
-def make_checkpoint(folder: str) -> None:
-    """A whole LLaVA with its tower inside, as a finished training leaves it; image_newline as in anyres."""
+def make_checkpoint(folder: str, words: int = DECODER["vocab_size"], limit: int = 200) -> None:
+    """A whole LLaVA with its tower inside, as a finished training leaves it; image_newline as in anyres.
+
+    words: of its vocabulary. limit: tokens of a sample.
+    """
     torch.manual_seed(0)
     tower = os.path.join(folder, "vit_packing")
     LlavaViTPackingModel(LlavaViTPackingConfig(image_size=16, use_head=True, **TOWER)).save_pretrained(tower)
     PackingImageProcessor(size=16).save_pretrained(tower)
     config = LlavaConfig(
-        **DECODER,
+        **{**DECODER, "vocab_size": words},
         mm_vision_tower=tower,
         mm_hidden_size=TOWER["hidden_size"],
         mm_vision_select_layer=-2,  # the last block, the final norm and the head are not used
@@ -62,7 +65,7 @@ def make_checkpoint(folder: str) -> None:
         mm_packing_min_patches=1,
         mm_packing_max_patches=64,
         mm_packing_video="frames",
-        tokenizer_model_max_length=200,
+        tokenizer_model_max_length=limit,
         use_cache=False,
     )
     model = LlavaLlamaForCausalLM(config).float()

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import yaml
 from families import tiny
+from launch_files import settings
 from PIL import Image
 
 from llava_packing_tower.checkpoint.weights import WeightFiles
@@ -78,24 +79,13 @@ def make_run(folder: Path) -> None:
     deepspeed = {"zero_optimization": zero, "fp16": fp16, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
     (folder / "zero.json").write_text(json.dumps(deepspeed))
     content = {
-        "mm_vision_tower": f"packing:{folder / 'tower_packing'}",
-        "model_name_or_path": str(folder / "llama"),
-        "data_path": str(folder / "data.json"),
-        "image_folder": str(folder / "images"),
-        "output_dir": str(folder / "out"),
-        "deepspeed": "zero.json",
-        "mm_vision_select_layer": -2,
-        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",
+        **settings(folder),
         "mm_projector_type": "spatial_merge",
         "image_aspect_ratio": "native",
         "mm_packing_max_patches": 64,
         "model_max_length": 128,
-        "attn_implementation": "sdpa",
-        "learning_rate": "1e-4",
         "max_steps": 3,
         "version": "v1",
-        "bf16": True,
-        "report_to": None,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
 

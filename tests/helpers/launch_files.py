@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from llava_packing_tower.integrations.llava.registry import find_host
+
+
+def settings(folder: Path) -> dict:
+    """What any run needs: the files in a folder, which need not exist yet, and how it trains."""
+    return {
+        "mm_vision_tower": f"packing:{folder / 'tower_packing'}",
+        "model_name_or_path": str(folder / "llama"),
+        "data_path": str(folder / "data.json"),
+        "image_folder": str(folder / "images"),
+        "output_dir": str(folder / "out"),
+        "deepspeed": "zero.json",
+        "mm_vision_select_layer": -2,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",
+        "bf16": True,
+        "attn_implementation": "sdpa",  # LLaVA-NeXT's default needs flash-attn
+        "learning_rate": "1e-4",
+        "report_to": None,
+    }
 
 
 @pytest.fixture
@@ -20,21 +39,7 @@ def files(tmp_path):
         json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
     )
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    content = {
-        "mm_vision_tower": f"packing:{tmp_path / 'tower_packing'}",
-        "model_name_or_path": str(tmp_path / "llama"),
-        "data_path": str(tmp_path / "data.json"),
-        "image_folder": str(tmp_path / "images"),
-        "output_dir": str(tmp_path / "out"),
-        "deepspeed": "zero.json",
-        "mm_vision_select_layer": -2,
-        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",
-        "bf16": True,
-        "attn_implementation": "sdpa",  # LLaVA-NeXT's default needs flash-attn
-        "learning_rate": "1e-4",
-        "num_train_epochs": 3,
-        "report_to": None,
-    }
+    content = {**settings(tmp_path), "num_train_epochs": 3}
 
     def write(**changes):
         file = tmp_path / "config.yaml"

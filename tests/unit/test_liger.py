@@ -89,16 +89,17 @@ def test_right_kernels_pass_and_wrong_ones_do_not(installed, model, monkeypatch)
     layer = model.model.layers[0]
     assert wrong_layers(layer, torch.device("cpu"), torch.float32) is None
     assert wrong_layers(layer, torch.device("cpu"), torch.bfloat16) is None
-    wrong = {
-        "RMSNorm": ("liger_rms_norm", lambda x, w, eps, in_place: rms_norm(x, w, eps + 0.3, in_place=in_place)),
-        "rotary": ("liger_rope", lambda q, k, cos, sin: rope(q, k, cos, -sin)),
-        "SwiGLU": ("liger_swiglu", lambda a, b: silu(b) * a),
-    }
-    for name, (function, stand_in) in wrong.items():
+    wrong = (
+        ("RMSNorm", "liger_rms_norm", lambda x, w, eps, in_place: rms_norm(x, w, eps + 0.3, in_place=in_place)),
+        ("RMSNorm", "liger_rms_norm", lambda x, w, eps, in_place: rms_norm(x, w + 0.05, eps, in_place=in_place)),
+        ("rotary", "liger_rope", lambda q, k, cos, sin: rope(q, k, cos, -sin)),
+        ("SwiGLU", "liger_swiglu", lambda a, b: silu(b) * a),
+    )
+    for name, function, stand_in in wrong:
         with monkeypatch.context() as change:
             change.setattr(liger, function, stand_in)
-            assert name in wrong_layers(layer, torch.device("cpu"), torch.float32)
-            assert name in wrong_layers(layer, torch.device("cpu"), torch.bfloat16)
+            assert f"{name} is wrong" in wrong_layers(layer, torch.device("cpu"), torch.float32)
+            assert f"{name} is wrong" in wrong_layers(layer, torch.device("cpu"), torch.bfloat16)
 
     def fails(*args, **kwargs):
         raise RuntimeError("no such kernel\nand more")
@@ -121,6 +122,29 @@ def test_a_gradient_that_is_wrong_is_seen(installed, model, monkeypatch):
 
     monkeypatch.setattr(liger, "liger_swiglu", Wrong.apply)
     assert "SwiGLU" in wrong_layers(model.model.layers[0], torch.device("cpu"), torch.float32)
+
+
+def test_a_backward_that_writes_over_its_inputs_is_taken(installed, model, monkeypatch):
+    class InPlace(torch.autograd.Function):
+        """As liger's own: the gradients stand in the tensors that the forward was given."""
+
+        @staticmethod
+        def forward(ctx, a, b):
+            ctx.save_for_backward(a, b)
+            return (silu(a.float()) * b.float()).to(a.dtype)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            a, b = ctx.saved_tensors
+            wide, sigmoid = a.float(), torch.sigmoid(a.float())
+            of_b = gradient.float() * silu(wide)
+            of_a = gradient.float() * b.float() * sigmoid * (1 + wide * (1 - sigmoid))
+            a.data.copy_(of_a)
+            b.data.copy_(of_b)
+            return a, b
+
+    monkeypatch.setattr(liger, "liger_swiglu", InPlace.apply)
+    assert wrong_layers(model.model.layers[0], torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_this_decoder_computes_with_it_and_others_do_not(installed, model, patches):
