@@ -3,8 +3,8 @@
 SRC is a folder or hub id of a standard LlavaViT (`llava_vit`), a OneVision encoder, a packing checkpoint, SigLIP2,
 AIMv2 or DINOv3, or a training checkpoint (.pt, .pth, .safetensors), which needs --model_name. The direction follows
 from SRC: standard to packing, and packing back to standard. SRC is not changed. The output is complete or absent. The
-exit status is 0 if all went well, and 1 if a tensor did not fit or a test failed; the output of a failed test is moved
-to *.failed.
+exit status is 0 if all went well, 1 if a test failed (the output is moved to *.failed) or the disk refused, and 2 if
+SRC or an option cannot be used.
 
   llava-packing convert checkpoints/hevc_vit_large
   llava-packing convert backbone.pt --model_name llava_vit_large_ln --output_dir checkpoints/large_packing
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..convert.pipeline import REPORT_NAME, Options, Outcome, Progress, convert
+from ..convert.pipeline import REPORT_NAME, NotWritten, Options, Outcome, Progress, convert
 from ..convert.plan import Conversion, DoesNotFit, peak_memory
 from ..convert.report import (
     announce,
@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
         outcome = _convert(args, console)
     except DoesNotFit as error:
         print_problems(console, f"ERROR: {error.message}:", error.rows)
-        return 1
+        return 2
     except (ValueError, OSError, ImportError) as error:
         console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
-        return 1
+        return 1 if isinstance(error, NotWritten) else 2
     print_written(console, outcome.report)
     report = read_json(outcome.folder / REPORT_NAME)
     write_for_program(args.json, {"output": outcome.folder, "passed": outcome.passed, **report})

@@ -2,7 +2,7 @@
 
 A and B are folders, hub ids or weight files of any kind that `convert` reads. One runs as the standard model, sample by
 sample, the other packed. B is checked against A: it is also saved, reloaded and compared bit by bit. The exit status is
-0 if all five tests pass, and 1 if not.
+0 if all five tests pass, 1 if one does not, and 2 if A, B or an option cannot be used.
 
   llava-packing verify checkpoints/hevc_vit_large checkpoints/hevc_vit_large_packing
 """
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             results, threshold = verify_pair(args.a, args.b, options_of(args, dtype=args.dtype), step)
     except (ValueError, OSError, ImportError) as error:
         console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
-        return 1
+        return 2
     print_results(console, results, threshold)
     failed = any_failed(results)
     tests = [asdict(result) for result in results]

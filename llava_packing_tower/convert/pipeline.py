@@ -26,11 +26,15 @@ from ..utils.scratch import scratch_beside
 from .plan import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
 from .sources import Source, read_source
 from .test_images import Photographer, find_photos
-from .verify import TEST_NAMES, THRESHOLDS, TestResult, verify
+from .verify import TEST_NAMES, THRESHOLDS, CannotLoad, TestResult, verify
 from .verify_against_hf import verify_family
 
 REPORT_NAME = "conversion.json"
 LLAVA_VIT = (SOURCE_TYPE, "llava_vit_packing", *STANDARD_MODELS)
+
+
+class NotWritten(OSError):
+    """The disk refused the result: nothing is wrong with what the user gave."""
 
 
 @dataclass
@@ -118,7 +122,7 @@ def check_output(folder: Path) -> Path:
 def aside(folder: Path) -> Iterator[Path]:
     """A scratch folder beside ``folder``, on the same disk; gone afterwards unless it was renamed.
 
-    Raises ``OSError`` that names ``folder`` for whatever the disk refuses; folders made on the way to it go again.
+    Raises :class:`NotWritten` that names ``folder`` for whatever the disk refuses; folders made on the way to it go again.
     """
     made = [parent for parent in folder.parents if not parent.exists()]
     scratch = None
@@ -132,7 +136,7 @@ def aside(folder: Path) -> Iterator[Path]:
         reason = str(error) if scratch else error.strerror
         if error.errno in DISK_FULL:
             reason = f"the disk is full ({shutil.disk_usage(folder.parent).free / 1e6:.0f} MB free): {reason}"
-        raise OSError(f"{folder} was not written: {reason}") from error
+        raise NotWritten(f"{folder} was not written: {reason}") from error
     finally:
         for parent in made:
             with suppress(OSError):  # not empty: the output is in it
@@ -168,7 +172,7 @@ def convert(name: str, output: str | None, options: Options, progress: Progress 
         The outcome. If a test failed, the folder was moved to ``*.failed`` and ``passed`` is False.
 
     Raises:
-        ValueError, OSError: nothing was written.
+        ValueError, OSError: nothing was written; :class:`NotWritten` if that is the disk's fault.
     """
     progress = progress or Progress()
     device = resolve_device(options.device)
@@ -239,15 +243,18 @@ def verify_conversion(
     def photographer(model: StrictPreTrainedModel) -> Photographer:
         return Photographer(photos, conversion.processor, model.config.patch_size, model.config.num_channels)
 
-    return verify(
-        from_result if backwards else from_source,
-        from_source if backwards else from_result,
-        photographer,
-        subject="standard" if backwards else "packed",
-        expected=expected,
-        scratch=folder.parent,
-        step=step,
-    )
+    try:
+        return verify(
+            from_result if backwards else from_source,
+            from_source if backwards else from_result,
+            photographer,
+            subject="standard" if backwards else "packed",
+            expected=expected,
+            scratch=folder.parent,
+            step=step,
+        )
+    except CannotLoad as error:
+        return [TestResult(name, False, note=f"cannot be loaded: {error}") for name in TEST_NAMES]
 
 
 def verify_pair(
@@ -265,16 +272,10 @@ def verify_pair(
         The five results, and the cosine that they had to exceed.
 
     Raises:
-        ValueError: the first cannot be read, or one is not a LlavaViT checkpoint.
+        ValueError, OSError: one cannot be read or loaded, or is not a LlavaViT checkpoint.
     """
     device, photos = resolve_device(options.device), find_photos(options.images)
-    first = read_source(left, options.model_name, options.fields)
-    try:
-        second = read_source(right, options.model_name, options.fields)
-    except (ValueError, OSError) as error:
-        return [TestResult(test, False, note=f"cannot be read: {error}") for test in TEST_NAMES], max(
-            THRESHOLDS.values()
-        )
+    first, second = (read_source(name, options.model_name, options.fields) for name in (left, right))
     for source in (first, second):
         if source.kind not in LLAVA_VIT:
             raise ValueError(

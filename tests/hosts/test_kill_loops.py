@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import host_runs
+import psutil
 import pytest
 from conversions import same_bits, standard_folder
 from host_runs import needs_host
@@ -25,9 +26,18 @@ KILLS = int(os.environ.get("KILLS", "50"))
 pytestmark = [pytest.mark.long, pytest.mark.timeout(24 * 3600)]
 
 
-def kill_again_and_again(command, output, environment, longest, number, check=lambda: None):
-    """Start the command, kill it after a while, and look at what is left. Returns how many were killed at work."""
-    rng, killed = random.Random(f"{command}{number}"), 0
+def descendants(pid):
+    """The children of a process, and theirs."""
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_again_and_again(command, output, environment, longest, number, check=lambda: None, at_work=""):
+    """Start the command, kill it within ``longest`` seconds, and look at what is left. Returns how many were killed at
+    work."""
+    rng, killed, begun = random.Random(f"{command}{number}"), 0, 0
     for _ in range(KILLS):
         log = output.parent / "kill.log"
         with log.open("w") as file:
@@ -37,14 +47,16 @@ def kill_again_and_again(command, output, environment, longest, number, check=la
         until = time.monotonic() + rng.uniform(0, longest)
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
-        family = [pid for pid in of_output(output) if pid != os.getpid()]
+        family = {process.pid, *descendants(process.pid), *of_output(output)}
         killed += process.poll() is None
         process.send_signal(number)
         process.wait(timeout=30)
-        assert ended(family, within=10) == [], log.read_text()
+        assert ended(family, within=10) == [] and of_output(output) == [], log.read_text()
         if number == signal.SIGTERM and process.returncode == 128 + number:
             assert "Traceback" not in log.read_text(), log.read_text()
+        begun += bool(at_work and at_work in log.read_text())
         check()
+    print(f"{KILLS} times {number.name}: {killed} killed, {begun} of all after {at_work!r}")
     return killed
 
 
@@ -91,7 +103,7 @@ def test_train(trainings, tmp_path, number):
         last = resume.last_complete(output) if output.exists() else None
         assert last is None or resume.read_saved(last).processes == 2
 
-    kill_again_and_again(command, output, environment, 45, number, check)
+    kill_again_and_again(command, output, environment, 60, number, check, at_work="step 1/")
     before = resume.last_complete(output)
     command = host_runs.train_command(
         trainings.config, output, *words, "--max_steps", str(resume.read_saved(before).step + 2 if before else 2)
@@ -107,7 +119,7 @@ def test_eval(demo, tmp_path, number):
     environment = host_runs.environment(host_runs.NEXT)
     command = [sys.executable, "-m", "llava_packing_tower", "eval", str(demo.trained), "--tasks", "smoke"]
     command += ["--num_processes", "1", "--output_path", str(tmp_path / "scores")]
-    kill_again_and_again(command, tmp_path / "scores", environment, 25, number)
+    kill_again_and_again(command, tmp_path / "scores", environment, 45, number, at_work="smoke: log in")
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert read_run(tmp_path / "scores")["smoke"].samples > 0
@@ -118,5 +130,12 @@ def test_eval(demo, tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_demo(tmp_path, number):
     environment = host_runs.environment(host_runs.NEXT)
-    command = [sys.executable, "-m", "llava_packing_tower", "demo", "--output", str(tmp_path / "demo")]
-    kill_again_and_again(command, tmp_path / "demo", environment, 60, number)
+    output = tmp_path / "demo"
+    command = [sys.executable, "-m", "llava_packing_tower", "demo", "--output", str(output)]
+    # Few steps: as many kills before and after the training as in it.
+    killed = kill_again_and_again([*command, "--max_steps", "4"], output, environment, 80, number, at_work="[4/6]")
+    assert killed > KILLS // 5
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "kill.log"} and not of_output(output)
+    assert {path.name for path in output.rglob(".*") if path.is_file()} == {".llava_packing_demo"}

@@ -272,7 +272,7 @@ def test_an_empty_output_folder_is_filled_a_full_one_refused(standard, tmp_path,
     (tmp_path / "out").mkdir()
     assert convert(standard, "--output_dir", tmp_path / "out") == 0
     before = tree(tmp_path / "out")
-    assert convert(standard, "--output_dir", tmp_path / "out") == 1
+    assert convert(standard, "--output_dir", tmp_path / "out") == 2
     assert "is not empty" in capsys.readouterr().out
     assert tree(tmp_path / "out") == before
-    assert convert(standard, "--output_dir", standard) == 1
+    assert convert(standard, "--output_dir", standard) == 2

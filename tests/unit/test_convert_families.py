@@ -80,10 +80,10 @@ def test_a_tower_on_the_source_gives_the_features_of_the_converted_folder(source
 
 def test_nothing_to_convert(source, name, capsys):
     assert convert(source, "--no-verify") == 0
-    assert main(["convert", str(source.parent / "out")]) == 1
+    assert main(["convert", str(source.parent / "out")]) == 2
     packed = GOLDEN_FAMILIES[name].config_class.model_type
     assert f"is a {packed} checkpoint already: there is nothing to convert" in capsys.readouterr().out
-    assert main(["convert", str(source), "--target_model_name", "llava_vit", "--output_dir", str(source / "x")]) == 1
+    assert main(["convert", str(source), "--target_model_name", "llava_vit", "--output_dir", str(source / "x")]) == 2
     assert f"which becomes a {packed} one, not llava_vit" in capsys.readouterr().out
 
 
@@ -99,7 +99,7 @@ def test_strict(source, damage, capsys):
             tensors[key][1, 2] = torch.nan
 
     change_weights(source, change)
-    assert convert(source, "--no-verify") == 1
+    assert convert(source, "--no-verify") == 2
     assert ("are NaN" if damage == "nan" else damage) in capsys.readouterr().out
     assert os.listdir(source.parent) == [source.name]
 

@@ -57,7 +57,7 @@ def test_a_hub_id_is_a_source_like_a_folder(hub, tmp_path):
 
 
 def test_a_hub_id_that_cannot_be_reached(hub, tmp_path, capsys):
-    assert convert("lab/other", "--no-verify") == 1
+    assert convert("lab/other", "--no-verify") == 2
     assert "'lab/other' is neither a local folder nor a hub id that can be reached" in capsys.readouterr().out
     assert not list(tmp_path.glob("*packing*"))
 
@@ -80,10 +80,10 @@ def test_the_users_own_photos(standard, tmp_path, monkeypatch, capsys):
     assert set(opened) == {"a.png", "b.JPG", "grey.bmp"}
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval sets it
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:300])
-    assert convert(standard, "--images", folder, "--output_dir", tmp_path / "broken") == 1
+    assert convert(standard, "--images", folder, "--output_dir", tmp_path / "broken") == 2
     assert "a.png cannot be read as an image" in capsys.readouterr().out
     for empty in (tmp_path / "absent", tmp_path / "out"):
-        assert convert(standard, "--images", empty, "--output_dir", tmp_path / "broken") == 1
+        assert convert(standard, "--images", empty, "--output_dir", tmp_path / "broken") == 2
         assert "not a folder, or no file in it ends in" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["out", "photos", "standard"]
 
@@ -93,7 +93,7 @@ def test_without_any_photos_the_way_out_is_said(standard, tmp_path, monkeypatch,
         raise FileNotFoundError
 
     monkeypatch.setattr(test_images, "source_of", missing)
-    assert convert(standard, "--output_dir", tmp_path / "out") == 1
+    assert convert(standard, "--output_dir", tmp_path / "out") == 2
     assert "pip install scikit-learn" in (text := capsys.readouterr().out) and "--images" in text
     assert os.listdir(tmp_path) == ["standard"]
 
@@ -111,9 +111,9 @@ def test_device(standard, tmp_path, monkeypatch, capsys):
     for device in ("auto", "cpu"):
         assert convert(standard, "--device", device, "--output_dir", tmp_path / device) == 0
     assert used == ["cpu", "cpu"]
-    assert convert(standard, "--device", "cuda", "--output_dir", tmp_path / "out") == 1
+    assert convert(standard, "--device", "cuda", "--output_dir", tmp_path / "out") == 2
     assert "this machine has no CUDA device" in capsys.readouterr().out
-    assert convert(standard, "--device", "abacus", "--output_dir", tmp_path / "out") == 1
+    assert convert(standard, "--device", "abacus", "--output_dir", tmp_path / "out") == 2
     assert "--device abacus" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pipeline.resolve_device("auto").type == "cuda"
@@ -139,13 +139,13 @@ def test_a_checkpoint_of_the_onevision_training_code(tmp_path, capsys):
     """``backbone.pt`` of ``training/checkpoint_utils.py``: the standard names, without a config.json."""
     model = create_model("ov_encoder_base", num_hidden_layers=1, intermediate_size=64)
     torch.save(model.state_dict(), tmp_path / "backbone.pt")
-    assert convert(tmp_path / "backbone.pt", "--model_name", "ov_encoder_base", "--no-verify") == 1
+    assert convert(tmp_path / "backbone.pt", "--model_name", "ov_encoder_base", "--no-verify") == 2
     assert "num_hidden_layers: ov_encoder_base has 12, the checkpoint 1" in capsys.readouterr().out
     register_preset("ov_encoder_tiny", ONEVISION, num_attention_heads=12, image_size=224)
     try:
         assert convert(tmp_path / "backbone.pt", "--model_name", "ov_encoder_tiny", "--no-verify") == 0
         torch.save(source_state_dict(model.state_dict()), tmp_path / "old.pt")
-        assert convert(tmp_path / "old.pt", "--model_name", "ov_encoder_tiny", "--no-verify") == 1
+        assert convert(tmp_path / "old.pt", "--model_name", "ov_encoder_tiny", "--no-verify") == 2
     finally:
         del PRESETS["ov_encoder_tiny"]
     assert "has the tensor names of a llava_vit_source" in capsys.readouterr().out
