@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from ..utils.files import CONFIG_NAME
@@ -12,19 +13,32 @@ SUFFIXES = (".safetensors", ".bin", ".model", ".json")
 NOT_THE_MODEL = ("training_args.bin", "trainer_state.json", "packing_tower.json")
 
 
-def identity(checkpoint: str | Path, base: str | Path | None = None) -> str:
+def identity(
+    checkpoint: str | Path,
+    base: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, count: None,
+) -> str:
     """ "w" and 16 hex digits over every byte of the configuration, tokenizer and weights (about a second per GB).
 
-    Raises ``ValueError`` for a folder without ``config.json``.
+    progress: called with the bytes that are read, and all there are.
+    Raises ``ValueError`` for a file that cannot be read, and for a folder without ``config.json``.
     """
-    digest = hashlib.sha256()
+    files: list[Path] = []
     for folder in (Path(f) for f in (checkpoint, base) if f):
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
-        files = (f for f in folder.iterdir() if f.suffix in SUFFIXES and f.name not in NOT_THE_MODEL)
-        for file in sorted(files):
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        found = (f for f in folder.iterdir() if f.suffix in SUFFIXES and f.name not in NOT_THE_MODEL)
+        files += sorted(file for file in found if not file.is_dir())
+    digest, done = hashlib.sha256(), 0
+    try:
+        sizes = [file.stat().st_size for file in files]
+        for file, size in zip(files, sizes):
+            digest.update(f"{file.name}\0{size}\0".encode())
             with file.open("rb") as stream:
                 while chunk := stream.read(1 << 22):
                     digest.update(chunk)
+                    done += len(chunk)
+                    progress(done, sum(sizes))
+    except OSError as error:  # a link into a cache that is gone
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
     return f"w{digest.hexdigest()[:16]}"

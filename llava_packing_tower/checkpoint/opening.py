@@ -95,7 +95,8 @@ def open_checkpoint(
     """
     checkpoint = open_files(name, subfolder, use_safetensors, part, **hub)
     if not identify(checkpoint):
-        raise ValueError(refusal(checkpoint.files.shapes(), checkpoint.path))
+        nameless = f"{checkpoint.where} has no model_type, and " if checkpoint.where != checkpoint.path else ""
+        raise ValueError(nameless + refusal(checkpoint.files.shapes(), checkpoint.path))
     return checkpoint
 
 

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from ..eval.runner import Evaluation, run_tasks
     from ..eval.task_groups import check_known, expand, registered
     from ..eval.tasks import OWN_TASKS
+    from ..utils.progress import progress
 
     console = Console()
     if not console.is_terminal:
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         check_checkpoint(args.checkpoint, args.model_base)
         if not set(tasks) <= set(OWN_TASKS):
             check_known(tasks, registered(args.include_path))
-        weights = identity(args.checkpoint, args.model_base)
+        with progress("reading the weights", in_bytes=True) as shown:
+            weights = identity(args.checkpoint, args.model_base, shown)
     except ValueError as error:
         raise UsageError(str(error)) from error
     model = {

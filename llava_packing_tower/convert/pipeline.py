@@ -122,7 +122,7 @@ def check_output(folder: Path) -> Path:
 def aside(folder: Path) -> Iterator[Path]:
     """A scratch folder beside ``folder``, on the same disk; gone afterwards unless it was renamed.
 
-    Raises :class:`NotWritten` that names ``folder`` for whatever the disk refuses; folders made on the way to it go again.
+    Raises :class:`NotWritten` that names ``folder`` for what the disk refuses; folders made on the way to it go again.
     """
     made = [parent for parent in folder.parents if not parent.exists()]
     scratch = None

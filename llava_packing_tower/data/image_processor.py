@@ -172,9 +172,10 @@ class PackingImageProcessor:
         self.image_mean, self.image_std = _numbers("image_mean", image_mean), _numbers("image_std", image_std)
         if min(self.image_std) < SMALLEST_STD:
             raise ValueError(f"image_std must be at least {SMALLEST_STD}, got {image_std!r:.80}")
-        if len({len(self.image_mean), len(self.image_std)} - {1}) > 1:
+        if not {len(self.image_mean), len(self.image_std)} <= {1, 3}:
             raise ValueError(
-                f"image_mean and image_std are for different numbers of channels: {image_mean}, {image_std}"
+                f"image_mean and image_std must be three numbers, or one for all channels: {image_mean!r:.80}, "
+                f"{image_std!r:.80}"
             )
         self.resample = int(resample)
         self.do_resize, self.do_center_crop = do_resize, do_center_crop

@@ -98,6 +98,13 @@ class SmartResize:
         width, height = self.size(width, height, max_patches)
         return height // self.patch_size, width // self.patch_size
 
+    def scaling(self, width: int, height: int, max_patches: int | None = None) -> float | None:
+        """Pixels of an image over those at which it is encoded, where a bound changes its size: above 1 it is reduced.
+        None where its sides are rounded to whole units and nothing else."""
+        target = self.size(width, height, max_patches)
+        nearest = [max(1, round(side / unit)) * unit for side, unit in zip((width, height), self.unit[::-1])]
+        return None if [*target] == nearest else width * height / (target[0] * target[1])
+
     def tokens(self, width: int, height: int, max_patches: int | None = None) -> tuple[int, int]:
         """Rows and columns of visual tokens of an image of this width and height in pixels."""
         return merged(self.grid(width, height, max_patches), self.merge)

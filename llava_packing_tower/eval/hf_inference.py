@@ -113,6 +113,12 @@ def prepare(
     return Question(prompt, images, videos, max_frames)
 
 
+def scalings(loaded: Checkpoint, question: Question) -> list[float | None]:
+    """Of each image of a question, what ``SmartResize.scaling`` says; nothing where no image keeps its own size."""
+    settings = loaded.processor.image_processor.settings
+    return [settings.rule.scaling(*image.size) for image in question.images] if settings.is_native else []
+
+
 def _inputs(loaded: Checkpoint, questions: Sequence[Question], with_answers: bool = False) -> Any:
     videos = [video for question in questions for video in question.videos]
     inputs = loaded.processor(

@@ -86,8 +86,8 @@ def check_checkpoint(checkpoint: Path, base: Path | None) -> None:
     tower = str(config.get(key) or "")
     if tower_kind(tower, config.get("mm_packing_config")) not in (PACKING, FUSED):
         raise ValueError(
-            f"{checkpoint} has no packing tower: its {key} is {tower!r}. Use lmms-eval's own models "
-            f"llava or llava_onevision"
+            f"{checkpoint} has no packing tower: {key} in its {CONFIG_NAME} is {tower!r}. Use lmms-eval's own "
+            f"models llava or llava_onevision"
         )
     check_host_has(found, class_name(config, found.host), checkpoint)
     in_checkpoint = saved_in(checkpoint / CONFIG_NAME, config).get("weights") == "checkpoint"

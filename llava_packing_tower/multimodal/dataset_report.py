@@ -52,8 +52,7 @@ class TokenReport:
             kept = len(self.patches) - self.reduced - self.enlarged
             lines.append(f"sizes: {kept} kept (to whole patches), {self.reduced} reduced, {self.enlarged} enlarged")
             if self.worst:
-                named = ", ".join(f"{name} to 1/{times:.3g} of its pixels" for times, name in self.worst)
-                lines.append(f"over mm_packing_max_patches: {self.reduced} images, most of all {named}")
+                lines.append(over_the_bound(self.reduced, self.worst))
         if self.lengths:
             over = sum(length > self.limit for length in self.lengths)
             lines.append(
@@ -153,16 +152,18 @@ def _measure_one(
     count = token_count((frames, *rule.tokens(width, height, bound)), not is_image, layout)
     report.patches.append(rows * columns)
     report.tokens.append(count)
-    unit = rule.merge[0] * rule.merge[1] * rule.patch_size**2
-    change = (rows * columns * rule.patch_size**2 - width * height) / unit
-    nearest = [max(1, round(side / size)) * size // rule.patch_size for side, size in zip((height, width), rule.unit)]
-    if [rows, columns] != nearest:
-        report.reduced += change < 0
-        if change < 0:
-            times = width * height / (rows * columns * rule.patch_size**2)
-            report.worst = sorted([*report.worst, (times, file)], reverse=True)[:WORST]
-        report.enlarged += change >= 0
+    times = rule.scaling(width, height, bound)
+    if times is not None and times > 1:
+        report.reduced += 1
+        report.worst = sorted([*report.worst, (times, file)], reverse=True)[:WORST]
+    report.enlarged += times is not None and times <= 1
     return count
+
+
+def over_the_bound(count: int, worst: Iterable[tuple[float, str]]) -> str:
+    """For a log: how many images ``mm_packing_max_patches`` reduces; ``worst``: as :class:`TokenReport` has them."""
+    named = ", ".join(f"{name} to 1/{times:.3g} of its pixels" for times, name in worst)
+    return f"over mm_packing_max_patches: {count} images, most of all {named}"
 
 
 def _measure_text(report: TokenReport, places: Sequence[bool], counts: Sequence[int]) -> None:

@@ -35,6 +35,7 @@ from .resume import finished, last_complete, misfit, read_saved
 from .run_lock import LOCK, LOCK_ENV
 
 TRAINER_KEY = "trainer"
+TORCHRUN = "llava_packing_tower.train.torchrun"
 ENTRY = "llava_packing_tower.train.entrypoint"
 TOWER_WORDS = {
     FUSED: "packing towers, joined by channel",
@@ -348,7 +349,7 @@ def _command(plan: Plan) -> list[str]:
     else:
         # Through torchrun, one process with DeepSpeed included: on a CPU it does not start without its environment. On
         # GPUs too: DeepSpeed's own launcher counts GPUs from 0 and overrides CUDA_VISIBLE_DEVICES.
-        words += ["torch.distributed.run", *plan.nodes.torchrun(plan.processes), "--module", ENTRY]
+        words += [TORCHRUN, *plan.nodes.torchrun(plan.processes), "--module", ENTRY]
     return words + to_argv(plan.values)
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-
-from rich.console import Console
 
 from ..data.images import reading_of
 from ..data.media_check import MediaCheck, check_data
@@ -25,6 +23,7 @@ from ..towers.feature_select import SELECT_FEATURES, selected_layers
 from ..towers.names import FUSED, PACKING, tower_kind, tower_names
 from ..utils.errors import UsageError
 from ..utils.files import read_json
+from ..utils.progress import progress
 from .sequence_lengths import LengthCheck
 
 ASPECTS = re.compile(r"^(square|pad|native|highres|anyres|anyres_max_\d+|crop_split)$")
@@ -172,17 +171,6 @@ def media_check(values: Mapping[str, object], found: FoundHost, all_files: bool)
         all_of_it=all_files,
         strict=bool(values.get("mm_packing_strict")),
     )
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, with the time left; yields what moves it: called with what is done, and all there is."""
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title)
-        yield lambda done, count: bar.update(task, completed=done, total=count)
 
 
 def check_samples(

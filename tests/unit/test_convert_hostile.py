@@ -1,4 +1,4 @@
-"""`llava-packing convert` with corrupt or hostile files, full or locked disks: a message, an exit code, nothing left."""
+"""`llava-packing convert` with corrupt or hostile files, full or locked disks: a message, a status, nothing left."""
 
 import json
 import os

@@ -69,7 +69,7 @@ def test_a_stopped_conversion_says_so_in_one_line_and_leaves_nothing(standard, t
 
 def test_what_a_killed_conversion_left_goes_with_the_next_one(standard, tmp_path, capsys):
     process = start(standard, tmp_path / "out")
-    assert convert(standard, tmp_path / "out") == 1  # while the first is at work: at once
+    assert convert(standard, tmp_path / "out") == 2  # while the first is at work: at once
     assert f"another process is writing {tmp_path / 'out'}" in capsys.readouterr().out
     process.kill()
     process.communicate()

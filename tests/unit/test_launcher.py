@@ -223,7 +223,7 @@ def test_cpu_plan(files, monkeypatch):
     plan = launcher.make_plan(
         files(), ["--learning_rate", "3e-3", "--vision_tower", "packing:org/model"], num_processes=2
     )
-    assert plan.command[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    assert plan.command[1:5] == ["-m", "llava_packing_tower.train.torchrun", "--nproc_per_node", "2"]
     assert "use_cpu" not in " ".join(plan.command)
     assert plan.environment["LOCAL_SIZE"] == "2" and "OMP_NUM_THREADS" not in plan.environment
     words = words_of(plan)
@@ -238,7 +238,7 @@ def test_gpu_plan(files, monkeypatch):
     monkeypatch.setattr(launcher, "_gpus", lambda: 4)
     plan = launcher.make_plan(files())
     # Not DeepSpeed's launcher, which counts GPUs from 0 whatever CUDA_VISIBLE_DEVICES says.
-    assert plan.command[2:5] == ["torch.distributed.run", "--nproc_per_node", "4"]
+    assert plan.command[2:5] == [launcher.TORCHRUN, "--nproc_per_node", "4"]
     assert "LOCAL_SIZE" not in plan.environment and "CUDA_VISIBLE_DEVICES" not in plan.environment
     assert launcher.make_plan(files(), num_gpus=2).processes == 2
     assert launcher.make_plan(files(), num_processes=2).device == "cpu"
@@ -250,15 +250,15 @@ def test_gpu_plan(files, monkeypatch):
     assert plan.command[plan.command.index("--hostfile") + 1] == hostfile
     with pytest.raises(UsageError, match="--num_processes is for runs on the CPU"):
         launcher.make_plan(files(), num_gpus=2, num_processes=2)
-    assert launcher.make_plan(files(deepspeed="-")).command[2] == "torch.distributed.run"
+    assert launcher.make_plan(files(deepspeed="-")).command[2] == launcher.TORCHRUN
 
 
 def test_one_process_without_deepspeed_is_not_wrapped(files, monkeypatch):
     """Not in DDP (torchrun's environment), and not in DataParallel (several GPUs in sight)."""
     plan = launcher.make_plan(files(deepspeed="-"), num_processes=1)
     assert plan.command[1:3] == ["-m", launcher.ENTRY]
-    assert launcher.make_plan(files(), num_processes=1).command[2] == "torch.distributed.run"
-    assert launcher.make_plan(files(deepspeed="-"), num_processes=2).command[2] == "torch.distributed.run"
+    assert launcher.make_plan(files(), num_processes=1).command[2] == launcher.TORCHRUN
+    assert launcher.make_plan(files(deepspeed="-"), num_processes=2).command[2] == launcher.TORCHRUN
     monkeypatch.setattr(launcher, "_gpus", lambda: 4)
     plan = launcher.make_plan(files(deepspeed="-"), num_gpus=1)
     assert plan.command[1:3] == ["-m", launcher.ENTRY]

@@ -20,8 +20,10 @@ from ...checkpoint.folder_hash import identity
 from ...data.codec import SELECTORS
 from ...integrations.llava import batched_inference, install
 from ...integrations.llava.inference import load_checkpoint
+from ...utils.progress import progress
 from ...utils.supervise import watch_launcher
 from .. import hf_inference
+from ..reduced_images import ReducedImages
 from ..refusals import refusals
 
 DEFAULT_NEW_TOKENS = 1024
@@ -87,6 +89,7 @@ class LlavaPacking(lmms):
             raise ValueError(
                 f"positions_thw must be one of {', '.join(SELECTORS)}, for a LLaVA checkpoint, got {positions_thw!r}"
             )
+        self.reduced = ReducedImages()
         self.more = {} if positions_thw is None else {"positions_thw": positions_thw}
         tower = self.model.model.vision_tower if exported else self.model.get_vision_tower()
         print(
@@ -100,7 +103,10 @@ class LlavaPacking(lmms):
         caching = any(word.split("=")[0] in ("--use_cache", "-c") for word in sys.argv[1:])
         if weights is None and not caching:
             return
-        here = identity(pretrained, model_base) if self.accelerator.is_local_main_process else weights
+        here = weights
+        if self.accelerator.is_local_main_process:
+            with progress("reading the weights", in_bytes=True) as shown:
+                here = identity(pretrained, model_base, shown)
         if weights is None:
             raise ValueError(
                 f"--use_cache identifies a model by its arguments, not by its weights, and would return the answers "
@@ -153,6 +159,7 @@ class LlavaPacking(lmms):
         for index, answer in self._answers([request.args[0] for request in requests], prepared, settings):
             answers[index] = answer
             self.cache_hook.add_partial("generate_until", (requests[index].args[0], settings[index]), answer)
+        self.reduced.report()
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
@@ -190,6 +197,7 @@ class LlavaPacking(lmms):
                     texts[index], shown[index] = text, lambda document, visuals=visuals: visuals
                     following.append(index)
             active = following
+        self.reduced.report()
         return answers
 
     def _answers(
@@ -226,6 +234,7 @@ class LlavaPacking(lmms):
         for indices, questions in self._batches(texts, prepared, [""] * len(requests)):
             for index, result in zip(indices, self.inference.losses(self.loaded, questions)):
                 results[index] = result
+        self.reduced.report()
         return results
 
     def _prepare(
@@ -250,9 +259,12 @@ class LlavaPacking(lmms):
             step = (len(visuals) - 1) / max(count - 1, 1)
             visuals = [[visuals[int(i * step)] for i in range(count)]]
         with refusals(task, doc_id):
-            return self.inference.prepare(
+            question = self.inference.prepare(
                 self.loaded, context, visuals, self.conversation, self.max_frames, answer, **self.more
             )
+        for number, scaling in enumerate(self.inference.scalings(self.loaded, question), 1):
+            self.reduced.note(scaling, f"image {number} of task {task}, document {doc_id}")
+        return question
 
     def _batches(
         self, texts: Sequence[str], prepared: Callable[[int], object], groups: Sequence[str]

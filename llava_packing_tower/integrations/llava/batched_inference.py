@@ -175,6 +175,14 @@ def _clip_of(frames: Sequence[Image.Image], reading: ImageReading) -> Clip:
     return Clip(stacked, list(range(len(frames))), len(frames), 1.0)
 
 
+def scalings(loaded: Checkpoint, question: Question) -> list[float | None]:
+    """Of each image of a question, what :meth:`SmartResize.scaling` says; nothing where no image keeps its own size."""
+    if not asks_for_native(loaded.model.config):
+        return []
+    sizes = [detail["size"] for kind, detail in zip(question.kinds, question.details) if kind == IMAGE]
+    return [loaded.image_processor.rule.scaling(*size) for size in sizes]
+
+
 # ---------------------------------------------------------------- a batch
 
 

@@ -163,6 +163,8 @@ def _on_train(train: ModuleType) -> None:
 
 def _on_trainer(trainer: ModuleType) -> None:
     from . import left_out, packed_step
+    from .out_of_memory import explain_out_of_memory
 
+    explain_out_of_memory(_patches)
     packed_step.into_trainer(_patches)
     left_out.into_trainer(trainer, _patches)

@@ -145,6 +145,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "lora_extras",  # saving: what was trained beside a LoRA
     ),
     "Trainer.training_step": (
+        "out_of_memory",  # out_of_memory: what the step was asked for, and which keys lower it
         "left_out",  # left_out: what could not be read is noted; a batch of nothing else has no loss
         "full_logits",  # packed_step: a compute_loss that somebody has overridden gets all logits
     ),
