@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -82,4 +83,6 @@ def test_all_ranks_end_with_one(trainings, tmp_path, fault, stage):
     assert status != 0 and time.monotonic() - began < WITHIN, said[-3000:]
     if fault == "raises":
         assert "the third batch of rank 2" in said
+    if fault != "stops":
+        assert re.search(r"rank +: 2 ", said), said[-3000:]
     assert resume.last_complete(output) is None or resume.read_saved(resume.last_complete(output)).step == 2
