@@ -103,7 +103,7 @@ def test_train(trainings, tmp_path, number):
         last = resume.last_complete(output) if output.exists() else None
         assert last is None or resume.read_saved(last).processes == 2
 
-    kill_again_and_again(command, output, environment, 60, number, check, at_work="step 1/")
+    kill_again_and_again(command, output, environment, 60, number, check, at_work="/100000")
     before = resume.last_complete(output)
     command = host_runs.train_command(
         trainings.config, output, *words, "--max_steps", str(resume.read_saved(before).step + 2 if before else 2)
