@@ -29,6 +29,8 @@ def identity(
             raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
         found = (f for f in folder.iterdir() if f.suffix in SUFFIXES and f.name not in NOT_THE_MODEL)
         files += sorted(file for file in found if not file.is_dir())
+    if odd := [file for file in files if file.exists() and not file.is_file()]:  # a pipe would block
+        raise ValueError(f"cannot read {odd[0]}: it is not a regular file")
     digest, done = hashlib.sha256(), 0
     try:
         sizes = [file.stat().st_size for file in files]

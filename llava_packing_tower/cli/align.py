@@ -25,6 +25,7 @@ from ..convert.parity import Row, compare, comparison_packs, fixed_size, real_im
 from ..data.images import open_image
 from ..models.registry import family_for, part_of, type_of
 from ..towers.names import check_single
+from ..utils.device import resolve_device
 from ..utils.errors import UsageError
 from ..utils.files import CONFIG_NAME, read_json, write_text
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", help="siglip2, dinov3, qwen3_vl ... (default: by the checkpoint's model_type)")
     parser.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default="auto",
         help="cuda or cpu (default: cuda if there is one)",
     )
     parser.add_argument(
@@ -83,6 +84,7 @@ def _compare_all(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.ckpt} is a packing checkpoint; give the original as --ckpt and this one as --packed")
 
     require_reference(own_type)
+    args.device = str(resolve_device(args.device))
     dtype = _dtype(args)
     packed = resolve_folder(args.packed) if args.packed else folder
     model = family.from_pretrained(packed, dtype=dtype, device=args.device, attn_implementation=args.attention)

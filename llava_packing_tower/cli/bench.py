@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from ..utils import environment
+from ..utils.device import resolve_device
 from ..utils.errors import UsageError
 
 
@@ -76,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--scaling and --breakdown exclude each other")
     if args.repeat is not None and args.repeat < 1:
         raise UsageError(f"--repeat must be at least 1, got {args.repeat}")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA GPU")
+    try:
+        device = resolve_device(args.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     argv = ["llava-packing", "bench", *sys.argv[2:]]
     if args.training_step:
         return _run_training_step(args, device, argv, began)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import DISK_FULL, REFUSED_BY_DISK, UsageError
+from ..utils.files import check_target
 from ..utils.supervise import Stopped, raising_signals
 
 
@@ -34,6 +36,10 @@ COMMANDS: dict[str, Command] = {
     "run": Command("run", "run LLaVA's own scripts, or any other script, with the packing tower"),
     "bench": Command("bench", "measure the packed encoders beside transformers, timm and the original tower"),
 }
+
+
+WRITTEN = {"json": False, "out": False, "plot": False, "output_path": True, "output": True, "cache": True}
+"""Arguments that name what a command writes, and whether that is a folder. (``--output_dir`` has checks of its own.)"""
 
 
 def _overview() -> str:
@@ -85,7 +91,18 @@ def _run(name: str, words: list[str]) -> int:
         args, args.rest = parser.parse_known_args(words)
     else:
         args = parser.parse_args(words)
+    _check_targets(args)
     return module.run(args)
+
+
+def _check_targets(args: argparse.Namespace) -> None:
+    """Whether what a command is told to write can be written: said now, and not when its work is done."""
+    for name, given in vars(args).items():
+        if name in WRITTEN and isinstance(given, str | Path):
+            try:
+                check_target(Path(given), is_folder=WRITTEN[name])
+            except ValueError as error:
+                raise UsageError(f"--{name}: {error}") from error
 
 
 if __name__ == "__main__":

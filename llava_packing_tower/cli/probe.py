@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--max_patches has no effect with --square")
     if not 0 < args.test_share < 1 or args.k < 1 or args.batch_size < 1 or args.C <= 0:
         raise UsageError("--test_share must be between 0 and 1, and --k, --batch_size and --C above 0")
+    if args.max_patches is not None and args.max_patches < 1:
+        raise UsageError(f"--max_patches must be at least 1, got {args.max_patches}")
     console = Console()
     if not console.is_terminal:
         console.width = 120
@@ -63,13 +65,14 @@ def run(args: argparse.Namespace) -> int:
     results = []
     try:
         photos = read_folder(args.data, args.test_share)
+        k = min(args.k, int((~photos.is_test).sum()))
         counts = f"{len(photos.files)} images of {len(photos.classes)} classes, {int(photos.is_test.sum())} held out"
         console.print(f"{args.data}: {counts}", soft_wrap=True)
         for name in args.towers:
             with Progress(console=console, transient=True) as bar:
                 task = bar.add_task(name, total=len(photos.files))
                 result = probe(
-                    *(name, photos, options, args.cache or CACHE, args.k, args.C),
+                    *(name, photos, options, args.cache or CACHE, k, args.C),
                     batch_size=args.batch_size,
                     device=args.device,
                     progress=lambda count, bar=bar, task=task: bar.advance(task, count),
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             results.append(result)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    table = Table("tower", "family", "hidden", "patches", "linear", f"{args.k}-NN", title="Accuracy on held-out images")
+    table = Table("tower", "family", "hidden", "patches", "linear", f"{k}-NN", title="Accuracy on held-out images")
     for r in results:
         row = (r.tower, r.family, str(r.hidden_size), f"{r.patches:.0f}", f"{r.linear:.1%}", f"{r.knn:.1%}")
         table.add_row(*row)

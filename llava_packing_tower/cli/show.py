@@ -34,19 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from ..tools.show import look, picture
+    from ..utils.device import resolve_device
     from ..utils.files import write_for_program
 
     if args.frames < 1 or (args.max_patches is not None and args.max_patches < 1):
         raise UsageError("--frames and --max_patches must be at least 1")
     if args.positions is not None and len(args.images) != 1:
         raise UsageError("--positions belongs to one image, the sample of kept patches")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         check_single(args.tower, "show")
-        tower = look.load(args.tower, args.projector, args.max_patches, device)
+        device = resolve_device(args.device)
+        tower = look.load(args.tower, args.projector, args.max_patches, str(device))
         images = [look.see(tower, file, args.frames) for file in args.images]
         if args.positions is not None:
             look.place_patches(images[0], args.positions)

@@ -20,6 +20,7 @@ from ..checkpoint.pretrained import StrictPreTrainedModel
 from ..models.llava_vit.key_map import SOURCE_TYPE
 from ..models.llava_vit.packed import LlavaViTPackingModel
 from ..models.llava_vit.standard import LlavaViTModel
+from ..utils.device import resolve_device as resolve_device
 from ..utils.errors import DISK_FULL
 from ..utils.files import open_to_others, write_json
 from ..utils.scratch import scratch_beside
@@ -77,18 +78,6 @@ class Outcome:
     @property
     def passed(self) -> bool:
         return not any_failed(self.results)
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one. Raises ``ValueError`` for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this machine has no CUDA device, or this torch was built without CUDA")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: must be auto, cpu or cuda") from error
 
 
 def default_output(conversion: Conversion) -> Path:

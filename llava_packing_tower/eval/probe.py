@@ -29,6 +29,7 @@ from ..towers.fused_tower import FusedPackingVisionTower
 from ..towers.names import FUSED, strip_prefix, tower_kind, tower_names
 from ..towers.packing_tower import HEVCViTPackingVisionTower
 from ..towers.saved_tower import tower_fingerprint
+from ..utils.device import resolve_device
 from ..utils.files import write_aside
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -159,8 +160,8 @@ def cached_features(
 
     The key holds every byte of the tower's files, and path, size and time of change of every image.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    where = resolve_device(device)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     images = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in photos.files]
     weights = [tower_fingerprint(resolve_path(strip_prefix(own), part=part_of)) for own in tower_names(name)]
     content = json.dumps([weights, images, options, str(dtype), __version__], sort_keys=True)
@@ -169,7 +170,7 @@ def cached_features(
         with np.load(file, allow_pickle=False) as saved:
             progress(len(photos.files))
             return json.loads(str(saved["facts"])), saved["features"], saved["patches"], 0.0
-    tower = load_tower(name, **options).to(device=device, dtype=dtype)
+    tower = load_tower(name, **options).to(device=where, dtype=dtype)
     facts = {"family": tower.config.model_type, "hidden_size": tower.hidden_size}
     mark = time.monotonic()
     found, patches = features(tower, photos.files, batch_size, progress)

@@ -33,6 +33,13 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_a
 UNLISTED_VERSIONS = ("v0", "v0.5")  # which LLaVA's train.py knows beside those of its conversation.py
 
 
+def check_projector(name: str, value: str) -> None:
+    """Raises ``ValueError`` for a projector that neither this package nor LLaVA has; ``name`` is where it is named."""
+    if value != CHECKPOINT and not known_merge(value) and not PROJECTORS.match(value):
+        examples = "linear, mlp2x_gelu, spatial_merge, spatial_merge_3x3, patch_merger, checkpoint"
+        raise ValueError(f"{name}: {value!r} is unknown; known are for example {examples}")
+
+
 def check_values(values: Mapping[str, object], found: FoundHost) -> None:
     """Check values that LLaVA does not check: an unknown one is ignored there, or fails late."""
     parts = values.get("mm_tunable_parts")
@@ -40,20 +47,16 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
         if parts is not None and not tunable_parts(str(parts)):
             raise ValueError(f"mm_tunable_parts {parts!r} names no part: remove it, or name parts")
         check_dealing(values)
+        if values.get("mm_projector_type") is not None:
+            check_projector("mm_projector_type", str(values["mm_projector_type"]))
     except ValueError as error:
         raise UsageError(str(error)) from error
     for name, pattern, examples in (
         ("image_aspect_ratio", ASPECTS, "native, square, pad, anyres, anyres_max_9, highres, crop_split"),
-        (
-            "mm_projector_type",
-            PROJECTORS,
-            "linear, mlp2x_gelu, spatial_merge, spatial_merge_3x3, patch_merger, checkpoint",
-        ),
         ("mm_patch_merge_type", MERGES, "flat, spatial, spatial_unpad"),
     ):
         value = values.get(name)
-        ours = name == "mm_projector_type" and (value == CHECKPOINT or known_merge(str(value)))
-        if value is not None and not ours and not pattern.match(str(value)):
+        if value is not None and not pattern.match(str(value)):
             raise UsageError(f"{name}: {value!r} is unknown; known are for example {examples}")
     tokens = values.get("mm_packing_encoder_tokens")
     if tokens is not None and (type(tokens) is not int or tokens < 1):

@@ -26,6 +26,20 @@ def write_text(path: Path, text: str) -> None:
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
+def check_target(path: Path, is_folder: bool) -> None:
+    """Raises ``ValueError`` where a file or folder of this name cannot be written."""
+    path = path.expanduser().absolute()
+    try:
+        if path.exists() and path.is_dir() != is_folder:
+            raise ValueError(f"{path} is {'not ' if is_folder else ''}a folder")
+        parent = next(each for each in (path, *path.parents) if each.exists() and (is_folder or each != path))
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            reason = "is not a folder" if not parent.is_dir() else "cannot be written into"
+            raise ValueError(f"{path} cannot be written: {parent} {reason}")
+    except OSError as error:
+        raise ValueError(f"{str(path)[:200]} cannot be written: {error.strerror}") from error
+
+
 CONFIG_NAME = "config.json"
 
 

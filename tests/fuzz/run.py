@@ -57,7 +57,7 @@ def main() -> int:
         # An allocation beyond this fails at once, in place of bringing the machine down.
         limit = resident() + 16 * GB
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        most, number = resident(), 0
+        most, number, growth = resident(), 0, 0
         while number < args.mutations and time.monotonic() - start < args.seconds:
             name = args.readers[number % len(args.readers)]
             number += 1
@@ -76,10 +76,12 @@ def main() -> int:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(content)
                     print(f"{name}: {finding}\n  {file}", flush=True)
+            growth = max(growth, resident() - most)
             most = max(most, resident())
     took = time.monotonic() - start
     came = ", ".join(f"{counts[what]} {what}" for what in ("accepted", "refused", "findings"))
-    print(f"seed {seed}: {number} mutations of {len(args.readers)} readers in {took:.0f} s: {came}; {most / GB:.2f} GB")
+    memory = f"{most / GB:.2f} GB, at most {growth / GB:.2f} GB for one file"
+    print(f"seed {seed}: {number} mutations of {len(args.readers)} readers in {took:.0f} s: {came}; {memory}")
     return 1 if found else 0
 
 

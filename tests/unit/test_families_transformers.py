@@ -160,7 +160,11 @@ def align(*arguments):
     return status, output.getvalue().splitlines()
 
 
-WORDS = {"nan": "are NaN", "missing": "missing", "truncated": "it is damaged"}  # of checkpoints that cannot be used
+WORDS = {
+    "nan": "NaN or infinity in",
+    "missing": "missing",
+    "truncated": "it is damaged",
+}  # of checkpoints that cannot be used
 
 
 class TestAlign:

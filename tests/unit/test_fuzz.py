@@ -1,6 +1,7 @@
 """Damaged and hostile files: each reader ends in the content or in one line that names the file (``tests/fuzz``)."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -148,3 +149,32 @@ def test_one_line_and_status_2(tmp_path, capsys, command):
     assert main([command, *words[command]]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"llava-packing {command}: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--json", "folder", "folder is a folder"),
+        ("--json", "file/x.json", "file/x.json cannot be written: .*file is not a folder"),
+        ("--json", "a" * 300, "cannot be written: File name too long"),
+        ("--cache", "file", "file is not a folder"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path, capsys, monkeypatch, option, value, said):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llava_packing_tower.cli.probe.run", lambda args: pytest.fail("it has begun"))
+    assert main(["probe", "tower", "--data", ".", option, value]) == 2
+    assert re.fullmatch(f"llava-packing probe: {option}: .*{said}\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda", "cuda:3", ""])
+def test_a_device_that_is_not_there(golden, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "cuda:3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    (tmp_path / "photo.png").touch()
+    tower = str(golden / "siglip2")
+    for words in (["show", str(tmp_path / "photo.png"), "--tower", tower], ["bench"]):
+        assert main([*words, "--device", name]) == 2
+        assert f"--device {name}: " in (said := capsys.readouterr().err) and said.count("\n") == 1

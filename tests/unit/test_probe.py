@@ -168,4 +168,9 @@ def test_wrong_words_are_refused_by_name(tower, photos, tmp_path, capsys):
     assert main(["probe", str(tmp_path / "none"), "--data", str(photos), *cache]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main(["probe", str(tower), "--data", str(photos), "--square", "--max_patches", "9"]) == 2
-    assert main(["probe", str(tower), "--data", str(photos), "--square", *cache]) == 0
+    for option in ("--max_patches", "--k", "--batch_size"):
+        assert (
+            main(["probe", str(tower), "--data", str(photos), option, "0"]) == 2 and option in capsys.readouterr().err
+        )
+    assert main(["probe", str(tower), "--data", str(photos), "--square", "--k", "9999", *cache]) == 0
+    assert "9999" not in capsys.readouterr().out  # there are not so many neighbors

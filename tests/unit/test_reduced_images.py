@@ -49,7 +49,7 @@ def test_the_log_has_their_number_and_the_worst(capsys):
     reduced.report()
     assert capsys.readouterr().err == (
         "llava_packing: over mm_packing_max_patches: 5 images, most of all document 4 to 1/12 of its pixels, "
-        "document 1 to 1/4 of its pixels, document 5 to 1/5.06 of its pixels\n"
+        "document 5 to 1/5.06 of its pixels, document 1 to 1/4 of its pixels\n"
     )
     reduced.report()
     assert capsys.readouterr().err == ""

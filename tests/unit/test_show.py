@@ -181,6 +181,7 @@ def test_kept_patches_stand_on_their_frames(folder):
     [
         (["nowhere.png"], "nowhere.png"),
         (["--frames", "0"], "--frames and --max_patches must be at least 1"),
+        (["--projector", "foo"], "--projector: 'foo' is unknown"),
         (["halves.png", "--positions", "x.npy"], "--positions belongs to one image"),
     ],
 )

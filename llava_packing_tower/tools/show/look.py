@@ -25,6 +25,7 @@ from ...multimodal.flops import encoder_flops
 from ...multimodal.visual_inputs import Visual
 from ...multimodal.visual_tokens import tower_inputs
 from ...towers.packing_tower import HEVCViTPackingVisionTower
+from ...train.preflight import check_projector
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -58,6 +59,7 @@ class Seen:
 
 def load(name: str, projector: str, max_patches: int | None, device: str) -> HEVCViTPackingVisionTower:
     """A tower whose images keep their shapes, within the bounds; of a family that takes one size only, at that size."""
+    check_projector("--projector", projector)
     arguments = SimpleNamespace(mm_vision_select_layer=-1, mm_projector_type=projector)
     tower = HEVCViTPackingVisionTower(name, arguments).to(device)
     model = tower.vision_tower
