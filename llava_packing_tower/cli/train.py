@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status of the training processes."""
+    if args.profile is not None and args.profile < 1:
+        raise UsageError(f"--profile must be at least 1, got {args.profile}")
     machines = multinode.Nodes(
         args.nnodes, args.node_rank, args.master_addr, args.master_port, args.rdzv_endpoint, args.rdzv_id
     )

@@ -14,7 +14,6 @@ from ..models.unused_parameters import is_whole
 from ..utils import environment
 
 KEY = "mm_packing_encoder_tokens"
-_ASKED = "The vision tower was asked for"
 Run = Callable[[Sequence[int]], tuple[torch.Tensor, list[Grid]]]
 
 
@@ -125,7 +124,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_explained(error: BaseException) -> bool:
     """Whether an error for want of memory says already what the tower was asked for."""
-    return _ASKED in str(error)
+    return "The vision tower was asked for" in str(error)
 
 
 def _guarded(
@@ -144,7 +143,7 @@ def _guarded(
         advice = f"{fits} fit: set {KEY}: {fits}, or fewer, for training also needs memory for the backward pass"
     else:
         advice = f"the largest image alone has {max(sizes[i] for i in indices)}: lower mm_packing_max_patches"
-    raise kind(f"{said}\n{_ASKED} {asked} patches of {len(indices)} images in one pass; {advice}")
+    raise kind(f"{said}\nThe vision tower was asked for {asked} patches of {len(indices)} images in one pass; {advice}")
 
 
 def _largest_that_fits(model: nn.Module, indices: Sequence[int], sizes: Sequence[int], run: Run) -> int:

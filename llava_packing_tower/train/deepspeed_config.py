@@ -39,6 +39,8 @@ def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
         shipped = CONFIGS / Path(config).name  # also for configs/zero2.json as an example of ours has it
         file = next((f for f in (Path(config).expanduser(), beside / config, shipped) if f.is_file()), None)
         if file is None:
+            if config and Path(config).expanduser().exists():
+                raise UsageError(f"deepspeed: {config} is not a regular file")
             known = ", ".join(sorted(f.name for f in CONFIGS.glob("*.json")))
             raise UsageError(
                 f"deepspeed: {config} is neither in the current folder nor in {beside}; the package brings {known}"

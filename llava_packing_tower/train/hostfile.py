@@ -33,7 +33,7 @@ def check_hostfile(file: str | os.PathLike) -> dict[str, int]:
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UsageError(f"--hostfile: {file} does not exist")
+        raise UsageError(f"--hostfile: {file} {'is not a regular file' if path.exists() else 'does not exist'}")
     machines: dict[str, int] = {}
     try:
         content = path.read_text(encoding="utf-8")

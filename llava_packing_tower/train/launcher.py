@@ -137,12 +137,15 @@ def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> in
     tower, decoder = str(values["vision_tower"]), str(values["model_name_or_path"])
     towers = [("vision_tower", path) for path in tower_names(tower)]
     for name, path in (*towers, ("model_name_or_path", decoder)):
+        if not path.strip():
+            raise UsageError(f"{name}: {values[name]!r} names none")
         # A hub id is owner/name; where there is a folder of the owner's name, it is meant.
         is_path = (
             path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
         )
         if is_path and not Path(path).expanduser().is_dir():
-            raise UsageError(f"{name}: folder {path} does not exist")
+            there = Path(path).expanduser().exists()
+            raise UsageError(f"{name}: {path} is not a folder" if there else f"{name}: folder {path} does not exist")
     check_folders(values, found)
     try:
         for _, path in towers:
@@ -240,6 +243,9 @@ def make_plan(
     check_resolution(values)
     check_fsdp(values)
     stage = check_files(values, Path(config).resolve().parent, found)
+    for name, count in (("num_gpus", num_gpus), ("num_processes", num_processes)):
+        if count is not None and count < 1:
+            raise UsageError(f"--{name} must be at least 1, got {count}")
     if num_processes is not None and (num_gpus is not None or hostfile is not None):
         raise UsageError("--num_processes is for runs on the CPU; remove it with --num_gpus or --hostfile")
     device = "cpu"

@@ -43,6 +43,8 @@ class Nodes:
         fixed = self.rank is not None or self.address is not None
         if self.count < 1:
             raise UsageError(f"--nnodes must be at least 1, got {self.count}")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise UsageError(f"--master_port must be 1 to 65535, got {self.port}")
         if self.count == 1 and (fixed or self.endpoint or self.meeting):
             raise UsageError("--node_rank, --master_addr and --rdzv_* are for several machines: give --nnodes too")
         if self.count == 1:

@@ -61,6 +61,9 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
     tokens = values.get("mm_packing_encoder_tokens")
     if tokens is not None and (type(tokens) is not int or tokens < 1):
         raise UsageError(f"mm_packing_encoder_tokens: {tokens!r} is no number of patches, at least 1")
+    rank = values.get("lora_r")
+    if values.get("lora_enable") and rank is not None and (type(rank) is not int or rank < 1):
+        raise UsageError(f"lora_r must be at least 1, got {rank!r}")
     attention = values.get("attn_implementation")
     if attention is not None and "/" not in str(attention):  # owner/name is a kernel of the hub
         _one_of("attn_implementation", attention, ATTENTIONS)

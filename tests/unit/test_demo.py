@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,13 @@ from PIL import Image
 from rich.console import Console
 
 from llava_packing_tower.checkpoint.hashing import differing, tensor_digest
+from llava_packing_tower.cli.main import main
 from llava_packing_tower.data.sample_photos import PHOTOS, Photo, source_of
 from llava_packing_tower.integrations.llava.hosts.llava_v1 import HOST
 from llava_packing_tower.tools.demo import pipeline, report, train_process
 from llava_packing_tower.tools.demo.dataset import QUESTION, write_dataset
 from llava_packing_tower.tools.demo.train_process import Engine
+from llava_packing_tower.utils.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -309,12 +312,22 @@ def test_other_output_folder_moves_every_path(tmp_path):
 
 
 def test_paths_elsewhere_and_folders_of_others_are_refused(tmp_path):
-    with pytest.raises(pipeline.DemoFailed, match="output_dir: elsewhere must be inside"):
+    with pytest.raises(UsageError, match="output_dir: elsewhere must be inside"):
         plan_for(str(tmp_path), "--output_dir", "elsewhere")
     (tmp_path / "thesis.txt").write_text("dear")
-    with pytest.raises(pipeline.DemoFailed, match="was not made by this demo"):
+    with pytest.raises(UsageError, match="was not made by this demo"):
         pipeline.clear(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "dear"
+
+
+@pytest.mark.skipif(find_spec("llava") is None, reason="LLaVA is not installed")
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--max_steps", "x"], "max_steps: expected"), (["--nope", "3"], "'nope'")]
+)
+def test_mistakes_are_said_before_anything_is_written(tmp_path, capsys, words, said):
+    assert main(["demo", "--output", str(tmp_path / "out"), *words]) == 2
+    assert said in (text := capsys.readouterr().err) and text.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_own_output_folder_is_emptied(tmp_path):

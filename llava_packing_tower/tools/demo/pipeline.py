@@ -20,10 +20,11 @@ from ...data.images import open_image
 from ...data.sample_photos import PHOTOS, Photo
 from ...integrations.llava import install, registry
 from ...integrations.llava.inference import build_prompt
-from ...train.arguments import ALIASES
+from ...train.arguments import ALIASES, known_arguments, resolve
 from ...train.config import read_overrides, read_yaml
 from ...train.deepspeed_config import check_deepspeed
 from ...train.history import TOWER_RECORD
+from ...utils.errors import UsageError
 from ...utils.supervise import child
 from . import OUTPUT, report
 from .dataset import QUESTION, write_dataset
@@ -67,7 +68,7 @@ class Plan:
         """What the training has to run in."""
         stage = check_deepspeed(dict(self.values), self.config.resolve().parent)
         if stage is None:
-            raise DemoFailed(f"{self.config} has no `deepspeed:`, which the demo needs")
+            raise UsageError(f"{self.config} has no `deepspeed:`, which the demo needs")
         return Engine("DeepSpeedEngine", stage, self.processes)
 
     @property
@@ -86,7 +87,7 @@ class Plan:
 def make_plan(config: Path, output: Path, words: Sequence[str]) -> Plan:
     """Read the config, apply the overrides, move its `demo_output/...` paths to `output`.
 
-    Raises ``DemoFailed`` for a path elsewhere: the demo writes its data, models and checkpoints there.
+    Raises :class:`UsageError` for a path elsewhere: the demo writes its data, models and checkpoints there.
     """
     values = {ALIASES.get(key, key): value for key, value in read_yaml(config).items()}
     given = {ALIASES.get(key, key): value for key, value in read_overrides(words).items()}
@@ -99,21 +100,22 @@ def make_plan(config: Path, output: Path, words: Sequence[str]) -> Plan:
             values[name] = str(path)
             overrides += [f"--{name}", str(path)]
         if not path.is_relative_to(output):
-            raise DemoFailed(f"{name}: {path} must be inside {output}")
+            raise UsageError(f"{name}: {path} must be inside {output}")
     return Plan(config, values, tuple(overrides), output, torch.cuda.device_count())
 
 
 def clear(output: Path) -> None:
-    """An empty output folder. Raises ``DemoFailed`` for one with files that no demo made."""
+    """An empty output folder. Raises :class:`UsageError` for one with files that no demo made."""
     if output.exists() and any(output.iterdir()) and not (output / MARK).is_file():
-        raise DemoFailed(f"{output} exists and was not made by this demo: give another folder with --output")
+        raise UsageError(f"{output} exists and was not made by this demo: give another folder with --output")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     (output / MARK).touch()
 
 
 def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
-    """Run everything; returns the exit status (1 when a check failed). Raises ``DemoFailed``."""
+    """Run everything; returns the exit status (1 when a check failed). Raises ``DemoFailed`` or
+    :class:`UsageError`."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console()
     if not console.is_terminal:
@@ -125,9 +127,13 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
         console.print(f"[bold]\\[{number}/6][/] {text}", soft_wrap=True)
 
     plan = make_plan(config, output, words)
+    try:
+        host = registry.find_host()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    resolve(plan.values, known_arguments(host), host)
     clear(output)
     install.apply()
-    host = registry.find_host()
 
     stage(1, f"{len(PHOTOS)} photographs to {plan.path('image_folder')}")
     photos = write_dataset(plan.path("data_path"), plan.path("image_folder"))
