@@ -256,16 +256,16 @@ def test_gpu_plan(files, monkeypatch):
 def test_counts_and_ports_and_files_of_the_wrong_kind(files, tmp_path):
     """Said as what they are: neither taken for nothing, nor for missing."""
     for wrong in ({"num_processes": 0}, {"num_processes": -1}, {"num_gpus": 0}):
-        with pytest.raises(UsageError, match="--num_.* must be at least 1"):
+        with pytest.raises(UsageError, match=r"--num_.* must be at least 1"):
             launcher.make_plan(files(), **wrong)
     for port in (0, -1, 65536):
         with pytest.raises(UsageError, match=f"--master_port must be 1 to 65535, got {port}"):
             launcher.make_plan(files(), num_processes=2, master_port=port)
-    with pytest.raises(UsageError, match="deepspeed: .* is not a regular file"):
+    with pytest.raises(UsageError, match=r"deepspeed: .* is not a regular file"):
         launcher.make_plan(files(deepspeed=str(tmp_path)), num_processes=2)
-    with pytest.raises(UsageError, match="--hostfile: .* is not a regular file"):
+    with pytest.raises(UsageError, match=r"--hostfile: .* is not a regular file"):
         launcher.make_plan(files(), hostfile=str(tmp_path))
-    with pytest.raises(UsageError, match="model_name_or_path: .*config.yaml is not a folder"):
+    with pytest.raises(UsageError, match=r"model_name_or_path: .*config.yaml is not a folder"):
         launcher.make_plan(files(), ["--model_name_or_path", str(files())], num_processes=2)
     with pytest.raises(UsageError, match="lora_r must be at least 1, got 0"):
         launcher.make_plan(files(), ["--lora_enable", "true", "--lora_r", "0"], num_processes=2)
