@@ -33,6 +33,7 @@ from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
 from .resume import finished, last_complete, misfit, read_saved
 from .run_lock import LOCK, LOCK_ENV
+from .trainer_values import check_trainer_values
 
 TRAINER_KEY = "trainer"
 TORCHRUN = "llava_packing_tower.train.torchrun"
@@ -240,6 +241,7 @@ def make_plan(
     known = known_arguments(found)
     values = resolve(given, known, found)
     check_values(values, found)
+    check_trainer_values(values)
     check_resolution(values)
     check_fsdp(values)
     stage = check_files(values, Path(config).resolve().parent, found)

@@ -1,0 +1,63 @@
+"""Values that transformers' trainer refuses on each rank, with a traceback, once torch is loaded. No torch here."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..utils.errors import UsageError
+
+INFINITY = float("inf")
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"), (1, INFINITY)),
+    **dict.fromkeys(("learning_rate", "mm_vision_tower_lr", "mm_projector_lr", "weight_decay"), (0, INFINITY)),
+    **dict.fromkeys(("dataloader_num_workers", "warmup_steps", "max_grad_norm", "adam_epsilon"), (0, INFINITY)),
+    "seed": (0, 2**32 - 1),
+    "warmup_ratio": (0, 1),
+}
+SHARES = ("adam_beta1", "adam_beta2")
+"""At least 0 and below 1."""
+NAMES = {
+    "optim": ("training_args.py", "OptimizerNames"),
+    "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
+}
+"""Where transformers has the class of the names that a key may have."""
+
+
+def check_trainer_values(values: Mapping[str, object]) -> None:
+    """Raises :class:`UsageError` that names the key."""
+    for name, (least, most) in BOUNDS.items():
+        value = values.get(name)
+        if isinstance(value, int | float) and not least <= value <= most:
+            span = f"at least {least}" if most == INFINITY else f"{least} to {most}"
+            raise UsageError(f"{name} must be {span}, got {value}")
+    for name in SHARES:
+        value = values.get(name)
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise UsageError(f"{name} must be at least 0 and below 1, got {value}")
+    if values.get("logging_steps") == 0 and values.get("logging_strategy", "steps") == "steps":
+        raise UsageError("logging_steps must be above 0, got 0")
+    for name, where in NAMES.items():
+        value, known = values.get(name), names_of(*where)
+        if isinstance(value, str) and known and value not in known:
+            nearest = max(known, key=lambda each: difflib.SequenceMatcher(None, value, each).ratio())
+            raise UsageError(f"{name}: {value!r} is unknown; the nearest is {nearest!r}, of {', '.join(sorted(known))}")
+
+
+@functools.cache
+def names_of(file: str, enumeration: str) -> frozenset[str]:
+    """The values of an enumeration in a file of the installed transformers, which is read, not imported; none if it is
+    not there."""
+    spec = find_spec("transformers")
+    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
+    if folder is None or not (source := Path(folder) / file).is_file():
+        return frozenset()
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == enumeration:
+            values = [each.value for each in node.body if isinstance(each, ast.Assign)]
+            return frozenset(v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str))
+    return frozenset()
