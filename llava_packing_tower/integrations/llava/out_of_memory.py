@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -55,8 +56,8 @@ def in_words(step: MicroStep) -> str:
     if step.counts is not None:
         tokens, words, _ = step.counts.sum(1).tolist()
         parts.append(f"{tokens} tokens of {step.counts.shape[1]} samples, {tokens - words} of them visual")
-    if step.segments:
-        parts.append(f"{sum(step.segments)} patches of {len(step.segments)} images")
+    if step.grids:
+        parts.append(f"{sum(map(math.prod, step.grids))} patches of {len(step.grids)} images")
     return f" with {', and '.join(parts)}" if parts else ""
 
 
