@@ -33,7 +33,9 @@ class Step:
 
     def run(self, patches, error, after):
         def step(trainer, model, inputs):
-            seen = MicroStep(0, 0.0, Span(False), torch.tensor([[7, 4], [3, 3], [1, 1]]), [(1, 6, 6), (1, 4, 4), (1, 3, 5)])
+            seen = MicroStep(
+                0, 0.0, Span(False), torch.tensor([[7, 4], [3, 3], [1, 1]]), [(1, 6, 6), (1, 4, 4), (1, 3, 5)]
+            )
             if after == "backward":
                 self.meter.micro_steps.append(seen)
             elif after == "forward":

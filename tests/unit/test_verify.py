@@ -106,8 +106,9 @@ def frames_not_interpolated(pair, monkeypatch):
 
 def wrong_pairing(pair, monkeypatch):
     """The usual rotation of halves in place of LlavaViT's of neighbours."""
-    block = packed.BlockConfig
-    monkeypatch.setattr(packed, "BlockConfig", lambda **fields: block(**{**fields, "rotary": "half"}))
+    of = packed.BlockConfig.of
+    half = staticmethod(lambda config, **fields: of(config, **{**fields, "rotary": "half"}))
+    monkeypatch.setattr(packed.BlockConfig, "of", half)
 
 
 def saving_rounds(pair, monkeypatch):
