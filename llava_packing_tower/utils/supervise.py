@@ -65,8 +65,10 @@ def watch_launcher(environment: Mapping[str, str] = os.environ) -> threading.Thr
     def look() -> None:
         while is_alive(launcher):
             time.sleep(INTERVAL)
-        print("the launcher has ended: this rank exits", flush=True)
-        _end_group(os.getpid())
+        try:
+            print("the launcher has ended: this rank exits", flush=True)
+        finally:  # whoever read that may have ended, too
+            _end_group(os.getpid())
 
     thread = threading.Thread(target=look, name="watch_launcher", daemon=True)
     thread.start()

@@ -17,7 +17,7 @@ from signals import default_signals
 from llava_packing_tower.train import run_lock
 from llava_packing_tower.train.run_lock import RunLock
 from llava_packing_tower.utils.errors import UsageError
-from llava_packing_tower.utils.supervise import identity, is_alive, supervise, watch_launcher
+from llava_packing_tower.utils.supervise import LAUNCHER_ENV, identity, is_alive, supervise, watch_launcher
 
 REPOSITORY = Path(__file__).parents[2]
 # An agent in between that knows nothing of the launcher and ignores SIGTERM, and two ranks in sessions of their own, as
@@ -100,6 +100,22 @@ def test_all_processes_end_with_the_launcher(tmp_path, name):
     else:
         assert status == 128 + getattr(signal, name) and f"{name}: the training was stopped" in said
         assert "Traceback" not in said
+
+
+def test_a_rank_ends_although_nobody_reads_what_it_says():
+    """As those of the demo, which reads the output of its training: both are gone after kill -9."""
+    launcher = subprocess.Popen(["sleep", "60"])
+    program = "import sys, time; from llava_packing_tower.utils.supervise import watch_launcher\n"
+    program += "watch_launcher(); print('ready', flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), LAUNCHER_ENV: identity(launcher.pid)}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert rank.stdout.readline() == b"ready\n"
+    rank.stdout.close()
+    launcher.kill()
+    launcher.wait()
+    assert rank.wait(timeout=10) == -signal.SIGKILL
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
