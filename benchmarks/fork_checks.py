@@ -5,6 +5,7 @@ Its last line is a JSON object. Every part of the hook is tried with a tiny mode
   - native resolution: a ragged batch, in which each image has the tokens that it has alone,
   - text-only batches: a batch of text gives the tower gradients,
   - packed decoder: what its training step is, or why it stays the fork's own; the loss is that of the padded batch,
+  - training step: a ragged batch forward and backward; gradients reach the tower, and a step of an optimizer helps,
   - reload: saved by `save_pretrained`, loaded by the fork's own loader, without the tower's folder, bit for bit,
   - training: its train.py is imported, and what is added to its dataset, trainer and saving.
 A LLaVA with signatures that are not known is left as it is: its own builder is called, and builds its own towers.
@@ -21,12 +22,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import torch
+from fork_stubs import Stubs
 
 from llava_packing_tower.data.native_config import asks_for_native
 from llava_packing_tower.integrations.llava import find_host, install
@@ -37,61 +37,14 @@ from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
 
 PROMPT = "A chat between a curious user and an artificial intelligence assistant. USER: What is it? ASSISTANT:"
 IMAGE = -200
-MACHINERY = ("importlib", "_frozen_importlib", "llava_packing_tower.utils.import_hooks")
 SIZES = ((42, 70), (84, 28), (56, 56))
+OWN_BUILDERS: tuple[tuple[str, str, Callable], ...] = (
+    ("llava", "model.multimodal_encoder.builder", lambda module, name, config: module.build_vision_tower(name, config)),
+    ("tinyllava", "model.vision_tower", lambda module, name, config: module.VisionTowerFactory("clip")(config)),
+)
+"""Of LLaVAs that are left alone: the package, the module that builds towers, and how."""
 # The decoders that are tried, in this order: the first one that the fork has.
 CLASSES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "QwenForCausalLM", "Qwen1_5ForCausalLM", "MistralForCausalLM")
-
-
-class _Anything:
-    """Stands for a class or function of a package that is not installed."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        # As a decorator it changes nothing.
-        return args[0] if len(args) == 1 and callable(args[0]) else _Anything()
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything()
-
-    def __mro_entries__(self, bases: tuple) -> tuple:
-        return (_Anything,)
-
-
-class _Empty(ModuleType):
-    __version__ = "0.0.0"
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (_Anything,), {}) if name[:1].isupper() else _Anything()
-
-
-class Stubs(MetaPathFinder, Loader):
-    """Finds what nobody else found, while the fork is imported."""
-
-    def __init__(self, package: str) -> None:
-        self.package, self.names = package.split(".")[0], set()
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        top, importer = fullname.split(".")[0], sys._getframe(1)
-        while importer is not None and importer.f_globals.get("__name__", "").startswith(MACHINERY):
-            importer = importer.f_back
-        asked = "" if importer is None else importer.f_globals.get("__name__", "")
-        if asked.split(".")[0] != self.package or top == self.package or (top in sys.modules and top not in self.names):
-            return None
-        self.names.add(top)
-        return ModuleSpec(fullname, self, is_package=True)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Empty(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__path__ = []
 
 
 def attached(owner: object) -> dict[str, list[str]]:
@@ -242,6 +195,26 @@ def check_decoder(model: torch.nn.Module) -> str:
     return "yes"
 
 
+def check_step(model: torch.nn.Module) -> None:
+    """Every weight of the tower below the selected layer has a gradient, and with a step along it the loss is less."""
+    ids, rate = prompts(), 1e-3
+    given = {"labels": ids.where(ids != IMAGE, -100), "attention_mask": torch.ones_like(ids), "images": ragged()}
+    model.train()
+    model.zero_grad()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    before = model(input_ids=ids.clone(), **given).loss
+    before.backward()
+    tower = dict(model.get_vision_tower().named_parameters())
+    out = [name for name, p in tower.items() if p.grad is None or not p.grad.any()]
+    above = [name for name in out if "layers.2." in name or "post" in name]  # of 3 layers, the last one is not selected
+    assert len(tower) - len(out) > 20 and out == above, out
+    optimizer.step()
+    with torch.no_grad():
+        after = model(input_ids=ids.clone(), **given).loss
+    assert after < before, (before, after)
+    model.zero_grad()
+
+
 def check_reload(model: torch.nn.Module, folder: Path, tower: Path, tokenizer: object) -> None:
     """A tuned tower comes back from the checkpoint, though its folder is gone."""
     from llava_packing_tower.integrations.llava.inference import load_checkpoint
@@ -305,11 +278,12 @@ def check_left_alone(clone: Path) -> dict:
     logging.getLogger("llava_packing_tower.integrations.llava.registry").addHandler(handler)
     sys.path.insert(0, str(clone))
     install.apply()
-    stubs = Stubs("llava")
+    package, where, build = next(own for own in OWN_BUILDERS if (clone / own[0]).is_dir())
+    stubs = Stubs(package)
     sys.meta_path.append(stubs)
-    builder = import_module("llava.model.multimodal_encoder.builder")
+    builder = import_module(f"{package}.{where}")
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "llava":
+        if name.split(".")[0] == package:
             owners = [module, *(value for value in vars(module).values() if isinstance(value, type))]
             assert not any(attached(owner) for owner in owners), name
     folder = clone.parent / "a_clip"
@@ -320,7 +294,8 @@ def check_left_alone(clone: Path) -> dict:
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(folder)
     config.resume_path, config.ps3, config.mm_vision_select_layer = None, False, -2
     config.mm_vision_select_feature, config.model_dtype = "patch", "torch.float32"
-    tower = builder.build_vision_tower(str(folder), config)
+    config.model_name_or_path = str(folder)
+    tower = build(builder, str(folder), config)
     features = tower(torch.randn(2, 3, 28, 28))
     assert features.shape == (2, 4, 32) and len(said) == 1, (features.shape, said)
     return {"tower": type(tower).__name__, "stubs": sorted(stubs.names)}
@@ -361,6 +336,7 @@ def main() -> None:
         attempt(report, "native resolution", lambda: check_native(model))
         attempt(report, "text-only batches", lambda: check_text_only(model))
         attempt(report, "packed decoder", lambda: check_decoder(model))
+        attempt(report, "training step", lambda: check_step(model))
         attempt(report, "reload", lambda: check_reload(model, folder, tower, tokenizer))
     attempt(report, "training", lambda: check_training(host))
     report["stubs"] = sorted(stubs.names)

@@ -22,7 +22,7 @@ from runs import BENCHMARKS, REPOSITORY, git
 
 from llava_packing_tower.utils.files import write_text
 
-PARTS = ("builder", "native resolution", "text-only batches", "packed decoder", "reload", "training")
+PARTS = ("builder", "native resolution", "text-only batches", "packed decoder", "training step", "reload", "training")
 LONGEST = 60
 
 

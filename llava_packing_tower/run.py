@@ -14,6 +14,8 @@ import functools
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from .integrations.llava.refused import refused
@@ -23,6 +25,8 @@ USAGE = "usage: python -m llava_packing_tower.run (-m MODULE | SCRIPT.py) [ARGUM
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Apply the hook, then run ``-m MODULE`` or ``SCRIPT.py`` as ``__main__`` with the words after it as ``sys.argv``.
+
+    The train.py of a LLaVA is imported and its ``train()`` called: the hook changes what is imported.
 
     Exits with status 2 and one line for anything else.
     """
@@ -45,10 +49,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     install.apply()
     without_cuda()
     sys.argv = words[is_module:]
-    if is_module:
+    if (module := train_module(target[0])) is not None:
+        sys.argv[0] = str(find_spec(module).origin)
+        import_module(module).train()
+    elif is_module:
         runpy.run_module(target[0], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(target[0], run_name="__main__")
+
+
+def train_module(target: str) -> str | None:
+    """The name of a LLaVA's train.py, given so (``geochat.train.train``) or as a script; None for anything else."""
+    from .integrations.llava.registry import all_hosts, find_host
+
+    for host in all_hosts():
+        name = host.module(host.train)
+        words = Path(*name.split(".")).with_suffix(".py").parts
+        if target != name and Path(target).resolve().parts[-len(words) :] != words:
+            continue
+        try:
+            found = find_host(host.package)
+        except ValueError:
+            continue  # it is not here, or left alone
+        file = found.file(host.train)
+        if found.host.name == host.name and (target == name or Path(target).resolve() == file.resolve()):
+            return name if file.is_file() and "def train(" in file.read_text(encoding="utf-8") else None
+    return None
 
 
 def without_cuda() -> bool:

@@ -44,6 +44,8 @@ def resolve_folder(
         return folder / subfolder
     if folder.is_file():
         raise ValueError(f"{name!r} is a file; a checkpoint folder is needed here")
+    if "://" in name or name.startswith("hf-hub:"):
+        raise ValueError(f"{name!r} is an address: give the hub id alone, owner/name")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ValueError(f"checkpoint folder {name!r} does not exist")
     check_is_here(name)

@@ -59,7 +59,7 @@ def open_files(
         if path == given:
             files = open_file(path)
             return Checkpoint(path, {}, files, files.ignored)
-        use_safetensors = given.suffix == ".safetensors"
+        use_safetensors = given.suffix.lower() == ".safetensors"
     described = (path / CONFIG_NAME).is_file()
     raw = read_json(path / CONFIG_NAME) if described else {}
     try:

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from .weights import WeightFiles, open_weights
+from .weights import WeightFiles, not_weights, open_weights
 
 NPZ = ".npz"
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", NPZ)
 
 
 class SingleFile(WeightFiles):
-    """The tensors of one file: bare, or wrapped in ``model``, else ``state_dict``; without ``module.`` in front.
+    """The tensors of one file: bare, or wrapped in ``model``, else ``state_dict``, else in the one entry that has
+    tensors; without ``module.`` in front.
 
-    Raises ``ValueError`` for a damaged file, or one that holds no tensors.
+    Raises ``ValueError`` for a damaged file, or one that holds no tensors, or those of several models.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +29,7 @@ class SingleFile(WeightFiles):
         self.left = {}
         self._since_release = 0
         content: Any = open_weights(path)
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() != ".safetensors":
             content = self._unwrap(path, content)
         self._open = {path.name: content}
         self._raw_names = self._without_prefix(list(content.keys()))
@@ -43,8 +44,10 @@ class SingleFile(WeightFiles):
     def _unwrap(self, path: Path, content: object) -> dict[str, torch.Tensor]:
         if not isinstance(content, dict):
             raise ValueError(f"{path} contains no state dict, found {type(content).__name__}")
-        wrapper = next((key for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
-        if wrapper:
+        wrapper: object = next((key for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
+        if wrapper is None and not any(isinstance(value, torch.Tensor) for value in content.values()):
+            wrapper = self._only_state(path, content)
+        if wrapper is not None:
             self.ignored.update((str(key), "not the weights") for key in content if key != wrapper)
             content = content[wrapper]
         assert isinstance(content, dict)
@@ -55,6 +58,21 @@ class SingleFile(WeightFiles):
             if str(key) not in tensors
         )
         return tensors
+
+    @staticmethod
+    def _only_state(path: Path, content: dict) -> object:
+        """The key of the one entry that is a state dict, None without one."""
+        states = [
+            key
+            for key, value in content.items()
+            if isinstance(value, dict) and any(isinstance(part, torch.Tensor) for part in value.values())
+        ]
+        if len(states) > 1:
+            raise ValueError(
+                f"{path} holds {len(states)} models, {', '.join(map(str, states))}: save the one that is meant, "
+                f"torch.save(torch.load(FILE)[{states[0]!r}], NEW_FILE)"
+            )
+        return states[0] if states else None
 
     @staticmethod
     def _without_prefix(keys: list[str]) -> dict[str, str]:
@@ -87,7 +105,8 @@ class NpzFile(WeightFiles):
                     if member.filename.endswith(".npy"):
                         self._arrays[member.filename.removesuffix(".npy")] = self._array(archive, member)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"cannot read {path}, it is damaged, or holds more than arrays: {error}") from error
+            reason = not_weights(path) or f"it is damaged, or holds more than arrays: {error}"
+            raise ValueError(f"cannot read {path}, {reason}") from error
         if not self._arrays:
             raise ValueError(f"{path} contains no arrays")
 
@@ -132,6 +151,6 @@ class NpzFile(WeightFiles):
 
 def open_file(path: Path) -> SingleFile | NpzFile:
     """The tensors of a weight file. Raises ``ValueError`` for another kind of file, or a damaged one."""
-    if path.suffix not in FILE_SUFFIXES:
+    if path.suffix.lower() not in FILE_SUFFIXES:
         raise ValueError(f"{path} is a file of no known kind: weights end in {', '.join(FILE_SUFFIXES)}")
-    return NpzFile(path) if path.suffix == NPZ else SingleFile(path)
+    return NpzFile(path) if path.suffix.lower() == NPZ else SingleFile(path)

@@ -44,15 +44,30 @@ def open_weights(path: Path) -> object:
 
     Raises ``ValueError`` that names the file if it is damaged or holds more than tensors and plain values.
     """
+    safe = path.suffix.lower() == ".safetensors"
     try:
-        if path.suffix == ".safetensors":
+        if safe:
             return safe_open(path, framework="pt", device="cpu")
         # Only the zip format that torch has written since 1.6 can be mapped into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can raise anything at all
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        kind = "is damaged" if path.suffix == ".safetensors" else "is damaged, or holds more than tensors (code?)"
-        raise ValueError(f"cannot read {path}, it {kind}: {reason}") from error
+        kind = "it is damaged" if safe else "it is damaged, or holds more than tensors (code?)"
+        raise ValueError(f"cannot read {path}, {not_weights(path) or f'{kind}: {reason}'}") from error
+
+
+def not_weights(path: Path) -> str | None:
+    """What a file is that is often found in place of weights: nothing, a pointer to them, a page; else None."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(200).lstrip()
+    except OSError:  # what reads the weights says so itself
+        return None
+    if start.startswith(b"version https://git-lfs."):
+        return "it is a pointer of Git LFS, not the weights: `git lfs pull` fetches them"
+    if start[:1] == b"<":
+        return "it is a web page, not weights"
+    return None if start else "it is damaged: empty"
 
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -82,11 +82,14 @@ def mark_datasets(data_path: str, samples: Sequence[dict]) -> None:
                 sample.setdefault(POSITIONS, given)
 
 
-def refuse_positions(samples: Sequence[Mapping], mode: object) -> None:
-    """Raises ``ValueError`` for samples with positions, which an ``image_aspect_ratio`` but native would drop."""
+def refuse_positions(samples: Sequence[Mapping], mode: object, host: str | None = None) -> None:
+    """Raises ``ValueError`` for samples with positions, which an ``image_aspect_ratio`` but native would drop, or which
+    the model of a ``host`` has no argument for."""
     placed = [str(sample.get("id", index)) for index, sample in enumerate(samples) if sample.get(POSITIONS) is not None]
     if placed:
+        those = f"{len(placed)} of {len(samples)} samples have {POSITIONS} (sample {placed[0]}, for example), which "
+        if host is not None:
+            raise ValueError(f"{those}the models of {host} have no argument for: remove them")
         raise ValueError(
-            f"{len(placed)} of {len(samples)} samples have {POSITIONS} (sample {placed[0]}, for example), which "
-            f"image_aspect_ratio {mode!r} cannot use: set image_aspect_ratio to native, or remove them"
+            f"{those}image_aspect_ratio {mode!r} cannot use: set image_aspect_ratio to native, or remove them"
         )

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..utils.files import CONFIG_NAME, read_json
 
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+def timm_part(raw: Mapping, name: str) -> Mapping:
+    """``pretrained_cfg`` or ``model_args`` of timm's config.json; empty where it has none. Raises ``ValueError`` for
+    anything but a mapping."""
+    found = raw.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name} of timm's config.json must be a mapping, got {found!r:.80}")
+    return found
 
 
 def timm_content(folder: str | os.PathLike) -> dict | None:
@@ -21,7 +31,10 @@ def timm_content(folder: str | os.PathLike) -> dict | None:
     whole = read_json(file) if file.is_file() else {}
     if "architecture" not in whole:
         return None
-    said = whole.get("pretrained_cfg") or whole
+    try:
+        said = timm_part(whole, "pretrained_cfg") or whole
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     filter_name, mode = said.get("interpolation"), said.get("crop_mode", "center")
     if filter_name is not None and filter_name not in _FILTERS:
         raise ValueError(f"{file}: interpolation {filter_name!r} is none of {', '.join(_FILTERS)}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..data.timm_processor import timm_part
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # timm's arguments of a model that say the same as its tensors, or nothing about the features of its patches.
@@ -20,7 +22,7 @@ def heads_of(raw: Mapping, hidden_size: int, published: Mapping[int, int], whose
 
     raw: with ``num_attention_heads``, or timm's ``model_args``. Raises ``ValueError`` for an unpublished size.
     """
-    arguments = raw.get("model_args") or {}
+    arguments = timm_part(raw, "model_args")
     found = raw.get("num_attention_heads", arguments.get("num_heads", published.get(hidden_size)))
     if found is None:
         sizes = ", ".join(map(str, published))
@@ -36,7 +38,7 @@ def timm_arguments(raw: Mapping, known: tuple[str, ...] = ("num_heads",)) -> dic
 
     Raises ``ValueError`` for others that could change the features.
     """
-    arguments = raw.get("model_args") or {}
+    arguments = timm_part(raw, "model_args")
     if strange := sorted(set(arguments) - set(known) - set(_TOLD_BY_TENSORS)):
         told = ", ".join(f"{name} {arguments[name]!r}" for name in strange)
         raise ValueError(f"timm's model_args have {told}, which the packed encoder does not have")
@@ -45,7 +47,7 @@ def timm_arguments(raw: Mapping, known: tuple[str, ...] = ("num_heads",)) -> dic
 
 def timm_image_size(raw: Mapping, otherwise: int) -> int:
     """The side in pixels that timm's config.json names for the model."""
-    size = (raw.get("pretrained_cfg") or raw).get("input_size")
+    size = (timm_part(raw, "pretrained_cfg") or raw).get("input_size")
     return int(size[-1]) if isinstance(size, (list, tuple)) and len(size) == 3 else otherwise
 
 

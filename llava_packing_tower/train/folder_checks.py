@@ -105,6 +105,20 @@ def _words_in_path(test: ast.expr) -> list[str]:
     ]
 
 
+def check_reference(values: Mapping[str, object], zero_stage: int | None) -> None:
+    """Raises :class:`UsageError` where DPO would compare with a projector of other random weights: under ZeRO-3 the
+    reference is no copy of the model, but loaded and given its projector once more."""
+    file = Path(str(values["model_name_or_path"])).expanduser() / "config.json"
+    if zero_stage != 3 or values.get("pretrain_mm_mlp_adapter") or not file.is_file():
+        return
+    if "mm_projector_type" not in _read_json("model_name_or_path", file):
+        raise UsageError(
+            f"trainer: dpo under ZeRO-3 loads the reference model from model_name_or_path, and {file.parent} has no "
+            f"projector: each would get random weights of its own. Start from a LLaVA checkpoint, or give "
+            f"pretrain_mm_mlp_adapter"
+        )
+
+
 def check_adapter(file: Path) -> None:
     """Refuse a projector that is not a complete file of ``torch.save``: a zip archive, or a pickle of old versions."""
     if not file.is_file():

@@ -27,7 +27,7 @@ from ..utils.versions import Run, impossible, install_command
 from .arguments import ALIASES, known_arguments, resolve, to_argv
 from .config import read_overrides, read_yaml
 from .deepspeed_config import check_deepspeed
-from .folder_checks import check_folders
+from .folder_checks import check_folders, check_reference
 from .hostfile import check_hostfile, pack
 from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
@@ -248,6 +248,8 @@ def make_plan(
     for name, count in (("num_gpus", num_gpus), ("num_processes", num_processes)):
         if count is not None and count < 1:
             raise UsageError(f"--{name} must be at least 1, got {count}")
+    if trainer == "dpo":
+        check_reference(values, stage)
     if num_processes is not None and (num_gpus is not None or hostfile is not None):
         raise UsageError("--num_processes is for runs on the CPU; remove it with --num_gpus or --hostfile")
     device = "cpu"

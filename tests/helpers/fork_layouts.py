@@ -481,6 +481,42 @@ def build_vision_tower(model_name_or_path: str, config):
 }
 """Its builder takes a name and a config, and its classes have other methods: nothing of it is known here."""
 
+TINYLLAVA = {
+    "tinyllava/__init__.py": "",
+    "tinyllava/model/__init__.py": "from .modeling_tinyllava import TinyLlavaForConditionalGeneration\n",
+    "tinyllava/model/modeling_tinyllava.py": """
+from torch import nn
+from .vision_tower import VisionTowerFactory
+
+class TinyLlavaForConditionalGeneration(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.vision_tower = VisionTowerFactory(config.vision_model_name_or_path)(config.vision_config)
+""",
+    "tinyllava/model/vision_tower/__init__.py": """
+VISION_TOWER_FACTORY = {}
+
+def VisionTowerFactory(vision_tower_name):
+    name = vision_tower_name.split(":")[0]
+    found = [cls for key, cls in VISION_TOWER_FACTORY.items() if key in name]
+    assert found, f"{name} is not registered"
+    return found[-1]
+
+def register_vision_tower(name):
+    return lambda cls: VISION_TOWER_FACTORY.setdefault(name, cls)
+
+from . import clip
+""",
+    "tinyllava/model/vision_tower/clip.py": """
+from . import register_vision_tower
+
+@register_vision_tower("clip")
+class CLIPVisionTower:
+    def __init__(self, config): self.config = config
+""",
+}
+"""Its towers come from a registry, its model has no mixin: no host can describe it."""
+
 
 def write_files(files: dict[str, str], clone: Path) -> None:
     for name, text in files.items():

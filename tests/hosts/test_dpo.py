@@ -7,9 +7,11 @@ import re
 
 import pytest
 from host_runs import NEEDS_NEXT, NEXT
+from host_runs import train as train_ranks
 from native_runs import make_workspace, reload, train
 from safetensors.torch import load_file
 
+from llava_packing_tower.checkpoint.hashing import tensor_digest
 from llava_packing_tower.data.samples import check_pairs
 from llava_packing_tower.integrations.llava.hosts.llava_next import HOST
 from llava_packing_tower.integrations.llava.hosts.llava_v1 import HOST as LLAVA_V1
@@ -46,6 +48,46 @@ def test_train_save_reload_generate(tmp_path, next_dir):
     tuned = load_file(output / "model.safetensors")
     moved = [n for n in start if not start[n].equal(tuned[f"model.vision_tower.vision_tower.{n}"].float())]
     assert len(moved) > 20  # the tower is trained by pairs, too
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("next_dir", [pytest.param(NEXT, id="llava_next", marks=NEEDS_NEXT)])
+def test_two_ranks(tmp_path, next_dir):
+    """DDP from a decoder; from its checkpoint ZeRO-2 and ZeRO-3, where the reference is loaded: one first loss."""
+    limits = {"mm_packing_min_patches": 8, "mm_packing_max_patches": 40, "per_device_train_batch_size": 1}
+    config = with_pairs(tmp_path, learning_rate=1e-3, **limits)
+    start = tmp_path / "llava_llama_packing_ddp"
+    first = {}
+    for kind in ("ddp", "zero2", "zero3"):
+        output = tmp_path / f"llava_llama_packing_{kind}"
+        words = [] if kind == "ddp" else ["--deepspeed", f"{kind}.json", "--model_name_or_path", str(start)]
+        printed = train_ranks(config, output, next_dir, *words)
+        engine = "DistributedDataParallel" if kind == "ddp" else f"DeepSpeedEngine, ZeRO stage {kind[-1]}"
+        assert f"engine: {engine}, world size 2, backend gloo" in printed, printed
+        steps = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        first[kind] = steps[0]["loss"]
+        assert steps[0]["rewards/chosen"] == steps[0]["rewards/rejected"] == 0  # policy and reference are one
+        assert steps[1]["rewards/chosen"] != 0
+        trained = json.loads((output / "packing_tower.json").read_text())["tensors"]  # in memory at the end
+        saved = load_file(output / "model.safetensors")
+        word = "model.vision_tower.vision_tower."
+        digests = {n.removeprefix(word): tensor_digest(t) for n, t in saved.items() if n.startswith(word)}
+        assert digests == trained
+        before = load_file(start / "model.safetensors" if kind != "ddp" else tmp_path / "vit_packing/model.safetensors")
+        before = {name.removeprefix(word): tensor for name, tensor in before.items()}
+        moved = [n for n in trained if not before[n].bfloat16().equal(saved[word + n].bfloat16())]
+        assert len(moved) > 20
+    assert first["zero2"] == pytest.approx(first["zero3"], abs=1e-3)
+
+
+@pytest.mark.parametrize("next_dir", [pytest.param(NEXT, id="llava_next", marks=NEEDS_NEXT)])
+def test_a_reference_with_a_projector_of_its_own_is_refused(tmp_path, next_dir, monkeypatch):
+    """Under ZeRO-3 LLaVA-NeXT loads the reference by itself: a decoder without a projector gives it another one."""
+    monkeypatch.setenv("LLAVA_NEXT_DIR", next_dir)
+    config = with_pairs(tmp_path)
+    with pytest.raises(UsageError, match=r"llama_tiny has no projector: each would get random weights"):
+        make_plan(config, ["--deepspeed", "zero3.json"], num_processes=2)
+    assert make_plan(config, ["--deepspeed", "zero2.json"], num_processes=2).zero_stage == 2
 
 
 @pytest.mark.parametrize("next_dir", [pytest.param(NEXT, id="llava_next", marks=NEEDS_NEXT)])

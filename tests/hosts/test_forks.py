@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fork_layouts import LAYOUTS, VILA, write, write_files
+from fork_layouts import LAYOUTS, TINYLLAVA, VILA, write, write_files
 from host_runs import execute
 
 from llava_packing_tower.integrations.llava import registry
@@ -41,7 +41,7 @@ def test_all_of_the_hook_attaches(name, tmp_path):
     write(LAYOUTS[name], tmp_path / "clone")
     report = run(tmp_path / "clone", tmp_path / "work")
     tail = report.pop("stderr")[-3000:]
-    for part in ("builder", "native resolution", "text-only batches", "reload"):
+    for part in ("builder", "native resolution", "text-only batches", "training step", "reload"):
         assert report[part] == "yes", (part, report, tail)
     assert report["packed decoder"] == "yes" or report["packed decoder"].startswith(OFF), (report, tail)
     assert report["stubs"] == [], report
@@ -77,6 +77,38 @@ def test_a_host_with_other_signatures_is_left_alone_and_named_once(tmp_path):
     (said,) = [line for line in result.stdout.splitlines() if "left as it is" in line]
     assert "build_vision_tower(model_name_or_path, config) takes no vision_tower_cfg" in said
     assert "Packing towers, native resolution, the packed training step" in said
+
+
+REGISTRY = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+sys.path.insert(0, {clone!r})
+import builder_patch
+import tinyllava.model
+from tinyllava.model import vision_tower
+import importlib; importlib.reload(tinyllava)
+assert vision_tower.VISION_TOWER_FACTORY.keys() == {{"clip"}}
+assert vision_tower.VisionTowerFactory("openai/clip:x")("own").config == "own"
+for module in (tinyllava.model, tinyllava.model.modeling_tinyllava, vision_tower):
+    for value in vars(module).values():
+        assert not hasattr(value, "_llava_packing_original") and not hasattr(value, "_llava_packing_steps"), value
+"""
+
+
+def test_a_registry_of_towers_is_left_alone_and_named_once(tmp_path, monkeypatch):
+    """TinyLLaVA: said when it is imported, and when its clone is named."""
+    write_files(TINYLLAVA, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name not in ("LLAVA_DIR", "LLAVA_NEXT_DIR")}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    result = execute([sys.executable, "-c", REGISTRY.format(clone=str(tmp_path))], environment)
+    assert result.returncode == 0, result.stderr
+    (said,) = [line for line in result.stdout.splitlines() if "left as it is" in line]
+    assert "by a registry (register_vision_tower)" in said and "Packing towers, native resolution" in said
+    monkeypatch.delenv("LLAVA_NEXT_DIR", raising=False)
+    monkeypatch.setenv("LLAVA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"LLAVA_DIR=.*tinyllava in .* is left as it is: TinyLLaVA makes its towers"):
+        registry.find_host()
+    assert str(tmp_path) not in sys.path
 
 
 def test_a_clone_of_it_is_refused_with_the_reason(tmp_path, monkeypatch):

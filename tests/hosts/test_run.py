@@ -70,6 +70,39 @@ def test_the_llava_is_that_of_llava_next_dir(tmp_path, module):
     assert result.stdout.strip() == str(clone / "llava" / "__init__.py"), result.stderr
 
 
+STARTED = """
+def train():
+    import sys
+    from dataclasses import fields
+    from types import SimpleNamespace
+    from llava_packing_tower import PackingImageProcessor
+    names = {field.name for field in fields(ModelArguments)}
+    steps = LazySupervisedDataset.__init__._llava_packing_steps
+    args = SimpleNamespace(image_processor=PackingImageProcessor(size=56), image_aspect_ratio="native")
+    try:
+        LazySupervisedDataset([{"id": 1, "image": "a.png", "positions_thw": "a.npy"}], None, args)
+    except ValueError as error:
+        print(error)
+    print(__name__, sys.argv[1:], "mm_packing_attention" in names, bool(steps))
+
+if __name__ == "__main__":
+    train()
+"""
+
+
+@pytest.mark.parametrize("as_script", [False, True])
+def test_a_train_file_of_a_fork_gets_the_arguments_and_steps(tmp_path, as_script):
+    """Run as `__main__` it would train without them: the hook changes what is imported. Positions have no way in."""
+    file = write(LAYOUTS["geochat"], tmp_path) / "train" / "train.py"
+    file.write_text(file.read_text().replace("def train(): pass\n", "") + STARTED)
+    words = [str(file)] if as_script else ["-m", "geochat.train.train"]
+    command = [sys.executable, "-m", "llava_packing_tower", "run", "--", "python", *words, "--x", "1"]
+    result = execute(command, {**environment(str(tmp_path)), "PYTHONPATH": str(REPOSITORY)})
+    refused, printed = result.stdout.strip().splitlines()
+    assert printed == "geochat.train.train ['--x', '1'] True True", result.stdout + result.stderr
+    assert "1 of 1 samples have positions_thw" in refused and "the models of GeoChat have no argument for" in refused
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(find_spec("llava") is None, reason="LLaVA is not installed")
 @pytest.mark.skipif(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -28,11 +30,12 @@ from ...data.samples import MEDIA, check_places, drop_empty_media, images_of
 from ...data.video import check_video, read_clip, video_errors
 from ...multimodal.dataset_report import measure
 from .arguments import current_arguments
+from .host import Host
 from .left_out import NOTE, leave_out, note, one_sample, placeholder, split
 from .methods import Call, add_step
 from .native_resolution import token_layout
 from .patcher import Patches
-from .registry import data_module, host_of, image_token
+from .registry import data_module, host_of, image_token, mixin
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +100,17 @@ def empty_media(call: Call) -> Iterator[None]:
     data_args = call.self.data_args
     mark_datasets(call.arguments.get("data_path") or "", call.self.list_data_dict)
     ours = isinstance(getattr(data_args, "image_processor", None), PackingImageProcessor)
-    if ours and not asks_for_native(data_args) and not host_places(call.self):
-        refuse_positions(call.self.list_data_dict, data_args.image_aspect_ratio)
+    if not ours or host_places(call.self):
+        return
+    native, host = asks_for_native(data_args), host_of(type(call.self).__module__)
+    if not native or not takes_details(host):
+        refuse_positions(call.self.list_data_dict, data_args.image_aspect_ratio, host.title if native else None)
+
+
+def takes_details(host: Host) -> bool:
+    """Whether the models of a host have the argument in which positions and frame numbers travel."""
+    prepare = mixin(import_module(host.module(host.arch))).prepare_inputs_labels_for_multimodal
+    return "image_sizes" in inspect.signature(prepare).parameters
 
 
 def host_places(dataset: object) -> bool:

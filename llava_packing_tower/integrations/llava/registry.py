@@ -32,6 +32,11 @@ HOSTS: tuple[str, ...] = (
     "moellava",
     "cambrian",
 )
+UNSUPPORTED: dict[str, str] = {
+    "tinyllava": "TinyLLaVA makes its towers from configs of transformers' own models, by a registry "
+    "(register_vision_tower), and has no builder of towers and no initialize_vision_modules",
+}
+"""Packages of LLaVAs that no host can describe, each with the reason. They are left alone, and named."""
 DIR_ENV, NEXT_DIR_ENV = environment.LLAVA_DIR, environment.NEXT_DIR
 _on_path: list[str] = []
 _in_use: dict[str, Host | None] = {}  # by package: what it was recognised as when it was imported; None: left alone
@@ -42,8 +47,8 @@ def all_hosts() -> tuple[Host, ...]:
 
 
 def packages() -> tuple[str, ...]:
-    """The names under which hosts are imported."""
-    return tuple(dict.fromkeys(host.package for host in all_hosts()))
+    """The names under which hosts, and LLaVAs that are left alone, are imported."""
+    return tuple(dict.fromkeys([*(host.package for host in all_hosts()), *UNSUPPORTED]))
 
 
 class Recognised(NamedTuple):
@@ -69,7 +74,7 @@ def recognise(package: str, root: Path) -> Recognised:
     looks_like_one = unlike or any(root.glob("model/*_arch.py")) or (root / "model" / "vision_tower").is_dir()
     if not looks_like_one:
         return Recognised(None)
-    why = "; ".join(unlike[:2]) or "it does not have the layout of a known LLaVA"
+    why = "; ".join(unlike[:2]) or UNSUPPORTED.get(package) or "it does not have the layout of a known LLaVA"
     return Recognised(
         None,
         f"{package} in {root} is left as it is: {why}. Packing towers, native resolution, the packed training step and "
@@ -183,6 +188,7 @@ def put_clone_on_path() -> str | None:
                 _put_on_path(name, base, root, host.package)
                 return host.package
             reasons.append(found.reason)
+    reasons += [recognise(package, folder / package).reason for package in UNSUPPORTED if (folder / package).is_dir()]
     reason = next(filter(None, reasons), None)
     raise ValueError(
         f"{name}={folder}: {reason or 'there is no LLaVA that this package knows'}. Known are:\n" + _known()

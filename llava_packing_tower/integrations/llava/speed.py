@@ -164,7 +164,7 @@ def count_tokens(arch: ModuleType, patches: Patches) -> None:
         ids, seen = given["input_ids"], given.get("attention_mask")
         words = ids != arch.IMAGE_TOKEN_INDEX
         words = words if seen is None else words & seen.bool()
-        mask, embeds, labels = call.result[2], call.result[4], call.result[5]
+        mask, _, embeds, labels = call.result[-4:]  # GeoChat returns no positions in front of them
         shape = ids.shape if embeds is None else embeds.shape[:2]
         tokens = torch.ones(shape, dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         meter.count_tokens(words, tokens, labels)
