@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import shutil
 import subprocess
@@ -63,3 +64,12 @@ def test_the_packaged_demo_config_is_launched_from_an_empty_folder(installed, tm
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     # It finds its configuration and DeepSpeed's; what it misses is what the demo makes.
     assert result.returncode == 2 and "demo_output" in result.stderr and "zero2" not in result.stderr, result.stderr
+
+
+def test_who_gets_sentencepiece_gets_protobuf():
+    """transformers 5 reads a sentencepiece tokenizer through both, and without the second asks for tiktoken."""
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    extras = {name: value.split() for name, value in setup["options.extras_require"].items()}
+    assert {name for name, words in extras.items() if "sentencepiece" in words} == {"train", "train440", "demo"}
+    assert all("protobuf" in words for words in extras.values() if "sentencepiece" in words)
