@@ -25,12 +25,11 @@ from ..data.images import reading_of
 from ..data.native_config import NativeSettings, settings_of
 from ..data.segments import Grid
 from ..data.smart_resize import CHECKPOINT, SmartResize
-from .names import NAME_PREFIX, tower_names
+from .names import CHANNEL, NAME_PREFIX, tower_names
 from .packing_tower import HEVCViTPackingVisionTower
 from .passes import budget_of
 from .saved_tower import saved_tower, wants_loading
 
-CHANNEL = "channel"
 READ = (
     *("mm_vision_select_layer", "mm_vision_select_feature", "mm_packing_attention", "mm_packing_compile"),
     *("mm_tunable_parts", "unfreeze_mm_vision_tower", "mm_packing_background", "mm_packing_exif"),

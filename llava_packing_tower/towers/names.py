@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 PACKING = "packing"
 STANDARD = "hevc_vit"
 FUSED = "fused"
+CHANNEL = "channel"
+"""The way in which several towers are joined (``mm_packing_fusion``); the only one so far."""
 NAME_PREFIX = "packing:"
 SEPARATOR = re.compile(r"\s+\+\s+(?=packing:)", re.IGNORECASE)
 PACKING_SUFFIX = "_packing"

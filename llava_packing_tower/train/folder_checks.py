@@ -32,7 +32,7 @@ def check_folders(values: Mapping[str, object], found: FoundHost) -> None:
                 raise UsageError(f"{key}: folder {name} has no {CONFIG}")
             for file in sorted(folder.glob("*.json")):
                 _read_json(key, file)
-        elif "/" not in name:
+        elif "/" not in name and not (key == "vision_tower" and folder.is_file()):  # weights as their authors give them
             raise UsageError(f"{key}: {name} is neither a folder here nor a hub id, owner/name")
     if not values.get("model_class_name"):  # LLaVA-NeXT's own argument, which names the class
         check_decoder(str(values["model_name_or_path"]), found)

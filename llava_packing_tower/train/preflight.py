@@ -20,7 +20,7 @@ from ..data.smart_resize import CHECKPOINT, known_merge
 from ..integrations.llava.arguments_table import check_dealing, tunable_parts
 from ..integrations.llava.host import Argument, FoundHost
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
-from ..towers.names import FUSED, PACKING, tower_kind, tower_names
+from ..towers.names import CHANNEL, FUSED, PACKING, tower_kind, tower_names
 from ..utils.errors import UsageError
 from ..utils.files import read_json
 from ..utils.progress import progress
@@ -106,6 +106,10 @@ def check_tower(values: Mapping[str, object]) -> None:
         from ..attention.dispatch import BACKENDS
 
         _one_of("mm_packing_attention", attention, ("auto", *BACKENDS))
+    if kind == FUSED:
+        _one_of("mm_packing_fusion", values.get("mm_packing_fusion") or CHANNEL, (CHANNEL,))
+        if values.get("mm_projector_type") == CHECKPOINT:
+            raise UsageError(f"mm_projector_type {CHECKPOINT}: the several towers {name} have no projector in common")
     for own in tower_names(name):
         _check_layer(values, own, str(feature))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import unusable
-from low_precision import FAMILIES, around, check_graphs, check_training, small, visuals_of
+from low_precision import FAMILIES, around, canvases, check_graphs, check_training, joined, small, visuals_of
 
 from llava_packing_tower.models.runtime.cuda_graphs import PIXELS
 
@@ -32,7 +32,13 @@ def test_training(name, backend, autocast, checkpointing):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_graphs(name, backend, pixels, monkeypatch):
     need(name, backend, needs_grad=False)
-    check_graphs(name, "cuda", backend, monkeypatch, pixels)
+    tower = around(small(name, "cuda"))
+    check_graphs(tower, visuals_of(tower.vision_tower, "cuda"), backend, monkeypatch, pixels)
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_graphs_of_several_towers(pixels, monkeypatch, tmp_path):
+    check_graphs(joined(tmp_path, ("dinov3", "qwen3_vl"), "cuda"), canvases(2, "cuda"), "auto", monkeypatch, pixels)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -15,6 +15,7 @@ from llava_packing_tower.data.patches import batch_images_to_packing_input
 from llava_packing_tower.data.segments import make_segments
 from llava_packing_tower.models.registry import CLASSES, family_for
 from llava_packing_tower.models.runtime import cuda_graphs
+from llava_packing_tower.towers.fused_tower import FusedPackingVisionTower
 
 FAMILIES = {types[0].removesuffix("_packing"): family_for(types[0]) for types in CLASSES.values()}
 GRIDS = ((3, 5), (1, 7), (9, 6), (1, 1), (3, 5))
@@ -130,21 +131,34 @@ def check_training(name: str, device: str, backend: str, autocast: bool, checkpo
     check_twice(got, exact, low)
 
 
-def check_graphs(name: str, device: str, backend: str, monkeypatch, pixels: bool) -> None:
+def joined(folder, names: tuple[str, ...], device: str) -> FusedPackingVisionTower:
+    """Several small towers as one."""
+    for name in names:
+        small(name, "cpu").save_pretrained(folder / name)
+    args = SimpleNamespace(mm_vision_select_layer=-1)
+    return FusedPackingVisionTower(" + ".join(f"packing:{folder / name}" for name in names), args).to(device).eval()
+
+
+def canvases(count: int, device: str) -> list[torch.Tensor]:
+    """Ragged images for ``count`` towers with patches of 4."""
+    return [torch.randn(3 * count, 4 * h, 4 * w).to(device) for h, w in GRIDS]
+
+
+def check_graphs(tower, images: list[torch.Tensor], backend: str, monkeypatch, pixels: bool) -> None:
     """Batches of shapes that come again, in inference: graphs are captured and replayed, and give the features that
     float32 has; of the blocks alone, or from pixels on."""
-    tower = around(small(name, device))
-    model = tower.vision_tower
+    model, parts = tower.vision_tower, [part.vision_tower for part in tower.encoders().values()]
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    batches = [visuals_of(model, device)]
+    batches = [images]
     batches += [[x.flip(-1) * scale for x in batches[0]] for scale in (0.5, 1.5, 1.0, 2.0)]
     if not pixels:
         monkeypatch.setattr(cuda_graphs, "_key", lambda *_: None)
 
     def run(dtype, fused, backend):
         model.to(dtype).load_state_dict(state)
-        model.set_attention_backend(backend)
-        model.set_fused(fused)
+        for part in parts:
+            part.set_attention_backend(backend)
+            part.set_fused(fused)
         with torch.no_grad():
             return {str(i): torch.cat(tower([x.to(dtype) for x in b])).float() for i, b in enumerate(batches)}
 
@@ -152,5 +166,6 @@ def check_graphs(name: str, device: str, backend: str, monkeypatch, pixels: bool
     check_twice(run(LOW, True, backend), exact, low)
     if pixels:
         assert len(cuda_graphs.memory_of(model, cuda_graphs.PIXELS).captured) == 1
-    elif model.encoder.last_plan.graph:  # blocks with several kinds of segments have none of their own
-        assert len(cuda_graphs.memory_of(model.encoder, cuda_graphs.BLOCKS).captured) == 1
+    for part in [] if pixels else parts:
+        if part.encoder.last_plan.graph:  # blocks with several kinds of segments have none of their own
+            assert len(cuda_graphs.memory_of(part.encoder, cuda_graphs.BLOCKS).captured) == 1

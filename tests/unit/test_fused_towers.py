@@ -248,6 +248,28 @@ def test_the_name(folders, files):
         launcher.make_plan(files(mm_vision_tower=f"{name} + packing:{folders / 'gone'}"), num_processes=1)
 
 
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"mm_packing_fusion": "tokens"}, "mm_packing_fusion.*tokens.*channel"),
+        ({"mm_projector_type": "checkpoint"}, "mm_projector_type checkpoint: the several towers .* in common"),
+    ],
+)
+def test_what_cannot_be_joined_is_said_before_the_start(folders, files, given, match):
+    with pytest.raises(UsageError, match=match):
+        launcher.make_plan(files(mm_vision_tower=name_of(folders), **given), num_processes=1)
+
+
+def test_a_weight_file_beside_the_configuration(folders, files, tmp_path, monkeypatch):
+    """As the authors publish them: a name without a slash, which is no hub id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "PE-Lang-L14-448.pt").write_bytes(b"")
+    plan = launcher.make_plan(files(mm_vision_tower="packing:PE-Lang-L14-448.pt"), num_processes=1)
+    assert plan.values["vision_tower"] == "packing:PE-Lang-L14-448.pt"
+    with pytest.raises(UsageError, match="neither a folder here nor a hub id"):
+        launcher.make_plan(files(mm_vision_tower="packing:PE-Lang-L14-449.pt"), num_processes=1)
+
+
 # ---------------------------------------------------------------- commands
 
 
