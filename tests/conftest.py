@@ -31,24 +31,43 @@ def unusable(backend: str, dtype: torch.dtype, head_dim: int, needs_grad: bool =
         return str(error)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """For `pytest -n`: files that share a training are one group, and the long ones begin.
+# The slowest groups of `pytest -n`, in the order in which they begin: a worker that began one last would end alone.
+FIRST = ("trainings", "demo", "test_doc_blocks", "test_families_in_llava", "test_dealt_training", "test_distributed")
 
-    Long are the files with a training, and those that raised their time limit.
+
+@pytest.hookimpl(tryfirst=True)  # before markers are chosen by -m, and before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """``newest_long`` is long with the newest transformers. Files that share a training are one group of `pytest -n`.
+
+    After those of FIRST begin the groups that raised a time limit.
     """
     trainings: dict[Path, str] = {}
-    long: set[str] = set()
+    raised: set[str] = set()
     for item in items:
+        if item.get_closest_marker("newest_long"):
+            item.add_marker(pytest.mark.newest)
+            if FIVE:
+                item.add_marker(pytest.mark.long)
         for fixture in {"trainings", "demo"} & set(item.fixturenames):
             trainings[item.path] = fixture
     for item in items:
         on_gpu = item.path.parent.name == "gpu"
         group = "gpu" if on_gpu else trainings.get(item.path, item.path.stem)
         item.add_marker(pytest.mark.xdist_group(group))
-        if item.path in trainings or item.get_closest_marker("timeout"):
-            long.add(group)
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in long)
+        if item.get_closest_marker("timeout") and not item.get_closest_marker("long"):
+            raised.add(group)
+
+    def place(item) -> int:
+        group = item.get_closest_marker("xdist_group").args[0]
+        return FIRST.index(group) if group in FIRST else len(FIRST) + (group not in raised)
+
+    items.sort(key=place)
+
+
+def chosen(request: pytest.FixtureRequest, parameter: str) -> set:
+    """The values of a parameter in those tests of this file that run: what none of them asks for is not made."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    return {call.params[parameter] for call in calls if call and parameter in call.params}
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -89,6 +108,17 @@ def demo(tmp_path_factory):
     from evaluation_runs import make_demo
 
     return make_demo(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture
+def small_pictures(monkeypatch):
+    """Conversions are verified, and families aligned, on pictures of a quarter of the sides, with patches of 4 pixels
+    or more: the comparison is the same, and attention over thousands of patches takes most of its time."""
+    from llava_packing_tower.convert import parity, test_images
+
+    snapped, side_of = parity.snapped, test_images.Photographer.snapped
+    monkeypatch.setattr(parity, "snapped", lambda size, patch: snapped(size // 4, patch))
+    monkeypatch.setattr(test_images.Photographer, "snapped", lambda self, side: side_of(self, side // 4))
 
 
 @pytest.fixture(autouse=True)

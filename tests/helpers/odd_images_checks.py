@@ -23,7 +23,8 @@ from llava_packing_tower.integrations.llava.left_out import LeftOut
 
 RINGING = 12
 """What a resize may add to a quarter of a picture."""
-MEGABYTES = 150
+MEGABYTES = 300
+"""A strip that is padded or enlarged before it is cut takes gigabytes."""
 
 
 def peak() -> int:

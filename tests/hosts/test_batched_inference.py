@@ -20,7 +20,7 @@ from llava_packing_tower.integrations.llava import batched_inference, install
 from llava_packing_tower.integrations.llava.inference import build_prompt, load_checkpoint
 
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(find_spec("llava") is None, reason="LLaVA is not installed"),
 ]
 NEW_TOKENS = 10

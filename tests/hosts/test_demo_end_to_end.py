@@ -16,7 +16,7 @@ from llava_packing_tower.tools.demo import pipeline, report
 from llava_packing_tower.train.history import TOWER_RECORD
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_demo_trains_reloads_and_answers(demo, tmp_path):
     output = demo.output
     table = json.loads((output / "table.json").read_text())

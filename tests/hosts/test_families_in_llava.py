@@ -21,7 +21,7 @@ pytestmark = [
     # Looked for, not imported: in this process it may have to be another one (LLAVA_NEXT_DIR).
     pytest.mark.skipif(importlib.util.find_spec("llava") is None, reason="no LLaVA is installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs here are for machines without a GPU"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 
 # Projectors: the VLM's own, one that merges 3 x 3 patches, and LLaVA's.

@@ -31,12 +31,10 @@ def run(clone: Path, folder: Path) -> dict:
     return {**json.loads(result.stdout.splitlines()[-1]), "stderr": result.stderr}
 
 
-IN_EVERY_RUN = ("onevision", "bunny", "moellava")  # the others have less that is their own
+MARKS = {"onevision": [], "moellava": pytest.mark.newest_long}  # the others, with less that is their own, are long
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in IN_EVERY_RUN else [pytest.mark.long]) for n in LAYOUTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, pytest.mark.long)) for n in LAYOUTS])
 def test_all_of_the_hook_attaches(name, tmp_path):
     write(LAYOUTS[name], tmp_path / "clone")
     report = run(tmp_path / "clone", tmp_path / "work")

@@ -42,7 +42,7 @@ safetensors.serialize_file = serialize_file
 
 
 @needs_host
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 # The state of the trainer is a checkpoint's last file (weights and optimizer are there), the weights are its first.
 @pytest.mark.parametrize(
     ("kind", "file"),
@@ -81,9 +81,15 @@ def test_killed_while_saving(trainings, tmp_path, kind, file):
     assert weights[0].keys() == weights[1].keys()
     assert [name for name, tensor in weights[0].items() if not torch.equal(tensor, weights[1][name])] == []
 
+    before = {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in output.rglob("*")}
+    log = host_runs.train(config, output, host_runs.NEXT, *words)
+    assert "already finished after 4 steps: nothing to do" in log and "loss" not in log
+    assert {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in output.rglob("*")} == before
+
 
 @needs_host
-@pytest.mark.timeout(400)
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_that_has_done_all_its_steps(trainings, tmp_path):
     """Killed in its last save, it saves; finished, it does nothing: neither takes a step more."""
     words = ["--deepspeed", "configs/zero2.json", "--save_strategy", "steps", "--save_steps", "4", "--max_steps", "4"]
@@ -197,6 +203,8 @@ def test_what_counts_as_finished(tmp_path):
 
 
 @needs_host
+@pytest.mark.long  # what the process itself says: tests/hosts/test_compat.py
+@pytest.mark.timeout(900)
 def test_a_run_that_would_be_plain_ddp_is_refused(trainings, tmp_path):
     """accelerate leaves DeepSpeed out when use_cpu is set: past the launcher's own check, the process refuses.
 

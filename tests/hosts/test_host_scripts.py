@@ -23,7 +23,7 @@ from PIL import Image
 
 from llava_packing_tower.utils.net import free_port
 
-pytestmark = [*NEEDS_NEXT, pytest.mark.timeout(600)]
+pytestmark = [*NEEDS_NEXT, pytest.mark.timeout(900)]
 RUN = [sys.executable, "-m", "llava_packing_tower", "run", "--", "python"]
 SDPA = "flash-attn cannot be used here: the decoder is loaded with sdpa attention"
 no_cuda = {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}

@@ -10,7 +10,7 @@ import pytest
 from native_data_checks import write_video
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytestmark = [host_runs.needs_host, pytest.mark.newest, pytest.mark.timeout(400)]
+pytestmark = [host_runs.needs_host, pytest.mark.newest, pytest.mark.timeout(900)]
 
 
 def spoil(folder, next_dir) -> list[str]:
@@ -53,6 +53,7 @@ def test_every_rank_makes_every_step(tmp_path, next_dir):
         assert f"sample {entry['sample']}: " in printed
 
 
+@pytest.mark.newest_long
 @pytest.mark.parametrize("next_dir", host_runs.HOSTS)
 def test_strict_ends_the_run_by_name(tmp_path, next_dir):
     config = host_runs.make_workspace(tmp_path)

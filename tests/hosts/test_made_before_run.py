@@ -48,7 +48,7 @@ def execute(command, folder):
 
 
 @needs_host
-@pytest.mark.newest
+@pytest.mark.newest_long
 @pytest.mark.timeout(300)
 def test_the_checkpoint_has_the_losses_that_it_had(run):
     found = json.loads(execute([sys.executable, "-c", LOSSES, str(run), host_runs.QUESTION], run).splitlines()[-1])
@@ -58,7 +58,7 @@ def test_the_checkpoint_has_the_losses_that_it_had(run):
 @needs_host
 @only_four  # the schedule and the order of the samples are those of that transformers
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("step", ["as it was", "packed"])
+@pytest.mark.parametrize("step", ["as it was", pytest.param("packed", marks=pytest.mark.long)])
 def test_the_interrupted_run_resumes_to_the_same_weights(run, step):
     """Bit for bit with the padded training step, which it had; to rounding with the packed one.
 

@@ -37,6 +37,7 @@ def test_train_save_reload_generate(tmp_path, next_dir):
     assert result["tensors"] == json.loads((output / "packing_tower.json").read_text())["tensors"]
 
 
+@pytest.mark.long  # test_odd_images.py reads them, test_left_out_training.py trains beside what cannot be read
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_odd_inputs_do_not_stop_a_run(tmp_path, next_dir):
     """Every sample is drawn once. For LLaVA-NeXT a video of one frame too, and one that cannot be read: left out."""

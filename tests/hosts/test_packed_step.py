@@ -6,7 +6,7 @@ import packed_step_checks
 import pytest
 from host_runs import HOSTS, needs_host, run_checks
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.newest, needs_host]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.newest, needs_host]
 
 
 @pytest.fixture(scope="module", params=HOSTS)

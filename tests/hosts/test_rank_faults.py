@@ -51,7 +51,7 @@ if os.environ.get("RANK") == "2":
             return spec
     sys.meta_path.insert(0, Finder())
 """
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @needs_host

@@ -57,7 +57,7 @@ def test_a_script_runs_as_main_with_its_arguments_and_status(tmp_path):
     assert result.returncode != 0 and "missing.py: no such file" in result.stderr
 
 
-@pytest.mark.parametrize("module", [False, True])
+@pytest.mark.parametrize("module", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_llava_is_that_of_llava_next_dir(tmp_path, module):
     """Another one may be installed: the script would run with that, without a word."""
     clone, scripts = tmp_path / "LLaVA-NeXT", tmp_path / "scripts"
@@ -103,12 +103,12 @@ def test_a_train_file_of_a_fork_gets_the_arguments_and_steps(tmp_path, as_script
     assert "1 of 1 samples have positions_thw" in refused and "the models of GeoChat have no argument for" in refused
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(find_spec("llava") is None, reason="LLaVA is not installed")
 @pytest.mark.skipif(
     find_spec("shortuuid") is None, reason="llava.eval.model_vqa imports shortuuid: requirements/eval.txt"
 )
-@pytest.mark.parametrize("script", ["model_vqa", "model_vqa_loader"])
+@pytest.mark.parametrize("script", ["model_vqa", pytest.param("model_vqa_loader", marks=pytest.mark.long)])
 def test_llavas_own_scripts_answer_with_a_packing_tower(demo, tmp_path, script):
     """Unedited, and the checkpoint moved away from the folder of its tower."""
     checkpoint = tmp_path / "llava_llama_moved"

@@ -6,13 +6,13 @@ import pytest
 import sample_sizes_checks
 from host_runs import HOSTS, needs_host, run_checks
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.newest, needs_host]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.newest, needs_host]
 
 
 @pytest.fixture(scope="module", params=HOSTS)
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample_sizes")
-    return run_checks("sample_sizes_checks", request.param, folder, timeout=250)
+    return run_checks("sample_sizes_checks", request.param, folder, timeout=800)
 
 
 @pytest.mark.parametrize("name", sample_sizes_checks.CHECKS)

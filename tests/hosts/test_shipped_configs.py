@@ -49,6 +49,7 @@ def test_groups_and_names():
         shipped_configs.chosen(["fintune"])
 
 
+@pytest.mark.long  # tests/hosts/test_configs.py has the parsing and the plan of each of them
 @pytest.mark.newest
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

@@ -11,7 +11,7 @@ import pytest
 
 from llava_packing_tower.train.launcher import make_plan, to_argv
 
-pytestmark = [host_runs.needs_host, pytest.mark.newest, pytest.mark.timeout(600)]
+pytestmark = [host_runs.needs_host, pytest.mark.newest_long, pytest.mark.timeout(600)]
 OWN = "import builder_patch; from llava.train.train import train; train()"
 
 

@@ -18,7 +18,7 @@ from llava_packing_tower.tools.bench.training import models, trials
 from llava_packing_tower.tools.bench.training.photos import photo_sizes
 from llava_packing_tower.tools.bench.training.rows import BEFORE, Row, Size, choose, rows, verdicts
 
-pytestmark = [pytest.mark.newest, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.newest, pytest.mark.timeout(900)]
 NEXT = pytest.mark.skipif(not os.environ.get("LLAVA_NEXT_DIR"), reason="LLAVA_NEXT_DIR is not set")
 
 

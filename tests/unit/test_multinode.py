@@ -93,6 +93,8 @@ def programs(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.long  # the trainings of tests/hosts/test_host_training.py are started on two machines by hand
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(
     find_spec("llava") is None or find_spec("deepspeed") is None or torch.cuda.is_available(),
     reason="needs LLaVA and DeepSpeed on a machine without a GPU",
