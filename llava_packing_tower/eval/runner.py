@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 LOG = "log.txt"
 ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit|Interrupt|Refused|Timeout)\w*(?::.*|$)")
-PROGRESS = "requests:"
+PROGRESS = ("reading the weights:", "requests:")
 REPORTED = re.compile(r"Error during evaluation: (.*?)\. Please set `--verbosity", re.DOTALL)
 
 

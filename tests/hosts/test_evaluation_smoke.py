@@ -72,6 +72,8 @@ def test_from_training_to_score(demo, tmp_path):
     assert "| realworldqa | - | - | FAILED |" in table and "realworldqa failed: " in table
     assert score(output) >= 0.8, answers(output)
     assert hits(output) == (0, 16)
+    log = (output / "smoke" / "log.txt").read_text(encoding="utf-8")
+    assert "reading the weights: 100%" in log and re.search(r"over mm_packing_max_patches: 16 images.*task smoke", log)
     with Image.open(output / "results.png") as chart:
         assert chart.format == "PNG"
     trained = answers(output)

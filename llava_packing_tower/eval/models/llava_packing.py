@@ -20,7 +20,6 @@ from ...checkpoint.folder_hash import identity
 from ...data.codec import SELECTORS
 from ...integrations.llava import batched_inference, install
 from ...integrations.llava.inference import load_checkpoint
-from ...utils.progress import progress
 from ...utils.supervise import watch_launcher
 from .. import hf_inference
 from ..reduced_images import ReducedImages
@@ -105,8 +104,13 @@ class LlavaPacking(lmms):
             return
         here = weights
         if self.accelerator.is_local_main_process:
-            with progress("reading the weights", in_bytes=True) as shown:
-                here = identity(pretrained, model_base, shown)
+            with tqdm(desc="reading the weights", unit="B", unit_scale=True) as bar:
+
+                def show(done: int, count: int) -> None:
+                    bar.total = count
+                    bar.update(done - bar.n)
+
+                here = identity(pretrained, model_base, show)
         if weights is None:
             raise ValueError(
                 f"--use_cache identifies a model by its arguments, not by its weights, and would return the answers "
