@@ -11,7 +11,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -310,6 +310,13 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
 
 
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: object) -> None:
+    """Raises ``ValueError`` that names the first tensor with NaN or infinity; ``where`` is what has it."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"the weights of {where} are damaged: NaN or infinity in {name}")
+
+
 def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, device: torch.device | str = "cpu") -> None:
     """Fill every parameter of ``module`` from ``source``, one tensor at a time.
 
@@ -325,6 +332,5 @@ def load_weights(module: nn.Module, plan: WeightPlan, source: WeightFiles, devic
     for name in shapes:
         recipe = plan.recipes[name]
         tensor = recipe.build(*(source[key] for key in recipe.sources))
-        if not tensor.isfinite().all():
-            raise ValueError(f"the weights of {source.name} are damaged: NaN or infinity in {recipe.sources[0]}")
+        check_finite([(recipe.sources[0], tensor)], source.name)
         assign(module, name, tensor, torch.device(device))

@@ -44,6 +44,8 @@ def read_source(folder: Path, base: Path | None = None) -> Source:
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
     config = read_json(folder / CONFIG_NAME)
+    if not isinstance(config.get("model_type", ""), str):
+        raise ValueError(f"{folder / CONFIG_NAME}: model_type must be a text, got {config['model_type']!r:.80}")
     if config.get("model_type") == MODEL_TYPE:
         raise ValueError(f"{folder} is an export already")
     found = find_host()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.weights import WeightFiles
+from ..checkpoint.weights import WeightFiles, check_finite
 from ..hf import INFO, MODEL_TYPE, ORIGIN
 from ..utils.files import CONFIG_NAME, atomic_folder, check_free, read_json, write_json
 from .names import DECODER, HEAD, HF_TOWER, SAME, llava_name
@@ -48,6 +48,7 @@ def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_si
     files = WeightFiles(folder)
     _check_names(files, folder, source.parent)
     tensors = {llava_name(name): files[name] for name in files.shapes()}
+    check_finite(tensors.items(), folder)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     content: dict[str, Any] = {**read_json(source / CONFIG_NAME), "torch_dtype": dtype}
     content.pop("dtype", None)
@@ -85,16 +86,36 @@ def _differs(config: dict[str, Any], other: dict[str, Any]) -> str | None:
     return next((f"{key}: {a!r} and {b!r}" for key, (a, b) in pairs.items() if a != b), None)
 
 
+def _shapes_of(origin: Path) -> dict[str, tuple[int, ...]] | None:
+    """Of the tensors that were exported, as the export notes them; None for one that was made before they were noted
+    (0.2.0). Raises ``ValueError`` for a note that cannot be read."""
+    file = origin / ORIGIN / INFO
+    noted = read_json(file).get("tensors") if file.is_file() else None
+    if noted is None:
+        return None
+    if not isinstance(noted, dict) or not all(isinstance(shape, list) for shape in noted.values()):
+        raise ValueError(f"{file}: tensors must be names with their shapes, got {noted!r:.80}")
+    return {name: tuple(shape) for name, shape in noted.items()}
+
+
 def _check_names(files: WeightFiles, folder: Path, origin: Path) -> None:
     """Raises ``ValueError`` for tensors that a LLaVA has no place for, and for those that it lacks."""
     names = set(files.shapes())
     known = (HF_TOWER, DECODER, *SAME)
     strange = sorted(name for name in names if not name.startswith(known))
-    if origin != folder:
-        wanted = set(WeightFiles(origin).shapes())
-        strange += sorted(names - wanted - {HEAD} - set(strange))
-        if missing := sorted(wanted - names - {HEAD}):
-            raise ValueError(f"{folder} lacks {len(missing)} tensors that {origin} has, for example {missing[0]}")
+    wanted = _shapes_of(origin)
+    if wanted is None and origin != folder:
+        wanted = WeightFiles(origin).shapes()
+    if wanted is not None:
+        strange += sorted(names - wanted.keys() - {HEAD} - set(strange))
+        if missing := sorted(wanted.keys() - names - {HEAD}):
+            raise ValueError(f"{folder} lacks {len(missing)} tensors of the export, for example {missing[0]}")
+        other = [name for name, shape in files.shapes().items() if shape != wanted.get(name, shape)]
+        if other:
+            raise ValueError(
+                f"{folder}: {len(other)} tensors have other shapes than in the export, for example {other[0]}: "
+                f"{files.shapes()[other[0]]}, not {wanted[other[0]]}"
+            )
     if strange:
         raise ValueError(
             f"{folder} has {len(strange)} tensors that a LLaVA does not have, for example {strange[0]} (an adapter, or "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.weights import WeightFiles, is_weight_file
+from ..checkpoint.weights import WeightFiles, check_finite, is_weight_file
 from ..hf import INFO, ORIGIN
 from ..hf.visual_settings import VisualSettings
 from ..integrations.llava import install
@@ -72,16 +72,22 @@ def export(
     source = read_source(checkpoint, base)
     try:
         loaded = load_checkpoint(source.folder, "cpu", source.base)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"LLaVA cannot load {source.folder}: {error}") from error
+    except (OSError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError, ValueError) as error:
+        reason = str(error) if isinstance(error, OSError | RuntimeError | ValueError) else repr(error)
+        raise ValueError(f"LLaVA cannot load {source.folder}: {reason}") from error
     parts = Parts.of(source, loaded, conversation)
     target = parts.dtype if dtype is None else getattr(torch, dtype)
-    tensors = {name: tensor.to(target) for name, tensor in parts.tensors().items()}
+    tensors = parts.tensors()
+    check_finite(tensors.items(), source.folder)
+    tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{source.folder}: {key} has values too large for {target}")
     name = str(target).removeprefix("torch.")
     from huggingface_hub import save_torch_state_dict
 
     with atomic_folder(output) as folder:
-        parts.write(folder, name, with_code)
+        parts.write(folder, name, with_code, {key: list(tensor.shape) for key, tensor in tensors.items()})
         save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     count = sum(tensor.numel() for tensor in tensors.values())
     return Exported(output, count, name, parts.conversation)
@@ -124,8 +130,8 @@ class Parts:
         state.update(uncut(self.source, state))
         return {exported_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
-    def write(self, folder: Path, dtype: str, with_code: bool) -> None:
-        """Everything but the weights."""
+    def write(self, folder: Path, dtype: str, with_code: bool, shapes: Mapping[str, list[int]]) -> None:
+        """Everything but the weights, whose ``shapes`` are noted for an import."""
         model = self.loaded.model
         backend, tokenizer_config, ids = self.tokenizer
         rows = embedding_rows(self.source, model)
@@ -149,9 +155,9 @@ class Parts:
         (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
         card = model_card(self.source, files[CONFIG_NAME], self.conversation, dtype, with_code)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        self._write_origin(folder / ORIGIN, dtype)
+        self._write_origin(folder / ORIGIN, dtype, shapes)
 
-    def _write_origin(self, folder: Path, dtype: str) -> None:
+    def _write_origin(self, folder: Path, dtype: str, shapes: Mapping[str, list[int]]) -> None:
         """What `llava-packing import` needs: the config, the tokenizer and the like, without paths of this machine."""
         folder.mkdir()
         for file in self.source.folder.iterdir():
@@ -163,7 +169,8 @@ class Parts:
         write_json(origin_config(self.source, self.loaded.model), folder / CONFIG_NAME)
         merged = (self.source.folder / ADAPTER).is_file()
         info = {"host": self.source.host.name, "merged": merged, "source_dtype": str(self.dtype).removeprefix("torch.")}
-        write_json({**info, "dtype": dtype, "conversation": self.conversation}, folder / INFO)
+        info |= {"dtype": dtype, "conversation": self.conversation, "tensors": shapes}
+        write_json(info, folder / INFO)
 
 
 def uncut(source: Source, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

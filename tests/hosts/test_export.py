@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import export_samples as samples
+import llava_checkpoints
 import pytest
 import torch
 from conftest import assert_close
@@ -171,8 +172,6 @@ def test_what_cannot_be_exported_says_why_before_anything_is_written(work, tmp_p
 
 
 def without_tower(bad: Path) -> None:
-    import llava_checkpoints
-
     llava_checkpoints.edit(bad, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
 
 
@@ -185,6 +184,14 @@ DAMAGED = [
     (lambda bad: [file.unlink() for file in bad.glob("tokenizer*")], "LLaVA cannot load"),
     (lambda bad: edit_config(bad, mm_packing_min_patches=None), "mm_packing_min_patches"),
     (lambda bad: edit_config(bad, hidden_size=64), "LLaVA cannot load"),
+    (lambda bad: edit_config(bad, num_attention_heads=0), "LLaVA cannot load"),
+    (lambda bad: edit_config(bad, hidden_act="no such"), "LLaVA cannot load"),
+    (lambda bad: edit_config(bad, torch_dtype="float7"), "torch_dtype is 'float7'; it is one of float32"),
+    (lambda bad: edit_config(bad, model_type=[]), "config.json: model_type must be a text, got []"),
+    (
+        lambda bad: llava_checkpoints.edit(bad, lambda t: t["lm_head.weight"][1:2, 3].fill_(torch.nan)),
+        "NaN or infinity in lm_head",
+    ),
 ]
 
 
@@ -237,6 +244,22 @@ def test_an_output_folder_with_files_is_refused_and_nothing_is_half_written(work
         with pytest.raises(OSError, match="no space"):
             act()
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda t: t.pop(min(t)), "lacks 1 tensors of the export, for example "),
+        (lambda t: t.update({min(t): torch.ones(2, 3)}), "1 tensors have other shapes than in the export"),
+        (lambda t: t[min(t)].view(-1)[:1].fill_(torch.nan), "are damaged: NaN or infinity in "),
+    ],
+)
+def test_a_damaged_export_is_not_turned_back(work, tmp_path, damage, reason):
+    shutil.copytree(work[0] / "half", tmp_path / "bad")
+    llava_checkpoints.edit(tmp_path / "bad", damage)
+    with pytest.raises(ValueError, match=reason):
+        restore(tmp_path / "bad", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"bad"}
 
 
 def test_what_is_no_export_is_refused(work, tmp_path):

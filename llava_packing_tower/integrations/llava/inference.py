@@ -16,6 +16,8 @@ from ...utils.files import CONFIG_NAME, read_json
 from .model_class import loaded_as
 from .registry import host_of, host_of_model, loader
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class Checkpoint(NamedTuple):
     """What the host's `load_pretrained_model` returns."""
@@ -56,6 +58,8 @@ def load_checkpoint(folder: Path, device: str | None = None, model_base: Path | 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     content = read_json(folder / CONFIG_NAME)
     dtype = str(content.get("torch_dtype") or content.get("dtype") or "float16")  # transformers 5 writes `dtype`
+    if dtype not in DTYPES:
+        raise ValueError(f"{folder / CONFIG_NAME}: torch_dtype is {dtype!r:.80}; it is one of {', '.join(DTYPES)}")
     builder = host_module("loader")
     accepted = inspect.signature(loader(builder)).parameters
     options: dict[str, object] = {}
