@@ -125,6 +125,7 @@ def test_averages_over_the_tokens_of_a_step_are_those_of_one_process(runs, run):
     close(runs.tensors(2, run), runs.tensors(1, "ddp:items host"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dealt", ["fsdp:dealt", "fsdp:budget"])
 def test_fsdp_learns_the_same(runs, dealt):
     found = runs(2, FSDP)

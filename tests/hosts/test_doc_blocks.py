@@ -393,10 +393,17 @@ def is_newest(block: Block) -> bool:
     return "align" in block.text or (block.page.name == "export.md" and block.language == "python")
 
 
+def marks(block: Block) -> list[pytest.MarkDecorator]:
+    """A whole LLaVA that is exported and imported, and benchmarks, are long: test_export.py and test_bench_command.py
+    have them in every run."""
+    long = block.language == "bash" and re.search(r"^llava-packing (export|import|bench)\b", block.text, re.MULTILINE)
+    return [pytest.mark.long] * bool(long) + [pytest.mark.newest] * is_newest(block)
+
+
 @pytest.mark.timeout(600)  # conversion.md verifies three checkpoints on photographs
 @pytest.mark.parametrize(
     "block",
-    [pytest.param(b, marks=pytest.mark.newest if is_newest(b) else []) for b in BLOCKS],
+    [pytest.param(b, marks=marks(b)) for b in BLOCKS],
     ids=str,
 )
 def test_block(block, folder, monkeypatch, capsys):

@@ -53,7 +53,7 @@ def test_every_rank_makes_every_step(tmp_path, next_dir):
         assert f"sample {entry['sample']}: " in printed
 
 
-@pytest.mark.newest_long
+@pytest.mark.long  # tests/helpers/left_out_checks.py has the same in a process
 @pytest.mark.parametrize("next_dir", host_runs.HOSTS)
 def test_strict_ends_the_run_by_name(tmp_path, next_dir):
     config = host_runs.make_workspace(tmp_path)

@@ -22,6 +22,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.long  # the demo trains at native resolution, saves, reloads and answers too
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_train_save_reload_generate(tmp_path, next_dir):
     printed = train(make_workspace(tmp_path, **OPTIONS), next_dir)

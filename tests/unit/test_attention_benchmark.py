@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "attention_kernels.py"
 
 
@@ -12,6 +14,7 @@ def run(*words):
     return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_each_backend_that_can_run_is_measured(tmp_path):
     result = run("--segments", "3x5,ragged2*0.1", "--heads", "2x8", "--json", str(tmp_path / "kernels.json"))
     assert result.returncode == 0, result.stderr
