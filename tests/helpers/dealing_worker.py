@@ -42,8 +42,10 @@ SYSTEM = (
 )
 SAMPLES, BATCH, ACCUMULATION, LIMIT, BUDGET = 50, 3, 2, 150, 230
 RUNS = {
+    "own": {"mm_packing_balance": False},  # and the model's step is LLaVA's own as well
     "host": {"mm_packing_balance": False},
     "dealt": {},
+    "full logits": {"mm_packing_full_logits": True},
     "tokens": {"mm_packing_loss_average": "tokens"},
     "tokens undealt": {"mm_packing_loss_average": "tokens", "mm_packing_balance": False},
     "budget": {"mm_packing_batch_tokens": BUDGET},
@@ -118,20 +120,28 @@ class Watch(TrainerCallback):
         self.ends.append(len(self.read))
 
     @contextlib.contextmanager
-    def watching(self, model, engine):
+    def watching(self, model, engine, own):
         dataset, get = train.LazySupervisedDataset, train.LazySupervisedDataset.__getitem__
-        step_of = packed_step.packed_step
+        step_of, is_step = packed_step.packed_step, packed_step.is_training_step
         watch = self
 
         def getitem(self, i):
             watch.read.append(i)
             return get(self, i)
 
-        def counted(decoder, plan, given):
+        def count(given):
             mask = given.get("attention_mask")
             watch.supervised.append((watch.step, int((given["labels"][:, 1:] != -100).sum())))
             watch.tokens.append(int(mask.sum()) if mask is not None else given["labels"].numel())
+
+        def counted(decoder, plan, given):
+            count(given)
             return step_of(decoder, plan, given)
+
+        def asked(decoder, given):
+            if own and given.get("labels") is not None:
+                count(given)
+            return not own and is_step(decoder, given)
 
         if engine == "fsdp":
             owner, step, stepped = torch.optim.SGD, torch.optim.SGD.step, torch.optim.SGD.step
@@ -153,11 +163,13 @@ class Watch(TrainerCallback):
                     watch.gradients.append({n: g.clone() for n, g in found.items() if g is not None})
                 return step(self, *args, **kwargs)
 
-        dataset.__getitem__, owner.step, packed_step.packed_step = getitem, stepped, counted
+        dataset.__getitem__, owner.step = getitem, stepped
+        packed_step.packed_step, packed_step.is_training_step = counted, asked
         try:
             yield
         finally:
-            dataset.__getitem__, owner.step, packed_step.packed_step = get, step, step_of
+            dataset.__getitem__, owner.step = get, step
+            packed_step.packed_step, packed_step.is_training_step = step_of, is_step
 
 
 def run(folder: Path, engine: str, name: str) -> dict:
@@ -213,7 +225,7 @@ def run(folder: Path, engine: str, name: str) -> dict:
             tower.vision_tower.encoder.layers[number].requires_grad_(False)
     watch = Watch()
     trainer = LLaVATrainer(model=model, tokenizer=tokenizer, args=args, callbacks=[watch], **module)
-    with watch.watching(model, engine):
+    with watch.watching(model, engine, name == "own"):
         trainer.train(
             resume_from_checkpoint=str(folder / f"{engine} saved/checkpoint-{SAVED}") if name == "resumed" else None
         )
@@ -245,6 +257,8 @@ def main() -> None:
         engine, _, name = word.partition(":")
         from accelerate.state import AcceleratorState, GradientState
 
+        # accelerate leaves it after a run with DeepSpeed; the next one would have its engine as well, DDP or not.
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         AcceleratorState._reset_state()
         GradientState._reset_state()
         try:

@@ -128,9 +128,10 @@ def batch_of(model, case, padding="right", supervised=2):
 
 
 def call(model, batch):
-    given = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "images") if name in batch}
+    names = ("input_ids", "attention_mask", "labels", "images", "image_sizes")
+    given = {name: batch[name] for name in names if name in batch}
     if "modalities" in inspect.signature(type(model).forward).parameters and "images" in given:
-        given["modalities"] = ["image"] * len(batch["images"])
+        given["modalities"] = batch.get("modalities", ["image"] * len(batch["images"]))
     return model(**given)
 
 
@@ -244,6 +245,31 @@ def truncated_samples(models):
             with rows_made(1):
                 assert call(model, batch).loss.isfinite()
             compare(model, batch, 1e-10)
+
+
+@check
+def videos(models):
+    """Clips of three frames and of one, beside an image and a text; packed, and padded for a key."""
+    with nothing_rounded():
+        for options, rows in (({}, 1), ({"mm_packing_decoder": False}, 0)):
+            model = models.make(dtype=torch.float64, **options)
+            kinds = ["video", "text", "image", "video"]
+            batch = batch_of(model, ([ONE_IMAGE, TEXT, LATE_IMAGE, ONE_IMAGE], [(2, 3), (1, 1), (4, 3), (3, 2)]))
+            batch["images"][0] = torch.stack([image.double() for image in pixels((2, 3), (2, 3), (2, 3), seed=4)])
+            batch["images"][3] = batch["images"][3][None]
+            batch |= {"modalities": kinds, "image_sizes": [{"modality": kind} for kind in kinds]}
+            with_image = call(model, {**batch, "images": [batch["images"][0][0], *batch["images"][1:]]})
+            found, _ = compare(model, batch, 1e-10, rows=rows)
+            assert abs(found.loss.item() - with_image.loss.item()) > 1e-4
+
+
+@check
+def padded_for_a_key(models):
+    """The head alone, at supervised positions."""
+    with nothing_rounded():
+        for case in CASES:
+            model = models.make(dtype=torch.float64, mm_packing_decoder=False)
+            compare(model, batch_of(model, case), 1e-10, rows=0)
 
 
 @check
