@@ -12,7 +12,6 @@ import packed_step_checks as checks
 import pytest
 import torch
 
-import builder_patch  # noqa: F401
 from llava_packing_tower.integrations.llava import liger
 
 pytestmark = [
@@ -28,6 +27,8 @@ ROUNDING = 2**-9
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    import builder_patch  # noqa: F401
+
     return checks.Models(tmp_path_factory.mktemp("packed_step"))
 
 
