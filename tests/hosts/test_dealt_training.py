@@ -99,9 +99,8 @@ def test_losses_and_gradients_are_those_of_the_hosts_order(runs, ranks, host, de
     empty = {step for rank in found[host]["ranks"] for step, count in rank["supervised"] if count == 0}
     as_given = dealt.endswith(":host")
     for step, (expected, loss) in enumerate(zip(*losses, strict=True)):
-        if (
-            step in empty and not as_given
-        ):  # the host's loss of that micro-batch is NaN, and transformers logs something in its place
+        # There the host's loss of a micro-batch is NaN, and transformers logs something in its place.
+        if step in empty and not as_given:
             assert loss == pytest.approx(sum(losses[1]) / len(losses[1]), rel=0.1)
         else:
             assert loss == pytest.approx(expected, rel=1e-5, abs=1.1e-4)  # logs are rounded
