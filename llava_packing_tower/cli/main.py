@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -60,15 +63,35 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with raising_signals():
-            return _run(name, argv[1:])
+            status = _run(name, argv[1:])
+            sys.stdout.flush()
+            return status
     except UsageError as error:
         return _say(name, error, 2)
     except Stopped as stopped:
         return _say(name, stopped, stopped.status)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in REFUSED_BY_DISK:
             raise
         return _say(name, f"the disk is full: {error}" if error.errno in DISK_FULL else error, 1)
+
+
+def _is_unread() -> bool:
+    """Whether whoever read the output has ended, as with ``| head``; then nothing more is written to it."""
+    try:
+        file = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file
+        return False
+    poll = select.poll()
+    poll.register(file, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file)
+    return True
 
 
 def _say(name: str, what: object, status: int) -> int:

@@ -194,3 +194,33 @@ def test_each_help_has_an_example(name, capsys):
         main([name, "--help"])
     text = capsys.readouterr().out
     assert ended_with.value.code == 0 and f"  llava-packing {name} " in f"{text} ".replace("\n", " \n")
+
+
+UNREAD = """
+import sys, time
+from llava_packing_tower.cli import main as cli
+def run(*words):
+    time.sleep(0.3)
+    print("a line\\n" * int(sys.argv[1]))
+    return 0
+cli._run = run
+sys.exit(cli.main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_output_that_nobody_reads_ends_the_command_in_silence(lines):
+    """As with `| head -1`: no traceback, whether the pipe breaks while it writes or when it flushes at its end."""
+    words, pipes = [sys.executable, "-c", UNREAD, str(lines)], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, text=True, **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=30) == 128 + signal.SIGPIPE
+
+
+def test_a_pipe_of_another_kind_is_an_error(monkeypatch):
+    def broken(*args):
+        raise BrokenPipeError("of a child")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    with pytest.raises(BrokenPipeError, match="of a child"):
+        main(["doctor"])
