@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from launch_files import need_a_host
 
 from llava_packing_tower.integrations.llava.registry import find_host
@@ -83,7 +84,7 @@ def test_the_hosts_own_parser_takes_every_configuration():
     need_a_host()
     files = [str(config) for config in CONFIGS if fits(config)]
     assert len(files) >= 9
-    result = subprocess.run([sys.executable, "-c", PARSE, *files], capture_output=True, text=True, cwd=REPOSITORY)
+    result = warm.execute([sys.executable, "-c", PARSE, *files], {**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert result.returncode == 0, result.stderr
     parsed = json.loads(result.stdout.splitlines()[-1])
     for file in files:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from fork_layouts import LAYOUTS, TINYLLAVA, VILA, write, write_files
-from host_runs import execute
 
 from llava_packing_tower.integrations.llava import registry
 from llava_packing_tower.train.launcher import make_plan
@@ -26,7 +26,7 @@ def run(clone: Path, folder: Path) -> dict:
     environment.pop("LLAVA_NEXT_DIR", None)
     folder.mkdir()
     checks = str(REPOSITORY / "benchmarks" / "fork_checks.py")
-    result = execute([sys.executable, checks, str(folder), str(clone)], environment)
+    result = warm.execute([sys.executable, checks, str(folder), str(clone)], environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return {**json.loads(result.stdout.splitlines()[-1]), "stderr": result.stderr}
 
@@ -70,7 +70,7 @@ def test_a_host_with_other_signatures_is_left_alone_and_named_once(tmp_path):
     write_files(VILA, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name not in ("LLAVA_DIR", "LLAVA_NEXT_DIR")}
     environment["PYTHONPATH"] = str(REPOSITORY)
-    result = execute([sys.executable, "-c", LEFT_ALONE.format(clone=str(tmp_path))], environment)
+    result = warm.execute([sys.executable, "-c", LEFT_ALONE.format(clone=str(tmp_path))], environment)
     assert result.returncode == 0, result.stderr
     (said,) = [line for line in result.stdout.splitlines() if "left as it is" in line]
     assert "build_vision_tower(model_name_or_path, config) takes no vision_tower_cfg" in said
@@ -98,7 +98,7 @@ def test_a_registry_of_towers_is_left_alone_and_named_once(tmp_path, monkeypatch
     write_files(TINYLLAVA, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name not in ("LLAVA_DIR", "LLAVA_NEXT_DIR")}
     environment["PYTHONPATH"] = str(REPOSITORY)
-    result = execute([sys.executable, "-c", REGISTRY.format(clone=str(tmp_path))], environment)
+    result = warm.execute([sys.executable, "-c", REGISTRY.format(clone=str(tmp_path))], environment)
     assert result.returncode == 0, result.stderr
     (said,) = [line for line in result.stdout.splitlines() if "left as it is" in line]
     assert "by a registry (register_vision_tower)" in said and "Packing towers, native resolution" in said

@@ -13,9 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
 from compat_modules import stand_in_host
 from conftest import FIVE
-from host_runs import HOSTS, execute
+from host_runs import HOSTS
 
 from llava_packing_tower.integrations.llava import methods, tower_builder
 from llava_packing_tower.integrations.llava.patcher import Patches
@@ -232,7 +233,7 @@ def test_real_host(next_dir, late, golden):
     environment = {**os.environ, "LLAVA_NEXT_DIR": next_dir}
     if late and next_dir:
         environment["PYTHONPATH"] = next_dir  # imported before the plugin can put it on the path
-    result = execute([sys.executable, "-c", script], environment)
+    result = warm.execute([sys.executable, "-c", script], environment)
     assert result.stdout.strip().endswith("passed"), result.stdout + result.stderr
 
 
@@ -294,7 +295,7 @@ print("passed")
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_no_method_of_a_host_is_wrapped_twice(next_dir):
     environment = {**os.environ, "LLAVA_NEXT_DIR": next_dir}
-    result = execute([sys.executable, "-c", LAYERS.format()], environment)
+    result = warm.execute([sys.executable, "-c", LAYERS.format()], environment)
     assert result.stdout.strip().endswith("passed"), result.stdout + result.stderr
 
 

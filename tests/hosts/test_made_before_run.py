@@ -9,6 +9,7 @@ from pathlib import Path
 import host_runs
 import pytest
 import torch
+import warm
 from conftest import only_four
 from host_runs import needs_host
 from numerics import digest, rounding
@@ -42,14 +43,15 @@ def run(tmp_path):
 
 def execute(command, folder):
     env = {**host_runs.environment(""), "PYTHONPATH": str(host_runs.REPOSITORY)}
-    result = host_runs.execute(command, env, cwd=folder)
+    run = warm.execute if command[1] == "-c" else host_runs.execute
+    result = run(command, env, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 @needs_host
 @pytest.mark.newest_long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_checkpoint_has_the_losses_that_it_had(run):
     found = json.loads(execute([sys.executable, "-c", LOSSES, str(run), host_runs.QUESTION], run).splitlines()[-1])
     assert found == pytest.approx(MADE["losses"], rel=1e-5)
@@ -57,7 +59,7 @@ def test_the_checkpoint_has_the_losses_that_it_had(run):
 
 @needs_host
 @only_four  # the schedule and the order of the samples are those of that transformers
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("step", ["as it was", pytest.param("packed", marks=pytest.mark.long)])
 def test_the_interrupted_run_resumes_to_the_same_weights(run, step):
     """Bit for bit with the padded training step, which it had; to rounding with the packed one.

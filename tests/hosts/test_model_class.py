@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from host_runs import HOSTS, environment, execute
+import warm
+from host_runs import HOSTS, environment
 
 from llava_packing_tower.eval.preflight import check_checkpoint
 from llava_packing_tower.integrations.llava import model_class
@@ -68,10 +69,10 @@ def test_an_evaluation_asks_first_whether_the_host_has_the_class(tmp_path, monke
 
 
 @needs_llava
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_every_decoder_loads_from_any_folder_or_is_refused(tmp_path, next_dir):
     env = {**environment(next_dir), "PYTHONPATH": f"{HELPERS.parents[1]}"}
-    result = execute([sys.executable, str(HELPERS / "model_class_checks.py"), str(tmp_path)], env)
+    result = warm.execute([sys.executable, str(HELPERS / "model_class_checks.py"), str(tmp_path)], env)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
     assert result.stdout.count("checked") == (2 if next_dir else 3)

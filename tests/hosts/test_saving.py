@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from host_runs import HOSTS, environment, execute
+import warm
+from host_runs import HOSTS, environment
 from torch import nn
 
 from llava_packing_tower.integrations.llava import saving, trainable_parts
@@ -23,11 +24,11 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.mark.skipif(find_spec("llava") is None, reason="no LLaVA is installed")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("next_dir", HOSTS)
 def test_what_is_reloaded_is_what_was_trained(tmp_path, next_dir):
     env = {**environment(next_dir), "PYTHONPATH": f"{HELPERS.parents[1]}"}
-    result = execute([sys.executable, str(HELPERS / "saving_checks.py"), str(tmp_path)], env)
+    result = warm.execute([sys.executable, str(HELPERS / "saving_checks.py"), str(tmp_path)], env)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
     assert {"full", "config alone", "unmarked", "lora", "elsewhere"} <= set(result.stdout.split("\n"))
 

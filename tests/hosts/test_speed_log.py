@@ -8,10 +8,11 @@ import sys
 
 import host_runs
 import pytest
+import warm
 
 from llava_packing_tower.train.launcher import make_plan, to_argv
 
-pytestmark = [host_runs.needs_host, pytest.mark.newest_long, pytest.mark.timeout(600)]
+pytestmark = [host_runs.needs_host, pytest.mark.newest_long, pytest.mark.timeout(900)]
 OWN = "import builder_patch; from llava.train.train import train; train()"
 
 
@@ -29,7 +30,7 @@ def test_an_own_script_logs_its_speed(tmp_path):
     ]
     words += ["--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "2", "--attn_implementation", "null"]
     argv = to_argv(make_plan(str(config), words, num_processes=1).values)
-    result = host_runs.execute([sys.executable, "-c", OWN, *argv], host_runs.environment(""), timeout=300)
+    result = warm.execute([sys.executable, "-c", OWN, *argv], host_runs.environment(""))
     assert result.returncode == 0, result.stdout + result.stderr
     history = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     logged = [entry for entry in history if "loss" in entry]

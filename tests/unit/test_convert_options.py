@@ -65,6 +65,7 @@ def test_a_hub_id_that_cannot_be_reached(hub, tmp_path, capsys):
 # -------------------------------------------------------------------- --images, --device
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_the_users_own_photos(standard, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -98,6 +99,7 @@ def test_without_any_photos_the_way_out_is_said(standard, tmp_path, monkeypatch,
     assert os.listdir(tmp_path) == ["standard"]
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_device(standard, tmp_path, monkeypatch, capsys):
     used = []
     from_weights = LlavaViTModel.from_weights.__func__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from torch import nn
 
 from llava_packing_tower.integrations.llava import profiling, speed, speed_report
@@ -307,12 +307,9 @@ def two_ranks(tmp_path_factory):
     """What two processes logged, by case."""
     meet = tmp_path_factory.mktemp("ranks") / "meet"
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "speed_worker.py"), str(meet)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    how = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    both = [subprocess.Popen([*command, str(rank)], **how) for rank in (0, 1)]
-    said = [process.communicate(timeout=500) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    return json.loads(said[0][0].splitlines()[-1])
+    done = warm.execute(command, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.newest_long  # the meter knows nothing of transformers

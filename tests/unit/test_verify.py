@@ -44,10 +44,19 @@ def lines(text):
     return {name: next(line for line in text.splitlines() if name in line and "│" in line) for name in TEST_NAMES}
 
 
+@pytest.fixture(autouse=True)
+def _pictures(request):
+    """The first test has the real sizes."""
+    if request.node.originalname != "test_a_conversion_is_verified_unless_refused":
+        request.getfixturevalue("small_pictures")
+
+
 # -------------------------------------------------------------------- sound checkpoints
 
 
-@pytest.mark.parametrize(("dtype", "threshold"), [("float32", 0.99999), ("bfloat16", 0.99)])
+@pytest.mark.parametrize(
+    ("dtype", "threshold"), [("float32", 0.99999), pytest.param("bfloat16", 0.99, marks=pytest.mark.long)]
+)
 def test_a_conversion_is_verified_unless_refused(pair, tmp_path, capsys, dtype, threshold):
     out = tmp_path / "out"
     assert main(["convert", str(pair[0]), "--output_dir", str(out), "--dtype", dtype]) == 0
