@@ -266,7 +266,8 @@ def main() -> None:
         except ValueError as error:
             result = {"error": str(error)}
         if dist.get_rank() == 0:
-            print("RESULT " + json.dumps({"run": word, **result}), flush=True)
+            with (folder / "results.jsonl").open("a") as file:  # (on stdout the ranks write into each other)
+                print(json.dumps({"run": word, **result}), file=file)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)

@@ -272,7 +272,8 @@ def main() -> None:
     for name in engines:
         result = train(name, os.path.join(folder, "llava_tiny"))
         if dist.get_rank() == 0:
-            print("RESULT " + json.dumps(result), flush=True)
+            with open(os.path.join(folder, "results.jsonl"), "a") as file:
+                print(json.dumps(result), file=file)
     dist.barrier()
     dist.destroy_process_group()
 

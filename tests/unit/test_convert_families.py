@@ -136,21 +136,10 @@ def test_a_transformers_without_the_family_is_said_and_the_rest_tested(source, m
     assert [row["passed"] for row in table(source.parent / "out.failed")] == [None, False]
 
 
+@pytest.mark.usefixtures("small_pictures")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 class TestAgainstTransformers:
     pytestmark = newest
-
-    @pytest.fixture(autouse=True)
-    def _small_pictures(self, monkeypatch):
-        """Patches of 4 pixels would make thousands of tokens of each picture."""
-        packs = verify_against_hf.comparison_packs
-
-        def small(model, photos):
-            yield from (
-                (name, [image[:, :64, :64] for image in images]) for name, images in packs(model, photos=photos)
-            )
-
-        monkeypatch.setattr(verify_against_hf, "comparison_packs", small)
 
     def test_sound(self, source, name, dtype):
         assert convert(source, "--dtype", dtype) == 0

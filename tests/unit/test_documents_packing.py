@@ -87,6 +87,7 @@ def named():
         del PRESETS[name]
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_000_the_script_and_its_five_tests(named, tmp_path, monkeypatch, capsys):
     """Model's name, then weights; with a target name; the five tests are run and the folder loads."""
     standard_folder(tmp_path / "standard")
@@ -227,6 +228,7 @@ def test_003_resizing_to_whole_patches():
     assert alignment_utils.convert_to_patches(resized, 14)[1].tolist() == [[1, 16, 17]]
 
 
+@pytest.mark.usefixtures("small_pictures")
 @pytest.mark.parametrize("name", ["aim_v2", "dinov3", "siglip2"])
 def test_003_the_alignment_scripts(name, golden, monkeypatch, capsys):
     """Every option that the document lists; exit status 0, and 2 for the checkpoint of another family."""

@@ -294,6 +294,7 @@ def test_hub_id_in_python(hub, golden_case, cls):
         cls(ckpt="facebook/dinov3-large")  # a name of older guides that was never published
 
 
+@pytest.mark.usefixtures("small_pictures")
 @pytest.mark.parametrize("name", HUB_IDS)
 def test_align_takes_a_hub_id(hub, capsys, name):
     if not all(hasattr(transformers, names.vision) for names in IN_TRANSFORMERS.values()):

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import warm
 from families import TINY, tiny
 from transformers import AutoModel
 
@@ -263,7 +263,7 @@ def test_trainer_under_zero3_saves_whole_tensors(tmp_path):
         [str(Path(__file__).parents[1] / "helpers"), os.environ.get("PYTHONPATH", "")]
     )
     command = [sys.executable, str(script), str(tmp_path / "out"), "siglip2"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = warm.execute(command, environment)
     assert run.returncode == 0, run.stderr[-3000:]
     model = tiny("siglip2")
     again = type(model).from_pretrained(tmp_path / "out/checkpoint-1")

@@ -163,6 +163,7 @@ def test_a_shard_that_lacks_what_its_index_says(golden, tmp_path):
 
 
 @pytest.mark.newest
+@pytest.mark.usefixtures("small_pictures")
 @pytest.mark.parametrize("name", NAMES)
 def test_convert_writes_the_tower_alone(tmp_path, golden, name, capsys):
     """Verified (against transformers where it has the class), and reported with what was left."""
@@ -177,6 +178,7 @@ def test_convert_writes_the_tower_alone(tmp_path, golden, name, capsys):
 
 
 @pytest.mark.newest
+@pytest.mark.usefixtures("small_pictures")
 @pytest.mark.parametrize("name", NAMES)
 def test_align(golden, name, capsys):
     family = VLM_FAMILIES[name].config_class.model_type
