@@ -53,6 +53,30 @@ def test_bitsandbytes_quantises_all_parts_and_its_layers_are_called(folder, bits
     checks.check_quantised(folder, "cpu", config, checks.of_bitsandbytes, tolerance, checks.BITSANDBYTES_KEEPS)
 
 
+def test_bitsandbytes_leaves_out_what_is_named(folder):
+    """As docs/export.md writes it."""
+    pytest.importorskip("bitsandbytes")
+    skipped = ["lm_head", "model.vision_tower", "model.mm_projector"]
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+    model, _ = samples.load(folder, quantization_config=config, device_map={"": "cpu"})
+    assert {name.split(".")[1] for name in checks.quantised_layers(model, checks.of_bitsandbytes)} == {"language_model"}
+
+
+def test_an_adapter_is_saved_and_loaded(folder, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    options = {"r": 2, "init_lora_weights": False, "modules_to_save": ["mm_projector"]}
+    model, processor = samples.load(folder)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "qkv"], **options)).eval()
+    inputs = samples.inputs_of(processor, *samples.samples(True))
+    with torch.inference_mode():
+        expected = adapted(**inputs).logits
+        adapted.save_pretrained(tmp_path)
+        plain, _ = samples.load(folder)
+        assert not torch.equal(plain(**inputs).logits, expected)
+        assert torch.equal(PeftModel.from_pretrained(plain, tmp_path).eval()(**inputs).logits, expected)
+
+
 # ---------------------------------------------------------------- what a user calls it with
 
 
