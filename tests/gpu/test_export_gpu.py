@@ -62,7 +62,7 @@ def test_generation_compiles_by_itself_with_a_static_cache(folder):
     """transformers compiles the steps of decoding on a GPU; the images are encoded in the first, which is not."""
     model, processor = samples.load(folder)
     model = model.to(DEVICE)
-    for sample in samples.samples(True):
+    for sample in samples.samples(True)[:2]:  # each length of a cache is compiled
         inputs = checks.inputs_on(DEVICE, processor, sample)
         assert samples.answers(model, inputs, cache_implementation="static") == samples.answers(model, inputs)
 
