@@ -200,7 +200,7 @@ def varlen_attention(
 
     Args:
         q, k, v: ``[N, heads, head_dim]``, one dtype, one device. No ``N x N`` mask is ever built.
-        cu_seqlens: ``[segments + 1]`` int32 running sums of the segment lengths, starting at 0.
+        cu_seqlens: int32 ``[segments + 1]``, cumulative segment lengths, starting at 0.
         max_seqlen: the longest segment, a Python int (a tensor would cost a device synchronization per layer).
         lengths: the segment lengths on the host. Backends without a varlen kernel need them; left out, they are read
             from ``cu_seqlens``, which synchronizes if that lies on a GPU.
@@ -235,9 +235,10 @@ def attend(
     backend: str = "auto",
     resolved: bool = False,
 ) -> torch.Tensor:
-    """:func:`varlen_attention` for metadata that exists already (the encoder's own entry).
+    """:func:`varlen_attention` with metadata that exists already, as the encoder has it.
 
-    resolved: ``backend`` came from :func:`resolve_backend` for such tensors, and need not be checked again.
+    q, k, v: ``[N, heads, head_dim]``, as is the result. resolved: ``backend`` is from :func:`resolve_backend` for such
+    tensors, and need not be checked again; otherwise ``ValueError`` or ``ImportError`` where it cannot be used.
     """
     head_dim = q.shape[-1]
     if not resolved and not torch.compiler.is_compiling():

@@ -83,7 +83,10 @@ def attend(
     scale: float,
     causal: bool = False,
 ) -> torch.Tensor:
-    """Zeros that are appended to q and k leave their products as they are, and those of v are cut off again."""
+    """``[N, heads, head_dim]`` in and out. Heads of widths with wrong gradients are padded with zeros while training.
+
+    Zeros appended to q and k do not change their products, and the result is cut back to ``head_dim``.
+    """
     head_dim = q.shape[-1]
     width = next((w for w in RIGHT_BACKWARD if w >= head_dim), head_dim)
     padded = width > head_dim and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -22,19 +22,22 @@ MOST = 0.05  # plain bf16 attention is 2 % off at most, what is wrong is so by m
 
 
 def off(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest difference, in parts of the largest value that is wanted; NaN for NaN."""
+    """The largest absolute difference of two tensors of one shape, relative to the largest value of ``want``.
+
+    NaN where either has a NaN.
+    """
     return ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether two results agree but for rounding in half precision; NaN never does."""
+    """Whether two tensors of one shape are equal up to rounding in half precision. One with a NaN never is."""
     return off(got, want) <= MOST
 
 
 @contextlib.contextmanager
 def apart(device: torch.device, grad: bool) -> Iterator[None]:
-    """In here nothing around counts: another current GPU, autocast, inference mode, a checkpoint that counts what is
-    kept."""
+    """Shields a check from its surroundings: another current GPU, autocast, inference mode, and activation
+    checkpointing, which counts the saved tensors."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
@@ -77,10 +80,10 @@ def results(
 def self_check_error(
     module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, causal: bool = False
 ) -> str | None:
-    """None if a backend gives on random segments what plain attention gives, else what it does not give.
+    """None if a backend agrees with plain attention in float32 on random segments, else what it gets wrong.
 
-    Its gradients are checked as well where they are needed. causal: as a decoder asks for it, with two heads of queries
-    for one of keys. Synchronizes.
+    Its gradients are checked as well if they are needed. causal: as a decoder uses it, with two query heads for each
+    key head. Synchronizes. Raises ``torch.cuda.OutOfMemoryError`` where memory does not suffice for the check.
     """
     attend, plain = (partial(f, causal=True) if causal else f for f in (module.attend, eager.attend))
     with apart(device, needs_grad):

@@ -31,12 +31,16 @@ class CachedMetadata:
 
     @contextlib.contextmanager
     def making(self) -> Iterator[None]:
+        """In here :func:`once` computes its values, which are kept for the second pass."""
         with self._as_active(None):
             yield
 
     @contextlib.contextmanager
     def giving_again(self) -> Iterator[None]:
-        """Raises ``ValueError`` at the end if the second pass asked for less than the first."""
+        """In here :func:`once` returns the values of the first pass.
+
+        Raises ``ValueError`` at the end if the second pass asked for fewer of them.
+        """
         with self._as_active(0):
             yield
         if self._next != len(self._made):
@@ -51,6 +55,10 @@ class CachedMetadata:
             _thread.active = before
 
     def take(self, make: Callable, arguments: tuple) -> object:
+        """The next value: computed in the first pass, returned again in the second.
+
+        Raises ``ValueError`` if the second pass asks for more values than there are.
+        """
         if self._next is not None:
             if self._next == len(self._made):
                 raise ValueError(f"the second pass asks for more than the {len(self._made)} values of the first")

@@ -56,9 +56,11 @@ class FixedSize:
 
     @property
     def unit(self) -> tuple[int, int]:
+        """What width and height are multiples of, in pixels."""
         return self.patch_size, self.patch_size
 
     def size(self, width: int, height: int, max_patches: int | None = None) -> tuple[int, int]:
+        """Width and height in pixels, whatever the image has."""
         return self.width, self.height
 
 

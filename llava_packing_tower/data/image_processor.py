@@ -217,6 +217,7 @@ class PackingImageProcessor:
         return {"image_processor_type": "CLIPImageProcessor", **fields}
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write its preprocessor_config.json into a folder, complete or not at all."""
         with atomic_folder(folder) as aside:
             write_json(self.to_dict(), aside / PROCESSOR_NAME)
 

@@ -202,7 +202,10 @@ def _opened(file: str | os.PathLike | BinaryIO) -> Iterator[Image.Image]:
 
 
 def retried(read: Callable[[], T]) -> T:
-    """``read()``, and again where the disk fails: a network disk may be away for a moment."""
+    """The result of ``read()``, tried again where the disk fails: a network disk may be away for a moment.
+
+    Raises the ``OSError`` of the last try, and any other at once.
+    """
     for left in reversed(range(TRIES)):
         try:
             return read()

@@ -47,6 +47,7 @@ class NativeSettings:
 
 
 def asks_for_native(args: object) -> bool:
+    """Whether a model config or data arguments have ``image_aspect_ratio: native``."""
     return getattr(args, "image_aspect_ratio", None) == NATIVE
 
 
@@ -76,6 +77,9 @@ def make_settings(
         nominal_patches: patches of the tower's nominal image, the default of ``max_patches``.
         image_only: whether the tower knows no time, so that "frames" is the default for videos and "clip" an error.
         merge: rows and columns of patches that become a token (default: what the name of the projector says).
+
+    Raises:
+        ValueError: bounds that contradict each other or cannot be merged, an unknown value, "clip" for such a tower.
     """
     values: dict[str, Any] = {
         name: next((v for v in (getattr(a, PREFIX + name, None) for a in (args, earlier)) if v is not None), None)

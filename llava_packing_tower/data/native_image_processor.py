@@ -48,6 +48,7 @@ class NativeImageProcessor(PackingImageProcessor):
             _lists_are_videos.reset(token)
 
     def read_images_as(self, reading: ImageReading) -> None:
+        """How image files are opened from now on."""
         self.image_reading = self.base.image_reading = reading
 
     @contextlib.contextmanager

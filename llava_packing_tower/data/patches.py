@@ -101,10 +101,10 @@ def unpatchify(
 
 
 def longest_first(images: Sequence[torch.Tensor]) -> list[int]:
-    """The indices of images, the largest first.
+    """The indices of images ``[C, H, W]`` or clips ``[C, T, H, W]``, the largest first.
 
-    A GPU takes the parts of a batch in their order: with the longest segment last, all but one of its processors wait
-    for that. And batches that differ in their order alone are the same for everything that is kept.
+    A GPU works through the segments of a batch in their order: with the longest one last, all but one of its processors
+    wait for that one. Besides, batches that differ only in their order share what is cached for them.
     """
     sizes = [image.numel() if isinstance(image, torch.Tensor) else 0 for image in images]
     return sorted(range(len(images)), key=sizes.__getitem__, reverse=True)

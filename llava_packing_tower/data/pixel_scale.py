@@ -50,7 +50,7 @@ def _statistics(
 
 
 def check_floating(pixels: torch.Tensor) -> None:
-    """Raises ``ValueError`` for integer pixels, where nobody knows their scale."""
+    """Raises ``ValueError`` for integer pixels (of any shape): a model cannot know their scale."""
     if not pixels.is_floating_point():
         raise ValueError(
             f"pixels are {pixels.dtype}, and a model takes normalized floating point ones: normalize them with the "

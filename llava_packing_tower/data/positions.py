@@ -137,7 +137,10 @@ def prefix_indices(lengths: tuple[int, ...], prefix: int, device: torch.device) 
 
 
 def batch_positions(grids: Sequence[Grid], patch_positions: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """float32 ``[N, 3]`` positions on the device of the tokens: the given ones, else those of the grids."""
+    """float32 ``[N, 3]`` positions on the device of the tokens: the given ones, else those of the grids.
+
+    Raises ``ValueError`` for given positions of another shape.
+    """
     if patch_positions is None:
         return positions_of_grids(grids, device).float()
     total = sum(t * h * w for t, h, w in grids)
@@ -148,7 +151,7 @@ def batch_positions(grids: Sequence[Grid], patch_positions: torch.Tensor | None,
 
 @cached(32)
 def frequency_ladder(count: int, base: float, step: float, device: torch.device) -> torch.Tensor:
-    """float32 ``base ** (-step * k)`` for ``k = 0 .. count-1``. Do not modify: cached."""
+    """float32 ``[count]``: ``base ** (-step * k)`` for ``k = 0 .. count-1``. Do not modify it: it is cached."""
     exponents = torch.arange(count, dtype=torch.float32, device="cpu") * -step
     return to_device(torch.pow(torch.tensor(base, dtype=torch.float32, device="cpu"), exponents), device)
 
@@ -207,7 +210,10 @@ def rotary_3d(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[tor
 def rotary_3d_of_grids(
     grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`rotary_3d` at the default positions of the grids; the tables of small batches are kept for the next."""
+    """:func:`rotary_3d` at the default positions of the grids, float32 ``[N, 1, head_dim]`` each.
+
+    The tables of small batches are cached.
+    """
     make = _kept_rotary_3d if sum(t * h * w for t, h, w in grids) <= 8192 else _kept_rotary_3d.__wrapped__
     return make(tuple(grids), head_dim, theta, device)
 
@@ -215,7 +221,10 @@ def rotary_3d_of_grids(
 def rotary_3d_of_batch(
     grids: Sequence[Grid], patch_positions: torch.Tensor | None, head_dim: int, theta: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`rotary_3d` at the given positions ``[N, 3]``, or at those of the grids where None are given."""
+    """:func:`rotary_3d` at the given positions ``[N, 3]``, or at those of the grids if there are none.
+
+    Raises ``ValueError`` for positions of another shape.
+    """
     if patch_positions is None:
         return rotary_3d_of_grids(grids, head_dim, theta, device)
     return rotary_3d(batch_positions(grids, patch_positions, device), head_dim, theta)

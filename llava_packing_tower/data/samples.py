@@ -24,6 +24,7 @@ def images_of(sample: Mapping, reads_videos: bool) -> list[str]:
 
 
 def text_of(sample: Mapping) -> str:
+    """The words of all turns of a sample."""
     return " ".join(turn["value"] for turn in sample["conversations"])
 
 

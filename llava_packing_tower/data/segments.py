@@ -44,7 +44,7 @@ Segments = VarlenMetadata | LayerSegments
 
 
 def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copy a small host tensor to a device without synchronizing (pinned memory, asynchronous copy)."""
+    """Copy a small host tensor (any shape and dtype) to a device without synchronizing: pinned memory, asynchronous."""
     device = torch.device(device)
     if device.type != "cuda" or host.is_cuda:
         return host.to(device)

@@ -12,7 +12,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation of that name, one of transformers' ``ACT2FN``."""
+    """The elementwise activation of that name, a key of transformers' ``ACT2FN``."""
     if name == "gelu":
         return nn.GELU()
     return nn.GELU(approximate="tanh") if name == "gelu_pytorch_tanh" else ACT2FN[name]

@@ -15,7 +15,7 @@ PUBLISHED_HEADS = {768: 6, 1024: 8, 1536: 12, 2048: 16, 3072: 24}
 
 
 def fields_of(raw: Mapping, shapes: Shapes) -> dict:
-    """Config fields of Apple's or timm's weights."""
+    """Config fields, from the shapes of Apple's or timm's weights. Raises ``ValueError`` where they contradict."""
     if raw["model_type"] == TIMM:
         timm_arguments(raw)
         patch, table, block, gate, norm = "patch_embed.proj.weight", "pos_embed", "blocks", "fc1_g", "norm1"

@@ -123,7 +123,10 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     @classmethod
     def load_image_processor(cls, folder: str | os.PathLike, config: PretrainedConfig) -> PackingImageProcessor:
         """The image processor of a checkpoint folder (or weight file): from its preprocessor_config.json or
-        processor_config.json, from timm's config.json, else the family's default."""
+        processor_config.json, from timm's config.json, else the family's default.
+
+        Raises ``ValueError`` with the folder for a file that cannot be used.
+        """
         content = processor_content(folder) or timm_content(folder)
         if content is None:
             return cls.default_image_processor(config)
@@ -136,6 +139,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     @property
     def num_layers(self) -> int:
+        """Number of blocks."""
         return len(self.encoder.layers)
 
     @property
@@ -150,6 +154,7 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     @property
     def patch_dim(self) -> int:
+        """Numbers in one patch row: channels, frames and pixels of a patch."""
         return self.config.num_channels * self.frames_per_patch * self.config.patch_size**2
 
     def get_input_embeddings(self) -> nn.Module:
@@ -190,7 +195,10 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         patch_positions: torch.Tensor | None,
         keep: Sequence[int],
     ) -> tuple[dict[int, torch.Tensor], list[Grid]]:
-        """Patch tokens ``[N, hidden]`` of the wanted hidden states (prefix tokens taken out), and the grids."""
+        """Patch tokens ``[N, hidden]`` of the hidden states in ``keep``, without prefix tokens, and the grids.
+
+        Arguments and errors are those of :meth:`forward`; ``keep`` has indices from 0 to ``num_layers``.
+        """
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.patch_dim:
             frames = f" of {self.frames_per_patch} frames" if self.frames_per_patch > 1 else ""
             raise ValueError(

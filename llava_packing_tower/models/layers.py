@@ -62,6 +62,7 @@ class BlockConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     def check_rotary(self, axes: int, unit: int) -> None:
@@ -82,6 +83,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., hidden]`` to the same shape and dtype."""
         x32 = x.float()
         return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -90,6 +92,7 @@ NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 
 
 def make_norm(kind: str, hidden_size: int, eps: float) -> nn.Module:
+    """A norm over the last dimension; ``kind`` is a key of :data:`NORMS`."""
     return NORMS[kind](hidden_size, eps=eps)
 
 
@@ -157,6 +160,7 @@ class FusedQKV(nn.Linear):
         return torch.cat([zeros if bias is None else bias for bias in biases])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[N, hidden]`` to ``[N, 3 * hidden]``: q, k and v."""
         return F.linear(x, self.weight, self.whole_bias())
 
 
@@ -200,6 +204,7 @@ class MLP(nn.Module):
         self.act = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[N, hidden]`` to ``[N, hidden]``."""
         inner = self.act(self.fc1(x)) if self.gate is None else self.act(self.gate(x)) * self.fc1(x)
         return self.fc2(inner)
 
@@ -219,9 +224,9 @@ class LayerScale(nn.Module):
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block over a packed sequence ``[N, hidden]``.
 
-    The last residual sum of a block is left to the next one: it takes and returns ``(hidden_states, pending)`` whose
-    sum is the state, so that the addition can be fused with the norm that follows. (Fused and without gradients pending
-    is one row for all tokens, or None.)
+    The last residual sum of a block is left to the next one: a block takes and returns ``(hidden_states, pending)``,
+    whose sum is the state, so that the addition can be fused with the norm that follows. (In fused blocks without
+    gradients, ``pending`` is one row for all tokens, or None.)
     """
 
     _z3_leaf = True  # read by DeepSpeed: ZeRO-3 gathers a block's weights at once, for half the host's time per step
@@ -245,7 +250,10 @@ class EncoderBlock(nn.Module):
         backend: str,
         body: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``body(self, ...)`` with the same arguments is run in place of what follows: see :mod:`.runtime.fused`."""
+        """``hidden_states`` and ``pending`` ``[N, hidden]``, in and out.
+
+        body: called as ``body(self, ...)`` with the same arguments instead of the modules (see :mod:`.runtime.fused`).
+        """
         if body is not None:
             return body(self, hidden_states, pending, segments, rotary, backend)
         if pending is not None:

@@ -26,18 +26,20 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def is_whole(parameter: torch.Tensor) -> bool:
-    """Not partitioned by ZeRO-3 or FSDP: those run the same schedule on every rank, idle weights or not."""
+    """Whether a weight is not partitioned. (ZeRO-3 and FSDP run the same schedule on every rank, with unused weights or
+    without.)"""
     return not hasattr(parameter, "ds_id") and not getattr(parameter, "_fsdp_flattened", False)
 
 
 def join_idle(model: Any, states: Sequence[torch.Tensor], layers_run: int) -> tuple[torch.Tensor, ...]:
-    """``states``, tied to the trained weights of ``model`` that they do not depend on, whose gradients become zeros.
+    """``states`` (any shapes), connected to the trained weights of ``model`` that they do not depend on: those get
+    gradients of zeros.
 
-    LLaVA selects a hidden state below the top: the blocks above it, the final norm and a pooling head are not run.
-    Without a gradient of theirs DDP stops at the second step, and an optimizer has no state to save for them.
+    LLaVA selects a hidden state below the top, so the blocks above it, the final norm and a pooling head are not run.
+    If their weights got no gradient, DDP would stop at the second step, and the optimizer would have no state to save.
 
     model: with ``encoder.layers``, of which ``layers_run`` have run. (Weights outside the blocks are few: all of them
-    are tied, and those that were used get nothing more than a zero added.)
+    are connected, which adds zeros to the gradients of those that were used.)
     """
     if not torch.is_grad_enabled():
         return tuple(states)
@@ -49,10 +51,10 @@ def join_idle(model: Any, states: Sequence[torch.Tensor], layers_run: int) -> tu
 
 
 def checkpoint_input(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The input of a block that is checkpointed: it asks for a gradient where the block is trained above frozen ones.
+    """The input ``[N, hidden]`` of a checkpointed block; it requires a gradient if the block is trained.
 
-    The weights of a block are no inputs of its checkpoint. A reentrant one (the default of transformers before 5) gives
-    them gradients only if an input asks for one.
+    The weights of a block are not inputs of its checkpoint. A reentrant checkpoint (the default of transformers before
+    5) gives them gradients only if an input requires one, which it does not above frozen blocks.
     """
     if hidden_states.requires_grad or not torch.is_grad_enabled():
         return hidden_states

@@ -216,7 +216,8 @@ class HEVCViTPackingVisionTower(nn.Module):
         """What a LLaVA checkpoint must remember of this tower (JSON types only), for ``config.mm_packing_config``.
 
         weights: "checkpoint" if the LLaVA checkpoint holds the (tuned) weights, "folder" if they are to be taken from
-        the tower's own folder again; then a fingerprint of the folder is included, and where it was.
+        the tower's own folder again; then a fingerprint of the folder is included, and where it was. Raises
+        ``ValueError`` for another word.
         """
         if weights not in ("checkpoint", "folder"):
             raise ValueError(f"weights must be 'checkpoint' or 'folder', got {weights!r}")
@@ -246,7 +247,10 @@ class HEVCViTPackingVisionTower(nn.Module):
         patch_positions: torch.Tensor | None = None,
         numbers: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, list[Grid]]:
-        """Packed features ``[N, hidden_size]`` of all images, and the grid of each; ``numbers``: names for errors."""
+        """Packed features ``[N, hidden_size]`` of all images, and the grid of each.
+
+        numbers: those of the images in the user's batch, for error messages.
+        """
         # ============================================================================================
         # INPUT CONVERSION: [B, C, H, W], or a ragged list of [C, H, W]
         #                -> hidden_states [N, patch_dim] + grid_thw [B, 3]

@@ -117,6 +117,7 @@ def run_passes(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of too little memory, on a GPU or on the CPU."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )

@@ -19,7 +19,10 @@ def encode_samples(
     positions: Sequence[torch.Tensor | None],
     return_spatial_dims: bool = False,
 ) -> Any:
-    """What a tower returns for images with the positions of their samples; see :func:`join_samples`."""
+    """What a tower returns for images with the positions of their samples; see :func:`join_samples`.
+
+    Features ``[B, tokens, hidden_size]`` for a tensor, a list of ``[tokens_i, hidden_size]`` for a list.
+    """
     patch, model = tower.config.patch_size, tower.vision_tower
     inputs, rows = join_samples(images, positions, patch, model.image_only)
     features = tower(inputs, patch_positions=rows)

@@ -18,7 +18,7 @@ from .names import strip_prefix
 
 
 def saved_tower(args: object) -> dict[str, Any]:
-    """The note of a LLaVA checkpoint of its tower, ``mm_packing_config``; empty where there is none.
+    """What a LLaVA checkpoint says about its tower, ``mm_packing_config``; empty where it says nothing.
 
     Raises ``ValueError`` for one that ``packing_config()`` of a tower cannot have written.
     """
@@ -38,7 +38,7 @@ def saved_tower(args: object) -> dict[str, Any]:
 
 
 def saved_in(file: Path, content: Mapping) -> dict[str, Any]:
-    """:func:`saved_tower` of the content of a config.json; the error names the file."""
+    """:func:`saved_tower` of the content of a config.json. Raises ``ValueError`` that names the file."""
     try:
         return saved_tower(SimpleNamespace(mm_packing_config=content.get("mm_packing_config")))
     except ValueError as error:
@@ -46,8 +46,10 @@ def saved_in(file: Path, content: Mapping) -> dict[str, Any]:
 
 
 def hollow(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """Room for a weight that is to come, with a NaN at its beginning that tells if it did not. Memory that nobody has
-    written to costs nothing."""
+    """An uninitialized weight that is to be loaded. Its first element is NaN, which shows if it was not loaded.
+
+    (Memory that has not been written to costs nothing.) Raises ``ValueError`` for a shape that cannot be allocated.
+    """
     try:
         weight = torch.empty(shape, dtype=dtype)
     except RuntimeError as error:

@@ -67,7 +67,11 @@ class _TowerTensors(Mapping):
 
 
 def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch.Tensor]:
-    """Those of the first of: what LoRA training saved beside its adapter, the model's own files, the base's files."""
+    """The tensors of the tower by their names in it, read when they are asked for; empty if there are none.
+
+    They come from the first that has them: what LoRA training saved beside its adapter, the model's own files, the
+    base's files.
+    """
     for folder in filter(None, (model_path, model_base)):
         folder = resolve_folder(folder, more=(LORA_EXTRAS,))
         extras = folder / LORA_EXTRAS
@@ -86,5 +90,6 @@ def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch
 
 
 def has_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a whole model."""
     bases = ("model.safetensors", "pytorch_model.bin")
     return any((folder / base).is_file() or (folder / f"{base}.index.json").is_file() for base in bases)

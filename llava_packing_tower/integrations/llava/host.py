@@ -271,7 +271,10 @@ def dataclass_arguments(file: Path, name: str) -> dict[str, Argument]:
 
 
 def host_arguments(found: FoundHost) -> dict[str, Argument]:
-    """Every argument of the host's own three dataclasses, those of ``transformers.TrainingArguments`` included."""
+    """Every argument of the host's own three dataclasses, including those of ``transformers.TrainingArguments``.
+
+    Raises ``ValueError`` if transformers is not installed, or a dataclass is missing.
+    """
     train = found.file(found.host.train)
     arguments: dict[str, Argument] = {}
     base = find_spec("transformers")

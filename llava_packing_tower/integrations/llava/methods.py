@@ -191,6 +191,7 @@ class Call:
 
     @property
     def answered(self) -> bool:
+        """Whether there is a result already."""
         return self.result is not _NOTHING
 
     def take(self, name: str) -> object:

@@ -43,6 +43,7 @@ _in_use: dict[str, Host | None] = {}  # by package: what it was recognised as wh
 
 
 def all_hosts() -> tuple[Host, ...]:
+    """The hosts of the table, in the order in which they are looked for."""
     return tuple(import_module(f".hosts.{name}", __package__).HOST for name in HOSTS)
 
 

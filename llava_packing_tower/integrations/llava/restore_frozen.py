@@ -82,7 +82,7 @@ def restore(tower: HEVCViTPackingVisionTower, model_path: str, model_base: str |
 
 
 def is_cast_of(saved: torch.Tensor, original: torch.Tensor) -> bool:
-    """Whether ``saved`` has the values of ``original``, rounded to a half-precision dtype or not."""
+    """Whether ``saved`` has the values of ``original``, as they are or rounded to a half-precision dtype."""
     if saved.shape != original.shape:
         return False
     return any(

@@ -96,7 +96,7 @@ def _refresh(model: nn.Module) -> None:
 
 
 def complete_tower(named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-    """What is saved beside a LoRA: what is trained, and the whole tower if any of it is.
+    """Names and parameters that are saved beside a LoRA: the trained ones, and the whole tower if any of it is trained.
 
     A reloaded tower comes from one place: the checkpoint, where a part of it was trained.
     """

@@ -38,9 +38,10 @@ def gather(share: Share) -> list[Share]:
 
 
 def peak_of(trainer: Trainer) -> tuple[float | None, str]:
-    """Operations per second that MFU is measured against, and where that is from.
+    """Operations per second that MFU is measured against (None if unknown), and where that figure is from.
 
-    The datasheets' figures are of half precision: in float32 there is none, unless it is given.
+    The datasheets' figures are for half precision: for float32 there is none, unless it is given. Raises ``ValueError``
+    for a given one that is no number above 0.
     """
     given = getattr(trainer.args, "mm_packing_peak_tflops", None)
     source = "mm_packing_peak_tflops"

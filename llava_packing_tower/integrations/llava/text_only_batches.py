@@ -34,10 +34,11 @@ def blank_images(tower: torch.nn.Module, count: int) -> torch.Tensor:
 
 
 def run_on_blanks(arch: ModuleType, patches: Patches) -> None:
-    """Have a batch without images encode blanks, one per sample, as LLaVA's own data does for text-only samples.
+    """Have a batch without images encode blank images, one per sample, as LLaVA's own data does for text-only samples.
 
-    LLaVA joins an empty slice of the features of such a sample to its text: all weights get gradients, of zeros. The
-    same is done for ``image_newline``, which LLaVA leaves out in a batch of text alone.
+    LLaVA joins an empty slice of the features of such a sample to its text, so that all weights get gradients of zeros.
+    The same is done for ``image_newline``, which LLaVA does not use in a batch of text alone. In a step, ``ValueError``
+    for a text with ``<image>`` but no images.
     """
     owner = mixin(arch)
     takes = list(inspect.signature(getattr(owner, PREPARE)).parameters)[1:]
@@ -85,7 +86,10 @@ class OneLookup:
 
 
 def look_up_once(arch: ModuleType, patches: Patches) -> None:
-    """Have LLaVA look up the embeddings of a batch once, where ranks gather them or have other numbers of samples."""
+    """Have LLaVA look up the embeddings of a batch once, where ranks gather them or have different numbers of samples.
+
+    In a step, ``RuntimeError`` if LLaVA looks up other words than expected.
+    """
     from .packed_step import are_weighed
 
     keeps_padding = host_of(arch).keeps_padding

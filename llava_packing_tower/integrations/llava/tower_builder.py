@@ -47,7 +47,10 @@ def tower_class(name: object, note: Mapping | None = None) -> type | None:
 
 
 def hooked(original: Callable, builder: TowerBuilder = TOWER_BUILDER) -> Callable:
-    """LLaVA's ``build_vision_tower(vision_tower_cfg, **kwargs)``, or another host's builder, with our rule in front."""
+    """LLaVA's ``build_vision_tower(vision_tower_cfg, **kwargs)``, or another host's builder, with our towers added.
+
+    When called, ``ValueError`` for a name that would give a CLIP with random weights.
+    """
     if builder.lengths is not None:
         return hooked_list(original, builder, builder.lengths)
     names = tuple(inspect.signature(original).parameters)

@@ -29,6 +29,7 @@ QUANTISERS = ("bitsandbytes", "quanto", "optimum", "torchao", "hqq", "awq", "gpt
 
 
 def is_packing_tower(tower: object) -> bool:
+    """Whether a vision tower is one of this package."""
     return isinstance(tower, HEVCViTPackingVisionTower)
 
 

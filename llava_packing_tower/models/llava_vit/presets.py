@@ -35,7 +35,7 @@ PRESETS: dict[str, Preset] = {}
 
 
 def register_preset(name: str, form: str, **fields: int | str) -> Preset:
-    """Add a named size. ``form`` is one of ``FORMS``; ``fields`` are config fields."""
+    """Add a named size. ``form`` is one of ``FORMS``, else ``ValueError``; ``fields`` are config fields."""
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     PRESETS[name] = Preset(name, form, fields)

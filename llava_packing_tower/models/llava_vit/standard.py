@@ -200,7 +200,10 @@ class LlavaViTModel(StrictPreTrainedModel):
         self.embeddings.patch_embedding = value
 
     def set_attention_backend(self, name: str) -> None:
-        """``auto`` and ``sdpa`` are torch's scaled_dot_product_attention, ``eager`` a float32 softmax."""
+        """``auto`` and ``sdpa`` are torch's scaled_dot_product_attention, ``eager`` a float32 softmax.
+
+        Raises ``ValueError`` for another name.
+        """
         if name not in ("auto", "sdpa", "eager"):
             raise ValueError(f"the standard model has the attention backends auto, sdpa and eager, not {name!r}")
         layers: Any = self.encoder.layers

@@ -86,12 +86,14 @@ class Memory:
         return self.counts[key] >= self.policy.capture_at
 
     def find(self, key: tuple[Hashable, ...]) -> Captured | None:
+        """The graph of this kind, which becomes the most recently used one; None if there is none."""
         found = self.captured.get(key)
         if found is not None:
             self.captured.move_to_end(key)
         return found
 
     def keep(self, key: tuple[Hashable, ...], captured: Captured) -> None:
+        """Add a graph. Graphs of other weights are dropped, and beyond the policy's number the least recently used."""
         for stale in [k for k in self.captured if k[0] != key[0]]:
             del self.captured[stale]
             self.counts.pop(stale, None)
@@ -168,7 +170,7 @@ def _pool(device: torch.device) -> Any:
 
 
 def capture(function: Callable[[], object], inputs: list[torch.Tensor], device: torch.device) -> Captured:
-    """Capture ``function``, which reads ``inputs``: it runs once, and once more while its kernels are recorded."""
+    """Capture ``function``, which reads the tensors ``inputs``: it runs once, and once more while it is captured."""
     metadata, stream, graph = CachedMetadata(), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream), metadata.making():
@@ -201,9 +203,10 @@ def run_blocks(
     backend: str,
     weights: int,
 ) -> States:
-    """``run(hidden_states, segments, rotary, keep, backend)``, by replaying a graph from the second batch of a kind on.
+    """``run(hidden_states, segments, rotary, keep, backend)``; from the second batch of a kind on by a CUDA graph.
 
-    weights: a hash of where they lie, and of how ``run`` runs: a graph must not outlive the memory that it reads.
+    hidden_states: ``[N, hidden]``; rotary: ``[N, 1, head_dim]`` each; returns ``[N, hidden]`` for each index of keep.
+    weights: a hash of where they are in memory and of how ``run`` runs: a graph must not outlive the memory it reads.
     """
     tokens, device = hidden_states.shape[0], hidden_states.device
     if getattr(backend_module(backend), "EQUAL_LENGTHS_ONLY", False):

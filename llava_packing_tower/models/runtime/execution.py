@@ -47,7 +47,7 @@ def is_autocast(device: torch.device) -> bool:
 
 
 def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
-    """The dtype that linear layers will put out: autocast's where it is on, else that of the input."""
+    """The dtype of the output of linear layers: autocast's if it is on, else that of the input (of any shape)."""
     device = hidden_states.device
     if not is_autocast(device):
         return hidden_states.dtype

@@ -61,7 +61,10 @@ _watched: set[str] = set()  # patches of libraries that wait for their library
 def compat_patch(
     *, module: str, reason: str, defect: Callable[[ModuleType], bool], issue: str | None = None, before: bool = False
 ) -> Callable:
-    """Enter a function ``(module, patches) -> None`` as the compat patch of its own name."""
+    """Register a function ``(module, patches) -> None`` as the compat patch of its own name.
+
+    Raises ``ValueError`` if there is one of that name.
+    """
 
     def enter(function: Callable[[ModuleType, Patches], None]) -> Callable:
         if function.__name__ in COMPAT_PATCHES:
