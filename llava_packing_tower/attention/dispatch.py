@@ -3,22 +3,23 @@
 A backend is a module of this package with
 
 ``VARLEN``
-    whether one kernel takes the packed batch (then ``torch.compile`` can see through it), or it goes by lengths;
+    whether one kernel takes the packed batch (then ``torch.compile`` can trace it), or it loops over the segments;
 ``EQUAL_LENGTHS_ONLY``
     True if all segments must have one length (optional);
 ``CAUSAL``
     False if it has no causal attention (optional);
 ``CHECKED``
-    True if its first results are to be compared with plain attention (kernels that others build; optional);
+    True if its first results are to be compared with plain attention (for kernels of other packages; optional);
 ``missing_package``
     None, or what to install (optional);
 ``unsupported_reason(device, dtype, head_dim, needs_grad) -> str | None``
     None if it can run such tensors here, else the reason in words (cheap, no device work);
 ``attend(q, k, v, segments, scale, causal=False) -> Tensor``
-    the attention itself; ``causal`` and fewer heads of ``k`` and ``v`` are the decoder's;
+    the attention itself, ``[N, heads, head_dim]`` in and out; only the decoder uses ``causal`` and fewer heads of ``k``
+    and ``v``;
 ``Attention``
     an autograd function with the arguments ``(q, k, v, segments, scale)``, if ``attend`` without ``causal`` is no more
-    than that (optional: fused blocks take it in).
+    than that (optional: fused blocks call it in their own backward pass).
 
 Adding one: write the module, add its line to :data:`BACKENDS` and, if ``auto`` may choose it, to :func:`auto_order`.
 """

@@ -1,7 +1,7 @@
 """Checks kernels that other packages built, before they are used.
 
-A build can lack a dtype or a head width and answer with other numbers and no error: a flash-attn compiled for bfloat16
-alone, to save time, reads float16 as bfloat16, and the features have nothing to do with the image any more.
+A build may lack a dtype or a head width and return wrong numbers without an error: a flash-attn that was compiled for
+bfloat16 alone, to save time, reads float16 as bfloat16, and the features have nothing to do with the image.
 """
 
 from __future__ import annotations

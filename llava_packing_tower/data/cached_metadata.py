@@ -31,13 +31,13 @@ class CachedMetadata:
 
     @contextlib.contextmanager
     def making(self) -> Iterator[None]:
-        """In here :func:`once` computes its values, which are kept for the second pass."""
+        """Within it :func:`once` computes its values, which are kept for the second pass."""
         with self._as_active(None):
             yield
 
     @contextlib.contextmanager
     def giving_again(self) -> Iterator[None]:
-        """In here :func:`once` returns the values of the first pass.
+        """Within it :func:`once` returns the values of the first pass.
 
         Raises ``ValueError`` at the end if the second pass asked for fewer of them.
         """
@@ -116,11 +116,11 @@ def _captures(arguments: tuple) -> bool:
 def cached(maxsize: int) -> Callable[[Callable], Any]:
     """A least-recently-used cache for functions that make tensors on a device, of hashable arguments.
 
-    What is kept serves every later call: it is made outside of inference mode, for training may need it, and neither
-    made nor asked for while something is traced or captured. Threads and CUDA streams may share it. The functions name
-    every device and dtype, for the user may have other defaults.
+    A cached value serves every later call. It is made outside of inference mode, because training may need it, and is
+    neither made nor looked up while something is traced or captured. Threads and CUDA streams may share it. The
+    functions name every device and dtype, because the user may have other defaults.
 
-    ``__wrapped__`` of the result makes without keeping.
+    ``__wrapped__`` of the result computes a value without caching it.
     """
 
     def decorate(function: Callable) -> Any:

@@ -37,9 +37,9 @@ _raw: ContextVar[bool] = ContextVar("raw_pixels", default=False)
 
 @contextlib.contextmanager
 def raw_pixels() -> Iterator[None]:
-    """In here, and in this thread, processors give uint8 pixels: the tower normalizes them (:class:`PixelScale`).
+    """Within it, and in this thread, processors return uint8 pixels; the tower normalizes them (:class:`PixelScale`).
 
-    A quarter of the bytes, and less work, where images are read in processes of their own.
+    The workers of a data loader then have less to do, and send a quarter of the bytes.
     """
     token = _raw.set(True)
     try:
@@ -81,10 +81,10 @@ def _whole_patches(size: dict[str, int], patch_size: int) -> dict[str, int]:
 
 
 def processor_content(folder: str | os.PathLike) -> dict | None:
-    """What a folder says of its image processor: its preprocessor_config.json, or the part for images of its
-    processor_config.json; None if it says nothing.
+    """The settings of a folder's image processor: its preprocessor_config.json, or the part for images of its
+    processor_config.json; None if it has neither.
 
-    Raises ``ValueError`` if the two say different things.
+    Raises ``ValueError`` if the two differ.
     """
     own, whole = Path(folder) / PROCESSOR_NAME, Path(folder) / WHOLE_PROCESSOR_NAME
     content = read_json(own) if own.is_file() else None
@@ -196,7 +196,7 @@ class PackingImageProcessor:
     def from_dict(cls, content: Mapping, where: object = PROCESSOR_NAME) -> PackingImageProcessor:
         """From a preprocessor_config.json; fields that this processor does not have are ignored, null ones default.
 
-        Raises ``ValueError`` that begins with ``where`` and names the field, for a value that cannot be.
+        Raises ``ValueError`` that begins with ``where`` and names the field, for an impossible value.
         """
         known = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
         try:
@@ -206,7 +206,7 @@ class PackingImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> PackingImageProcessor:
-        """Raises ``ValueError`` if the folder has none, or two different ones."""
+        """The image processor of a folder. Raises ``ValueError`` if it has none, or two different ones."""
         content = processor_content(folder)
         if content is None:
             raise ValueError(f"{folder} has no {PROCESSOR_NAME} and no image_processor in a {WHOLE_PROCESSOR_NAME}")

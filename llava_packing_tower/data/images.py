@@ -61,7 +61,7 @@ class UnreadableImage(ValueError):
 class ImageReading:
     """How images are read; in a checkpoint's config under ``mm_packing_<name>``.
 
-    exif: turn a photo as its camera noted. background: the color behind transparent pixels, by a name or as #rrggbb;
+    exif: apply the EXIF orientation. background: the color behind transparent pixels, by a name or as #rrggbb;
     "none" drops the transparency. max_pixels: width x height of the largest image that is decoded. max_aspect: the
     longest side over the shortest, at native resolution.
     """
@@ -120,7 +120,8 @@ def to_rgb(image: Image.Image, reading: ImageReading = ImageReading()) -> Image.
     """An image as 8-bit RGB.
 
     16-bit gray is divided by 257, 32-bit whole numbers too unless one is above 65535 (then the range is that of int32),
-    floating point values are taken from 0..1, or from 0..255 where one is above 1. An animation gives its first.
+    floating point values are taken from 0..1, or from 0..255 where one is above 1. Of an animation, the first
+    frame is taken.
 
     Raises ``ValueError`` for values outside of these ranges, and for more pixels than ``max_pixels``.
     """
@@ -271,10 +272,11 @@ def fit_of(aspect_ratio: str | None) -> str | None:
 
 
 def fitted(picture: Image.Image, reading: ImageReading, fit: str | None) -> Image.Image:
-    """An image that a host can pad (SQUARE) or enlarge and crop (MIDDLE) in memory that is not many times the image's.
+    """An image that a host can pad (SQUARE) or enlarge and crop (MIDDLE) without many times the image's memory.
 
     A strip, longer than STRIP times its width, is reduced to REDUCED_SIDE before it is padded, as is an image whose
-    square would have more than ``max_pixels``; of a strip that is cropped the middle is kept. The others stay.
+    square would have more than ``max_pixels``; of a strip that is cropped the middle is kept. Other images are
+    returned as they are.
     """
     shortest, longest = sorted(picture.size)
     is_strip = longest > STRIP * shortest
@@ -351,9 +353,9 @@ _current: ContextVar[tuple[ImageReading, str | None] | None] = ContextVar("image
 
 @contextlib.contextmanager
 def reading_as(reading: ImageReading | None, fit: str | None = None) -> Iterator[None]:
-    """In here, and in this thread, :class:`HostImage` opens images as :func:`open_image` does with these arguments.
+    """Within it, and in this thread, :class:`HostImage` opens images as :func:`open_image` does with these arguments.
 
-    With None as Pillow does.
+    With None it opens them as Pillow does.
     """
     token = _current.set(None if reading is None else (reading, fit))
     try:

@@ -36,16 +36,16 @@ class MediaFile(NamedTuple):
 
 @dataclass
 class MediaCheck:
-    """How the files of a dataset are looked at, and what was found.
+    """How the files of a dataset are checked, and what was found.
 
     Args:
         folders: what the files under "image" and "video" are relative to.
-        reads_videos: whether the host does.
+        reads_videos: whether the host reads videos.
         reading, native: how images are read, and whether they keep their shapes.
         all_of_it: read every file from its beginning to its end; else the headers of LOOKED_FOR samples.
-        strict: refuse what cannot be read. Without it, its samples are left out in training, unless it is most of what
-            was looked at.
-        progress: called with the number of files that were looked at, and the number of all.
+        strict: an unreadable file is an error. Otherwise its samples are left out in training, unless most of the
+            checked files cannot be read.
+        progress: called with the number of files that have been checked, and the number of all.
     """
 
     folders: Mapping[str, str | None]
@@ -124,7 +124,7 @@ class MediaCheck:
             refuse(f"{data_path}: {len(self.unreadable)} files of the data cannot be read", self.unreadable)
 
     def lines(self) -> list[str]:
-        """What was found, for the plan: everything, where every file was read."""
+        """What was found, for the plan; all of it if every file was read."""
         if not self.unreadable:
             return [f"every file can be read ({self.looked_at} were)"] if self.all_of_it else []
         count = len(self.unreadable)

@@ -40,7 +40,7 @@ class NativeImageProcessor(PackingImageProcessor):
 
     @contextlib.contextmanager
     def reading(self, video: bool) -> Iterator[None]:
-        """In here, and in this thread, a list of images is one video (a folder of frames), if ``video``."""
+        """Within it, and in this thread, a list of images is one video (a folder of frames), if ``video``."""
         token = _lists_are_videos.set(video)
         try:
             yield
@@ -53,8 +53,8 @@ class NativeImageProcessor(PackingImageProcessor):
 
     @contextlib.contextmanager
     def placed(self, side: int | None) -> Iterator[None]:
-        """In here, and in this thread, square images get ``side`` patches, whatever the bounds are: each patch has
-        a position of its own. ``KEPT`` for images that are made of patches, None for images without positions.
+        """Within it, and in this thread, square images get ``side`` patches along a side, whatever the bounds are: each
+        patch has its own position. ``KEPT`` for images that are made of patches, None for images without positions.
 
         Raises ``ValueError`` for a side that the projector cannot merge.
         """

@@ -2,8 +2,8 @@
 
 A packed batch is ``hidden_states [N, patch_dim]``, one row per patch, samples one after the other, inside a sample
 frame by frame, inside a frame row by row, and ``grid_thw [B, 3]`` with the (frames, rows, columns) of each sample in
-patches. The order of the numbers inside a row is a property of the encoder family (:class:`PatchLayout`): mixing the
-two up loads, runs and gives garbage.
+patches. The order of the numbers inside a row is a property of the encoder family (:class:`PatchLayout`): with the
+wrong one a model loads and runs, but its features are wrong.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def per_token(values: torch.Tensor, lengths: Sequence[int], device: torch.device
 
 
 def positions_and_sizes(grids: Sequence[Grid], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each token of a packed batch is, and in what: int64 ``[N, 3]`` (frame, row, column), and the grid (frames,
-    rows, columns) of its sample."""
+    """The position of each token of a packed batch, int64 ``[N, 3]`` (frame, row, column), and the grid of its sample,
+    int64 ``[N, 3]`` (frames, rows, columns)."""
     lengths = [t * h * w for t, h, w in grids]
     starts = accumulate([0, *lengths])
     values = torch.tensor([(*grid, start) for grid, start in zip(grids, starts)], device="cpu")

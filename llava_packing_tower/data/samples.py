@@ -29,7 +29,7 @@ def text_of(sample: Mapping) -> str:
 
 
 def drop_empty_media(samples: Sequence[dict]) -> None:
-    """Remove ``image`` and ``video`` where they are null or empty: merged datasets have them in rows of text alone."""
+    """Remove ``image`` and ``video`` where they are null or empty: merged datasets have them in text-only rows."""
     for sample in samples:
         for key in MEDIA:
             if key in sample and not sample[key]:

@@ -17,8 +17,8 @@ Grid = tuple[int, int, int]
 class VarlenMetadata:
     """The borders of the segments of a packed sequence.
 
-    cu_seqlens: int32 ``[segments + 1]`` running sums on the device of the tokens; max_seqlen: the longest segment;
-    lengths: all lengths, on the host.
+    cu_seqlens: int32 ``[segments + 1]``, cumulative lengths, on the device of the tokens; max_seqlen: the longest
+    length; lengths: all of them, on the host.
     """
 
     cu_seqlens: torch.Tensor

@@ -1,4 +1,4 @@
-"""What timm's config.json says of the pixels, in the words of a preprocessor_config.json."""
+"""The image preprocessing of timm's config.json, with the keys of a preprocessor_config.json."""
 
 from __future__ import annotations
 

@@ -9,11 +9,12 @@ from importlib import import_module
 
 _PUBLIC = {
     "BlockConfig": "layers",
+    "LearnedTable": "position_tables",
     "PackedEncoder": "encoder",
-    "PackedVisionConfig": "base",
     "PackedVisionModel": "base",
     "family_for": "registry",
     "register_family": "registry",
+    "stretched": "base",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -35,8 +35,8 @@ class AIMv2PackingConfig(PretrainedConfig):
         squared, and images of exactly that size. proj_bias: bias of the attention's output projection (None: as
         ``qkv_bias``). use_head: whether the source has a pooling head (carried, not used).
 
-    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` for sizes of two different
-    sides.
+    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` for sizes that are not
+    square.
     """
 
     model_type = "aimv2_packing"

@@ -1,7 +1,7 @@
 """The base class of the packed encoders: their common interface as Hugging Face models.
 
-From pixels to features: ``packing`` cuts the rows, :meth:`PackedVisionModel.forward` embeds them, lets the family add
-positions and prefix tokens (``prepare``), runs the encoder core, takes the prefixes out again and norms.
+From pixels to features: ``data.patches`` cuts the rows, :meth:`PackedVisionModel.forward` embeds them, lets the family
+add positions and prefix tokens (``prepare``), runs the blocks, removes the prefix tokens and applies the final norm.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
     takes_positions: bool = True
     """Whether videos may have ``patch_positions`` of their own (of no meaning where ``image_only``)."""
     stretches_clips: bool = True
-    """Whether the frames of a clip stand where they lie in their video on a scale of 64, as LlavaViT wants it; else at
-    their number in the video."""
+    """Whether the position of a frame is its place in the video on a scale of 64, as LlavaViT expects it; else its
+    number in the video."""
     patch_embed: PatchEmbed | nn.Module
     encoder: PackedEncoder
 
@@ -87,8 +87,8 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         """Positions, prefix tokens and metadata for embedded patches ``[N, hidden]``.
 
         Returns the packed tokens, their segments (:class:`LayerSegments` where those of the blocks differ), the rotary
-        table or None, and the index of the patch tokens, in raster order, in the packed sequence, or None if it holds
-        nothing else in no other order.
+        table or None, and the index of the patch tokens, in raster order, in the packed sequence, or None if that is
+        exactly the patch tokens in raster order.
         """
         raise NotImplementedError
 
@@ -111,7 +111,10 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
 
     @classmethod
     def image_processor_from_source(cls, content: dict, config: PretrainedConfig) -> PackingImageProcessor:
-        """From a preprocessor_config.json; what it leaves unsaid is taken from :meth:`default_image_processor`."""
+        """From a preprocessor_config.json; missing fields are those of :meth:`default_image_processor`.
+
+        Raises ``ValueError`` for a field with an impossible value.
+        """
         given = {key: value for key, value in content.items() if value is not None and key != "patch_size"}
         if isinstance(given.get("size"), dict) and "longest_edge" in given["size"]:
             del given["size"]  # bounds of the area of an image in pixels, which have no square

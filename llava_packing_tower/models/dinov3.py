@@ -40,7 +40,7 @@ class DINOv3PackingConfig(PretrainedConfig):
         does: published configs have ``pos_embed_rescale`` 2).
 
     A non-zero ``attention_dropout`` or ``drop_path_rate`` is carried and has no effect. Raises ``ValueError`` for sizes
-    of two different sides.
+    that are not square.
     """
 
     model_type = "dinov3_packing"

@@ -3,8 +3,8 @@
 Reads whole checkpoints (``kimi_vl``, ``kimi_k25``), of which it takes ``vision_tower.*`` alone, and folders of the
 tower, under the names of the hub. Models: Kimi Team 2025, https://arxiv.org/abs/2504.07491, and 2026,
 https://arxiv.org/abs/2602.02276; numerics after transformers' ``Kimi_K25VisionModel``. That of Kimi-VL takes images
-only. In that of Kimi-K2.5 four frames of a clip see each other (``pos_emb_time``); a longer clip is taken four by four,
-as Kimi's own processor does it.
+only. In that of Kimi-K2.5 four frames of a clip see each other (``pos_emb_time``); a longer clip is processed four
+frames at a time, as Kimi's own processor does it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MoonViTPackingConfig(PretrainedConfig):
         for images only. image_size: of the nominal image (default: that of the table). ``spatial_merge_size`` describes
         the projector of the VLM.
 
-    Raises ``ValueError`` for sizes of two different sides.
+    Raises ``ValueError`` for sizes that are not square.
     """
 
     model_type = "moonvit_packing"
@@ -90,8 +90,8 @@ class MoonViTPackingConfig(PretrainedConfig):
 def rotary_alternating(places: torch.Tensor, head_dim: int, theta: float) -> Rotary:
     """MoonViT's rotary table, for the "interleaved" rotation.
 
-    With ``g_k = theta ** (-4k / head_dim)`` neighboring elements turn by ``column g_0, row g_0, column g_1, ...``, each
-    angle for two of them.
+    With ``g_k = theta ** (-4k / head_dim)`` neighboring elements are rotated by ``column g_0, row g_0, column g_1,
+    ...``, each angle for two of them.
 
     places: float32 ``[N, 2]`` (row, column). Returns cosines and sines, float32 ``[N, 1, head_dim]`` each.
     """

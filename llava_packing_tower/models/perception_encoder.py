@@ -38,7 +38,7 @@ class PerceptionEncoderPackingConfig(PretrainedConfig):
         Spatial-G14). norm_post: whether there is a norm behind the last block (Core). image_size: pixels of the table
         of positions.
 
-    Raises ``ValueError`` for sizes of two different sides.
+    Raises ``ValueError`` for sizes that are not square.
     """
 
     model_type = "perception_encoder_packing"
@@ -81,8 +81,8 @@ class PerceptionEncoderPackingConfig(PretrainedConfig):
 def rotary_column_row(places: torch.Tensor, head_dim: int, theta: float) -> Rotary:
     """Perception Encoder's rotary table, for the "interleaved" rotation.
 
-    With ``g_k = theta ** (-4k / head_dim)`` neighboring elements turn by ``column g_0, column g_1, ...`` in the first
-    half of a head, and by ``row g_0, row g_1, ...`` in the second.
+    With ``g_k = theta ** (-4k / head_dim)`` neighboring elements are rotated by ``column g_0, column g_1, ...`` in
+    the first half of a head, and by ``row g_0, row g_1, ...`` in the second.
 
     places: float32 ``[N, 2]`` (row, column). Returns cosines and sines, float32 ``[N, 1, head_dim]`` each.
     """

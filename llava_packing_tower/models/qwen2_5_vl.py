@@ -36,7 +36,7 @@ class Qwen2_5_VLVisionPackingConfig(PretrainedConfig):
         image_size: of the nominal image, which only LLaVA's patch counts and the image processor's square are taken
         from. ``spatial_merge_size`` and ``out_hidden_size`` describe the projector of the VLM.
 
-    Raises ``ValueError`` for sizes of two different sides, or a window smaller than a cell of the projector.
+    Raises ``ValueError`` for sizes that are not square, or a window smaller than a cell of the projector.
     """
 
     model_type = "qwen2_5_vl_packing"

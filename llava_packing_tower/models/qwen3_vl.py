@@ -39,7 +39,7 @@ class Qwen3VLVisionPackingConfig(PretrainedConfig):
     ``deepstack_visual_indexes`` describe the VLM behind the tower: its projector, and the blocks (from 0) whose outputs
     it also reads.
 
-    Raises ``ValueError`` if ``num_position_embeddings`` is not a square number, or for sizes of two different sides.
+    Raises ``ValueError`` if ``num_position_embeddings`` is not a square number, or for sizes that are not square.
     """
 
     model_type = "qwen3_vl_packing"

@@ -44,7 +44,7 @@ class RadioPackingConfig(PretrainedConfig):
         layer_scale: whether blocks have learned factors. norm_mean, norm_std: of pixels, per channel.
 
     Non-zero ``attention_probs_dropout_prob`` and ``drop_path_rate`` are carried and have no effect. Raises
-    ``ValueError`` for sizes of two different sides.
+    ``ValueError`` for sizes that are not square.
     """
 
     model_type = "radio_packing"

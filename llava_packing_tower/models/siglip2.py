@@ -41,7 +41,7 @@ class Siglip2PackingConfig(PretrainedConfig):
     processor its square, is ``patch_size * sqrt(num_patches)`` unless given.
 
     A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` if ``num_patches`` is not a
-    square number, or for sizes of two different sides.
+    square number, or for sizes that are not square.
     """
 
     model_type = "siglip2_packing"
@@ -82,7 +82,7 @@ class Siglip2PackingConfig(PretrainedConfig):
 
     @property
     def vision_config(self) -> Siglip2PackingConfig:
-        """This config: scripts ask that of the whole model, with a text tower, for it."""
+        """This config itself, for scripts that expect the config of the whole model, with a text tower."""
         return self
 
 
@@ -100,7 +100,7 @@ class ResizedPositions(LearnedTable):
     """A square table of learned positions, resized to the grid of each image (see :func:`axis_weights`).
 
     Rows and columns are resized one after the other, so the position of a patch is a sum over the table, weighted with
-    the products of its two weights: one product of matrices, as exact as in float32, for all images.
+    the products of its two weights: one matrix product for all images, as accurate as in float32.
     """
 
     def __init__(self, num_patches: int, hidden_size: int) -> None:

@@ -51,7 +51,7 @@ def pack_batch(mask: torch.Tensor, targets: torch.Tensor) -> PackedRow | None:
     supervised token and is padded on the left, transformers has the padding in front predict it.
 
     mask: bool ``[B, L]``, true for tokens; targets: ``[B, L]`` from :func:`supervised_head.next_labels`.
-    Synchronises once.
+    Synchronizes once.
     """
     starts = mask.clone()
     starts[:, 1:] &= ~mask[:, :-1]
@@ -86,7 +86,7 @@ def _key(position_ids: torch.Tensor) -> tuple[str, int]:
 def segments_of(position_ids: torch.Tensor | None, training: bool) -> VarlenMetadata | None:
     """The segments of a packed row; None if these are the positions of something else.
 
-    A row that is not known, a copy for example, is read from its positions, which synchronises.
+    A row that is not known, a copy for example, is read from its positions, which synchronizes.
     """
     if position_ids is None or position_ids.dim() != 2 or len(position_ids) != 1:
         return None

@@ -15,7 +15,7 @@ IGNORE = -100
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:
-    """The label that each position predicts, ``[B, L]``: that of its right neighbour in the row; none for the last."""
+    """The label that each position predicts, ``[B, L]``: that of its right neighbor in the row; none for the last."""
     return pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 

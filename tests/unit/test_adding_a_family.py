@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from toy_vit import HEADS, PATCH, WIDTH, publish
 
-from llava_packing_tower import HEVCViTPackingVisionTower, register_family
+from llava_packing_tower import HEVCViTPackingVisionTower, models, register_family
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.models import registry
 from llava_packing_tower.models.registry import FAMILIES, family_for
@@ -43,6 +43,11 @@ def toy(module):
     for model_type in ("toy_vit", "toy_vit_packing"):
         register_family(model_type, f"{module}:ToyViTPacking")
     return importlib.import_module(module).ToyViTPacking
+
+
+def test_every_public_name_of_models_is_there():
+    for name in models.__all__:
+        assert getattr(models, name).__name__ == name
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Many questions to a LLaVA at once: prompts, pixels, `generate` and losses of a batch, through the host's own model.
 
-All images of a batch go through the tower in one packed pass. What a sample gets does not depend on its neighbours:
+All images of a batch go through the tower in one packed pass. What a sample gets does not depend on its neighbors:
 samples that LLaVA's code would treat differently in one batch are put into batches of their own.
 """
 

@@ -34,7 +34,7 @@ def check_complete(model: nn.Module, model_path: str, model_base: str | None = N
     """Raises ``ValueError`` with the names of tensors that no file has (they would be random), that are on meta, or
     that a file has and the model does not.
 
-    The vision tower is not looked at, it has a check of its own; nor what the caller had offloaded to disk or CPU.
+    The vision tower is left to its own check. What the caller had offloaded to disk or CPU is not checked.
     """
     placed = getattr(model, "hf_device_map", None) or {}
     offloaded = any(place in ("cpu", "disk") for place in placed.values()) and len(set(placed.values())) > 1
@@ -70,7 +70,7 @@ def is_renamed(name: str) -> bool:
 
 @torch.no_grad()
 def projector_in_full(model: nn.Module, model_path: str, model_base: str | None = None) -> None:
-    """The values of ``mm_projector.bin`` as they are: LLaVA rounds them to float16 on their way into the model."""
+    """Copy the values of ``mm_projector.bin`` into the model unrounded: LLaVA rounds them to float16 on the way."""
     file = resolve_folder(model_path, more=(PROJECTOR, LORA_EXTRAS)) / PROJECTOR
     if model_base is None or not file.is_file() or (file.parent / LORA_EXTRAS).is_file():
         return
@@ -81,7 +81,7 @@ def projector_in_full(model: nn.Module, model_path: str, model_base: str | None 
 
 
 def check_when_loaded(builder: ModuleType, patches: Patches) -> None:
-    """Have ``load_pretrained_model`` finish and check every model with a packing tower before anybody has it."""
+    """Have ``load_pretrained_model`` finish and check every model with a packing tower before it returns it."""
     method, called = "builder.load_pretrained_model", loader(builder).__name__
     add_step(builder, method, "strict_adapter", strict_adapter, patches, called)
     add_step(builder, method, "check_loaded", after_load(check_loaded), patches, called)
@@ -103,7 +103,7 @@ def after_load(act: Callable[[nn.Module, str, str | None], object]) -> Step:
 
 
 def strict_adapter(call: Call) -> Iterator[None]:
-    """Have ``load_pretrained_model`` refuse a LoRA that does not fit: peft skips what has no place, without a word."""
+    """Have ``load_pretrained_model`` refuse a LoRA that does not fit: peft silently skips what has no place."""
     model_path, base = call.arguments["model_path"], call.arguments.get("model_base")
     folder = Path(model_path).expanduser()
     if not (folder / ADAPTER).is_file():
@@ -155,7 +155,7 @@ def check_tower_weights(
         refuse({"without a value": nan}, f"{sentence} its own folder")
         return
     found = tower_tensors(model_path, model_base)
-    # What a quantised layer keeps beside its weight, or in place of it, comes from that weight in the file.
+    # What a quantized layer keeps beside its weight, or in place of it, comes from that weight in the file.
     made = tuple(f"{name}." for name in foreign_layers(tower) if f"{name}.weight" in found)
     problems = {
         "not in the checkpoint": sorted(name for name in state.keys() - found.keys() if not name.startswith(made)),
@@ -166,7 +166,7 @@ def check_tower_weights(
     }
     for name in state.keys() & found.keys():
         here = state[name]
-        # Offloaded or quantised by the caller's own wish: there is nothing here that could be compared.
+        # Offloaded or quantized by the caller's own wish: there is nothing here that could be compared.
         if is_readable(here) and not torch.equal(here.cpu(), found[name].to(here.dtype)):
             problems["different from the checkpoint"].append(name)
     refuse(problems, f"{sentence} {model_path}")

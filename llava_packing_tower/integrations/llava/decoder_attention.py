@@ -1,9 +1,9 @@
 """The attention of transformers' Llama, Qwen2 and Mistral, taught to read packed rows. transformers 4.40 to 5.24.
 
 The one method that is replaced is ``forward`` of the attention classes. It asks the positions whether they are those of
-a packed row (:func:`..packed_decoder.segments_of`); whatever else comes is the original's. transformers has an
-interface for attention functions from 4.48 on, but until 4.51 it hands nothing on to a checkpointed layer, and
-masks of ``T x T`` are made for functions that it does not know.
+a packed row (:func:`..packed_decoder.segments_of`); everything else is left to the original. transformers has an
+interface for attention functions from 4.48 on, but until 4.51 it passes no extra arguments to a checkpointed layer, and
+it makes ``T x T`` masks for functions that it does not know.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _angles(
 
 @contextlib.contextmanager
 def without_mask(decoder: nn.Module) -> Iterator[None]:
-    """Within it, a decoder called without a mask makes none: it does so for flash attention alone, in every version."""
+    """Within it, a decoder called without a mask makes none; of itself it does so for flash attention only."""
     owners = [owner for owner in (decoder.config, decoder) if hasattr(owner, "_attn_implementation")]
     kept = [owner._attn_implementation for owner in owners]
     try:

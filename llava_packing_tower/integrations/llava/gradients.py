@@ -1,7 +1,7 @@
-"""A weight that is trained and gets no gradient stops the run by name: it would stay what it is without a word.
+"""A trained weight that gets no gradient stops the run with an error that names it; else it would silently not change.
 
-It comes from reentrant checkpointing above frozen layers, from a part of the model that is never called, from
-``no_grad`` or ``detach`` somewhere in between.
+Causes are reentrant checkpointing above frozen layers, a part of the model that is never called, and ``no_grad`` or
+``detach`` somewhere in between.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def refuse_without(names: Iterable[str]) -> None:
 
 
 def check_gradients(train: ModuleType, patches: Patches) -> None:
-    """Have the host's trainer look at the gradients of its first step, before the optimizer uses them."""
+    """Have the host's trainer check the gradients of its first step, before the optimizer uses them."""
 
     def watch(call: Call) -> Iterator[None]:
         self = call.self

@@ -1,8 +1,9 @@
-"""A sample that cannot be read is left out of its batch, or ends the run by name. None is replaced by another.
+"""A sample that cannot be read is left out of its batch, or ends the run with an error that names it. It is never
+replaced by another.
 
-The dataset gives a mark in place of such a sample, the collator takes the marks out and notes them in the batch, and
-the training step takes the note out again. A batch of marks alone makes its step all the same, on a placeholder whose
-loss is multiplied by zero: other ranks, and ZeRO, wait for it.
+The dataset returns a mark in place of such a sample, the collator removes the marks and notes them in the batch, and
+the training step removes the note. A batch of nothing but marks still makes its step, on a placeholder whose loss is
+multiplied by zero: other ranks, and ZeRO, wait for it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The class of a LLaVA checkpoint is that of its ``architectures``, whatever its folder is called.
 
-Of itself LLaVA looks for "qwen", "llama", "lora" and the like in names: a Qwen checkpoint in ``checkpoints/run1`` would
+LLaVA itself looks for "qwen", "llama", "lora" and the like in names: a Qwen checkpoint in ``checkpoints/run1`` would
 become a Llama that lacks the biases of its attention.
 """
 
@@ -103,7 +103,7 @@ def _elsewhere(host: Host) -> str:
 
 @contextlib.contextmanager
 def loaded_as(dtype: torch.dtype) -> Iterator[None]:
-    """Within it, models are loaded in this dtype: LLaVA 1.x always asks for float16, and LLaVA-NeXT by default."""
+    """Within it, models are loaded in this dtype. (LLaVA 1.x always asks for float16, LLaVA-NeXT by default.)"""
     token = _dtype.set(dtype)
     try:
         yield
@@ -193,7 +193,7 @@ def _classes_are(builder: ModuleType, target: type, model_path: str) -> Iterator
 
 
 def loader_name(host: Host, cls: str, asked: str, lora: bool, on_base: bool) -> str:
-    """The model name with which the host's loader goes the right way; it looks for these words in it."""
+    """A model name from which the host's loader chooses the right class: it looks for certain words in the name."""
     word = host.loader_name(cls)
     if on_base and not lora and word in ("llava_qwen", "llava_qwen_moe"):
         word = "llava_mistral"  # LLaVA-NeXT knows no projector on a Qwen; this way is the same, whatever the class

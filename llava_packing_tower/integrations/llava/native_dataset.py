@@ -94,7 +94,7 @@ def whole_pairs(call: Call) -> None:
 
 
 def empty_media(call: Call) -> Iterator[None]:
-    """A dataset that was made: samples with ``image: null`` or an empty path are samples of text."""
+    """After a dataset is made: samples with ``image: null`` or an empty path become text-only samples."""
     yield
     drop_empty_media(call.self.list_data_dict)
     data_args = call.self.data_args
@@ -204,8 +204,8 @@ def blank_image(data_args: object, in_list: bool) -> object:
 
 
 def blank_as_bytes(sample: dict, dataset: torch.utils.data.Dataset, i: int | slice) -> dict:
-    """The host's image of a sample without one in bytes, like those of other samples: a batch of both would become
-    numbers."""
+    """The host's image of a sample without one, as uint8 like those of other samples: a batch of both dtypes would
+    become floating point."""
     is_text = isinstance(i, int) and not any(key in dataset.list_data_dict[i] for key in MEDIA)
     if is_text and "image" in sample and isinstance(dataset.data_args.image_processor, PackingImageProcessor):
         sample["image"] = blank_image(dataset.data_args, in_list=isinstance(sample["image"], list))

@@ -1,7 +1,7 @@
 """The training step of a LLaVA with a packing tower: samples in one row, head on supervised positions, fused layers.
 
 LLaVA's models hand a padded batch to the ``forward`` of transformers' decoder that they are built on. That is the one
-method that is wrapped, and it does what it always did for everything but a training step of such a LLaVA.
+method that is wrapped. It is unchanged for everything but a training step of such a LLaVA.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class SampleWeights:
     def apply(self, there: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The targets without those of samples that count nothing, and the weight of each position, both ``[B, L]``.
 
-        Raises ``RuntimeError`` where the model has made other samples than were counted. Synchronises once.
+        Raises ``RuntimeError`` where the model has made other samples than were counted. Synchronizes once.
         """
         found = torch.stack([there.sum(1), (targets != IGNORE).sum(1)]).tolist()
         if found != [list(self.tokens), list(self.supervised)]:

@@ -1,4 +1,4 @@
-"""Programs of the hosts that do not work with this package, refused by name before they fail in a way of their own."""
+"""Programs of the hosts that do not work with this package: refused with the reason, before they fail less clearly."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ UNSUPPORTED: dict[str, str] = {
 """Packages of LLaVAs that no host can describe, each with the reason. They are left alone, and named."""
 DIR_ENV, NEXT_DIR_ENV = environment.LLAVA_DIR, environment.NEXT_DIR
 _on_path: list[str] = []
-_in_use: dict[str, Host | None] = {}  # by package: what it was recognised as when it was imported; None: left alone
+_in_use: dict[str, Host | None] = {}  # by package: what it was recognized as when it was imported; None: left alone
 
 
 def all_hosts() -> tuple[Host, ...]:

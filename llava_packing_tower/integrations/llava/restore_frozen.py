@@ -1,7 +1,7 @@
-"""A frozen tower has the weights of its own folder, except for those that the checkpoint says otherwise of.
+"""A frozen tower has the weights of its own folder, except for those that are in the checkpoint.
 
 Files that are loaded around it may have none of its tensors: those of the plain decoder under a LoRA. transformers then
-takes the tower in the model for one that was never trained, and gives it random weights (4.40 to 4.51) or uninitialised
+takes the tower in the model for one that was never trained, and gives it random weights (4.40 to 4.51) or uninitialized
 memory (later), after it was loaded. Or they have other values: part of the tower was trained by somebody who did not
 say so. LLaVA 1.x would leave these out.
 """
@@ -58,7 +58,7 @@ def restore(tower: HEVCViTPackingVisionTower, model_path: str, model_base: str |
     missing, other = [], []
     for name, here in state.items():
         folder_value = own.get(name.removeprefix(prefix))
-        if folder_value is None or not is_readable(here):  # offloaded or quantised by the caller's own wish
+        if folder_value is None or not is_readable(here):  # offloaded or quantized by the caller's own wish
             continue
         saved = found.get(name)
         if saved is None:

@@ -1,6 +1,6 @@
 """What is saved of a model, and what its config says of its tower, follows ``requires_grad`` at the moment of saving.
 
-Arguments say what somebody meant to train. The hosts decide by them, and lose what was trained without saying so.
+Arguments say what somebody meant to train. The hosts go by them, and silently lose other weights that were trained.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def note_when_saving(arch: ModuleType, patches: Patches) -> None:
 
 
 def note_with_models(models: ModuleType, patches: Patches) -> None:
-    """The same for ``save_pretrained`` of the model classes of a host: a copy of a model was never made by a class."""
+    """The same for ``save_pretrained`` of the model classes of a host, which also covers copies of a model."""
     for cls in {id(c): c for c in vars(models).values() if isinstance(c, type)}.values():
         if hasattr(cls, "prepare_inputs_labels_for_multimodal") and hasattr(cls, "save_pretrained"):
             refresh = lambda call: _refresh(call.self)  # noqa: E731
@@ -168,9 +168,9 @@ def save_what_is_trained(train: ModuleType, patches: Patches) -> None:
 
 
 def resume_extras(trainer: type, patches: Patches) -> None:
-    """In a checkpoint of a LoRA that DeepSpeed does not write: what is trained beside it, and back at a resume.
+    """Save what is trained beside a LoRA in checkpoints that DeepSpeed does not write, and load it when resuming.
 
-    transformers' own Trainer saves and loads the adapter alone; the projector would start anew.
+    transformers' own Trainer saves and loads only the adapter; the projector would start anew.
     """
 
     def concerned(self) -> bool:

@@ -164,19 +164,19 @@ def is_readable(tensor: torch.Tensor) -> bool:
 
 
 def foreign_layers(module: nn.Module) -> list[str]:
-    """The names of layers that keep their weight in another form than it has in a file: quantised ones.
+    """The names of layers that hold their weight in another form than a file does: quantized ones.
 
     By what they hold (integers, a library's own tensors) or by having no parameter ``weight`` in the state at all.
     """
     names = []
     for name, layer in module.named_modules():
         own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
-        quantised = any(not tensor.is_floating_point() or not is_plain(tensor) for tensor in own.values())
-        if own and (quantised or _is_foreign(layer)):
+        quantized = any(not tensor.is_floating_point() or not is_plain(tensor) for tensor in own.values())
+        if own and (quantized or _is_foreign(layer)):
             names.append(name)
     return names
 
 
 def _is_foreign(layer: nn.Module) -> bool:
-    """A layer of a quantisation library, by its package."""
+    """A layer of a quantization library, by its package."""
     return type(layer).__module__.split(".")[0] in QUANTISERS

@@ -1,4 +1,4 @@
-"""ZeRO-3 gathers a decoder layer at once, not each of its dozen modules: that was a third of a step."""
+"""Have ZeRO-3 gather a decoder layer at once: gathering each of its dozen modules took a third of a step."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from ...checkpoint.config_check import check_rate, one_side
 class LlavaViTConfig(PretrainedConfig):
     """Configuration of :class:`LlavaViTModel`. ``image_size`` has no influence on the encoder itself.
 
-    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` for sizes of two different
-    sides.
+    A non-zero ``attention_dropout`` is carried and has no effect. Raises ``ValueError`` for sizes that are not
+    square.
     """
 
     model_type = "llava_vit"

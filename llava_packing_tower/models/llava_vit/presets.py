@@ -58,7 +58,7 @@ register_preset("llava_vit_base_rms", SOURCE, **dict(zip(SIZE_FIELDS, _SIZES["ba
 
 
 def preset(name: str) -> Preset:
-    """Raises ``ValueError`` (with the known names) for another."""
+    """The named size. Raises ``ValueError`` (with the known names) for another name."""
     if name not in PRESETS:
         raise ValueError(f"unknown model name {name!r}; known: {', '.join(sorted(PRESETS))}")
     return PRESETS[name]

@@ -92,8 +92,8 @@ class LlavaViTSourceModel(LlavaViTModel):
 
 
 def create_source_model(name: str, pretrained: bool = False, **fields: object) -> LlavaViTSourceModel:
-    """A randomly initialized source model of a named size (``llava_vit_*_ln``, ``llava_vit_base_rms``), in evaluation
-    mode or not as torch makes modules: training.
+    """A randomly initialized source model of a named size (``llava_vit_*_ln``, ``llava_vit_base_rms``), in training
+    mode.
 
     Raises ``ValueError`` for another name, or ``pretrained``.
     """

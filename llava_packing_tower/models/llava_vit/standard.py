@@ -106,8 +106,8 @@ class StandardHead(nn.Module):
         self.mlp = MLP(block)
 
     def attend(self, probe: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What torch's module computes, with its output projection called: that reads the weight of an adapter's layer
-        around it, so that a LoRA there would have no effect."""
+        """What torch's module computes for a probe ``[B, 1, hidden]`` and tokens ``[B, K, hidden]``, but with the
+        output projection called as a module: torch reads only its weight, so that a LoRA there would have no effect."""
         attention = self.attention
         weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
         q, k, v = (
@@ -184,7 +184,7 @@ class LlavaViTModel(StrictPreTrainedModel):
 
     @property
     def video_rope(self) -> VideoRotary:
-        """The angles of the rotary positions, by upstream's name. (Nothing that is changed in it changes the model.)"""
+        """The angles of the rotary positions, by upstream's name. (Changing it does not change the model.)"""
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         return VideoRotary(head_dim, self.config.rope_theta, self.device)
 

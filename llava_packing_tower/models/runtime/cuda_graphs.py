@@ -44,8 +44,8 @@ Run = Callable[[torch.Tensor, VarlenMetadata, "Rotary | None", Sequence[int], st
 
 @dataclass(frozen=True)
 class Policy:
-    """capture_at: the how manieth batch of a kind is captured; counted: of how many kinds, those that came last, this
-    is known; most: graphs that are kept."""
+    """capture_at: which batch of a kind is captured (2: the second); counted: the number of recent kinds whose batches
+    are counted; most: the number of graphs that are kept."""
 
     capture_at: int
     counted: int
@@ -142,7 +142,7 @@ _devices: dict[torch.device, _Device] = {}
 
 @contextlib.contextmanager
 def my_turn(device: torch.device) -> Iterator[None]:
-    """In here no other thread uses graphs of this device, and what other streams did with them is over."""
+    """Within it no other thread uses graphs of this device, and other streams have finished with them."""
     turn = _devices.setdefault(device, _Device())
     with turn.lock:
         current = torch.cuda.current_stream(device) if device.type == "cuda" else None

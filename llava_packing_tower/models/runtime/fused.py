@@ -96,7 +96,7 @@ def fused_block(
     ``hidden_states`` is written to, and what is returned as pending is one row for all tokens, the sum of the biases so
     far, or None: see :func:`settled`. With ``cast`` (autocast) the weights are read in the dtype of the states.
 
-    Weights that are no plain tensors on the device of the states have the block called as it is.
+    If weights are not plain tensors on the device of the states, the modules of the block are called instead.
     """
     attention, mlp = layer.self_attn, layer.mlp
     cos, sin = (None, None) if kind.rotary is None or rotary is None else rotary
@@ -181,7 +181,8 @@ def _infer_after(
 
 
 def settled(grad: bool, hidden_states: torch.Tensor, pending: torch.Tensor | None) -> torch.Tensor:
-    """The state of which :func:`fused_block` left the two parts, in memory that the next block does not write to."""
+    """The sum ``[N, hidden]`` of the two parts that :func:`fused_block` returns, in memory that the next block does not
+    write to."""
     if grad:
         return hidden_states if pending is None else hidden_states + pending
     out = torch.empty_like(hidden_states)

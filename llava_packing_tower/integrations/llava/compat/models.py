@@ -1,4 +1,4 @@
-"""Compat patches of the hosts' models, tokenisation and loader."""
+"""Compat patches of the hosts' models, tokenization and loader."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rope_scaling_none(model: ModuleType, patches: Patches) -> None:
     patches.set(PretrainedConfig, "rope_scaling", property(original.fget, assign))
 
 
-# ---------------------------------------------------------------- tokenisation
+# ---------------------------------------------------------------- tokenization
 
 PREPROCESS = ("preprocess_qwen", "preprocess_llama3")
 

@@ -1,6 +1,6 @@
 """The models of the benchmark, with random weights: stock LLaVA-NeXT, ours, and a decoder of a larger model's layers.
 
-They are initialised where they run: on a CPU that takes most of a run's time.
+They are initialized where they run: on a CPU that takes most of a run's time.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _llava(size: dict, part: str, tower: Path, layer: int, width: int, device: t
 
 def _finished(model: nn.Module, device: torch.device) -> nn.Module:
     with torch.no_grad():
-        model.get_model().image_newline.normal_(std=0.02)  # LLaVA leaves it uninitialised
+        model.get_model().image_newline.normal_(std=0.02)  # LLaVA leaves it uninitialized
     return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).requires_grad_(True)
 
 
