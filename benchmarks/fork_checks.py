@@ -7,7 +7,7 @@ Its last line is a JSON object. Every part of the hook is tried with a tiny mode
   - packed decoder: what its training step is, or why it stays the fork's own; the loss is that of the padded batch,
   - training step: a ragged batch forward and backward; gradients reach the tower, and a step of an optimizer helps,
   - reload: saved by `save_pretrained`, loaded by the fork's own loader, without the tower's folder, bit for bit,
-  - training: its train.py is imported, and what is added to its dataset, trainer and saving.
+  - training: its train.py is imported, and what is added to its dataset, trainer and saving; its trainer makes a step.
 A LLaVA with signatures that are not known is left as it is: its own builder is called, and builds its own towers.
 Packages that the fork imports and that are not installed here are replaced by empty ones, and named.
 """
@@ -235,17 +235,47 @@ def check_reload(model: torch.nn.Module, folder: Path, tower: Path, tokenizer: o
     assert len([n for n in here if "tower." in n]) > 20
 
 
-def check_training(host: Host) -> dict:
+def run_trainer(trainer: type, arguments: type, model: torch.nn.Module, folder: Path) -> str:
+    """One step of the fork's own trainer with a ragged batch, which moves the tower."""
+    given = arguments(
+        output_dir=str(folder / "trained"),
+        per_device_train_batch_size=len(SIZES),
+        max_steps=1,
+        learning_rate=1e-2,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+    )
+
+    def collate(samples: list[tuple]) -> dict:
+        ids = torch.stack([ids for ids, _ in samples])
+        labels = ids.where(ids != IMAGE, -100)
+        return {"input_ids": ids, "labels": labels, "attention_mask": ids > -300, "images": [i for _, i in samples]}
+
+    samples = list(zip(prompts(), ragged(), strict=True))
+    before = next(iter(model.get_vision_tower().parameters())).detach().clone()
+    made = trainer(model=model, args=given, train_dataset=samples, data_collator=collate)
+    made.train()
+    moved = (next(iter(model.get_vision_tower().parameters())) - before).abs().max()
+    assert made.state.global_step == 1 and moved > 1e-3, moved
+    return "yes"
+
+
+def check_training(host: Host, model: torch.nn.Module | None, folder: Path) -> dict:
     if not find_host().file(host.train).is_file():
         return {"none": "it has no train.py here"}
     train = import_module(host.module(host.train))
     trainer = getattr(train, host.trainer.name)
     data = import_module(host.module(host.data or host.train))
-    return {
+    found: dict[str, object] = {
         "train": sorted(attached(train)),
         "trainer": sorted(attached(trainer)),
         "dataset": sorted(attached(getattr(data, host.dataset))),
     }
+    if model is not None:
+        attempt(found, "step", lambda: run_trainer(trainer, train.TrainingArguments, model, folder))
+    return found
 
 
 def check_list(host: Host, tower: Path) -> None:
@@ -338,7 +368,7 @@ def main() -> None:
         attempt(report, "packed decoder", lambda: check_decoder(model))
         attempt(report, "training step", lambda: check_step(model))
         attempt(report, "reload", lambda: check_reload(model, folder, tower, tokenizer))
-    attempt(report, "training", lambda: check_training(host))
+    attempt(report, "training", lambda: check_training(host, model, folder))
     report["stubs"] = sorted(stubs.names)
     report["steps"] = len(STEPS)
     print(json.dumps(report))
