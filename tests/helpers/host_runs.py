@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
 from conftest import FIVE
 from PIL import Image
@@ -100,7 +101,7 @@ def environment(next_dir: str) -> dict[str, str]:
 
 
 def execute(
-    command: list[str], env: dict[str, str], timeout: float = 240, cwd: Path = REPOSITORY
+    command: list[str], env: dict[str, str], timeout: float = 400, cwd: Path = REPOSITORY
 ) -> subprocess.CompletedProcess:
     """Run a launcher in a process group of its own; past the time limit all of it is killed, and the test fails."""
     process = subprocess.Popen(
@@ -141,7 +142,7 @@ def reload(jobs: list[dict], workspace: Path, next_dir: str) -> list[dict]:
     prompt = f"{SYSTEM}USER: <image>\n{QUESTION} ASSISTANT:"
     script = Path(__file__).parent / "host_reload.py"
     command = [sys.executable, str(script), json.dumps(jobs, default=str), str(workspace / "images" / "3.png"), prompt]
-    result = execute(command, {**environment(next_dir), "PYTHONPATH": importable(REPOSITORY)})
+    result = warm.execute(command, {**environment(next_dir), "PYTHONPATH": importable(REPOSITORY)})
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -222,6 +223,8 @@ class Trainings:
             self.kept[kind] = (folder, log)
         return self.kept[kind]
 
+    __getitem__ = run
+
 
 def run_checks(module: str, next_dir: str, folder: Path, timeout: float) -> dict[str, str | None]:
     """What each check of a module of this folder said in a host: None, or how it failed (see ``checks_in_host``)."""
@@ -232,7 +235,7 @@ def run_checks(module: str, next_dir: str, folder: Path, timeout: float) -> dict
     env = {**environment(next_dir), "PYTHONPATH": importable(REPOSITORY), "HOST_CHECKS": module}
     for name in [name for name in env if name.startswith(("PYTEST_", "COV_"))]:
         del env[name]
-    result = execute(command, env, timeout=timeout)
+    result = warm.execute(command, env, timeout=timeout)
     assert report.is_file(), result.stdout + result.stderr
     said: dict[str, str | None] = {}
     for case in ElementTree.parse(report).iter("testcase"):

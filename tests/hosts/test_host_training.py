@@ -12,6 +12,7 @@ import shutil
 import host_runs
 import pytest
 import torch
+from conftest import chosen
 from safetensors.torch import load_file, save_file
 
 from llava_packing_tower import LlavaViTPackingConfig, LlavaViTPackingModel
@@ -23,10 +24,12 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llava") is None, reason="no LLaVA is installed"),
     pytest.mark.newest,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs here are for machines without a GPU"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 IN_MODEL = "model.vision_tower.vision_tower."
 KINDS = ("zero2", "zero3", "fsdp", "lora")
+MARKS = {kind: pytest.mark.newest_long for kind in ("zero2", "fsdp", "lora")}
+each_kind = pytest.mark.parametrize("kind", [pytest.param(kind, marks=MARKS.get(kind, [])) for kind in KINDS])
 
 
 def damaged(checkpoint, name: str, change, file: str = "model.safetensors"):
@@ -41,8 +44,8 @@ def damaged(checkpoint, name: str, change, file: str = "model.safetensors"):
 
 @pytest.fixture(scope="module")
 def runs(trainings):
-    """Folder and log of each kind of training."""
-    return {kind: trainings.run(kind) for kind in (*KINDS, "frozen")}
+    """``runs[kind]``: folder and log of each kind of training, which begins when a test asks for it."""
+    return trainings
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +54,15 @@ def workspace(trainings):
 
 
 @pytest.fixture(scope="module")
-def reloaded(runs, workspace):
+def reloaded(runs, workspace, request):
     """Checkpoints loaded in one new process: a report or an error of each. The folders of tuned towers are gone."""
     jobs = {}
-    for kind in KINDS:
+    for kind in (kind for kind in KINDS if kind in {"zero3", *chosen(request, "kind")}):
         folder, _ = runs[kind]
         shutil.rmtree(folder / "vit_packing")
         base = workspace / "llama_tiny" if kind == "lora" else None
         jobs[kind] = {"folder": host_runs.output_of(folder, kind), "base": base}
-    whole = jobs["zero2"]["folder"]
+    whole = jobs["zero3"]["folder"]
     bias = IN_MODEL + "layernorm_pre.bias"
     surplus = bias.replace("layernorm_pre", "layernorm_gone")
     jobs["partial"] = {"folder": damaged(whole, "llava_llama_partial", lambda t: t.pop(bias))}
@@ -89,7 +92,7 @@ def tensors_of_tower(output) -> dict[str, torch.Tensor]:
     return {name.split(word)[1]: tensor for name, tensor in saved.items() if word in name}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_the_plan_comes_first(runs, kind):
     log = runs[kind][1]
     stage = {"zero2": 2, "zero3": 3, "lora": host_runs.LORA_STAGE}.get(kind)
@@ -114,7 +117,7 @@ def test_the_plan_comes_first(runs, kind):
     assert "step 4/4  loss" in log
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "frozen"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=MARKS.get(kind, [])) for kind in KINDS), "frozen"])
 def test_the_log_says_how_fast_it_is(runs, kind):
     folder, log = runs[kind]
     output, samples = host_runs.output_of(folder, kind), 2 if kind == "frozen" else 4
@@ -175,7 +178,7 @@ def test_the_profile_of_a_real_training(runs):
     assert len(parts) == 5 and 97 <= sum(parts) <= 103
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_a_tuned_tower_is_saved_to_the_last_bit(runs, workspace, kind):
     output = host_runs.output_of(runs[kind][0], kind)
     trained = json.loads((output / "packing_tower.json").read_text())["tensors"]
@@ -187,7 +190,7 @@ def test_a_tuned_tower_is_saved_to_the_last_bit(runs, workspace, kind):
     assert content["weights"] == "checkpoint" and "fingerprint" not in content
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_a_tuned_tower_reloads_to_the_last_bit_without_its_folder(runs, reloaded, workspace, kind):
     output, loaded = host_runs.output_of(runs[kind][0], kind), reloaded[kind]
     assert "error" not in loaded, loaded

@@ -27,7 +27,7 @@ from llava_packing_tower.cli.main import main
 from llava_packing_tower.data.patches import batch_images_to_packing_input
 from llava_packing_tower.models.dinov3_names import theta_of
 
-pytestmark = pytest.mark.newest
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("small_pictures")]
 HEADS = {"num_attention_heads": 2}
 # what is given, its family, what the weights do not say themselves
 KINDS = {
