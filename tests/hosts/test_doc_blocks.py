@@ -25,6 +25,7 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
+import warm
 import yaml
 from code_messages import messages
 from doc_blocks import EXPORTED, MORE, PAGES, ROOT, UNKNOWN_TO_PYTHON, Block, blocks, commands, stand_in, workspace
@@ -248,14 +249,8 @@ class Reader:
 
     def python(self, words: list[str]) -> str:
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
-        result = subprocess.run(
-            [sys.executable, *words],
-            env={**os.environ, "PYTHONPATH": path},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
+        env = {**os.environ, "PYTHONPATH": path}
+        result = warm.execute([sys.executable, *words], env, timeout=500, cwd=self.folder)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
         return result.stdout
 
@@ -400,7 +395,7 @@ def marks(block: Block) -> list[pytest.MarkDecorator]:
     return [pytest.mark.long] * bool(long) + [pytest.mark.newest] * is_newest(block)
 
 
-@pytest.mark.timeout(600)  # conversion.md verifies three checkpoints on photographs
+@pytest.mark.timeout(900)  # conversion.md verifies three checkpoints on photographs
 @pytest.mark.parametrize(
     "block",
     [pytest.param(b, marks=marks(b)) for b in BLOCKS],
