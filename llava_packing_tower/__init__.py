@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 
 from . import _renamed
 from .hf import auto
@@ -55,7 +56,9 @@ _PUBLIC = {
     "remap_state_dict_packing": "models.llava_vit.remap",
     "varlen_attention": "attention.dispatch",
 }
-__all__ = sorted([*_PUBLIC, "__version__"])
+# (What an older transformers cannot import is still found by its name, and says then what it needs.)
+_EXPORTS = auto.is_supported(version("transformers"))
+__all__ = sorted(["__version__", *(name for name, place in _PUBLIC.items() if _EXPORTS or not place.startswith("hf."))])
 
 
 def __getattr__(name: str):
