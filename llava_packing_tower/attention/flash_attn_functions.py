@@ -1,4 +1,4 @@
-"""flash-attn 2 without torch's custom operators around its kernels (flash-attn 2.7 and 2.8).
+"""FlashAttention-2's kernel: what it takes, and flash-attn 2.7 and 2.8 without torch's custom operators around it.
 
 Each call of a custom operator costs the host more than the launch of the kernel inside: 0.6 ms per block and training
 step on a slow CPU, a quarter of a step of 8 ragged images. The functions inside of them have no public name. Where they
@@ -18,6 +18,19 @@ from torch.autograd.function import once_differentiable
 from ..data.segments import VarlenMetadata
 
 PARAMETERS = frozenset({"cu_seqlens_q", "max_seqlen_q", "window_size_left", "softcap"})
+
+
+def unsupported_tensors(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel of FlashAttention-2, of its own package or inside PyTorch, does not take such tensors, or None."""
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "needs float16 or bfloat16"
+    if head_dim % 8 or head_dim > 256:
+        return "head width must be a multiple of 8 and at most 256"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs an Ampere GPU or newer"
+    return None
 
 
 def functions(interface: ModuleType) -> tuple[Callable | None, Callable | None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..data.segments import VarlenMetadata
+from .flash_attn_functions import unsupported_tensors
 
 VARLEN = True
 
@@ -22,15 +23,7 @@ except ImportError:
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool = False) -> str | None:
-    if device.type != "cuda":
-        return "needs a CUDA GPU"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "needs float16 or bfloat16"
-    if head_dim % 8 or head_dim > 256:
-        return "head width must be a multiple of 8 and at most 256"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs an Ampere GPU or newer"
-    return missing_package
+    return unsupported_tensors(device, dtype, head_dim) or missing_package
 
 
 def attend(

@@ -37,37 +37,26 @@ def in_both_ways(setting: Setting, model: nn.Module, run: Callable[[Sequence[tor
 
 
 def qwen3_vl(setting: Setting, train: bool) -> Peer:
-    c = setting.config
-    cls = transformers_class("Qwen3VLVisionModel")
-    config = cls.config_class(
-        depth=c.num_hidden_layers,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_heads=c.num_attention_heads,
-        patch_size=c.patch_size,
-        num_position_embeddings=c.num_position_embeddings,
-        deepstack_visual_indexes=[],
-    )
-    return _qwen(setting, cls, config, train)
+    positions = setting.config.num_position_embeddings
+    return _qwen(setting, "Qwen3VLVisionModel", train, num_position_embeddings=positions, deepstack_visual_indexes=[])
 
 
 def qwen2_5_vl(setting: Setting, train: bool) -> Peer:
+    own = {name: getattr(setting.config, name) for name in ("window_size", "fullatt_block_indexes")}
+    return _qwen(setting, "Qwen2_5_VisionTransformerPretrainedModel", train, **own)
+
+
+def _qwen(setting: Setting, name: str, train: bool, **own: object) -> Peer:
     c = setting.config
-    cls = transformers_class("Qwen2_5_VisionTransformerPretrainedModel")
+    cls = transformers_class(name)
     config = cls.config_class(
         depth=c.num_hidden_layers,
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
         num_heads=c.num_attention_heads,
         patch_size=c.patch_size,
-        window_size=c.window_size,
-        fullatt_block_indexes=c.fullatt_block_indexes,
+        **own,
     )
-    return _qwen(setting, cls, config, train)
-
-
-def _qwen(setting: Setting, cls: type, config, train: bool) -> Peer:
-    c = setting.config
     config._attn_implementation = "flash_attention_2" if has_flash_attention(setting) else "sdpa"
     model = initialized(lambda: cls(config), setting, train)
     model.merger = nn.Identity()
