@@ -15,7 +15,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-from host_runs import environment, execute, importable
+import warm
+from host_runs import environment, importable
 
 
 def start(jobs: list[dict], folder: Path, next_dir: str, timeout: float) -> dict[str, dict]:
@@ -25,7 +26,7 @@ def start(jobs: list[dict], folder: Path, next_dir: str, timeout: float) -> dict
     helpers = Path(__file__).parent
     path = importable(helpers.parents[1], helpers, helpers.parent)  # (conftest, for host_runs)
     env = {**environment(next_dir), "PYTHONPATH": path}
-    result = execute([sys.executable, __file__, str(file)], env, timeout=timeout)
+    result = warm.execute([sys.executable, __file__, str(file)], env, timeout=timeout)
     files = {job["name"]: Path(job["output"], "told.json") for job in jobs}
     ended = {"error": f"exit status {result.returncode}\n{result.stdout[-3000:]}{result.stderr[-5000:]}"}
     return {name: json.loads(told.read_text()) if told.is_file() else ended for name, told in files.items()}

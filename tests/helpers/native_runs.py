@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import warm
 import yaml
 from host_runs import environment, execute
 from native_host import QUESTION, SYSTEM, WORDS, make_prompts
@@ -111,4 +112,6 @@ def reload(checkpoint: Path, images: list[Path], next_dir: str) -> dict:
     """What RELOAD says about a checkpoint that is asked about two images in one batch."""
     prompt = f"{SYSTEM}USER: <image>\n{QUESTION} ASSISTANT:"
     command = [sys.executable, "-c", RELOAD, str(checkpoint), prompt, *map(str, images)]
-    return json.loads(_run(command, next_dir).splitlines()[-1])
+    result = warm.execute(command, environment(next_dir))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout.splitlines()[-1])

@@ -1,15 +1,18 @@
-"""A whole training on codec data: OneVision-Encoder's published samples and `positions_thw: codec`."""
+"""Codec data from training to score: OneVision-Encoder's published samples and `positions_thw: codec`."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from clips import write_clip
-from host_runs import NEEDS_NEXT, NEXT
+from host_runs import NEEDS_NEXT, NEXT, environment, execute
 from native_host import QUESTION, WORDS
 from native_runs import make_workspace, train
 from PIL import Image
@@ -20,6 +23,32 @@ MOSAICS, SIDE = 8, 36
 BUDGET = MOSAICS * 18 * 18
 # A projector that merges 2 x 2 patches.
 TOKENS = {"published": MOSAICS * SIDE * SIDE // 4, "codec": BUDGET // 4}
+
+TASK = """
+task: clips
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function clips.doc_to_visual
+doc_to_text: question
+doc_to_target: answer
+doc_to_choice: [{words}]
+process_results: !function clips.process_results
+metric_list: [{{metric: loss, aggregation: mean, higher_is_better: false}}]
+"""
+
+FUNCTIONS = """
+import ast
+
+def doc_to_visual(doc):
+    return [{clip!r}]
+
+def process_results(doc, results):
+    # lmms-eval hands pairs of loss and greediness over as text.
+    return {{"loss": ast.literal_eval(results[0])[0] if isinstance(results[0], str) else results[0][0]}}
+"""
 
 
 def turns(images: int, answer: str) -> list[dict]:
@@ -108,3 +137,27 @@ def test_the_positions_reach_the_tower_in_training(run):
     folder, _ = run
     first, other = (logged(folder / f"llava_llama_packing_{name}")[0] for name in ("native", "other"))
     assert first["grad_norm"] != pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval is not installed: requirements/eval.txt")
+def test_evaluation_asks_with_the_same_patches(run, tmp_path):
+    folder, _ = run
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "clips.jsonl").write_text(json.dumps({"question": QUESTION, "answer": 1}) + "\n")
+    (tasks / "clips.yaml").write_text(TASK.format(data=tasks / "clips.jsonl", words=", ".join(WORDS)))
+    (tasks / "clips.py").write_text(FUNCTIONS.format(clip=str(folder / "clip.mp4")))
+    checkpoint = tmp_path / "moved"
+    shutil.copytree(folder / "llava_llama_packing_native", checkpoint)
+    losses = {}
+    for word in ("codec", ""):
+        output = tmp_path / f"out_{word}"
+        command = [sys.executable, "-m", "llava_packing_tower", "eval", str(checkpoint), "--tasks", "clips"]
+        command += ["--include_path", str(tasks), "--output_path", str(output), "--log_samples"]
+        command += ["--positions_thw", word] if word else []
+        result = execute(command, {**environment(NEXT), "HF_DATASETS_OFFLINE": "1"}, timeout=400)
+        assert result.returncode == 0, result.stdout + result.stderr
+        (file,) = output.rglob("*_results.json")
+        losses[word] = json.loads(file.read_text())["results"]["clips"]["loss,none"]
+    # The mean loss of the first answer: frames are other patches than those that the codec tells of.
+    assert all(0 < loss < 20 for loss in losses.values()) and abs(losses["codec"] - losses[""]) > 1e-3, losses

@@ -53,14 +53,44 @@ def hits(output: Path) -> tuple[int, int]:
     return tuple(int(re.findall(rf"(\d+) {word}", log)[-1]) for word in ("hits", "misses"))
 
 
-def test_from_training_to_score(demo, tmp_path):
-    """One story, each chapter an lmms-eval process: the folder moved, a task fails, done is done, other weights, two
-    processes."""
-    checkpoint, output = tmp_path / "moved_elsewhere", tmp_path / "out"
+def moved(demo, tmp_path) -> Path:
+    """A copy of the trained checkpoint, without the folder of its tower."""
+    checkpoint = tmp_path / "moved_elsewhere"
     shutil.copytree(demo.trained, checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
     config["mm_vision_tower"] = str(tmp_path / "gone_packing")
     (checkpoint / "config.json").write_text(json.dumps(config))
+    return checkpoint
+
+
+def test_from_training_to_score(demo, tmp_path):
+    """One story, its chapters in processes: the folder moved, done is done, other weights on two processes."""
+    checkpoint, output = moved(demo, tmp_path), tmp_path / "out"
+    cache = ("--use_cache", str(tmp_path / "cache"), "--log_samples")
+    result = evaluate(checkpoint, output, "--tasks", "smoke", *cache)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert score(output) >= 0.8, answers(output)
+    assert hits(output) == (0, 16)
+    log = (output / "smoke" / "log.txt").read_text(encoding="utf-8")
+    assert "reading the weights: 100%" in log and re.search(r"over mm_packing_max_patches: 16 images.*task smoke", log)
+    with Image.open(output / "results.png") as chart:
+        assert chart.format == "PNG"
+
+    # Done for these weights: nothing runs.
+    result = evaluate(checkpoint, output, "--tasks", "smoke", *cache)
+    assert result.returncode == 0 and "already completed" in result.stdout, result.stdout + result.stderr
+
+    # Other weights at the same path: run again, and nothing of the cache is theirs.
+    shutil.copyfile(demo.untrained / "model.safetensors", checkpoint / "model.safetensors")
+    result = evaluate(checkpoint, output, "--tasks", "smoke", "--num_processes", "2", *cache)
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = (output / "smoke" / "log.txt").read_text(encoding="utf-8")
+    assert "rank 0 of 2" in log and "rank 1 of 2" in log and score(output) <= 3 * CHANCE
+
+
+@pytest.mark.long
+def test_a_task_that_fails_a_cache_and_two_processes(demo, tmp_path):
+    checkpoint, output = moved(demo, tmp_path), tmp_path / "out"
     cache = ("--use_cache", str(tmp_path / "cache"), "--log_samples")
 
     # A task whose data cannot be had does not take the other with it, and is named with its cause.
@@ -78,18 +108,10 @@ def test_from_training_to_score(demo, tmp_path):
         assert chart.format == "PNG"
     trained = answers(output)
 
-    # Done for these weights: nothing runs. Asked to run again: every answer is in the cache.
-    result = evaluate(checkpoint, output, "--tasks", "smoke", *cache)
-    assert result.returncode == 0 and "already completed" in result.stdout, result.stdout + result.stderr
+    # Asked to run again: every answer is in the cache.
     result = evaluate(checkpoint, output, "--tasks", "smoke", "--force", *cache)
     assert result.returncode == 0 and "already completed" not in result.stdout, result.stdout + result.stderr
     assert hits(output) == (16, 0) and answers(output) == trained
-
-    # Other weights at the same path: run again, and nothing of the cache is theirs.
-    shutil.copyfile(demo.untrained / "model.safetensors", checkpoint / "model.safetensors")
-    result = evaluate(checkpoint, output, "--tasks", "smoke", *cache)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert hits(output) == (0, 16) and score(output) <= 3 * CHANCE
 
     # Two processes with batches of one answer as one process did.
     two = tmp_path / "two"

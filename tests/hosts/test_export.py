@@ -175,7 +175,18 @@ def without_tower(bad: Path) -> None:
     llava_checkpoints.edit(bad, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
 
 
+def half_deleted(bad: Path) -> None:
+    """In shards, of which one is gone."""
+    from huggingface_hub import save_torch_state_dict
+
+    weights = tensors(bad)
+    (bad / "model.safetensors").unlink()
+    save_torch_state_dict({n: t.clone() for n, t in weights.items()}, bad, max_shard_size="100KB")
+    sorted(bad.glob("model-*.safetensors"))[1].unlink()
+
+
 DAMAGED = [
+    (half_deleted, "model-00002-of-"),
     (lambda bad: (bad / "config.json").unlink(), "has no config.json"),
     (lambda bad: (bad / "config.json").write_text("{"), "config.json"),
     (lambda bad: (bad / "model.safetensors").unlink(), "weights"),

@@ -133,6 +133,24 @@ def test_every_method_has_its_steps(other):
     assert "_llava_packing_original" not in vars(other("tools").get_model_name_from_path)
 
 
+def test_tokens_are_counted_where_no_positions_are_returned(other, monkeypatch):
+    """Its ``prepare_inputs_labels_for_multimodal`` returns five things, as GeoChat's does."""
+    from llava_packing_tower.integrations.llava import speed
+
+    counted = []
+    meter = SimpleNamespace(current=1, count_tokens=lambda *given: counted.append(given))
+    monkeypatch.setattr(speed, "_running", meter)
+    ids, mask = torch.tensor([[1, -200, 5], [6, 7, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    embeds, labels = torch.zeros(2, 3, 4), torch.tensor([[-100, -100, 5], [6, 7, -100]])
+    mixin = other("models.body").OtherMixin()
+    step = type(mixin).prepare_inputs_labels_for_multimodal._llava_packing_steps["count_tokens"]
+    given = {"input_ids": ids, "attention_mask": mask}
+    list(step(SimpleNamespace(arguments=given, result=(None, mask, None, embeds, labels))))
+    ((words, tokens, found),) = counted
+    assert words.tolist() == [[True, False, True], [True, True, False]]
+    assert tokens.tolist() == mask.bool().tolist() and found is labels
+
+
 def test_the_builder_is_called_by_the_names_of_its_own_arguments(other, tmp_path):
     folder = tmp_path / "a_packing"
     make_tower(folder, seed=1)

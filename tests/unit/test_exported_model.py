@@ -53,6 +53,15 @@ def test_bitsandbytes_quantises_all_parts_and_its_layers_are_called(folder, bits
     checks.check_quantised(folder, "cpu", config, checks.of_bitsandbytes, tolerance, checks.BITSANDBYTES_KEEPS)
 
 
+def test_bitsandbytes_leaves_out_what_is_named(folder):
+    """As docs/export.md writes it."""
+    pytest.importorskip("bitsandbytes")
+    skipped = ["lm_head", "model.vision_tower", "model.mm_projector"]
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+    model, _ = samples.load(folder, quantization_config=config, device_map={"": "cpu"})
+    assert {name.split(".")[1] for name in checks.quantised_layers(model, checks.of_bitsandbytes)} == {"language_model"}
+
+
 def test_an_adapter_is_saved_and_loaded(folder, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import only_four
 from host_runs import HOSTS, NEXT
 
@@ -48,7 +49,8 @@ groups = {g: [f.name for f in dataclasses.fields(getattr(train, g))]
 print(json.dumps(groups))
 """
     environment = {**os.environ, "PYTHONPATH": NEXT or ""}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    result = warm.execute([sys.executable, "-c", script], environment)
+    assert result.returncode == 0, result.stderr
     real = json.loads(result.stdout.splitlines()[-1])
     read = host_arguments(find_host())
     for group, names in real.items():
