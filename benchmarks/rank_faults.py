@@ -38,7 +38,7 @@ from train_speed import BASE, STEP, make_workspace
 from llava_packing_tower.utils.files import write_text
 
 STEPS, SAVED_EVERY, KILLED_AFTER = 12, 4, 6
-RANKS = re.compile(r"(?i)\brank\W{0,3}\s*(\d+)")
+RANKS = re.compile(r"(?i)\brank[\s:=]*(\d+)")
 
 
 @dataclass
