@@ -286,14 +286,14 @@ class Block(torch.autograd.Function):
         before.needs_input_grad = (False, *needs[:INPUTS_BEFORE])
         after.needs_input_grad = (False, True, True, *needs[INPUTS_BEFORE:])
         # The sums over tokens of both parts are added up by one kernel.
-        columns = [*AfterAttention.columns(after), *BeforeAttention.columns(before)]
-        partials = operations(grad_out).partials(sum(columns), grad_out)
+        own, others = AfterAttention.columns(after), BeforeAttention.columns(before)
+        partials = operations(grad_out).partials(sum(own) + sum(others), grad_out)
         of_after = AfterAttention.products(after, partials, 0, grad_total, grad_out)
         heads = ctx.attention.backward(inner, of_after[1])[:3]
-        of_before = BeforeAttention.products(before, partials, sum(columns[:5]), of_after[0], *heads)
-        sums = _added(partials, columns, grad_out)
-        _, _, *grads_after = AfterAttention.gradients(after, of_after, sums[:5])
-        grads_before = BeforeAttention.gradients(before, of_before, sums[5:])
+        of_before = BeforeAttention.products(before, partials, sum(own), of_after[0], *heads)
+        sums = _added(partials, [*own, *others], grad_out)
+        _, _, *grads_after = AfterAttention.gradients(after, of_after, sums[: len(own)])
+        grads_before = BeforeAttention.gradients(before, of_before, sums[len(own) :])
         for part in ctx.parts:
             part.saved_tensors = ()
         return None, None, None, None, *grads_before, *grads_after
