@@ -18,7 +18,6 @@ Every finished cell is written to --out at once; one that passed there already i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -27,15 +26,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import psutil
 import yaml
-from runs import CONFIGS, REPOSITORY, CellFailed, environment, last_error, versions
+from runs import (
+    CONFIGS,
+    LATE,
+    REPOSITORY,
+    CellFailed,
+    Training,
+    environment,
+    last_error,
+    train,
+    train_command,
+    versions,
+)
 
 from llava_packing_tower.tools.bench.models import PRESETS
 from llava_packing_tower.utils.files import write_text
@@ -43,15 +50,6 @@ from llava_packing_tower.utils.files import write_text
 GROUPS = {"pretrain": "_pretrain", "finetune": "_finetune", "lora": "lora"}
 SAVE_EVERY, REPEATED = 2, 3  # a killed run has saved step 2 and logged step 3
 TOLERANCE = 0.01  # of the repeated loss: sums in another order, in bfloat16
-
-
-@dataclass
-class Run:
-    """One start of the launcher: its losses by step, when each was logged (seconds), and all that it printed."""
-
-    losses: dict[int, float]
-    times: dict[int, float]
-    log: str
 
 
 def main() -> int:
@@ -178,15 +176,14 @@ def run_cell(python: str, name: str, workspace: Path, output: Path, args: argpar
     output.mkdir(parents=True)
     shipped = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     made = changes(name, workspace, output, args)
-    words = [word for key, value in made.items() for word in (f"--{key}", str(value))]
-    words += ["--num_gpus", str(args.num_gpus)] if args.num_gpus else ["--num_processes", str(args.num_processes)]
-    command = [python, "-m", "llava_packing_tower", "train", str(CONFIGS / f"{name}.yaml"), *words]
+    processes = args.num_gpus or args.num_processes
+    command = train_command(CONFIGS / f"{name}.yaml", made, processes, not args.num_gpus, python)
     resumed = name in chosen(args.resume)
     log = (args.logs / f"{name}_{time.time():.0f}.log") if args.logs else None
     first = _train(command, timeout, log, REPEATED if resumed else None)
     folder = Path(made["output_dir"])
     cell: dict[str, object] = {"engine": _engine(first.log, args)}
-    whole = first
+    losses, times, shown = first.losses, first.times, first.log
     if resumed:
         found = sorted(f.name for f in folder.glob("checkpoint-*"))
         if f"checkpoint-{SAVE_EVERY}" not in found:
@@ -201,21 +198,21 @@ def run_cell(python: str, name: str, workspace: Path, output: Path, args: argpar
         cell["repeated step"] = {"loss": first.losses[REPEATED], "again": again.losses[REPEATED], "apart": apart}
         if not apart <= TOLERANCE:
             raise CellFailed(f"step {REPEATED} had loss {first.losses[REPEATED]}, resumed {again.losses[REPEATED]}")
-        whole = Run({**first.losses, **again.losses}, again.times, again.log)
-    if sorted(whole.losses) != list(range(1, args.steps + 1)) or not all(map(math.isfinite, whole.losses.values())):
-        raise CellFailed(f"losses of {args.steps} steps: {whole.losses}")
+        losses, times, shown = {**first.losses, **again.losses}, again.times, again.log
+    if sorted(losses) != list(range(1, args.steps + 1)) or not all(map(math.isfinite, losses.values())):
+        raise CellFailed(f"losses of {args.steps} steps: {losses}")
     saved = [f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.name != "training_args.bin"]
     if not saved:
         raise CellFailed(f"no weights were saved in {folder.name}")
-    patches = re.findall(r"^(?:patches|compat patches): (.*)$", whole.log, re.M)
-    steps = sorted(whole.times.values())
+    patches = re.findall(r"^(?:patches|compat patches): (.*)$", shown, re.M)
+    steps = sorted(times.values())
     gaps = sorted(b - a for a, b in itertools.pairwise(steps[1:]))
     batch = shipped["per_device_train_batch_size"] * shipped["gradient_accumulation_steps"]
-    cell |= {"losses": list(whole.losses.values()), "saved": sorted(saved), "first step s": round(steps[0], 1)}
+    cell |= {"losses": list(losses.values()), "saved": sorted(saved), "first step s": round(steps[0], 1)}
     cell |= {"patches": patches[0].split(", ") if patches else []}
     if gaps:
         cell["median step s"] = round(gaps[len(gaps) // 2], 3)
-        cell["samples/s"] = round(batch * (args.num_gpus or args.num_processes) / gaps[len(gaps) // 2], 2)
+        cell["samples/s"] = round(batch * processes / gaps[len(gaps) // 2], 2)
     return cell
 
 
@@ -239,55 +236,20 @@ def _rates(checkpoint: Path, shipped: dict) -> list[float]:
     return rates
 
 
-def _train(command: list[str], timeout: float, log: Path | None, kill_after: int | None) -> Run:
+def _train(command: list[str], timeout: float, log: Path | None, kill_after: int | None) -> Training:
     """Start the launcher; with ``kill_after`` all of it is killed when that step is logged."""
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=REPOSITORY,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    timer = threading.Timer(timeout, _kill, [process.pid])
-    timer.start()
-    run = Run({}, {}, "")
-    try:
-        for line in process.stdout:
-            run.log += line
-            step = re.match(r"step +(\d+)/\d+  loss (\S+)", line)
-            if step and int(step[1]) not in run.losses:
-                run.losses[int(step[1])], run.times[int(step[1])] = float(step[2]), time.monotonic() - began
-                if int(step[1]) == kill_after:
-                    _kill(process.pid)
-        process.wait()
-    finally:
-        late = not timer.is_alive()
-        timer.cancel()
-        if log:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(run.log)
-    if kill_after in run.losses:
-        return run
-    if process.returncode:
-        stopped = f"not finished after {timeout:.0f} s, step {max(run.losses, default=0)}"
-        raise CellFailed(stopped if late else last_error(run.log))
-    return run
 
+    def at_step(training: Training, step: int) -> None:
+        if step == kill_after:
+            training.kill()
 
-def _kill(launcher: int) -> None:
-    """SIGKILL to the launcher, its ranks (torchrun puts each into a session of its own) and their workers."""
-    try:
-        found = [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in found:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(found, timeout=30)
+    found = train(command, timeout, log, at_step)
+    if found.left:
+        raise CellFailed(f"processes outlived the launcher: {found.left}")
+    if kill_after not in found.losses and found.status:
+        stopped = f"not finished after {timeout:.0f} s, step {max(found.losses, default=0)}"
+        raise CellFailed(stopped if found.status == LATE else last_error(found.log))
+    return found
 
 
 # ---------------------------------------------------------------- the table

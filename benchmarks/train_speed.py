@@ -9,15 +9,27 @@ image, and a share of documents (--documents) of 2,300 to 9,200 patches. path=ho
 the tower: padded, with all logits, unfused, in the order of its sampler. Counted is from the end of the 10th step to
 the end of the last: everything in between, workers and logging included. With --cpu it runs tiny models, which shows
 only that everything works.
+
+  LLAVA_NEXT_DIR=... python benchmarks/train_speed.py --out scaling.json --photos FOLDER --scaling 1 2 4
+
+makes the runs of a table: on so many GPUs, by ZeRO-2 and ZeRO-3, samples dealt over the ranks and as LLaVA's sampler
+has them. A step always has the same samples (--batch times the most GPUs; fewer accumulate), so that the losses must be
+the same. Under "scaling" the file then has, for each run, samples/s, the efficiency against the fewest GPUs of the same
+stage, dealt over undealt, the largest difference from the losses of the first run (on one GPU, ZeRO-3 from ZeRO-2 is
+the noise of bfloat16), and what two profiled steps before the 10th say of the time, collectives among it. A run of the
+table that the file has already is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,11 +37,12 @@ import time
 from datetime import date
 from pathlib import Path
 
-from runs import CONFIGS, REPOSITORY, environment, versions
+from runs import CONFIGS, REPOSITORY, Training, environment, train, train_command, versions
 
 from llava_packing_tower.utils.files import write_text
 
-WARM_UP = 10
+WARM_UP, PROFILED = 10, 2  # a profile takes 5 steps and twice as many as are profiled
+PROFILE = re.compile(r"^profile: a step takes (\d+) ms: (.*)$", re.M)
 WORDS = ("name", "gpus", "deepspeed", "batch", "path")
 PATHS = {
     "packed": {},
@@ -40,7 +53,6 @@ PATHS = {
         "mm_packing_balance": "false",
     },
 }
-STEP = re.compile(r"^step +(\d+)/\d+ .*?loss ([\d.]+)")
 BASE = {
     "image_aspect_ratio": "native",
     "mm_packing_max_patches": 9216,
@@ -55,30 +67,97 @@ BASE = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"words KEY=VALUE: {', '.join(WORDS)}, or a key")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"words KEY=VALUE: {', '.join(WORDS)}, or a key")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, read and extended")
+    parser.add_argument("--scaling", type=int, nargs="+", default=[], metavar="N", help="the table, on so many GPUs")
+    parser.add_argument("--deepspeed", nargs="+", default=["zero2", "zero3"], help="of the table (default: both)")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a micro-batch of the table (default: 8)")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs to make images from (default: noise)")
     parser.add_argument("--documents", type=float, default=0.1, help="share of samples with a document (default: 0.1)")
     parser.add_argument("--steps", type=int, default=30, help=f"of each run, more than {WARM_UP}")
     parser.add_argument("--limit", type=float, default=150, help="seconds for each run")
+    parser.add_argument("--within", type=float, default=math.inf, help="seconds in all: what is left is not run")
     parser.add_argument("--workspace", type=Path, metavar="FOLDER", help="models and data, kept (default: a new one)")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what each run printed")
     parser.add_argument("--cpu", action="store_true", help="tiny models on this machine's processor")
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    runs, began = [dict(word.split("=", 1) for word in words.split()) for words in args.runs], time.monotonic()
+    try:
+        table = scaling_runs(args.scaling, args.deepspeed, args.batch) if args.scaling else []
+    except ValueError as error:
+        parser.error(str(error))
+    runs += [asked for asked in table if found.get(asked["name"], {}).get("exit status") != 0]
+    installed, failed = versions(sys.executable)[0], False
     with tempfile.TemporaryDirectory(prefix="train_speed_") as scratch:
         workspace = args.workspace or Path(scratch) / "workspace"
         if not (workspace / "mix.json").is_file():
             make_workspace(workspace, args)
-        for words in args.runs:
-            asked = dict(word.split("=", 1) for word in words.split())
-            row = {"run": asked, "date": date.today().isoformat(), "versions": versions(sys.executable)[0]}
-            row |= run(asked, workspace, Path(scratch) / "output", args)
+        for asked in runs:
+            left = began + args.within - time.monotonic()
+            if left < 30:
+                print(f"{asked['name']}: not run, {left:.0f} s are left", flush=True)
+                failed = True
+                continue
+            row = {"run": asked, "date": date.today().isoformat(), "versions": installed}
+            row |= run(asked, workspace, Path(scratch) / "output", args, left)
             found[asked["name"]] = row
+            if table:
+                found["scaling"] = scaling(table, found)
             write_text(args.out, json.dumps(found, indent=1) + "\n")
+            shutil.rmtree(Path(scratch) / "output", ignore_errors=True)
             shown = {key: value for key, value in row.items() if key not in ("versions", "losses", "tail")}
             print(json.dumps(shown), *([row["tail"]] if row["exit status"] else []), sep="\n", flush=True)
-    return int(any(row["exit status"] for row in found.values()))
+            failed |= row["exit status"] != 0
+    for row in found.get("scaling", []):
+        print(json.dumps(row))
+    return int(failed)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def scaling_runs(counts: list[int], stages: list[str], batch: int) -> list[dict[str, str]]:
+    """The runs of the table, in words. Raises ``ValueError`` where a step cannot have the same samples on each."""
+    most = max(counts)
+    if any(count < 1 or most % count for count in counts):
+        raise ValueError(f"--scaling: {most} GPUs are no multiple of each of {counts}")
+    runs = []
+    for stage, gpus in itertools.product(stages, sorted(set(counts))):
+        for dealt in (True, False) if gpus > 1 else (False,):
+            asked = {"name": f"{Path(stage).stem}_{gpus}{'_dealt' if dealt else ''}", "gpus": str(gpus)}
+            asked |= {"deepspeed": stage, "batch": str(batch), "gradient_accumulation_steps": str(most // gpus)}
+            asked |= {"mm_packing_balance": str(dealt).lower(), "mm_packing_profile": str(PROFILED)}
+            runs.append(asked)
+    return runs
+
+
+def scaling(table: list[dict[str, str]], found: dict[str, dict]) -> list[dict]:
+    """A row for each run of the table that has a speed."""
+    rows = []
+    made = [asked for asked in table if "samples/s" in found.get(asked["name"], {})]
+    for asked in made:
+        ran = found[asked["name"]]
+        same = [other for other in made if other["deepspeed"] == asked["deepspeed"]]
+        row = {key: asked[key] for key in ("name", "gpus", "deepspeed")} | {"dealt": asked["mm_packing_balance"]}
+        row["samples/s"] = speed = ran["samples/s"]
+        fewest = min(same, key=lambda other: int(other["gpus"]))
+        each = found[fewest["name"]]["samples/s"] / int(fewest["gpus"])
+        row[f"efficiency against {fewest['gpus']}"] = round(speed / int(asked["gpus"]) / each, 3)
+        for other in same:
+            if (other["gpus"], asked["mm_packing_balance"]) == (asked["gpus"], "true") and other != asked:
+                row["of undealt"] = round(speed / found[other["name"]]["samples/s"], 3)
+        rows.append(row | {"loss differs by": _apart(ran, found[made[0]["name"]]), "profile": ran.get("profile")})
+    return rows
+
+
+def _apart(one: dict, other: dict) -> float:
+    """The largest difference of two runs' losses; their steps are text in a file."""
+    first, second = ({int(step): loss for step, loss in row["losses"].items()} for row in (one, other))
+    return round(max(abs(first[step] - second[step]) for step in first.keys() & second.keys()), 4)
+
+
+# ---------------------------------------------------------------- one run
 
 
 def make_workspace(folder: Path, args: argparse.Namespace) -> None:
@@ -110,8 +189,8 @@ def add_documents(folder: Path, share: float, scale: float, count: int = 48, see
     (folder / "mix.json").write_text(json.dumps(samples))
 
 
-def run(asked: dict[str, str], workspace: Path, output: Path, args: argparse.Namespace) -> dict:
-    """One training, and what is read from the times of its steps."""
+def run(asked: dict[str, str], workspace: Path, output: Path, args: argparse.Namespace, left: float = math.inf) -> dict:
+    """One training of at most ``left`` seconds, and what is read from the times of its steps."""
     size = "tiny" if args.cpu else "half"
     changes = {
         **BASE,
@@ -130,39 +209,28 @@ def run(asked: dict[str, str], workspace: Path, output: Path, args: argparse.Nam
     file = asked["deepspeed"]
     changes["deepspeed"] = file if file.endswith(".json") else CONFIGS / f"{file}.json"
     changes["per_device_train_batch_size"] = batch
-    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
-    words += ["--num_processes" if args.cpu else "--num_gpus", str(processes)]
-    command = [sys.executable, "-m", "llava_packing_tower", "train", str(CONFIGS / "llava_next_finetune.yaml"), *words]
-    began, times, losses, lines, peaks = time.monotonic(), {}, {}, [], []
-    process = subprocess.Popen(
-        ["timeout", "--kill-after=10", f"{args.limit:.0f}", *command],
-        env=environment(),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    for line in process.stdout:
-        lines.append(line)
-        if match := STEP.match(line):
-            times.setdefault(int(match[1]), time.monotonic())
-            losses[int(match[1])] = float(match[2])
-            if not args.cpu:
-                peaks.append(_used())
-    status = process.wait()
-    if args.logs:
-        args.logs.mkdir(parents=True, exist_ok=True)
-        (args.logs / f"{asked['name']}.log").write_text("".join(lines))
-    row = {"exit status": status, "seconds": round(time.monotonic() - began, 1), "losses": losses}
+    command = train_command(CONFIGS / "llava_next_finetune.yaml", changes, processes, args.cpu)
+    used: list[int] = []
+
+    def at_step(training: Training, step: int) -> None:
+        if step == args.steps and not args.cpu:  # what the allocator has taken it keeps
+            used.extend(_used())
+
+    found = train(command, min(args.limit, left), args.logs and args.logs / f"{asked['name']}.log", at_step)
+    row = {"exit status": found.status, "seconds": round(found.seconds, 1), "losses": found.losses}
+    times = found.times
     if len(times) > WARM_UP + 1:
         last = max(times)
         accumulated = int(changes["gradient_accumulation_steps"])
         done = (last - WARM_UP) * batch * processes * accumulated
         row["samples/s"] = round(done / (times[last] - times[WARM_UP]), 2)
-        row["first step s"] = round(times[min(times)] - began, 1)
-    if peaks:
-        row["GiB in use"] = [round(max(used) / 1024, 1) for used in zip(*peaks)]
-    return {**row, "tail": "".join(lines[-25:]) if status else ""}
+        row["first step s"] = round(times[min(times)], 1)
+    if shares := PROFILE.search(found.log):
+        parts = re.findall(r"([a-z ]+?) (\d+)%", shares[2])
+        row["profile"] = {"step ms": int(shares[1]), **{name.strip(): int(part) / 100 for name, part in parts}}
+    if used:
+        row["GiB in use"] = [round(each / 1024, 1) for each in used]
+    return {**row, "tail": "".join(found.log.splitlines(keepends=True)[-25:]) if found.status else ""}
 
 
 def _used() -> list[int]:
