@@ -25,7 +25,7 @@ CONFIGS = REPOSITORY / "configs"
 DISTRIBUTIONS = ("transformers", "accelerate", "deepspeed", "torch", "peft", "tokenizers", "huggingface_hub", "numpy")
 
 
-STEP = re.compile(r"\bstep +(\d+)/\d+  loss (\S+)")
+STEP = re.compile(r"step +(\d+)/\d+  loss (\S+)")
 """A step in the progress of `llava-packing train`; ranks may have printed into the start of the line."""
 LATE = 124
 """Exit status of a training that reached its limit, as timeout(1) has it."""
