@@ -33,7 +33,7 @@ from datetime import date
 from pathlib import Path
 
 from runs import CONFIGS, LATE, REPOSITORY, Training, last_error, train, train_command, versions
-from train_speed import BASE, make_workspace
+from train_speed import BASE, PROJECTOR, make_workspace
 
 from llava_packing_tower.utils.files import write_text
 
@@ -163,6 +163,7 @@ class Trainings:
             "deepspeed": self.stage if self.stage.endswith(".json") else CONFIGS / f"{self.stage}.json",
             "mm_vision_tower": self.workspace / "llava_vit_packing",
             "model_name_or_path": self.workspace / f"qwen_{'tiny' if self.args.cpu else 'half'}",
+            "pretrain_mm_mlp_adapter": self.workspace / PROJECTOR,
             "data_path": self.workspace / data,
             "image_folder": self.workspace / "images",
             "output_dir": self.folder(folder),

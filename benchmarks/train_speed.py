@@ -14,10 +14,10 @@ only that everything works.
 
 makes the runs of a table: on so many GPUs, by ZeRO-2 and ZeRO-3, samples dealt over the ranks and as LLaVA's sampler
 has them. A step always has the same samples (--batch times the most GPUs; fewer accumulate), so that the losses must be
-the same. Under "scaling" the file then has, for each run, samples/s, the efficiency against the fewest GPUs of the same
-stage, dealt over undealt, the largest difference from the losses of the first run (on one GPU, ZeRO-3 from ZeRO-2 is
-the noise of bfloat16), and what two profiled steps before the 10th say of the time, collectives among it. A run of the
-table that the file has already is not repeated.
+the same. (With transformers 4.40, one process has another order than several.) Under "scaling" the file then has, for
+each run, samples/s, the efficiency against the fewest GPUs of the same stage, dealt over undealt, the largest
+difference from the losses of the first run, and what two profiled steps before the 10th say of the time, collectives
+among it. A run of the table that the file has already is not repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from runs import CONFIGS, REPOSITORY, Training, environment, train, train_command, versions
+from runs import CONFIGS, REPOSITORY, Training, environment, last_error, train, train_command, versions
 
 from llava_packing_tower.utils.files import write_text
 
@@ -53,6 +53,7 @@ PATHS = {
         "mm_packing_balance": "false",
     },
 }
+PROJECTOR = Path("llava_vit_qwen_projector", "mm_projector.bin")
 BASE = {
     "image_aspect_ratio": "native",
     "mm_packing_max_patches": 9216,
@@ -61,7 +62,6 @@ BASE = {
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 8,
     "save_strategy": "no",
-    "pretrain_mm_mlp_adapter": "null",
 }
 
 
@@ -196,6 +196,8 @@ def run(asked: dict[str, str], workspace: Path, output: Path, args: argparse.Nam
         **BASE,
         "mm_vision_tower": workspace / "llava_vit_packing",
         "model_name_or_path": workspace / f"qwen_{size}",
+        # Made by the run itself, its weights would depend on the stage.
+        "pretrain_mm_mlp_adapter": workspace / PROJECTOR,
         "data_path": workspace / "mix.json",
         "image_folder": workspace / "images",
         "output_dir": output / f"llava_qwen_{asked['name']}",
@@ -230,6 +232,8 @@ def run(asked: dict[str, str], workspace: Path, output: Path, args: argparse.Nam
         row["profile"] = {"step ms": int(shares[1]), **{name.strip(): int(part) / 100 for name, part in parts}}
     if used:
         row["GiB in use"] = [round(each / 1024, 1) for each in used]
+    if found.status:
+        row["error"] = last_error(found.log)
     return {**row, "tail": "".join(found.log.splitlines(keepends=True)[-25:]) if found.status else ""}
 
 
