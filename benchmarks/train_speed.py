@@ -16,8 +16,9 @@ makes the runs of a table: on so many GPUs, by ZeRO-2 and ZeRO-3, samples dealt 
 has them. A step always has the same samples (--batch times the most GPUs; fewer accumulate), so that the losses must be
 the same. (With transformers 4.40, one process has another order than several.) Under "scaling" the file then has, for
 each run, samples/s, the efficiency against the fewest GPUs of the same stage, dealt over undealt, the largest
-difference from the losses of the first run, and what two profiled steps before the 10th say of the time, collectives
-among it. A run of the table that the file has already is not repeated.
+difference from the losses of the fewest GPUs (of the same stage: LLaVA's newline has other random weights under
+ZeRO-3), and what two profiled steps before the 10th say of the time, collectives among it. A run of the table that the
+file has already is not repeated.
 """
 
 from __future__ import annotations
@@ -142,12 +143,13 @@ def scaling(table: list[dict[str, str]], found: dict[str, dict]) -> list[dict]:
         row = {key: asked[key] for key in ("name", "gpus", "deepspeed")} | {"dealt": asked["mm_packing_balance"]}
         row["samples/s"] = speed = ran["samples/s"]
         fewest = min(same, key=lambda other: int(other["gpus"]))
-        each = found[fewest["name"]]["samples/s"] / int(fewest["gpus"])
+        one = found[fewest["name"]]
+        each = one["samples/s"] / int(fewest["gpus"])
         row[f"efficiency against {fewest['gpus']}"] = round(speed / int(asked["gpus"]) / each, 3)
         for other in same:
             if (other["gpus"], asked["mm_packing_balance"]) == (asked["gpus"], "true") and other != asked:
                 row["of undealt"] = round(speed / found[other["name"]]["samples/s"], 3)
-        rows.append(row | {"loss differs by": _apart(ran, found[made[0]["name"]]), "profile": ran.get("profile")})
+        rows.append(row | {"loss differs by": _apart(ran, one), "profile": ran.get("profile")})
     return rows
 
 
