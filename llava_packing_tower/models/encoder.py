@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..attention.dispatch import backend_module
 from ..data.segments import LayerSegments, Segments, VarlenMetadata
 from ..utils.tracing import traced
 from .layers import BlockConfig, EncoderBlock, Rotary
 from .runtime.cuda_graphs import run_blocks
 from .runtime.execution import FUSED, ExecutionPlan, compute_dtype, is_autocast, plan_kinds
 from .runtime.fused import block_spec_of, fused_block, settled
+from .runtime.layer_graphs import Batch, Tables, graphs_of
 from .runtime.module_state import Snapshot, addresses, state_of
 from .unused_parameters import checkpoint_input
 
@@ -76,20 +78,27 @@ class PackedEncoder(nn.Module):
         grad = torch.is_grad_enabled() and trained
         kinds = segments.kinds if isinstance(segments, LayerSegments) else (segments,)
         lengths = [kind.lengths for kind in kinds]
+        recomputed = sum(p.numel() for p in self.layers[0].parameters()) if self.is_checkpointed else 0
         plan, backends = plan_kinds(
-            self.config, hidden_states, lengths, state, grad, self.attention_backend, self.fused
+            self.config, hidden_states, lengths, state, grad, self.attention_backend, self.fused, recomputed
         )
         self.last_plan, dtype = plan, hidden_states.dtype
         if plan.path == FUSED:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
         run = functools.partial(self.run, path=plan.path, cast=is_autocast(device))
         with torch.set_grad_enabled(grad):
-            if plan.graph and isinstance(segments, VarlenMetadata):
+            if plan.graph and grad:
+                states = run(hidden_states, segments, rotary, keep, backends, graphs=state.version)
+            elif plan.graph and isinstance(segments, VarlenMetadata):
                 place = hash((addresses(state.weights), state.version))
                 states = run_blocks(self, run, hidden_states, segments, rotary, keep, plan.backend, place)
             else:
                 states = run(hidden_states, segments, rotary, keep, backends)
         return tuple(states[index].to(device, dtype) for index in keep)  # (the blocks may lie on several devices)
+
+    @property
+    def is_checkpointed(self) -> bool:
+        return self.gradient_checkpointing and self.training
 
     def _checkpoint(self, *call: Any) -> Any:
         if self.runs_several_times:
@@ -109,14 +118,15 @@ class PackedEncoder(nn.Module):
         backends: str | tuple[str, ...],
         path: str,
         cast: bool = False,
+        graphs: int | None = None,
     ) -> dict[int, torch.Tensor]:
         """The blocks, one after the other, by number of the wanted states; see :meth:`forward`.
 
         backends: of attention, of each kind of segments; path: of the plan; cast: whether fused blocks read their
-        weights in the dtype of the states.
+        weights in the dtype of the states; graphs: the version of the modules, if checkpointed blocks are replayed.
         """
         states = {0: hidden_states} if 0 in keep else {}
-        pending = None
+        pending: Any = None
         body, settle, grad = None, torch.add, torch.is_grad_enabled()
         if path == FUSED:
             body = functools.partial(fused_block, block_spec_of(self.config), grad, cast)
@@ -126,14 +136,47 @@ class PackedEncoder(nn.Module):
         if isinstance(segments, VarlenMetadata):
             segments = LayerSegments((segments,), (0,) * len(self.layers))
         backends = (backends,) if isinstance(backends, str) else backends
+        recompute = None if graphs is None else self._by_graphs(graphs, hidden_states, segments, rotary, backends, body)
         for index, layer in enumerate(self.layers[: max(keep)], start=1):
             kind = segments.of_block[index - 1]
-            run = layer if body is None else functools.partial(layer, body=body)
-            if self.gradient_checkpointing and self.training:
-                hidden_states = checkpoint_input(layer, hidden_states)
-                if hidden_states.requires_grad:  # else there is nothing to compute again
-                    run = functools.partial(self._checkpoint, run)
-            hidden_states, pending = run(hidden_states, pending, segments.kinds[kind], rotary, backends[kind])
+            if recompute is not None:
+                hidden_states = recompute(layer, kind, hidden_states)
+            else:
+                run = layer if body is None else functools.partial(layer, body=body)
+                if self.is_checkpointed:
+                    hidden_states = checkpoint_input(layer, hidden_states)
+                    if hidden_states.requires_grad:  # else there is nothing to compute again
+                        run = functools.partial(self._checkpoint, run)
+                hidden_states, pending = run(hidden_states, pending, segments.kinds[kind], rotary, backends[kind])
             if index in keep:
                 states[index] = settle(hidden_states, pending)
         return states
+
+    def _by_graphs(
+        self,
+        version: int,
+        hidden_states: torch.Tensor,
+        segments: LayerSegments,
+        rotary: Rotary | None,
+        backends: tuple[str, ...],
+        body: Any,
+    ) -> Callable[[Any, int, torch.Tensor], torch.Tensor] | None:
+        """What runs a block, with a kind of segments, on ``[N, hidden]`` states, by :mod:`.runtime.layer_graphs`; None
+        if their weights have not all the sizes of the first one's."""
+        graphs = graphs_of(self, self.layers[0], version)
+        if not all(graphs.fits(list(layer.parameters()), hidden_states) for layer in self.layers):
+            return None
+        batches = [
+            Batch(kind, rotary or (), 0, (name,), not getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False))
+            for kind, name in zip(segments.kinds, backends, strict=True)
+        ]
+
+        def block(
+            backend: str, layer: nn.Module, states: torch.Tensor, segments: VarlenMetadata, tables: Tables
+        ) -> torch.Tensor:
+            return settled(True, *layer(states, None, segments, tables or None, backend, body=body))
+
+        def recompute(layer: Any, kind: int, states: torch.Tensor) -> torch.Tensor:
+            return graphs(list(layer.parameters()), states, batches[kind], functools.partial(block, backends[kind]))
+
+        return recompute

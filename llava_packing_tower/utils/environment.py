@@ -40,7 +40,11 @@ VARIABLES = {
             "0: encoder blocks run eager. Otherwise they are fused in half precision on a GPU.",
             ("LLAVA_PACKING_COMPILE",),
         ),
-        Variable(GRAPHS, "0 or 1", "0: no CUDA graphs. Otherwise small inference batches replay them."),
+        Variable(
+            GRAPHS,
+            "0 or 1",
+            "0: no CUDA graphs. Otherwise small batches replay them: in inference, and of checkpointed layers in training.",
+        ),
         Variable(
             ATTENTION, "a backend", "The attention backend of towers that name none in their arguments. Default: auto."
         ),

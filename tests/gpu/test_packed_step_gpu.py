@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llava_packing_tower.integrations.llava import liger
+from llava_packing_tower.models.runtime import layer_graphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,20 +79,24 @@ def errors_of(low, exact, plan_says):
     return {name: value.sqrt().tolist() for name, value in sums.items()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", ["", "checkpointing", "graphs"])
 @pytest.mark.parametrize("fused", [True, False], ids=["liger", "no_liger"])
 @pytest.mark.parametrize("word", ["Llama", "Qwen", "Mistral"])
-def test_loss_and_every_gradient_by_the_twice_the_error_rule(models, word, fused, checkpointing, record_property):
+def test_loss_and_every_gradient_by_the_twice_the_error_rule(
+    models, word, fused, checkpointing, record_property, monkeypatch
+):
     if word not in models.words:
         pytest.skip(f"this host has no decoder of {word}")
     if fused and liger.missing_package is not None:
         pytest.skip(f"liger-kernel is {liger.missing_package}")
     torch.backends.cuda.matmul.allow_tf32 = False
     low, exact = made(models, word, mm_packing_liger=fused)
+    monkeypatch.setenv("LLAVA_PACKING_CUDA_GRAPHS", str(int(checkpointing == "graphs")))
     if checkpointing:
         low.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     found = errors_of(low, exact, "liger: RMSNorm" if fused else "liger: off")
     assert len(found) > 40
+    assert bool(layer_graphs.kinds_of(low.model.layers)) == (checkpointing == "graphs")
     worst = {}
     for name, (size, packed, host) in found.items():
         if size == 0:
@@ -101,3 +106,29 @@ def test_loss_and_every_gradient_by_the_twice_the_error_rule(models, word, fused
     above = {name: round(ratio, 2) for name, ratio in worst.items() if ratio > 2}
     record_property("largest ratio", max(worst.values()))
     assert not above, above
+
+
+def test_checkpointed_layers_by_graphs_in_a_training(models, monkeypatch):
+    """Batches of several kinds in turns: losses as without graphs, no synchronization, and other weights each step."""
+    low, _ = made(models, "Llama")
+    low.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    start, losses = copy.deepcopy(low.state_dict()), {}
+    for switch in ("0", "1"):
+        monkeypatch.setenv("LLAVA_PACKING_CUDA_GRAPHS", switch)
+        low.load_state_dict(start)
+        optimizer, losses[switch] = torch.optim.AdamW(low.parameters(), lr=1e-3), []
+        for number in range(24):
+            case = list(checks.CASES)[number % len(checks.CASES)]
+            batch = {name: _moved(value) for name, value in checks.batch_of(low, case).items()}
+            loss = checks.call(low, batch).loss
+            if number >= len(checks.CASES):  # what is captured is captured
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[switch].append(loss.item())
+    assert layer_graphs.kinds_of(low.model.layers) and losses["1"][-1] < 0.8 * losses["1"][0]
+    torch.testing.assert_close(torch.tensor(losses["1"]), torch.tensor(losses["0"]), rtol=0.02, atol=0.02)

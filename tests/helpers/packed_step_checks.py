@@ -337,6 +337,60 @@ def checkpointed_layers(models):
 
 
 @check
+def checkpointed_layers_by_graphs(models):
+    from cpu_graphs import BACKEND, graphs_on_cpu
+
+    from llava_packing_tower.multimodal.packed_decoder import only_backend
+
+    for word in models.words:
+        for reentrant in (False, True):
+            with nothing_rounded(), graphs_on_cpu(most_tokens=256) as made, only_backend(BACKEND):
+                model = models.make(word, torch.float64)
+                batches = [batch_of(model, case) for case in ("several images and text", "images", "text alone")]
+                plain = [gradients(model, call(model, batch).loss) for batch in batches]
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+                losses = [call(model, batch).loss for batch in batches]  # all before a backward
+                for loss, expected in zip(losses, plain, strict=True):
+                    same(gradients(model, loss), expected, 1e-10)
+                assert vars(made) == {"captures": 6, "replays": 12}, (word, vars(made))  # 2 layers, there and back
+                for parameter in model.model.layers.parameters():
+                    parameter.requires_grad_(False)
+                found = gradients(model, call(model, batches[1]).loss)
+                assert made.replays == 16
+                trained = {name: gradient for name, gradient in found.items() if gradient is not None}
+                same(trained, {name: plain[1][name] for name in trained}, 1e-10)
+                assert not any("model.layers" in name for name in trained)
+                assert found["model.mm_projector.0.weight"].any()
+                # What is called through hooks, or has another forward, is called.
+                model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+                gradients(model, call(model, batches[1]).loss)
+                assert made.replays == 16
+
+
+@check
+def layers_that_differ_have_no_graphs(models):
+    from llava_packing_tower.integrations.llava.decoder_graphs import unlike
+
+    def attribute(layers):
+        layers[1].self_attn.head_dim += 0
+        layers[1].self_attn.sliding_window = 7
+
+    changes = {
+        "part": lambda layers: setattr(layers[1].mlp, "act_fn", torch.nn.ReLU()),
+        "foreign": lambda layers: setattr(layers[0].mlp, "down_proj", type("Own", (torch.nn.Linear,), {})(48, 32)),
+        "forward": lambda layers: setattr(layers[1].mlp, "forward", layers[1].mlp.forward),
+        "attribute": attribute,
+        "sharded": lambda layers: setattr(layers[1].mlp.down_proj.weight, "ds_id", 3),
+    }
+    for word in models.words:
+        assert unlike(models.make(word).model.layers) is None, unlike(models.make(word).model.layers)
+        for name, change in changes.items():
+            layers = models.make(word).model.layers
+            change(layers)
+            assert unlike(layers) is not None, name
+
+
+@check
 def lora(models):
     import peft
 

@@ -22,6 +22,7 @@ from ...multimodal.packed_decoder import PackedRow, causal_backend, pack_batch
 from ...multimodal.supervised_head import IGNORE, next_labels, supervised_loss
 from .arguments import current_arguments
 from .decoder_attention import read_rows, unsupported_attention, without_mask
+from .decoder_graphs import recomputed_by_graphs
 from .liger import fuse_layers, unsupported_liger
 from .methods import Call, add_step
 from .patcher import Patches
@@ -266,8 +267,9 @@ def _run_decoder(
     """Hidden states ``[1, T, hidden]`` of the row, or ``[B, L, hidden]`` of the batch where there is none."""
     if row is None:
         return model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
-    with without_mask(model.model):
-        return model.model(inputs_embeds=row.pack(embeds), position_ids=row.position_ids, use_cache=False)[0]
+    states = row.pack(embeds)
+    with without_mask(model.model), recomputed_by_graphs(model, states, row):
+        return model.model(inputs_embeds=states, position_ids=row.position_ids, use_cache=False)[0]
 
 
 # ---------------------------------------------------------------- into the host

@@ -159,13 +159,14 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> contextlib.AbstractCon
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
-def _pool(device: torch.device) -> Any:
+def pool(device: torch.device) -> Any:
+    """The memory that all graphs of a device share, within :func:`my_turn`."""
     shared = _devices[device]
     if shared.pool is None:
-        pool, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        with _capturing(keeper, pool):
+        handle, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        with _capturing(keeper, handle):
             torch.zeros(1, device=device)
-        shared.pool = pool, keeper  # (a graph keeps the pool alive)
+        shared.pool = handle, keeper  # (a graph keeps the pool alive)
     return shared.pool[0]
 
 
@@ -176,7 +177,7 @@ def capture(function: Callable[[], object], inputs: list[torch.Tensor], device: 
     with torch.cuda.stream(stream), metadata.making():
         function()
     torch.cuda.current_stream(device).wait_stream(stream)
-    with _capturing(graph, _pool(device)), metadata.giving_again():
+    with _capturing(graph, pool(device)), metadata.giving_again():
         result = function()
     return Captured(graph.replay, inputs, result, metadata)
 

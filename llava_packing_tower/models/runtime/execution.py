@@ -16,6 +16,7 @@ from ..activations import HALF
 from ..layers import BlockConfig
 from .cuda_graphs import graphs_allowed
 from .fused import kernels_work
+from .layer_graphs import worth_a_graph
 from .module_state import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,12 @@ def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_gpu_dtype()
 
 
+def recompute_by_graphs(hidden_states: torch.Tensor, weights: int) -> bool:
+    """Whether checkpointed layers with so many weights may be replayed for ``[N, hidden]`` states, and gain by it."""
+    device = hidden_states.device
+    return graphs_allowed(device) and not is_autocast(device) and worth_a_graph(weights, hidden_states.shape[0])
+
+
 def make_plan(
     config: BlockConfig,
     hidden_states: torch.Tensor,
@@ -64,6 +71,7 @@ def make_plan(
     grad: bool,
     attention: str = "auto",
     fused: bool | None = None,
+    recomputed: int = 0,
 ) -> ExecutionPlan:
     """The plan for one forward.
 
@@ -76,6 +84,7 @@ def make_plan(
         attention: a backend's name, or ``auto``.
         fused: False: eager blocks; True: fused ones wherever they can be (plain torch without a GPU); None: fused in
             half precision on a GPU, unless ``LLAVA_PACKING_FUSED=0``.
+        recomputed: how many weights a block has, where blocks are checkpointed; else 0.
 
     Raises:
         ValueError: a backend that cannot run these tensors, or another value of a variable than 0 and 1.
@@ -84,7 +93,11 @@ def make_plan(
     device, dtype = hidden_states.device, compute_dtype(hidden_states)
     backend = resolve_backend(attention, device, dtype, config.head_dim, lengths=lengths, needs_grad=grad)
     reason = _why_eager(config, hidden_states, dtype, state, backend, fused)
-    graph = reason is None and not grad and not state.hooked and graphs_allowed(device, hidden_states.shape[0])
+    graph = reason is None and not state.hooked
+    if grad:
+        graph = graph and bool(recomputed) and recompute_by_graphs(hidden_states, recomputed)
+    else:
+        graph = graph and graphs_allowed(device, hidden_states.shape[0])
     plan = ExecutionPlan(EAGER if reason else FUSED, graph, backend, reason)
     if not torch.compiler.is_compiling():
         _log(plan, reason)
@@ -99,19 +112,23 @@ def plan_kinds(
     grad: bool,
     attention: str = "auto",
     fused: bool | None = None,
+    recomputed: int = 0,
 ) -> tuple[ExecutionPlan, tuple[str, ...]]:
     """The plan for one forward whose blocks have several kinds of segments, and the backend for each kind.
 
     ``kinds``: the lengths of the segments, by kind; the rest as in :func:`make_plan`. Backends are chosen for each;
-    blocks are fused if they can be with all of them. Blocks with several kinds have no CUDA graphs of their own.
+    blocks are fused if they can be with all of them. Without gradients, blocks with several kinds have no CUDA graphs
+    of their own.
     """
-    plans = [make_plan(config, hidden_states, lengths, state, grad, attention, fused) for lengths in kinds]
+    more = (state, grad, attention, fused, recomputed)
+    plans = [make_plan(config, hidden_states, lengths, *more) for lengths in kinds]
     backends = tuple(plan.backend for plan in plans)
     if len(plans) == 1:
         return plans[0], backends
     reason = next((plan.reason for plan in plans if plan.path == EAGER), None)
     together = " and ".join(dict.fromkeys(backends))
-    return ExecutionPlan(EAGER if reason else FUSED, False, together, reason), backends
+    graph = grad and all(plan.graph for plan in plans)
+    return ExecutionPlan(EAGER if reason else FUSED, graph, together, reason), backends
 
 
 def _why_eager(
