@@ -43,7 +43,7 @@ VARIABLES = {
         Variable(
             GRAPHS,
             "0 or 1",
-            "0: no CUDA graphs. Otherwise small batches replay them: in inference, and of checkpointed layers in training.",
+            "0: no CUDA graphs. Otherwise small batches replay them, in training if they are checkpointed.",
         ),
         Variable(
             ATTENTION, "a backend", "The attention backend of towers that name none in their arguments. Default: auto."
