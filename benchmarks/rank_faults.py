@@ -193,6 +193,7 @@ def _row(run: Training, checks: dict[str, bool], **found: object) -> dict:
     checks = {**checks, "no process was left": not run.left}
     engine = re.search(r"^engine: (.*)$", run.log, re.M)
     row = {"engine": engine and engine[1], "exit status": run.status, "seconds": round(run.seconds, 1)}
+    found = {name: None if value != value else value for name, value in found.items()}  # JSON has no nan
     row |= {"losses": run.losses, **found, "checks": checks, "as it should be": all(checks.values())}
     if not row["as it should be"]:
         print(run.log[-3000:], flush=True)
@@ -208,9 +209,12 @@ def _well(run: Training, first: int = 1) -> dict[str, bool]:
     }
 
 
-def images_by_step(folder: Path, log: str, ranks: int) -> list[tuple[int, bool]]:
-    """How many images each step had on all ranks, and whether the enormous one was among them, by its visual tokens."""
-    small, large = map(int, TOKENS.search(log).groups())
+def images_by_step(run: Training, folder: Path, ranks: int) -> list[tuple[int, bool]]:
+    """How many images each step had on all ranks, and whether the enormous one was among them, by its visual tokens.
+    Nothing for a run that failed."""
+    if run.status != 0:
+        return []
+    small, large = map(int, TOKENS.search(run.log).groups())
     found = []
     with (folder / "speed.csv").open() as file:
         for row in csv.DictReader(file):
@@ -222,15 +226,15 @@ def images_by_step(folder: Path, log: str, ranks: int) -> list[tuple[int, bool]]
 
 def no_images(trainings: Trainings) -> dict:
     run, ranks = trainings.whole(), trainings.ranks
-    images = [count for count, _ in images_by_step(trainings.folder("whole"), run.log, ranks)] if run.losses else []
+    images = [count for count, _ in images_by_step(run, trainings.folder("whole"), ranks)]
     uneven = [step for step, count in enumerate(images, 1) if 0 < count < ranks]
     checks = {**_well(run), "a step with an image on one rank and none on another": bool(uneven)}
     return _row(run, checks, **{"images by step": images})
 
 
 def enormous(trainings: Trainings) -> dict:
-    run, ranks = trainings.whole(), trainings.ranks
-    images = images_by_step(trainings.folder("whole"), run.log, ranks) if run.losses else []
+    run = trainings.whole()
+    images = images_by_step(run, trainings.folder("whole"), trainings.ranks)
     steps = [step for step, (_, large) in enumerate(images, 1) if large]
     tokens = TOKENS.search(run.log)
     checks = {**_well(run), "a step with the enormous image": len(steps) == 1}

@@ -87,7 +87,8 @@ def test_images_by_step(tmp_path):
     columns = "step,loss,samples_per_second,visual_tokens_per_second"
     (tmp_path / "speed.csv").write_text("\n".join([columns, *lines]) + "\n")
     log = "visual tokens per image or video: 36 to 1419, median 36, 1815 in all\n"
-    found = rank_faults.images_by_step(tmp_path, log, 2)
+    run = runs.Training(lines=[(0.0, log)], status=0)
+    found = rank_faults.images_by_step(run, tmp_path, 2)
     assert found == [(0, False), (1, False), (2, False), (1, True), (2, True)]
 
 
