@@ -45,6 +45,7 @@ TOLERANCE = 0.01
 FAILURE = re.compile(r"rank +: (\d+) \(local_rank.*?\n +exitcode +: (-?\d+)")
 """An entry of the table that torchrun prints."""
 TOKENS = re.compile(r"visual tokens per image or video: (\d+) to (\d+)")
+ENGINE = re.compile(r"^engine: (.*, world size .*, backend .*)$", re.M)
 NOT_SAVED = {"save_strategy": "no"}
 
 
@@ -191,7 +192,7 @@ class Trainings:
 def _row(run: Training, checks: dict[str, bool], **found: object) -> dict:
     """What each case has. Its checks, and that no process was left, decide."""
     checks = {**checks, "no process was left": not run.left}
-    engine = re.search(r"^engine: (.*)$", run.log, re.M)
+    engine = ENGINE.search(run.log)
     row = {"engine": engine and engine[1], "exit status": run.status, "seconds": round(run.seconds, 1)}
     found = {name: None if value != value else value for name, value in found.items()}  # JSON has no nan
     row |= {"losses": run.losses, **found, "checks": checks, "as it should be": all(checks.values())}
@@ -261,7 +262,9 @@ def killed(trainings: Trainings) -> dict:
 def damaged(trainings: Trainings) -> dict:
     run = trainings.damaged()
     fault = next((seconds for seconds, line in run.lines if "cut.jpg" in line), math.nan)
-    return _ended(run, fault, **{"the file is named": not math.isnan(fault), "it had begun": bool(run.losses)})
+    return _ended(
+        run, fault, **{"the file is named": not math.isnan(fault), "it had begun": bool(ENGINE.search(run.log))}
+    )
 
 
 def resumed(trainings: Trainings) -> dict:
