@@ -103,12 +103,14 @@ def main() -> int:
             row = {"run": asked, "date": date.today().isoformat(), "versions": installed}
             row |= run(asked, workspace, Path(scratch) / "output", args, left)
             found[asked["name"]] = row
+            if table:
+                found["scaling"] = scaling(table, found)
             write_text(args.out, json.dumps(found, indent=1) + "\n")
             shutil.rmtree(Path(scratch) / "output", ignore_errors=True)
             shown = {key: value for key, value in row.items() if key not in ("versions", "losses", "tail")}
             print(json.dumps(shown), *([row["tail"]] if row["exit status"] else []), sep="\n", flush=True)
             failed |= row["exit status"] != 0
-    if table:
+    if table:  # also if the file had all runs
         found["scaling"] = scaling(table, found)
         write_text(args.out, json.dumps(found, indent=1) + "\n")
         print(*map(json.dumps, found["scaling"]), sep="\n")
