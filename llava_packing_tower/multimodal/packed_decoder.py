@@ -68,11 +68,11 @@ def pack_batch(mask: torch.Tensor, targets: torch.Tensor) -> PackedRow | None:
     return PackedRow(index, position_ids, segments)
 
 
-_rows: OrderedDict[tuple[str, int], tuple[torch.Tensor, VarlenMetadata]] = OrderedDict()
+_rows: OrderedDict[tuple[str, int], tuple[torch.Tensor, VarlenMetadata | None]] = OrderedDict()
 
 
-def remember(position_ids: torch.Tensor, segments: VarlenMetadata) -> None:
-    """Note the segments of a row: of all that a decoder layer is given, positions alone reach it in every version of
+def remember(position_ids: torch.Tensor, segments: VarlenMetadata | None) -> None:
+    """Note the segments of a row, or None for positions of something else: of all that a decoder layer is given, positions alone reach it in every version of
     transformers, and again when a checkpointed layer is recomputed (as the same tensor, or as a view of it)."""
     _rows[_key(position_ids)] = (position_ids, segments)  # held: its memory is nobody else's while it is here
     if len(_rows) > KEPT_ROWS:

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +62,12 @@ def check_values(values: Mapping[str, object], found: FoundHost) -> None:
     tokens = values.get("mm_packing_encoder_tokens")
     if tokens is not None and (type(tokens) is not int or tokens < 1):
         raise UsageError(f"mm_packing_encoder_tokens: {tokens!r} is no number of patches, at least 1")
+    if values.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        raise UsageError("use_liger_kernel: liger-kernel is not installed: pip install liger-kernel")
+    if (steps := values.get("mm_packing_profile")) is not None and steps < 1:
+        raise UsageError(f"mm_packing_profile must be at least 1, got {steps}")
+    if (peak := values.get("mm_packing_peak_tflops")) is not None and not peak > 0:
+        raise UsageError(f"mm_packing_peak_tflops must be above 0, got {peak}")
     rank = values.get("lora_r")
     if values.get("lora_enable") and rank is not None and (type(rank) is not int or rank < 1):
         raise UsageError(f"lora_r must be at least 1, got {rank!r}")

@@ -674,6 +674,131 @@ def decoders_that_cannot_stay_padded(models):
 
 
 @check
+def a_window_that_a_sample_can_exceed_is_kept(models):
+    """Without flash attention, Qwen2 of transformers 4.40 has it even where use_sliding_window is false."""
+    from llava_packing_tower.integrations.llava.packed_step import make_plan
+
+    if "Qwen" not in models.words:
+        return
+    with nothing_rounded():
+        for used in (True, False):
+            model = models.make("Qwen", torch.float64, use_sliding_window=used, sliding_window=8)
+            compare(model, batch_of(model, "several images and text"), 1e-10, rows=0)
+        fits = models.make("Qwen", torch.float64, use_sliding_window=False, sliding_window=400)
+        compare(fits, batch_of(fits, "several images and text"), 1e-10)
+    model.config._attn_implementation = "flash_attention_2"
+    assert make_plan(model).decoder_reason is None
+
+
+@check
+def decoders_of_other_classes_train_as_the_host_has_them(models):
+    from llava_packing_tower.integrations.llava.packed_step import plan_of
+    from llava_packing_tower.integrations.llava.patcher import Patches
+
+    few = {"num_experts_per_tok": 2}
+    others = {
+        "gemma": ("Gemma", {"head_dim": 8}),
+        "mixtral": ("Mixtral", {"num_local_experts": 3}),
+        "qwen_moe": ("QwenMoe", {"num_experts": 3, "moe_intermediate_size": 8, **few}),
+        "mpt": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64}),
+    }
+    known = vars(models.make().config).items()
+    towers = {name: value for name, value in known if name.startswith(("mm_", "image_", "tokenizer_"))}
+    trained = []
+    for file, (word, options) in others.items():
+        try:
+            module = import_module(f"llava.model.language_model.llava_{file}")
+        except ModuleNotFoundError:
+            continue
+        sizes = {"vocab_size": 50} if word == "Mpt" else SIZES
+        config = getattr(module, f"Llava{word}Config")(**sizes, **options, **towers)
+        model = getattr(module, f"Llava{word}ForCausalLM")(config).float().train()
+        plan = plan_of(model, Patches())
+        assert f"Llava{word}ForCausalLM is not built on Llama" in plan.head_reason and plan.attention is None
+        if word == "Mpt":  # its forward hands the arguments of an older LLaVA on
+            continue
+        batch = batch_of(model, "images")
+        given = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "images")}
+        assert _trainer(models, models.folder, model).training_step(model, given).isfinite()
+        trained.append(word)
+    assert len(trained) == 3 * models.is_next
+
+
+@check
+def a_class_that_changes_logits_computes_its_loss_itself(models):
+    from llava_packing_tower.integrations.llava.packed_step import decoder_base, make_plan
+
+    with nothing_rounded():
+        model = models.make(dtype=torch.float64)
+        base = decoder_base(type(model))
+
+        class Capped(base):
+            def forward(self, *args, **kwargs):
+                out = super().forward(*args, **kwargs)
+                out.logits = 3 * torch.tanh(out.logits / 3)
+                flat = out.logits[:, :-1].flatten(0, 1), kwargs["labels"][:, 1:].flatten()
+                out.loss = torch.nn.functional.cross_entropy(*flat)
+                return out
+
+        model.__class__ = type("OfCapped", (type(model), Capped), {})
+        assert make_plan(model).head_reason == "Capped computes its loss itself"
+        compare(model, batch_of(model, "several images and text"), 1e-10, rows=0)
+        own = models.make(dtype=torch.float64)
+        own.__class__ = type("Own", (type(own),), {})
+        compare(own, batch_of(own, "several images and text"), 1e-10)
+
+
+@check
+def outputs_that_the_config_asks_for_are_the_hosts(models):
+    for name, attention in (("output_hidden_states", "sdpa"), ("output_attentions", "eager"), ("return_dict", "sdpa")):
+        model = models.make(attention=attention)
+        batch = batch_of(model, "images")
+        setattr(model.config, name, name != "return_dict")
+        try:
+            with host_path():
+                expected = call(model, batch)
+        except AttributeError:  # transformers 5.24 knows no tuples
+            assert name == "return_dict"
+            continue
+        found = call(model, batch)
+        assert type(found) is type(expected)
+        if name != "return_dict":
+            part = name.removeprefix("output_")
+            assert (getattr(found, part) is None) == (getattr(expected, part) is None)
+
+
+@check
+def positions_of_a_caller_are_no_row(models):
+    """One sample padded on the left, and two in one row as the host has them: neither is a packed row."""
+    with nothing_rounded():
+        for positions in ([0, 0, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2]):
+            model = models.make(dtype=torch.float64)
+            embeds = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)).double()
+            given = {"inputs_embeds": embeds, "labels": torch.tensor([[IGNORE, IGNORE, 5, 6, 7, 8]])}
+            given["position_ids"] = torch.tensor([positions])
+            expected = copy.deepcopy(model)(**given).loss
+            call(model, batch_of(model, "images")).loss.backward()  # everything is wrapped
+            assert abs(model(**given).loss - expected) < 1e-12
+
+
+@check
+def autocast_reaches_the_attention(models):
+    """Angles in float32 would make queries and keys float32, for which no fast kernel is there."""
+    from llava_packing_tower.multimodal import packed_decoder
+
+    for word in models.words:
+        model, seen, choose = models.make(word), set(), packed_decoder.causal_backend
+
+        def spy(device, dtype, *more, seen=seen, choose=choose):
+            seen.add(dtype)
+            return choose(device, dtype, *more)
+
+        with mock.patch.object(packed_decoder, "causal_backend", spy), torch.autocast("cpu", dtype=torch.bfloat16):
+            call(model, batch_of(model, "images")).loss.backward()
+        assert seen == {torch.bfloat16}
+
+
+@check
 def the_plan_is_said_once(models):
     import logging
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections import deque
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch
 from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
 from llava_packing_tower.multimodal.dealing import (
     LAYER_FLOOR,
@@ -131,6 +133,25 @@ def test_the_times_say_what_the_formula_leaves_out():
     assert "(+0.200 s a step, 3.000 s for 10^15 operations)" in describe(Dealings(1, 0.5, 0.9), times)
     same = StepTimes(deque([(5.0, 1.0), (5.0, 2.0)] * 9))
     assert same.fitted() is None and describe(Dealings(1, 0.5, 0.9), same).endswith("33 % off the measured times")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest", "limit"),
+    [
+        ({"type": "dynamic", "factor": 2.0}, 65, 64),
+        ({"rope_type": "dynamic", "factor": 2.0}, None, 64),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 16}, 17, 16),
+        ({"rope_type": "dynamic", "factor": 2.0}, 64, None),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}, 65, None),
+        (None, 65, None),
+    ],
+)
+def test_samples_whose_angles_depend_on_their_batch_stay_in_it(scaling, longest, limit):
+    config = SimpleNamespace(
+        rope_scaling=scaling, max_position_embeddings=64, tokenizer_model_max_length=longest, rope_parameters=None
+    )
+    reason = _angles_of_the_batch(config)
+    assert (reason is None) == (limit is None) and (limit is None or f"more than {limit} tokens" in reason)
 
 
 def test_error_of_a_prediction():

@@ -165,6 +165,11 @@ def test_this_decoder_computes_with_it_and_others_do_not(installed, model, patch
     assert not installed
 
 
+def test_off_is_nothing_for_a_model_of_other_modules(patches):
+    """A decoder of a class that is not known has no plan but this."""
+    fuse_layers(torch.nn.Sequential(torch.nn.Linear(2, 3)), patches, on=False)
+
+
 def test_undone(installed, model, patches):
     before = type(model.model.norm).forward, type(model.model.layers[0].mlp).forward
     fuse_layers(model, patches, on=True)

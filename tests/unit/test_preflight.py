@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from llava_packing_tower.integrations.llava.registry import find_host
 from llava_packing_tower.train import folder_checks, launcher, preflight, sequence_lengths
 from llava_packing_tower.train.deepspeed_config import check_keys
 from llava_packing_tower.utils.errors import UsageError
+
+WITHOUT_LIGER = pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
 
 
 def turns(*texts: str) -> list[dict]:
@@ -54,6 +57,9 @@ def turns(*texts: str) -> list[dict]:
         ("mm_packing_over_budget", "cut", "mm_packing_over_budget is 'cut'; it is one of refuse, truncate"),
         ("mm_packing_over_budget", "truncate", "truncate has no effect without mm_packing_batch_tokens"),
         ("mm_packing_loss_average", "token", "mm_packing_loss_average is 'token'; it is one of micro_batches, tokens"),
+        pytest.param("use_liger_kernel", "true", "liger-kernel is not installed: pip install", marks=WITHOUT_LIGER),
+        ("mm_packing_profile", "0", "mm_packing_profile must be at least 1, got 0"),
+        ("mm_packing_peak_tflops", "-1", "mm_packing_peak_tflops must be above 0, got -1.0"),
         ("vision_tower", "vit_packing", "vision_tower: vit_packing is neither a folder here nor a hub id, owner/name"),
         ("model_name_or_path", "llama", "model_name_or_path: llama is neither a folder here nor a hub id, owner/name"),
         ("output_dir", __file__, "is a file, not a folder"),

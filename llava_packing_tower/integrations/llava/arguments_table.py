@@ -145,6 +145,13 @@ PLUGIN_ARGUMENTS: tuple[PluginArgument, ...] = (
         "compute the decoder's RMSNorm, rotary embedding and SwiGLU with liger-kernel, where it is installed, on CUDA",
     ),
     PluginArgument(
+        "use_liger_kernel",
+        "TrainingArguments",
+        "bool",
+        False,
+        "end the run where liger-kernel is not installed (transformers has this key from 4.45 on)",
+    ),
+    PluginArgument(
         "mm_packing_balance",
         "ModelArguments",
         "bool",

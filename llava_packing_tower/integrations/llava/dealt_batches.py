@@ -102,7 +102,20 @@ def unsupported_dealing(trainer: object, model: nn.Module, loader: object) -> st
         return "ranks may have different numbers of micro-batches"
     if getattr(trainer, "model_accepts_loss_kwargs", False) and not args.average_tokens_across_devices:
         return "average_tokens_across_devices: false"
-    return unsupported_sizes(trainer.train_dataset, model)
+    return _angles_of_the_batch(model.config) or unsupported_sizes(trainer.train_dataset, model)
+
+
+def _angles_of_the_batch(config: object) -> str | None:
+    """Why samples cannot change their batch, where the longest one of a batch sets the rotary angles of all."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = given.get("rope_type") or given.get("type")
+    if kind not in ("dynamic", "longrope"):
+        return None
+    length = given.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    length, longest = length or config.max_position_embeddings, getattr(config, "tokenizer_model_max_length", None)
+    if longest is not None and longest <= length:
+        return None
+    return f"rotary scaling {kind}: a sample of more than {length} tokens changes the angles of its whole batch"
 
 
 # ---------------------------------------------------------------- into the host

@@ -85,7 +85,7 @@ def _attend(
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     angles = embeddings or _angles(attention, v, segments, position_ids)
     rotate = liger.rotate if liger.is_fused(attention) and liger.on_gpu(q) else _module(attention).apply_rotary_pos_emb
-    q, k = rotate(q, k, *angles)
+    q, k = (x.to(v.dtype) for x in rotate(q, k, *angles))  # wider under autocast, where the angles are in float32
     scale = getattr(attention, "scaling", attention.head_dim**-0.5)
     out = causal_attention(q.transpose(1, 2)[0], k.transpose(1, 2)[0], v[0], segments, scale)
     return attention.o_proj(out.flatten(1)[None])

@@ -63,20 +63,25 @@ def _unlike(layer: nn.Module) -> str | None:
 def fuse_layers(model: nn.Module, patches: Patches, on: bool) -> None:
     """Have the layers of this decoder compute with liger-kernel on CUDA, or no longer do so. Idempotent.
 
-    ``forward`` of their classes is wrapped, and other models of these classes go on as before.
+    ``forward`` of their classes is wrapped, and other models of these classes go on as before. on: only for a decoder
+    of which :func:`unsupported_liger` returns None; off, any model may be given.
     """
+    if not on:
+        for module in model.modules():
+            vars(module).pop(_ON, None)
+        return
     decoder = model.model
     for layer in decoder.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm):
-            _switch(norm, _norm, patches, on)
-        _switch(layer.mlp, _swiglu, patches, on)
-        setattr(layer.self_attn, _ON, on)  # asked by the attention of packed rows
+            _switch_on(norm, _norm, patches)
+        _switch_on(layer.mlp, _swiglu, patches)
+        setattr(layer.self_attn, _ON, True)  # asked by the attention of packed rows
 
 
-def _switch(module: nn.Module, make: Callable[[Callable], Callable], patches: Patches, on: bool) -> None:
-    setattr(module, _ON, on)
+def _switch_on(module: nn.Module, make: Callable[[Callable], Callable], patches: Patches) -> None:
+    setattr(module, _ON, True)
     original = type(module).forward
-    if on and not hasattr(original, _ON):
+    if not hasattr(original, _ON):
         fused = functools.wraps(original)(make(original))
         setattr(fused, _ON, True)
         patches.set(type(module), "forward", fused)

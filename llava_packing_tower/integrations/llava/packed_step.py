@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...models.runtime.execution import compute_dtype
-from ...multimodal.packed_decoder import PackedRow, causal_backend, pack_batch
+from ...multimodal.packed_decoder import PackedRow, causal_backend, pack_batch, remember
 from ...multimodal.supervised_head import IGNORE, next_labels, supervised_loss
 from .arguments import current_arguments
 from .decoder_attention import read_rows, unsupported_attention, without_mask
@@ -93,8 +93,9 @@ def unsupported_model(model: nn.Module) -> str | None:
     base = decoder_base(type(model))
     if base is None:
         return f"{type(model).__name__} is not built on {', '.join(DECODERS.values())} of transformers"
-    if not _hands_over(type(model)):
-        return f"{type(model).__name__} computes its loss itself"
+    for owner in _own_forwards(type(model), base):
+        if not _hands_over(owner):
+            return f"{owner.__name__} computes its loss itself"
     if getattr(model.config, "pretraining_tp", 1) > 1:
         return f"pretraining_tp is {model.config.pretraining_tp}"
     if getattr(model, "loss_type", None) not in (None, "ForCausalLM") or "_loss_function" in vars(model):
@@ -110,10 +111,20 @@ def decoder_base(cls: type) -> type | None:
     return None
 
 
+def _own_forwards(cls: type, base: type) -> list[type]:
+    """The classes of a LLaVA class, down to the one of transformers, that have a ``forward``."""
+    before = cls.__mro__[: cls.__mro__.index(base)]
+    return [each for each in before if "forward" in vars(each)]
+
+
 def _hands_over(cls: type) -> bool:
-    """Whether a LLaVA class leaves the loss to the ``forward`` that it inherits (LLaVAction's does not)."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
-    return code is not None and {"super", "forward"} <= set(code.co_names)
+    """Whether the ``forward`` of a class leaves loss and logits to the one that it inherits.
+
+    LLaVAction's has a loss of its own; one that reads ``logits`` scales or caps them.
+    """
+    code = getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
+    names = set() if code is None else set(code.co_names)
+    return {"super", "forward"} <= names and "logits" not in names
 
 
 def unsupported_decoder(model: nn.Module) -> str | None:
@@ -121,7 +132,7 @@ def unsupported_decoder(model: nn.Module) -> str | None:
     if not setting(model, "mm_packing_decoder", True):
         return "mm_packing_decoder: false"
     config = model.config
-    window = config.sliding_window if getattr(config, "use_sliding_window", True) and _has_window(config) else None
+    window = _window(config)
     longest = getattr(config, "tokenizer_model_max_length", None)
     if window is not None and (longest is None or longest > window):
         return f"sliding window of {window} tokens, and samples of up to {longest or 'any number of'} tokens"
@@ -130,8 +141,13 @@ def unsupported_decoder(model: nn.Module) -> str | None:
     return next(filter(None, (unsupported_attention(layer.self_attn) for layer in model.model.layers)), None)
 
 
-def _has_window(config: object) -> bool:
-    return getattr(config, "sliding_window", None) is not None
+def _window(config: object) -> int | None:
+    """The sliding window that transformers gives the decoder. Without flash attention, Qwen2 of 4.40 has it whatever
+    ``use_sliding_window`` says."""
+    switched_off = not getattr(config, "use_sliding_window", True)
+    if switched_off and getattr(config, "_attn_implementation", None) == "flash_attention_2":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def setting(model: nn.Module, name: str, default: bool) -> bool:
@@ -182,10 +198,16 @@ def is_training_step(model: nn.Module, given: Mapping[str, object]) -> bool:
         and given.get("inputs_embeds") is not None
         and given.get("position_ids") is None
         and all(given.get(name) is None for name in CACHES)
-        and not any(given.get(name) for name in ("output_attentions", "output_hidden_states"))
-        and given.get("return_dict") is not False
+        and not any(_wanted(model, given, name) for name in ("output_attentions", "output_hidden_states"))
+        and _wanted(model, given, "return_dict", True)
         and (mask is None or mask.dim() == 2)
     )
+
+
+def _wanted(model: nn.Module, given: Mapping[str, object], name: str, default: bool = False) -> bool:
+    """A switch of ``forward``: as it was given, else as the model's config has it."""
+    value = given.get(name)
+    return bool(getattr(model.config, name, default) if value is None else value)
 
 
 KNOWN = frozenset(
@@ -282,6 +304,8 @@ def into_decoders(patches: Patches) -> None:
         self, given = call.self, call.arguments
         if not self.training:
             return
+        if (positions := given.get("position_ids")) is not None:
+            remember(positions, None)
         others = {name for name, value in given.items() if name not in KNOWN and value}
         if not others and is_training_step(self, given) and unsupported_model(self) is None:
             call.result = packed_step(self, plan_of(self, patches), given)
