@@ -72,8 +72,11 @@ _rows: OrderedDict[tuple[str, int], tuple[torch.Tensor, VarlenMetadata | None]] 
 
 
 def remember(position_ids: torch.Tensor, segments: VarlenMetadata | None) -> None:
-    """Note the segments of a row, or None for positions of something else: of all that a decoder layer is given, positions alone reach it in every version of
-    transformers, and again when a checkpointed layer is recomputed (as the same tensor, or as a view of it)."""
+    """Note the segments of a row, or None for positions of something else.
+
+    Of all that a decoder layer is given, positions alone reach it in every version of transformers, and again when a
+    checkpointed layer is recomputed (as the same tensor, or as a view of it).
+    """
     _rows[_key(position_ids)] = (position_ids, segments)  # held: its memory is nobody else's while it is here
     if len(_rows) > KEPT_ROWS:
         _rows.popitem(last=False)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch
 from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
+from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch
 from llava_packing_tower.multimodal.dealing import (
     LAYER_FLOOR,
     Cost,
