@@ -177,6 +177,12 @@ class PackedEncoder(nn.Module):
             return settled(True, *layer(states, None, segments, tables or None, backend, body=body))
 
         def recompute(layer: Any, kind: int, states: torch.Tensor) -> torch.Tensor:
-            return graphs(list(layer.parameters()), states, batches[kind], functools.partial(block, backends[kind]))
+            run = functools.partial(block, backends[kind])
+            out = graphs(list(layer.parameters()), states, batches[kind], run)
+            if out is None:
+                call = functools.partial(layer, body=body)
+                given = (checkpoint_input(layer, states), None, segments.kinds[kind], rotary, backends[kind])
+                return settled(True, *self._checkpoint(call, *given))
+            return out
 
         return recompute

@@ -132,3 +132,28 @@ def test_checkpointed_layers_by_graphs_in_a_training(models, monkeypatch):
             losses[switch].append(loss.item())
     assert layer_graphs.kinds_of(low.model.layers) and losses["1"][-1] < 0.8 * losses["1"][0]
     torch.testing.assert_close(torch.tensor(losses["1"]), torch.tensor(losses["0"]), rtol=0.02, atol=0.02)
+
+
+def test_a_capture_without_memory_leaves_training_as_it_was(models, monkeypatch, caplog):
+    monkeypatch.setenv("LLAVA_PACKING_CUDA_GRAPHS", "1")
+    low, _ = made(models, "Llama")
+    expected = run(low, "images")
+    low.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    capture = layer_graphs.capture
+
+    def hungry(function, device):
+        def more():
+            function()
+            if torch.cuda.is_current_stream_capturing():
+                torch.empty(1 << 45, device=device)
+
+        return capture(more, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_graphs, "capture", hungry)
+        found = run(low, "images")
+    assert "no CUDA graphs of layers" in caplog.text
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.05, atol=float(value.abs().max()) * 0.02)
+    run(low, "several images and text")  # another kind, which is captured
+    assert layer_graphs.kinds_of(low.model.layers) == 2

@@ -127,3 +127,23 @@ def test_blocks_of_other_sizes_are_checkpointed(made, monkeypatch):
     assert graphs.fits(list(model.encoder.layers[2].parameters()), states)
     assert not graphs.fits(list(model.encoder.layers[1].parameters()), states)
     assert not graphs.fits(list(model.encoder.layers[2].parameters()), states.float())
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_without_memory_for_graphs_blocks_are_checkpointed(made, monkeypatch, caplog, failures):
+    """The first failure may be of memory that the allocator keeps: only a second one is final, for such batches."""
+    model, capture, failed = build(), layer_graphs.capture, []
+
+    def without_memory(function, device):
+        if len(failed) < failures:
+            failed.append(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+            raise failed[-1]
+        return capture(function, device)
+
+    monkeypatch.setattr(layer_graphs, "capture", without_memory)
+    for _ in range(2):
+        compare(model, monkeypatch, batch((3, 4), (5, 2)))
+    assert made.replays == (12 if failures == 1 else 0)
+    assert ("no CUDA graphs of layers for batches of 32 tokens: CUDA out of memory" in caplog.text) == (failures == 2)
+    compare(model, monkeypatch, batch((2, 4)))
+    assert made.replays == (18 if failures == 1 else 6)

@@ -126,7 +126,10 @@ def _checkpoint_by(graphs: LayerGraphs, row: PackedRow, backend: str, otherwise:
         hidden_states, tables, constants = call
         run = functools.partial(_run_layer, backend, constants)
         how = (backend, tuple(sorted(constants.items())))
-        out = graphs(weights, hidden_states[0], Batch(row.segments, tables, 1, how), run)[None]
+        out = graphs(weights, hidden_states[0], Batch(row.segments, tables, 1, how), run)
+        if out is None:
+            return otherwise(function, *args, **kwargs)
+        out = out[None]
         return (out,) if getattr(graphs.stand_in, _TUPLE) else out
 
     return checkpoint

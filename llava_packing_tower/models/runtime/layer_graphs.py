@@ -10,7 +10,9 @@ The batch is padded up to the bucket with a segment of its own, which no token s
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -26,6 +28,8 @@ from ...data.segments import VarlenMetadata
 from ...utils.tracing import is_plain
 from . import cuda_graphs
 from .cuda_graphs import BUCKET, my_turn
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS, MAX_WORK, MAX_WEIGHTS = 12288, 2e11, 1e8
 """Of a batch; tokens times weights of a layer; weights of a layer. Beyond them a GPU takes longer than the host, and
@@ -57,8 +61,11 @@ def capture(function: Callable[[], object], device: torch.device) -> Callable[[]
         graph.capture_begin(pool=cuda_graphs.pool(device), capture_error_mode="thread_local")
         try:
             function()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a capture that is broken: the first error is the one to see
+                graph.capture_end()
+            raise
+        graph.capture_end()
     current.wait_stream(stream)
 
     def replay() -> None:
@@ -149,7 +156,7 @@ class LayerGraphs:
             if getattr(module, "gradient_checkpointing", False):  # transformers 5 has it in each layer
                 vars(module)["gradient_checkpointing"] = False
         self.weights = list(self.stand_in.parameters())
-        self.kinds: OrderedDict[tuple, _Kind] = OrderedDict()
+        self.kinds: OrderedDict[tuple, _Kind | None] = OrderedDict()
         self.buffers: dict[str, _Buffer] = {}
 
     @property
@@ -172,18 +179,21 @@ class LayerGraphs:
 
     def __call__(
         self, weights: Sequence[torch.Tensor], hidden_states: torch.Tensor, batch: Batch, run: Run
-    ) -> torch.Tensor:
-        """``run(layer, hidden_states, batch.segments, batch.tables)``, ``[N, hidden]``, of a layer with these weights.
+    ) -> torch.Tensor | None:
+        """``run(layer, hidden_states, batch.segments, batch.tables)``, ``[N, hidden]``, of a layer with these weights;
+        None where there was no memory for the graphs of such a batch.
 
         ``run`` must do the same for each layer, and the same as before for a batch with an equal ``how``.
         """
         with my_turn(self.device):
             kind = self._kind(weights, hidden_states, batch, run)
-        return _Recomputed.apply(self, kind, batch, hidden_states, *weights)
+        return None if kind is None else _Recomputed.apply(self, kind, batch, hidden_states, *weights)
 
     # ------------------------------------------------------------ kinds
 
-    def _kind(self, weights: Sequence[torch.Tensor], hidden_states: torch.Tensor, batch: Batch, run: Run) -> _Kind:
+    def _kind(
+        self, weights: Sequence[torch.Tensor], hidden_states: torch.Tensor, batch: Batch, run: Run
+    ) -> _Kind | None:
         tokens, segments = hidden_states.shape[0], batch.segments
         bucket, longest = tokens, segments.max_seqlen
         if batch.padded:
@@ -195,13 +205,25 @@ class LayerGraphs:
         trained = tuple(p.requires_grad for p in weights)
         shapes = tuple((x.shape[: batch.axis], x.shape[batch.axis + 1 :], x.dtype) for x in batch.tables)
         key = (bucket, count, longest, trained, batch.axis, shapes, batch.how)
-        kind = self.kinds.get(key)
-        if kind is None:
-            kind = self.kinds[key] = self._capture(weights, hidden_states, batch, run, bucket, count, longest)
+        if key not in self.kinds:
+            more = (weights, hidden_states, batch, run, bucket, count, longest)
+            try:
+                self.kinds[key] = self._capture(*more)
+            except torch.cuda.OutOfMemoryError:
+                self.kinds[key] = self._capture_again(*more)
             if len(self.kinds) > MOST:
                 self.kinds.popitem(last=False)
         self.kinds.move_to_end(key)
-        return kind
+        return self.kinds[key]
+
+    def _capture_again(self, *more: Any) -> _Kind | None:
+        """What the allocator keeps for later is no use to a capture, unless it is given back first."""
+        torch.cuda.empty_cache()
+        try:
+            return self._capture(*more)
+        except torch.cuda.OutOfMemoryError as error:
+            logger.warning("no CUDA graphs of layers for batches of %d tokens: %s", more[4], str(error).split(". ")[0])
+            return None
 
     def _capture(
         self,
