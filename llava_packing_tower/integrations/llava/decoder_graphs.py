@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 HOLDS = "_gradient_checkpointing_func"
 OWN = ("layer_idx",)
 """What differs between layers that compute the same."""
-_UNLIKE, _TUPLE = "_llava_packing_unlike", "_llava_packing_returns_tuple"
+_TUPLE = "_llava_packing_returns_tuple"
+_answers: weakref.WeakKeyDictionary[nn.Module, tuple[int, str | None]] = weakref.WeakKeyDictionary()
 
 
 def unlike(layers: nn.ModuleList) -> str | None:
@@ -82,11 +84,11 @@ def layer_graphs(model: nn.Module, hidden_states: torch.Tensor) -> LayerGraphs |
 
 def _unlike(layers: nn.ModuleList, version: int) -> str | None:
     """:func:`unlike`, asked once for each version of the modules."""
-    kept = vars(layers).get(_UNLIKE)
+    kept = _answers.get(layers)
     if kept is None or kept[0] != version:
         kept = version, unlike(layers)
         logger.info("checkpointed decoder layers: %s", f"no CUDA graphs ({kept[1]})" if kept[1] else "CUDA graphs")
-        setattr(layers, _UNLIKE, kept)
+        _answers[layers] = kept
     return kept[1]
 
 
