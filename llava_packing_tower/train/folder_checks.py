@@ -80,22 +80,25 @@ def check_decoder(name: str, found: FoundHost) -> None:
 def path_words(found: FoundHost) -> tuple[str, ...]:
     """The words, one of which a host's ``get_model`` must find in ``model_name_or_path``; read without running it.
 
-    Empty for LLaVA 1.x, which takes every other name for a Llama.
+    Those alone for which ``train`` makes a tokenizer (LLaVA-NeXT makes none for "gemma"). Empty for LLaVA 1.x, which
+    takes every other name for a Llama.
     """
     tree = ast.parse(found.file(found.host.train).read_text(encoding="utf-8"))
-    for function in (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "get_model"):
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    known = set(_words_in_path(functions["train"])) if "train" in functions else set()
+    for function in filter(None, [functions.get("get_model")]):
         for node in (n for n in ast.walk(function) if isinstance(n, ast.If)):
             tests = [node.test]
             while len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
                 node = node.orelse[0]
                 tests.append(node.test)
-            words = [word for test in tests for word in _words_in_path(test)]
+            words = [word for test in tests for word in _words_in_path(test) if not known or word in known]
             if words and any(isinstance(n, ast.Raise) for n in node.orelse):
                 return tuple(dict.fromkeys(words))
     return ()
 
 
-def _words_in_path(test: ast.expr) -> list[str]:
+def _words_in_path(test: ast.AST) -> list[str]:
     """The words of ``"llama" in model_args.model_name_or_path.lower()`` and the like."""
     compared = (n for n in ast.walk(test) if isinstance(n, ast.Compare) and isinstance(n.ops[0], ast.In))
     return [

@@ -171,8 +171,16 @@ def get_model(model_args):
         elif "qwen" in model_args.model_name_or_path.lower():
             if "moe" in model_args.model_name_or_path.lower():
                 model = 2
+        elif "gemma" in model_args.model_name_or_path.lower():
+            model = 3
         else:
             raise ValueError("Unknown model class")
+
+def train():
+    if "vicuna" in model_args.model_name_or_path.lower() or "llama" in model_args.model_name_or_path.lower():
+        tokenizer = 1
+    elif "qwen" in model_args.model_name_or_path.lower():
+        tokenizer = 2
 """
 
 
@@ -180,7 +188,7 @@ def test_the_host_must_find_a_class_for_the_decoder(tmp_path):
     host = host_with(tmp_path, NEXT_TRAIN, "llava_llama")
     assert folder_checks.path_words(host) == ("vicuna", "llama", "qwen")
     folder_checks.check_decoder("lmsys/Vicuna-7b", host)
-    for name in ("owner/moe", "gpt/2"):
+    for name in ("owner/moe", "gpt/2", "gemma-2b"):  # of the last, no tokenizer would be made
         with pytest.raises(UsageError, match="none of vicuna, llama, qwen: rename the folder"):
             folder_checks.check_decoder(name, host)
     decoder = tmp_path / "qwen_run"

@@ -380,6 +380,35 @@ def test_the_steps_that_are_profiled(steps, asked, expected):
         assert asked_for_logs == list(expected)
 
 
+def test_logs_among_profiled_steps_have_no_speed(monkeypatch):
+    """Every third step is logged: the steps that are profiled, which another rank waits for, are in no window."""
+    log = object.__new__(speed.SpeedLog)
+    args = SimpleNamespace(fsdp="", output_dir="")
+    log.trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace()), args=args)
+    log.meter, log.peak, log.windows, log.disturbed, log.first, log.began = meter(), None, [], False, 0, 0.0
+    log.meter.start = log.meter.stop = lambda: None
+    log.basis, log.meter.began, now = "none", 0.0, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed, "gather", lambda share: now.__setitem__(0, now[0] + 100 * log.disturbed) or [share])
+    profile = Profile(trainer_with(), log, 3)
+    state = SimpleNamespace(global_step=0, max_steps=20, is_world_process_zero=False)
+    profile.on_train_begin(None, state, None)
+    log.on_train_begin(args, state, None)
+    while state.global_step < state.max_steps:
+        for callback in (profile, log):
+            callback.on_step_begin(args, state, None)
+        now[0] += 1
+        a_step(log.meter, [], [5, 7], [4, 4], [2, 3])
+        state.global_step += 1
+        control = SimpleNamespace(should_log=state.global_step % 3 == 0)
+        for callback in (profile, log):
+            callback.on_step_end(args, state, control)
+    assert [window.step for window in log.windows] == [3, 5, 6, 8, 12, 15, 18]
+    log.on_train_end(args, state, None)
+    assert [window.step for window in log.windows[7:]] == [20]  # those since the last log
+    assert {window.samples / window.seconds for window in log.windows} == {2.0}
+
+
 def test_profiles_that_cannot_be(caplog):
     with pytest.raises(ValueError, match="at least 1 step, got 0"):
         Profile(trainer_with(), None, 0)

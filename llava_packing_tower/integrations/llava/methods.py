@@ -30,6 +30,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "fsdp_tower",  # compat patch: under FSDP the host puts the tower outside of the model
     ),
     "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": (
+        "modalities",  # compat patch: what `modalities` of the forward kept
         "count_tokens",  # speed: tokens of the samples that come out
         "blank_images",  # text_only_batches: a batch without images runs the tower on blanks
         "native_images",  # native_resolution: images are encoded here, LLaVA puts them between the text
@@ -40,6 +41,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     # ---- llava/model/language_model/*.py: every model class
     "LlavaForCausalLM.forward": (
+        "modalities",  # compat patch: the collator gives modalities, which some classes do not take
         "fwd_kw",  # compat patch: generate() passes arguments that the host does not take
     ),
     "LlavaForCausalLM.generate": (

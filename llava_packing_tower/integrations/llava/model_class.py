@@ -30,6 +30,8 @@ from .self_contained import self_contained
 
 logger = logging.getLogger(__name__)
 
+NOT_IMPORTED = ("LlavaQwenMoeForCausalLM", "LlavaGemmaForCausalLM")
+"""Classes that LLaVA-NeXT's loader and its train.py name, but do not import."""
 _dtype: ContextVar[torch.dtype | None] = ContextVar("dtype of a model that is being loaded", default=None)
 
 
@@ -114,8 +116,15 @@ def loaded_as(dtype: torch.dtype) -> Iterator[None]:
 class _Loader:
     """Stands for a model class in a module of the host, and loads the class that a checkpoint's config names."""
 
-    def __init__(self, host: Host, asked: type, target: type | None = None, config_of: str | None = None) -> None:
-        self._host, self._asked, self._target, self._config_of = host, asked, target, config_of
+    def __init__(self, host: Host, asked: type | str, target: type | None = None, config_of: str | None = None) -> None:
+        """asked: the class, or its name, where it is imported when it is first asked for."""
+        self._host, self._found, self._target, self._config_of = host, asked, target, config_of
+
+    @property
+    def _asked(self) -> type:
+        if isinstance(self._found, str):
+            self._found = find_class(self._host, self._found)
+        return self._found
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._asked, name)
@@ -177,7 +186,7 @@ def _classes_are(builder: ModuleType, target: type, model_path: str) -> Iterator
     host = host_of(builder)
     kept = {**_model_classes(builder)}
     stand_ins: dict[str, object] = {name: _Loader(host, cls, target, model_path) for name, cls in kept.items()}
-    for name in ("LlavaQwenMoeForCausalLM", "LlavaGemmaForCausalLM"):  # the loader knows them, but does not import them
+    for name in NOT_IMPORTED:
         if name not in kept and target.__name__ == name:
             stand_ins[name] = _Loader(host, target, target, model_path)
     if target.__name__ not in ("LlavaLlamaForCausalLM", "LlavaMptForCausalLM"):
@@ -258,8 +267,10 @@ def load_by_architectures(builder: ModuleType, patches: Patches) -> None:
 
 def train_by_architectures(train: ModuleType, patches: Patches) -> None:
     """The same for ``train.py``: the decoder's config.json decides, not the words in the path to it."""
-    for name, cls in _model_classes(train).items():
-        patches.set(train, name, _Loader(host_of(train), cls))
+    host, classes = host_of(train), {**_model_classes(train)}
+    late = [name for name in NOT_IMPORTED if host.late_models and name not in classes]
+    for name, cls in [*classes.items(), *zip(late, late)]:
+        patches.set(train, name, _Loader(host, cls))
 
 
 # ---------------------------------------------------------------- the name that the host's scripts pass around

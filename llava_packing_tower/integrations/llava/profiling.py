@@ -121,10 +121,11 @@ class Profile(TrainerCallback):
         self.measured, self.end = self.settled + self.steps, self.settled + 2 * self.steps
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if self.measured <= state.global_step < self.end:
+            self.speed.disturbed = True  # in each of them: a log that is due in between is another window
         if state.global_step == self.measured and self.steps > 0:
             windows = [window for window in self.speed.windows if self.settled < window.step <= self.measured]
             self.plain = total(windows) if windows else None
-            self.speed.disturbed = True
             if state.is_world_process_zero:
                 activities = [torch.profiler.ProfilerActivity.CPU]
                 activities += [torch.profiler.ProfilerActivity.CUDA] * self.cuda

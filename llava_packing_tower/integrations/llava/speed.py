@@ -111,6 +111,7 @@ class SpeedLog(TrainerCallback):
         speed = combine(gather(share), state.global_step, self.peak)
         if self.disturbed:
             self.disturbed = False
+            self.meter.began = time.perf_counter()  # other ranks have waited in here for what disturbed this one
             return
         self.windows.append(speed)
         done = state.global_step - self.first
@@ -120,12 +121,16 @@ class SpeedLog(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         global _running
         _running = None
+        logged = len(self.windows)
+        if state.global_step > (self.windows[-1].step if self.windows else self.first):
+            self._measure(state)  # the steps since the last log
         self.meter.stop()
         if not state.is_world_process_zero or not self.windows:
             return
         whole = over_the_run(self.windows, self.first)
         logger.info("speed: %s; %s", in_words(whole.log(None)), self.basis)
-        write_report(args.output_dir, state.log_history, self.basis)
+        rest = [{"step": window.step, **window.log(0.0)} for window in self.windows[logged:]]
+        write_report(args.output_dir, [*state.log_history, *rest], self.basis)
 
 
 _running: Meter | None = None

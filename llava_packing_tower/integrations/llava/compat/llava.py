@@ -7,6 +7,7 @@ import dis
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
 
 from ..arguments import current_training_arguments
@@ -84,6 +85,50 @@ def fwd_kw(model: ModuleType, patches: Patches) -> None:
                 del call.arguments[name]
 
         add_step(cls, "LlavaForCausalLM.forward", "fwd_kw", known_only, patches)
+
+
+PREPARE = "prepare_inputs_labels_for_multimodal"
+_modalities: ContextVar[tuple[object] | None] = ContextVar("modalities of a forward that takes none", default=None)
+
+
+def _without_modalities(model: ModuleType) -> list[type]:
+    """The host's language models whose forward takes no ``modalities``, though what it calls does (LLaVA-NeXT)."""
+    host, found = host_of(model), []
+    for cls in vars(model).values():
+        if isinstance(cls, type) and host.owns(cls.__module__) and "forward" in vars(cls) and hasattr(cls, PREPARE):
+            taken, passed = (
+                inspect.signature(function).parameters for function in (cls.forward, getattr(cls, PREPARE))
+            )
+            by_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+            if "image_sizes" in taken and "modalities" in passed and "modalities" not in taken and not by_keyword:
+                found.append(cls)
+    return found
+
+
+@compat_patch(
+    module="{models}",
+    reason="the collator gives modalities, which forward() of Mistral and Gemma does not accept; it hands image_sizes "
+    "on in their place",
+    defect=lambda model: bool(_without_modalities(model)),
+)
+def modalities(model: ModuleType, patches: Patches) -> None:
+    def keep(call: Call) -> Iterator[None]:
+        token = _modalities.set((call.arguments.pop("modalities", None),))
+        try:
+            yield
+        finally:
+            _modalities.reset(token)
+
+    def take(call: Call) -> None:
+        kept, given = _modalities.get(), call.arguments
+        if kept is not None:
+            given["image_sizes"] = given.get("modalities")
+            given["modalities"] = kept[0] or ["image"] * len(given["input_ids"])
+
+    for cls in _without_modalities(model):
+        owner = next(base for base in cls.__mro__ if PREPARE in vars(base))
+        add_step(cls, "LlavaForCausalLM.forward", "modalities", keep, patches)
+        add_step(owner, f"LlavaMetaForCausalLM.{PREPARE}", "modalities", take, patches)
 
 
 def _undefined_globals(function: Callable, module: ModuleType) -> set[str]:
