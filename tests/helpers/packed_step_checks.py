@@ -265,7 +265,7 @@ def videos(models):
 
 @check
 def classes_without_modalities_take_them(models):
-    """LLaVA-NeXT's collator gives them to Mistral's forward, which has none, and hands image_sizes on in their place."""
+    """The collator of LLaVA-NeXT gives them to all. Mistral takes none, and hands image_sizes on in their place."""
     if not models.is_next:
         return
     model = models.make("Mistral")
