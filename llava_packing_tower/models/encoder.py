@@ -17,7 +17,7 @@ from .layers import BlockConfig, EncoderBlock, Rotary
 from .runtime.cuda_graphs import run_blocks
 from .runtime.execution import FUSED, ExecutionPlan, compute_dtype, is_autocast, plan_kinds
 from .runtime.fused import block_spec_of, fused_block, settled
-from .runtime.layer_graphs import Batch, Tables, graphs_of
+from .runtime.layer_graphs import Batch, Tables, graphs_of, is_plain_checkpoint
 from .runtime.module_state import Snapshot, addresses, state_of
 from .unused_parameters import checkpoint_input
 
@@ -78,7 +78,8 @@ class PackedEncoder(nn.Module):
         grad = torch.is_grad_enabled() and trained
         kinds = segments.kinds if isinstance(segments, LayerSegments) else (segments,)
         lengths = [kind.lengths for kind in kinds]
-        recomputed = sum(p.numel() for p in self.layers[0].parameters()) if self.is_checkpointed else 0
+        replayable = self.is_checkpointed and is_plain_checkpoint(self._gradient_checkpointing_func)
+        recomputed = sum(p.numel() for p in self.layers[0].parameters()) if replayable else 0
         plan, backends = plan_kinds(
             self.config, hidden_states, lengths, state, grad, self.attention_backend, self.fused, recomputed
         )

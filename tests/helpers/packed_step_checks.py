@@ -385,10 +385,22 @@ def checkpointed_layers_by_graphs(models):
                 same(trained, {name: plain[1][name] for name in trained}, 1e-10)
                 assert not any("model.layers" in name for name in trained)
                 assert found["model.mm_projector.0.weight"].any()
-                # What is called through hooks, or has another forward, is called.
-                model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+                # What has hooks is called, and so is a checkpoint function of one's own.
+                handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
                 gradients(model, call(model, batches[1]).loss)
+                handle.remove()
                 assert made.replays == 28
+                called = []
+                for part in (model.model, *model.model.layers):
+                    if "_gradient_checkpointing_func" in vars(part):
+                        part._gradient_checkpointing_func = functools.partial(_noted, called)
+                gradients(model, call(model, batches[1]).loss)
+                assert made.replays == 28 and len(called) == 2
+
+
+def _noted(called, run, *given):
+    called.append(run)
+    return run(*given)
 
 
 @check

@@ -21,7 +21,7 @@ from torch import nn
 from ...attention.dispatch import backend_module
 from ...data.segments import VarlenMetadata
 from ...models.runtime.execution import recompute_by_graphs
-from ...models.runtime.layer_graphs import Batch, LayerGraphs, Tables, graphs_of
+from ...models.runtime.layer_graphs import Batch, LayerGraphs, Tables, graphs_of, is_plain_checkpoint
 from ...models.runtime.module_state import OVERRIDES, state_of
 from ...models.unused_parameters import is_whole
 from ...multimodal.packed_decoder import PackedRow, causal_backend, only_backend, remember, segments_of
@@ -101,11 +101,12 @@ def recomputed_by_graphs(model: nn.Module, hidden_states: torch.Tensor, row: Pac
     holders = [part for part in (model.model, *model.model.layers) if HOLDS in vars(part)]
     head_dim = model.model.layers[0].self_attn.head_dim
     backend = causal_backend(hidden_states.device, hidden_states.dtype, head_dim, row.segments.lengths)
-    graphs = layer_graphs(model, hidden_states[0]) if holders and backend_module(backend).VARLEN else None
+    kept = [vars(holder)[HOLDS] for holder in holders]
+    known = bool(kept) and all(map(is_plain_checkpoint, kept)) and backend_module(backend).VARLEN
+    graphs = layer_graphs(model, hidden_states[0]) if known else None
     if graphs is None:
         yield
         return
-    kept = [vars(holder)[HOLDS] for holder in holders]
     recompute = _checkpoint_by(graphs, row, backend, kept[0])
     try:
         for holder in holders:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from ...data.cached_metadata import CachedMetadata
 from ...data.segments import VarlenMetadata
@@ -47,6 +48,11 @@ Run = Callable[[nn.Module, torch.Tensor, VarlenMetadata, Tables], torch.Tensor]
 def worth_a_graph(weights: int, tokens: int) -> bool:
     """Whether the host is what a layer with so many weights would wait for."""
     return tokens <= MAX_TOKENS and weights <= MAX_WEIGHTS and weights * tokens <= MAX_WORK
+
+
+def is_plain_checkpoint(function: object) -> bool:
+    """Whether a checkpoint function is torch's, with whatever options: one that offloads what it keeps is not."""
+    return getattr(function, "func", function) is checkpoint
 
 
 def capture(function: Callable[[], object], device: torch.device) -> Callable[[], None]:
