@@ -42,6 +42,9 @@ def test_an_own_script_logs_its_speed(tmp_path):
     printed = [line for line in result.stdout.splitlines() if "'samples_per_second'" in line]
     assert len(printed) == 2  # by the trainer itself
     assert (output / "speed.csv").read_text().count("\n") == 3
+    # What llava-packing train logs, although nobody has set up logging here.
+    for line in ("training step: packed decoder: on (sdpa); head: ", "dealing: off (one process)", f"speed: {output}"):
+        assert result.stderr.count(f"\n{line}") == 1, result.stderr
 
 
 FULL = """

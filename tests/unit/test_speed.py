@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from llava_packing_tower.integrations.llava.speed_meter import Meter, MicroStep,
 from llava_packing_tower.integrations.llava.speed_report import Speed, combine, in_words, over_the_run, write_report
 from llava_packing_tower.multimodal.flops import decoder_flops, encoder_flops, head_flops
 from llava_packing_tower.utils.device_peaks import datasheet_peak
+from llava_packing_tower.utils.say import say
 
 pytestmark = pytest.mark.newest
 ROOT = Path(__file__).parents[2]
@@ -407,6 +409,18 @@ def test_logs_among_profiled_steps_have_no_speed(monkeypatch):
     log.on_train_end(args, state, None)
     assert [window.step for window in log.windows[7:]] == [20]  # those since the last log
     assert {window.samples / window.seconds for window in log.windows} == {2.0}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_what_is_said_is_read_once(monkeypatch, capsys, caplog, rank, level):
+    """On every rank that logs, else on stderr of the first."""
+    monkeypatch.setenv("RANK", str(rank))
+    with caplog.at_level(level, "of_a_test"):
+        say(logging.getLogger("of_a_test"), "dealing: %s", "50 % of a step")
+    logged = level == logging.INFO
+    assert caplog.messages == ["dealing: 50 % of a step"] * logged
+    assert capsys.readouterr().err == "dealing: 50 % of a step\n" * (not logged and rank == 0)
 
 
 def test_profiles_that_cannot_be(caplog):

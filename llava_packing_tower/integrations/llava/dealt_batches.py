@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ...utils.say import say
 from .arguments import current_arguments
 from .arguments_table import MICRO_BATCHES, REFUSE, TRUNCATE, check_dealing
 from .dealing_report import Dealings, StepTimes, describe
@@ -180,12 +181,12 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
     dealing.seen = batches.seen
     dealing.loader = _loader_of(loader, DealtDataset(loader.dataset, reader), batches)
     trainer.add_callback(DealingReport(dealing))
-    logger.info("dealing: %s", dealing)
+    say(logger, "dealing: %s", dealing)
     return dealing
 
 
 def _not_dealt(reason: str) -> None:
-    logger.info("dealing: off (%s)", reason)
+    say(logger, "dealing: off (%s)", reason)
 
 
 def _loader_of(loader: torch.utils.data.DataLoader, dataset: DealtDataset, batches: DealtBatches) -> object:
@@ -289,7 +290,7 @@ class DealingReport(TrainerCallback):
     def on_train_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
         line = describe(self.dealing.seen, self.dealing.times)
         if line is not None and state.is_world_process_zero:
-            logger.info(line)
+            say(logger, "%s", line)
 
 
 def describe_dealing(trainer: object) -> str | None:

@@ -29,6 +29,7 @@ from ...multimodal.dealing import (
     weights_as_averaged,
 )
 from ...multimodal.supervised_head import IGNORE
+from ...utils.say import say
 from .arguments_table import MICRO_BATCHES, TOKENS
 from .dealing_report import Dealings
 from .left_out import PLACEHOLDER_SUPERVISED, PLACEHOLDER_TOKENS, LeftOut
@@ -344,7 +345,7 @@ def refuse_long_samples(reader: SizeReader, limit: int, exchange: Exchange, rank
     entries = reader.dataset.list_data_dict
     share = list(range(rank, len(entries), exchange.ranks))
     batches = [share[first : first + SHARE] for first in range(0, len(share), SHARE)]
-    logger.info("mm_packing_batch_tokens: %d samples are measured before training", len(entries))
+    say(logger, "mm_packing_batch_tokens: %d samples are measured before training", len(entries))
     long = [(i, size.tokens) for batch in read_sizes(reader, loader, loader.num_workers)(batches) for i, size in batch]
     long = [entry for entry in long if entry[1] > limit]
     found = [long]

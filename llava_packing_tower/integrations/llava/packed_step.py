@@ -20,6 +20,7 @@ from torch import nn
 from ...models.runtime.execution import compute_dtype
 from ...multimodal.packed_decoder import PackedRow, causal_backend, pack_batch, remember
 from ...multimodal.supervised_head import IGNORE, next_labels, supervised_loss
+from ...utils.say import say
 from .arguments import current_arguments
 from .decoder_attention import read_rows, unsupported_attention, without_mask
 from .decoder_graphs import recomputed_by_graphs
@@ -176,7 +177,7 @@ def plan_of(model: nn.Module, patches: Patches) -> StepPlan:
                 read_rows(type(layer.self_attn), patches)
         fuse_layers(model, patches, on=plan.liger_reason is None)
         setattr(model, _PLAN, plan)
-        logger.info("training step: %s", plan)
+        say(logger, "training step: %s", plan)
     return plan
 
 

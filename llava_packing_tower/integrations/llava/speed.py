@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from ...utils import environment
 from ...utils.device_peaks import datasheet_peak
+from ...utils.say import say
 from .methods import Call, add_step
 from .patcher import Patches
 from .registry import mixin, trainer_class
@@ -87,7 +88,7 @@ class SpeedLog(TrainerCallback):
         _running = self.meter
         self.first, self.began = state.global_step, time.perf_counter()
         self.meter.start()
-        logger.info("speed: %s", self.basis)
+        say(logger, "speed: %s", self.basis)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.meter.step = state.global_step
@@ -128,7 +129,7 @@ class SpeedLog(TrainerCallback):
         if not state.is_world_process_zero or not self.windows:
             return
         whole = over_the_run(self.windows, self.first)
-        logger.info("speed: %s; %s", in_words(whole.log(None)), self.basis)
+        say(logger, "speed: %s; %s", in_words(whole.log(None)), self.basis)
         rest = [{"step": window.step, **window.log(0.0)} for window in self.windows[logged:]]
         write_report(args.output_dir, [*state.log_history, *rest], self.basis)
 

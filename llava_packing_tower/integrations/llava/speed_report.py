@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...utils.files import write_aside
+from ...utils.say import say
 
 if TYPE_CHECKING:
     from .speed_meter import Share
@@ -154,10 +155,10 @@ def write_report(folder: str | Path, history: Sequence[Mapping[str, float]], bas
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        logger.info("speed: %s has the table; %s needs matplotlib", folder / TABLE, PICTURE)
+        say(logger, "speed: %s has the table; %s needs matplotlib", folder / TABLE, PICTURE)
         return
     write_aside(folder / PICTURE, lambda aside: _plot(rows, basis, aside))
-    logger.info("speed: %s, %s", folder / TABLE, folder / PICTURE)
+    say(logger, "speed: %s, %s", folder / TABLE, folder / PICTURE)
 
 
 def _plot(rows: Sequence[Mapping[str, float]], basis: str, file: Path) -> None:
