@@ -15,7 +15,6 @@ import os
 import stat
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -23,11 +22,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageColor, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageFile, ImageOps, TiffImagePlugin
+
+from .png_chunks import check_pixel_data, has_late_exif
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Box = tuple[int, int, int, int]
 
 PREFIX = "mm_packing_"
 MAX_PIXELS, MAX_ASPECT = 178_000_000, 200
@@ -45,8 +47,10 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BACKGROUND = "white"
 DROP_ALPHA = "none"
 """The background that leaves the colors under transparent pixels as they are, as LLaVA itself does."""
-_PNG_SIGNATURE, _CHECKSUM = b"\x89PNG\r\n\x1a\n", 4
-_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_PNG_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+_WIDE_GRAY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_BAND_PIXELS = 1 << 20
+"""Images above this are converted band by band: whole copies of an image near ``max_pixels`` are 0.7 GB each."""
 
 
 class UnreadableImage(ValueError):
@@ -126,32 +130,73 @@ def to_rgb(image: Image.Image, reading: ImageReading = ImageReading()) -> Image.
     Raises ``ValueError`` for values outside of these ranges, and for more pixels than ``max_pixels``.
     """
     check_header(image.size, reading, native=False)
-    if getattr(image, "n_frames", 1) > 1 and image.tell() != 0:
+    # The layers of a PSD count from 1, and what is loaded are all of them together.
+    if getattr(image, "n_frames", 1) > 1 and image.tell() != 0 and image.format != "PSD":
         image.seek(0)
-    if reading.exif:
+    image.load()
+    is_inverted = getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    if reading.exif and _orientation(image) in range(2, 9):  # (else Pillow makes a copy)
         image = ImageOps.exif_transpose(image)
-    if image.mode in _SIXTEEN_BITS or image.mode in ("I", "F"):
-        image = _gray(image)
+    if image.mode in _WIDE_GRAY:
+        scale = _gray_scale(image)
+        return _in_bands(image, lambda band: _flat(_gray(band, scale, is_inverted), reading))
     has_alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
     if has_alpha and reading.background != DROP_ALPHA:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(reading.background))
-        return Image.alpha_composite(canvas, image).convert("RGB")
+        return _in_bands(image, lambda band: _flat(band, reading))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _gray(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[Box, Image.Image]]:
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        yield box, image.crop(box)
+
+
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The RGB image that ``convert`` makes of an image, rows of it at a time."""
+    if image.width * image.height <= _BAND_PIXELS:
+        return convert(image)
+    result = Image.new("RGB", image.size)
+    for box, band in _bands(image):
+        result.paste(convert(band), box)
+    return result
+
+
+def _flat(image: Image.Image, reading: ImageReading) -> Image.Image:
+    """An image as RGB, on the background where it is transparent."""
+    if reading.background == DROP_ALPHA or (image.mode == "L" and "transparency" not in image.info):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, ImageColor.getrgb(reading.background))
+    return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def _gray_scale(image: Image.Image) -> float:
+    """What the values of a gray image are multiplied with to end at 255. Raises ``ValueError`` as :func:`to_rgb`."""
+    ends = np.array([[values.min(), values.max()] for _, band in _bands(image) for values in [np.asarray(band)]], float)
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
     if not np.isfinite([low, high]).all() or low < 0:
         raise ValueError(f"its values reach from {low} to {high}, but gray values must begin at 0")
-    if image.mode == "F":
-        if high > 255:
-            raise ValueError(f"its values reach {high}: floating point gray values must end at 1 or at 255")
-        values *= 255 if high <= 1 else 1
-    else:
-        values /= 257 if high <= 65535 else (2**31 - 1) / 255
-    return Image.fromarray(np.rint(values).astype(np.uint8))
+    if image.mode != "F":
+        return 1 / 257 if high <= 65535 else 255 / (2**31 - 1)
+    if high > 255:
+        raise ValueError(f"its values reach {high}: floating point gray values must end at 1 or at 255")
+    return 255 if high <= 1 else 1
+
+
+def _gray(image: Image.Image, scale: float, is_inverted: bool) -> Image.Image:
+    """8-bit gray, with alpha where one of the values is transparent; ``is_inverted``: 0 is white (Pillow leaves it)."""
+    values = np.asarray(image)
+    scaled = np.rint(values.astype(np.float64) * scale).astype(np.uint8)
+    gray = Image.fromarray(255 - scaled if is_inverted else scaled)
+    if (clear := image.info.get("transparency")) is not None:
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
 
 
 # ---------------------------------------------------------------- files
@@ -177,8 +222,10 @@ def read_size(file: str | os.PathLike, exif: bool = False) -> tuple[int, int]:
     check_file(file)
     with _refusals(file), _opened(file) as image:
         # Pillow turns a TIFF by itself, and decodes a PNG without EXIF in front of its pixels to look behind them.
-        asks = exif and image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-        turned = asks and image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+        asks = exif and image.format != "TIFF"
+        if asks and image.format == "PNG":
+            asks = any(key in image.info for key in _PNG_EXIF) or has_late_exif(file)
+        turned = asks and _orientation(image) in range(5, 9)
         return image.size[::-1] if turned else image.size
 
 
@@ -250,13 +297,15 @@ def _decode(file: str | os.PathLike | BinaryIO, reading: ImageReading, native: b
             _say_first_frame(name)
         image.load()
         if image.format == "PNG":
-            _check_png(image, file)
+            check_pixel_data(image, file)
         return to_rgb(image, reading)
 
 
 def check_header(size: tuple[int, int], reading: ImageReading, native: bool) -> None:
     """Raises ``ValueError`` for a (width, height) above ``max_pixels`` or, if it keeps its shape, ``max_aspect``."""
     width, height = size
+    if min(size) < 1:
+        raise ValueError(f"it has {width} x {height} pixels")
     if width * height > reading.max_pixels:
         raise ValueError(f"it has {width} x {height} pixels, more than mm_packing_max_pixels {reading.max_pixels}")
     if native and max(size) > reading.max_aspect * min(size):
@@ -289,50 +338,6 @@ def fitted(picture: Image.Image, reading: ImageReading, fit: str | None) -> Imag
         width, height = (max(1, length * side // longest) for length in picture.size)
         return picture.resize((width, height))
     return picture
-
-
-def _check_png(image: Image.Image, file: str | os.PathLike | BinaryIO) -> None:
-    """Raises ``ValueError`` where the pixel data of a PNG end early: Pillow silently leaves the rest at zero.
-
-    Only an image whose last row is zero (or that is interlaced) is checked: decompressing twice costs time.
-    """
-    last_row = image.crop((0, image.height - 1, image.width, image.height))
-    if not image.info.get("interlace") and np.asarray(last_row).any():
-        return
-    stream, count, need = zlib.decompressobj(), 0, 0
-    with contextlib.ExitStack() as stack:
-        data = stack.enter_context(open(file, "rb")) if isinstance(file, str | os.PathLike) else file
-        data.seek(len(_PNG_SIGNATURE))
-        while len(head := data.read(8)) == 8 and head[4:] != b"IEND":
-            length = int.from_bytes(head[:4], "big")
-            if head[4:] not in (b"IHDR", b"IDAT"):
-                data.seek(length + _CHECKSUM, os.SEEK_CUR)
-                continue
-            part = data.read(length)
-            data.seek(_CHECKSUM, os.SEEK_CUR)
-            if head[4:] == b"IHDR":
-                need = _png_bytes(part)
-            while head[4:] == b"IDAT" and (part or stream.unconsumed_tail) and not stream.eof:
-                out = stream.decompress(part or stream.unconsumed_tail, 1 << 20)  # in pieces: the image is in memory
-                count, part = count + len(out), b""
-    count += len(stream.flush())
-    if count < need:
-        raise ValueError(f"its pixel data end early: {count} of {need} bytes")
-
-
-def _png_bytes(header: bytes) -> int:
-    """Bytes of the decompressed pixel data of a PNG: each row has one more, for its filter (PNG specification, 7.2)."""
-    width, height = (int.from_bytes(header[at : at + 4], "big") for at in (0, 4))
-    depth, color, interlaced = header[8], header[9], header[12]
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
-    # Start and step of columns and rows of each pass; one pass without interlacing (8.2, Adam7).
-    adam7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
-    total = 0
-    for left, right, top, down in adam7 if interlaced else ((0, 1, 0, 1),):
-        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
-        if columns > 0 and rows > 0:
-            total += rows * (1 + -(-columns * bits // 8))
-    return total
 
 
 @functools.lru_cache(maxsize=1)

@@ -26,6 +26,7 @@ from llava_packing_tower.data.images import (
     ImageReading,
     UnreadableImage,
     open_image,
+    read_size,
     reading_as,
     reading_of,
     to_rgb,
@@ -146,6 +147,77 @@ def test_transparency_is_laid_on_the_background(mode):
         assert seen.getpixel((1, 1)) == colour and seen.getpixel((24, 16)) == (0, 0, 0)
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
     assert to_rgb(half).getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_the_clear_value_of_16_bit_gray_is_laid_on_the_background():
+    header, rows = struct.pack(">IIBBBBB", 2, 1, 16, 0, 0, 0, 0), b"\0" + struct.pack(">HH", 500, 40_000)
+    parts = (b"IHDR", header), (b"tRNS", struct.pack(">H", 500)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    assert np.asarray(open_image(io.BytesIO(content)))[0, :, 0].tolist() == [255, 156]
+    assert np.asarray(open_image(io.BytesIO(content), AS_BEFORE))[0, :, 0].tolist() == [2, 156]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_tiff_in_which_zero_is_white(dtype):
+    """Pillow inverts it for 8 bits and fewer alone."""
+    values = np.array([[0, 1, 2, 5]] * 3) * (13107 if dtype == np.uint16 else 0.2)
+    plain = saved(Image.fromarray(values.astype(dtype)), "TIFF").getvalue()
+    is_black, is_white = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1, 0))
+    assert plain.count(is_black) == 1
+    seen = [
+        np.asarray(open_image(io.BytesIO(content)))[0, :, 0] for content in (plain, plain.replace(is_black, is_white))
+    ]
+    assert seen[0].tolist() == [0, 51, 102, 255] and (seen[0] + seen[1] == 255).all()
+
+
+def test_the_layers_of_a_psd_are_no_frames():
+    pixels, layers = np.asarray(photo()).transpose(2, 0, 1).tobytes(), b""
+    channels = b"".join(struct.pack(">HI", number, 2 + 48 * 32) for number in range(3))
+    extra = bytes(8) + b"\3abc"
+    for _ in range(2):
+        layers += struct.pack(">IIIIH", 0, 0, 32, 48, 3) + channels + b"8BIMnorm\xff\0\0\0"
+        layers += struct.pack(">I", len(extra)) + extra
+    layers = struct.pack(">h", 2) + layers + bytes(6 * (2 + 48 * 32))
+    section = struct.pack(">I", len(layers)) + layers + bytes(4)
+    content = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 32, 48, 8, 3) + bytes(8)
+    content += struct.pack(">I", len(section)) + section + bytes(2) + pixels
+    assert Image.open(io.BytesIO(content)).n_frames == 2
+    assert corners(open_image(io.BytesIO(content))) == UPRIGHT
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts_in_its_header_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = saved(photo(), "PNG").getvalue()
+    (tmp_path / "a.png").write_bytes(
+        plain[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + plain[-12:]
+    )
+    (tmp_path / "b.png").write_bytes(plain)
+    for name, size in (("a.png", (32, 48)), ("b.png", (48, 32))):
+        assert read_size(tmp_path / name, exif=True) == open_image(tmp_path / name).size == size
+    assert read_size(tmp_path / "a.png") == open_image(tmp_path / "a.png", AS_BEFORE).size == (48, 32)
+
+
+LARGE = """
+import resource, sys
+from PIL import Image
+from llava_packing_tower.data.images import open_image
+side = 4000
+Image.new("P", (side, side)).save(sys.argv[1] + ".gif", transparency=0)
+Image.new("F", (side, side)).save(sys.argv[1] + ".tif", compression="packbits")
+for kind in (".gif", ".tif"):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert open_image(sys.argv[1] + kind).size == (side, side)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_the_memory_of_a_large_image_is_its_own_and_that_of_the_result(tmp_path):
+    """16 million pixels, of 1 and 4 bytes, become RGB (4 bytes each, in Pillow); whole copies would be 64 MB each."""
+    command = [sys.executable, "-c", LARGE, str(tmp_path / "large")]
+    result = warm.execute(command, {**os.environ, "PYTHONPATH": str(warm.REPOSITORY)})
+    assert result.returncode == 0, result.stderr
+    assert max(map(float, result.stdout.split())) < 110, result.stdout
 
 
 def test_an_animation_is_its_first_frame(caplog):

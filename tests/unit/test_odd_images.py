@@ -81,6 +81,13 @@ def test_read(files):
     assert others > len(own) // 10
 
 
+def test_a_large_image_is_converted_in_bands_and_is_the_same(files, monkeypatch):
+    read = [odd for odd in files if odd.outcome == READ]
+    whole = [open_image(odd.path).tobytes() for odd in read]
+    monkeypatch.setattr("llava_packing_tower.data.images._BAND_PIXELS", 100)
+    assert [odd.path.name for odd, pixels in zip(read, whole) if open_image(odd.path).tobytes() != pixels] == []
+
+
 def test_headers_agree_with_the_pixels(files):
     for odd in files:
         if odd.outcome != REFUSED:
