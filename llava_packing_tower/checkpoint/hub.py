@@ -42,7 +42,7 @@ def resolve_folder(
         if not (folder / subfolder).is_dir():
             raise ValueError(f"checkpoint folder {name!r} has no subfolder {subfolder!r}")
         return folder / subfolder
-    if folder.is_file():
+    if folder.exists():
         raise ValueError(f"{name!r} is a file; a checkpoint folder is needed here")
     if "://" in name or name.startswith("hf-hub:"):
         raise ValueError(f"{name!r} is an address: give the hub id alone, owner/name")

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     if args.plot:
-        _require_matplotlib()
+        _check_plot(args.plot)
     if args.scaling and args.breakdown:
         raise UsageError("--scaling and --breakdown exclude each other")
     if args.repeat is not None and args.repeat < 1:
@@ -113,8 +113,11 @@ def _run_training_step(args: argparse.Namespace, device: torch.device, argv: lis
         raise UsageError(str(error)) from error
 
 
-def _require_matplotlib() -> None:
+def _check_plot(file: Path) -> None:
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(f"--plot needs matplotlib ({error}): pip install matplotlib") from error
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix.lower().lstrip(".") not in ("", *known):
+        raise UsageError(f"--plot {file}: a figure cannot be written as {file.suffix}; known are {', '.join(known)}")

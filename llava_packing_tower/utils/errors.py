@@ -10,5 +10,5 @@ class UsageError(Exception):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED_BY_DISK = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSED_BY_DISK = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENXIO)
 """Numbers of an ``OSError`` that say all there is to say: a traceback would add nothing."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +14,20 @@ from .scratch import scratch_beside
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path` (same suffix), then rename it: a reader never sees half of it."""
+    """Let `write` make a file beside `path` (same suffix), then rename it: a reader never sees half of it.
+
+    Into a pipe, a device or /dev/stdout the content is written instead: nothing takes their place.
+    """
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            aside = Path(folder) / f"content{path.suffix}"
+            write(aside)
+            # Not to wait for whoever opens a pipe to read it.
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+            with aside.open("rb") as content, open(descriptor, "wb") as stream:
+                shutil.copyfileobj(content, stream)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -20,6 +35,15 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether there is a pipe, a device, or a link to what this process has open."""
+    try:
+        is_link = path.is_symlink() and path.absolute().parts[1] in ("dev", "proc")
+        return path.exists() and (is_link or not (path.is_file() or path.is_dir()))
+    except OSError:  # a name that is too long, a folder that cannot be looked into: writing says so
+        return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,6 +56,8 @@ def check_target(path: Path, is_folder: bool) -> None:
     try:
         if path.exists() and path.is_dir() != is_folder:
             raise ValueError(f"{path} is {'not ' if is_folder else ''}a folder")
+        if is_stream(path) and os.access(path, os.W_OK):
+            return
         parent = next(each for each in (path, *path.parents) if each.exists() and (is_folder or each != path))
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             reason = "is not a folder" if not parent.is_dir() else "cannot be written into"

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import yaml
-from families import tiny
+from families import TINY, tiny
 from launch_files import settings
 from PIL import Image
 
@@ -232,7 +232,7 @@ READERS: dict[str, Reader] = {
     "finished": Reader(make_marks, resume.FINISHED, read_marks),
     "positions": Reader(make_positions, "positions.npy", positions),
     **{f"config_{name}": Reader(make_tower(name), "config.json", load(name), lines=True) for name in
-       ("llava_vit", "siglip2", "aimv2", "dinov3")},
+       TINY},
     "preprocessor": Reader(make_tower("dinov3"), "preprocessor_config.json", load("dinov3")),
     "preprocessor_siglip2": Reader(make_tower("siglip2"), "preprocessor_config.json", load("siglip2")),
     "processor": Reader(make_whole_processor, "processor_config.json", load("siglip2")),

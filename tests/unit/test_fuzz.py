@@ -18,6 +18,7 @@ from llava_packing_tower import LlavaViTPackingModel
 from llava_packing_tower.checkpoint.weights import WeightFiles
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
+from llava_packing_tower.utils.files import check_target, write_for_program, write_text
 
 FUZZ = Path(__file__).parents[1] / "fuzz"
 INPUTS = sorted(path for path in (FUZZ / "inputs").glob("*/*"))
@@ -169,6 +170,23 @@ def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path, capsys, 
     monkeypatch.setattr("llava_packing_tower.cli.probe.run", lambda args: pytest.fail("it has begun"))
     assert main(["probe", "tower", "--data", ".", option, value]) == 2
     assert re.fullmatch(f"llava-packing probe: {option}: .*{said}\n", capsys.readouterr().err)
+
+
+def test_what_is_written_into_does_not_take_the_place_of_a_pipe_or_a_device(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.json")
+    with pytest.raises(OSError, match="No such device or address"):  # nobody reads it: this does not wait
+        write_text(Path("pipe.json"), "abc")
+    reader = os.open("pipe.json", os.O_RDONLY | os.O_NONBLOCK)
+    for file in (tmp_path / "pipe.json", Path(f"/proc/self/fd/{os.open('pipe.json', os.O_WRONLY)}")):
+        check_target(file, is_folder=False)
+        write_for_program(file, {"a": 1})
+        assert json.loads(os.read(reader, 99)) == {"a": 1}
+    assert Path("pipe.json").is_fifo() and os.listdir() == ["pipe.json"]
+    (tmp_path / "log").write_text("line\n")
+    with open("log", "a") as log:  # as with `--json /dev/stdout > log`
+        write_text(Path(f"/dev/fd/{log.fileno()}"), "abc")
+    assert (tmp_path / "log").read_text() == "line\nabc"
 
 
 @pytest.mark.parametrize("name", ["abacus", "meta", "cuda", "cuda:3", ""])

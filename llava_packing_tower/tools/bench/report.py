@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ...utils.files import write_aside, write_text
 from .targets import Verdict, ratio, verdicts
 from .timing import Measured, Result
 
@@ -178,17 +180,12 @@ def record(result: Result, judge: bool) -> dict:
 
 def write_json(content: dict, file: Path) -> None:
     """The file appears whole, by rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def save_figure(figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{os.getpid()}.{file.name}")
-    figure.savefig(aside, dpi=150, bbox_inches="tight", format=file.suffix.lstrip(".") or "png")
-    aside.replace(file)
+    kind = file.suffix.lstrip(".") or "png"
+    write_aside(file, partial(figure.savefig, dpi=150, bbox_inches="tight", format=kind))
 
 
 def new_figure(columns: int, rows: int = 1, size: tuple[float, float] = (6.0, 3.6)):

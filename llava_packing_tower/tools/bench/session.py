@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ...attention.dispatch import backend_module
+from ...utils.files import is_stream
 from . import report
 from .availability import Unavailable
 from .baselines import PEERS
@@ -180,8 +181,10 @@ class Session:
 
     def _keep(self) -> None:
         """Write what was measured so far: a run that is ended from outside has not been for nothing."""
-        if self.json_file is None:
-            return
+        if self.json_file is not None and not is_stream(self.json_file):
+            self._write_json(self.json_file)
+
+    def _write_json(self, file: Path) -> None:
         content = {
             **self.environment,
             "tiny": self.tiny,
@@ -190,13 +193,13 @@ class Session:
             "scaling": self.series,
             "breakdown": self.parts,
         }
-        report.write_json(content, self.json_file)
+        report.write_json(content, file)
 
     def write(self, plot_file: Path | None) -> None:
         """The JSON as a whole, and the figure."""
         caption = f"{self.environment['device']}, torch {self.environment['versions']['torch']}"
         if self.json_file:
-            self._keep()
+            self._write_json(self.json_file)
             self.out.print(f"written: {self.json_file}")
         if plot_file:
             if self.series:

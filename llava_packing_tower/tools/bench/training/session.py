@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ....integrations.llava import install
+from ....utils.files import is_stream
 from .. import report as general
 from ..timing import Clock, Deadline, PeakMatmul
 from . import report
@@ -101,7 +102,7 @@ class Session:
                 break
             self.rounds += 1
             self._measure_peak()
-        self._write()
+        self._write(is_done=True)
         report.show(self.content, verdicts([c.row for c in self.contests], self.content["rows"]), self.out)
         if self.args.json:
             self.out.print(f"written: {self.args.json}")
@@ -117,7 +118,7 @@ class Session:
     def _tell(self, line: str) -> None:
         self.out.print(f"[{time.monotonic() - self.began:4.0f} s] {line}", markup=False, highlight=False)
 
-    def _write(self) -> None:
+    def _write(self, is_done: bool = False) -> None:
         rows = {c.row.name: c.record(self.peak) for c in self.contests if c.searched}
         judged = [c.row for c in self.contests] if self.device.type == "cuda" and not self.tiny else []
         self.content |= {
@@ -131,7 +132,7 @@ class Session:
             ],
             "seconds": {**self.seconds, **self.bench.seconds, "in all": time.monotonic() - self.began},
         }
-        if self.args.json:
+        if self.args.json and (is_done or not is_stream(Path(self.args.json))):
             general.write_json(self.content, Path(self.args.json))
 
 
