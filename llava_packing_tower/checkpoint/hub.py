@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import CONFIG_NAME, read_json
+from ..utils.files import CONFIG_NAME, read_json, user_path
 from ..utils.hub import check_is_here
 from .weights import PICKLED, SAFETENSORS, only
 
@@ -37,7 +37,7 @@ def resolve_folder(
     Raises ``ValueError`` where neither is found.
     """
     name = os.fspath(name_or_path)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         if not (folder / subfolder).is_dir():
             raise ValueError(f"checkpoint folder {name!r} has no subfolder {subfolder!r}")
@@ -71,7 +71,7 @@ def resolve_folder(
 def resolve_path(name_or_path: str | os.PathLike, **hub: Any) -> Path:
     """As :func:`resolve_folder`; a weight file is itself, but one that lies in a checkpoint folder under the usual name
     is that folder."""
-    path = Path(os.fspath(name_or_path)).expanduser()
+    path = user_path(os.fspath(name_or_path))
     if not path.is_file():
         return resolve_folder(name_or_path, **hub)
     whole = path.name in (SAFETENSORS, PICKLED) and (path.parent / CONFIG_NAME).is_file()

@@ -160,7 +160,7 @@ def recognized(raw: Mapping, shapes: Mapping[str, tuple[int, ...]], where: objec
     known = ", ".join(naming.architecture for naming in NAMINGS if naming.architecture)
     seen = f"its tensors are named like {found.whose}" if found else "its tensors are named like none of the known ones"
     raise ValueError(
-        f"{where}: timm's model {name!r} has no packed encoder here ({seen}); timm's models that are read: {known}"
+        f"{where}: timm's model {name!r:.80} has no packed encoder here ({seen}); timm's models that are read: {known}"
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import CONFIG_NAME, read_json
+from ..utils.files import CONFIG_NAME, read_json, user_path
 from .hub import Part, resolve_path
 from .namings import recognized, refusal
 from .single_file import open_file
@@ -50,7 +50,7 @@ def open_files(
     Raises ``ValueError`` if nothing is there, or it cannot be read.
     """
     path = resolve_path(name, subfolder=subfolder, part=part, **hub)
-    given = Path(os.fspath(name)).expanduser()
+    given = user_path(os.fspath(name))
     if given.is_file():
         if subfolder:
             raise ValueError(f"{given} is a file, which has no subfolder {subfolder!r}")
@@ -74,7 +74,7 @@ def identify(checkpoint: Checkpoint) -> bool:
     it has one then."""
     if checkpoint.raw.get("model_type"):  # (NVIDIA's RADIO has an empty one)
         return True
-    naming = recognized(checkpoint.raw, checkpoint.files.shapes(), checkpoint.path)
+    naming = recognized(checkpoint.raw, checkpoint.files.shapes(), checkpoint.where)
     if naming is None:
         return False
     values = {name: checkpoint.files[name].tolist() for name in naming.values}

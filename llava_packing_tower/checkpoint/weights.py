@@ -115,11 +115,13 @@ class WeightFiles:
 
     def _read_index(self, index: Path, base: str, part: str | None) -> None:
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map")
+        if strange := [file for file in weight_map.values() if not isinstance(file, str)]:
+            raise ValueError(f"{index}: cannot read {strange[0]!r:.80}, which is no file in {self.folder}")
         wanted, self.left = only(weight_map, part)
-        for file in {str(file): file for file in wanted.values()}.values():
-            if not isinstance(file, str) or Path(file).name != file or not os.path.isfile(self.folder / file):
+        for file in set(wanted.values()):
+            if Path(file).name != file or not os.path.isfile(self.folder / file):
                 raise ValueError(f"{index}: cannot read {file!r:.80}, which is no file in {self.folder}")
         for key, file in wanted.items():
             if key not in self._keys_of(file):

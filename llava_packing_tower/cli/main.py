@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import select
 import signal
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _say(name, f"{str(error.filename)[:80]}...: {error.strerror}", 2)
         if error.errno not in REFUSED_BY_DISK:
             raise
         return _say(name, f"the disk is full: {error}" if error.errno in DISK_FULL else error, 1)

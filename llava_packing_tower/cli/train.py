@@ -22,7 +22,7 @@ from ..train.launcher import make_plan
 from ..train.launcher import run as run_plan
 from ..train.run_lock import RunLock
 from ..utils.errors import UsageError
-from ..utils.files import write_for_program
+from ..utils.files import user_path, write_for_program
 
 TAKES_REST = True
 PROFILED = 3
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     lock = RunLock(plan.values["output_dir"], machines.meeting_place)
     try:
-        (Path(str(plan.values["output_dir"])).expanduser() / resume.FINISHED).unlink(missing_ok=True)
+        (user_path(str(plan.values["output_dir"])) / resume.FINISHED).unlink(missing_ok=True)
         for line in resume.set_aside(plan.values["output_dir"]):
             print(line, flush=True)
         return run_plan(plan)

@@ -22,7 +22,7 @@ from ..models.llava_vit.packed import LlavaViTPackingModel
 from ..models.llava_vit.standard import LlavaViTModel
 from ..utils.device import resolve_device as resolve_device
 from ..utils.errors import DISK_FULL
-from ..utils.files import open_to_others, write_json
+from ..utils.files import open_to_others, user_path, write_json
 from ..utils.scratch import scratch_beside
 from .plan import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
 from .sources import Source, read_source
@@ -83,7 +83,7 @@ class Outcome:
 def default_output(conversion: Conversion) -> Path:
     """Beside the source: ``<stem>_packing``, ``<stem>_hf_packing`` for a training file, ``<stem>_standard`` back."""
     source = conversion.source
-    local = Path(source.name).expanduser()
+    local = user_path(source.name)
     if local.exists():
         local = local.resolve()
         parent, stem = local.parent, local.name if local.is_dir() else local.stem
@@ -96,7 +96,7 @@ def default_output(conversion: Conversion) -> Path:
 
 def check_output(folder: Path) -> Path:
     """Raises ``ValueError`` unless the output folder is free: it must not exist, or be empty."""
-    folder = folder.expanduser().absolute()
+    folder = user_path(folder).absolute()
     if folder.is_dir():
         if any(folder.iterdir()):
             raise ValueError(

@@ -15,7 +15,7 @@ from ..checkpoint.weights import WeightFiles
 from ..models.llava_vit.key_map import SOURCE_TYPE
 from ..models.llava_vit.presets import ONEVISION, PRESETS, SIZE_FIELDS, Preset, mismatches, names_that_fit, preset
 from ..models.registry import part_of, type_of
-from ..utils.files import CONFIG_NAME, read_json
+from ..utils.files import CONFIG_NAME, read_json, user_path
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ def _read_bare(name: str, opened: Checkpoint, model_name: str | None, fields: Ma
         told["num_attention_heads"] = sizes["hidden_size"] // beside["head_dim"]
     told.update(fields)
     if wrong := [
-        f"{key}: the config says {told[key]}, the weights {sizes[key]}"
+        f"{key}: the config says {told[key]!r:.80}, the weights {sizes[key]}"
         for key in sizes
         if told.get(key, sizes[key]) != sizes[key]
     ]:
-        raise ValueError(f"{path}: " + "; ".join(wrong))
+        raise ValueError(f"{opened.where}: " + "; ".join(wrong))
     if model_name:
         check_preset(preset(model_name), sizes | {k: v for k, v in fields.items() if k in SIZE_FIELDS}, path)
         told = {**preset(model_name).fields, **told}
@@ -171,7 +171,7 @@ def read_source(name: str, model_name: str | None = None, fields: Mapping[str, o
     Raises:
         ValueError: not found, unreadable, of no known kind, or sizes that contradict the name.
     """
-    fields, path = dict(fields or {}), Path(name).expanduser()
+    fields, path = dict(fields or {}), user_path(name)
     if not path.exists() and path.suffix in FILE_SUFFIXES:
         raise ValueError(f"weight file {name!r} does not exist")
     opened = open_files(name, part=part_of)
@@ -184,7 +184,7 @@ def read_source(name: str, model_name: str | None = None, fields: Mapping[str, o
         return Source(name, opened.path, {**opened.raw, **fields}, opened.files, opened.ignored)
     folder, raw = opened.path, opened.raw
     if not isinstance(raw["model_type"], str):
-        raise ValueError(f"{folder}: model_type in its config is {raw['model_type']!r}, it should be text")
+        raise ValueError(f"{opened.where}: model_type in its config is {raw['model_type']!r:.80}, it should be text")
     if fields:
         raise ValueError(
             f"{', '.join(fields)} cannot be given, because {folder} has a config.json, whose values are kept"

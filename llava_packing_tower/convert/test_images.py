@@ -12,6 +12,7 @@ from ..data.image_processor import PackingImageProcessor
 from ..data.images import open_image
 from ..data.positions import interpolate_frame_indices
 from ..data.sample_photos import PHOTOS, source_of
+from ..utils.files import user_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CONTEXT = 64
@@ -37,7 +38,7 @@ def find_photos(folder: str | Path | None = None) -> list[Path]:
     Raises ``ValueError`` if there is none; the message says what to install or pass.
     """
     if folder is not None:
-        found = sorted(file for file in Path(folder).expanduser().glob("*") if file.suffix.lower() in SUFFIXES)
+        found = sorted(file for file in user_path(folder).glob("*") if file.suffix.lower() in SUFFIXES)
         if not found:
             raise ValueError(f"--images {folder}: not a folder, or no file in it ends in {', '.join(SUFFIXES)}")
         return found

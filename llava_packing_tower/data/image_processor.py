@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
-from ..utils.files import atomic_folder, read_json, write_json
+from ..utils.files import CONFIG_NAME, atomic_folder, read_json, write_json
 from .images import ImageReading, to_rgb
 from .pixel_scale import CLIP_MEAN, CLIP_STD, PixelScale
 
@@ -102,6 +102,12 @@ def processor_content(folder: str | os.PathLike) -> dict | None:
                 f"{', '.join(differing)}: remove the one that is out of date"
             )
     return inner
+
+
+def processor_file(folder: str | os.PathLike) -> Path:
+    """Which file of a checkpoint folder says how its images are processed, for messages; a weight file is itself."""
+    names = (PROCESSOR_NAME, WHOLE_PROCESSOR_NAME, CONFIG_NAME)
+    return next((file for name in names if (file := Path(folder) / name).is_file()), Path(folder))
 
 
 def _is_side(value: object) -> bool:
@@ -193,16 +199,16 @@ class PackingImageProcessor:
     # ---------------------------------------------------------------- config files
 
     @classmethod
-    def from_dict(cls, content: Mapping, where: object = PROCESSOR_NAME) -> PackingImageProcessor:
+    def from_dict(cls, content: Mapping, where: object | None = PROCESSOR_NAME) -> PackingImageProcessor:
         """From a preprocessor_config.json; fields that this processor does not have are ignored, null ones default.
 
-        Raises ``ValueError`` that begins with ``where`` and names the field, for an impossible value.
+        Raises ``ValueError`` that begins with ``where`` (unless None) and names the field, for an impossible value.
         """
         known = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
         try:
             return cls(**{key: value for key, value in content.items() if key in known and value is not None})
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise error if where is None else ValueError(f"{where}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> PackingImageProcessor:

@@ -148,7 +148,10 @@ def check_data(
     """
     count = 0
     for file in data_files(data_path):
-        samples = load_samples(file)
+        try:
+            samples = load_samples(file)
+        except ValueError as error:
+            raise error if str(file) == data_path else ValueError(f"{data_path}: {error}") from error
         try:
             if pairs:
                 check_pairs(samples)

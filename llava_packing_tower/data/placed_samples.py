@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import yaml
 
+from ..utils.files import user_path
 from .codec import SELECTORS
 from .images import UnreadableImage, check_file
 from .samples import load_samples
@@ -64,7 +64,7 @@ def mark_datasets(data_path: str, samples: Sequence[dict]) -> None:
 
     Raises ``ValueError`` for anything but a selector there.
     """
-    path = Path(str(data_path)).expanduser()
+    path = user_path(str(data_path))
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def mark_datasets(data_path: str, samples: Sequence[dict]) -> None:
             continue
         if given not in SELECTORS:
             raise ValueError(f"{path}: {POSITIONS} of a dataset must be one of {', '.join(SELECTORS)}, got {given!r}")
-        own = load_samples(Path(dataset["json_path"]).expanduser())
+        own = load_samples(user_path(dataset["json_path"]))
         names = {(str(s.get("id")), s["video"]) for s in own if isinstance(s.get("video"), str)}
         for sample in samples:
             if (str(sample.get("id")), sample.get("video")) in names and "image" not in sample:

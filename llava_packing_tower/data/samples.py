@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from ..utils.files import user_path
+
 IMAGE_WORD = "<image>"
 MEDIA = ("image", "video")
 SPEAKERS = ("human", "gpt", "system", "user", "assistant")
@@ -70,8 +72,8 @@ def data_files(data_path: str) -> list[Path]:
     Raises ``ValueError`` for a YAML without them.
     """
     if found := re.match(r"^(.*)\{(.*)\}\.json$", data_path):
-        return [Path(f"{found[1]}{name}.json").expanduser() for name in found[2].split(",")]
-    path = Path(data_path).expanduser()
+        return [user_path(f"{found[1]}{name}.json") for name in found[2].split(",")]
+    path = user_path(data_path)
     if path.suffix not in (".yaml", ".yml"):
         return [path]
     text = _text(path)
@@ -85,16 +87,17 @@ def data_files(data_path: str) -> list[Path]:
     for number, dataset in enumerate(datasets, 1):
         if not isinstance(dataset, dict) or not isinstance(dataset.get("json_path"), str):
             raise ValueError(f"{path}: dataset {number} has no json_path")
-    return [Path(dataset["json_path"]).expanduser() for dataset in datasets]
+    return [user_path(dataset["json_path"]) for dataset in datasets]
 
 
 def _text(file: Path) -> str:
-    if not file.is_file():
-        raise ValueError(f"{file} {'is not a regular file' if file.exists() else 'does not exist'}")
     try:
+        if not file.is_file():
+            raise ValueError(f"{file} {'is not a regular file' if file.exists() else 'does not exist'}")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{str(file)[:200]} cannot be read: {reason}") from error
 
 
 def load_samples(file: Path) -> list[dict]:

@@ -36,19 +36,23 @@ def timm_content(folder: str | os.PathLike) -> dict | None:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     filter_name, mode = said.get("interpolation"), said.get("crop_mode", "center")
-    if filter_name is not None and filter_name not in _FILTERS:
-        raise ValueError(f"{file}: interpolation {filter_name!r} is none of {', '.join(_FILTERS)}")
+    if filter_name is not None and not (isinstance(filter_name, str) and filter_name in _FILTERS):
+        raise ValueError(f"{file}: interpolation {filter_name!r:.80} is none of {', '.join(_FILTERS)}")
     if mode not in ("center", "squash"):
-        raise ValueError(f"{file}: crop_mode {mode!r} is neither center nor squash")
+        raise ValueError(f"{file}: crop_mode {mode!r:.80} is neither center nor squash")
     content = {
         "image_mean": said.get("mean"),
         "image_std": said.get("std"),
         "resample": _FILTERS.get(filter_name or ""),
     }
-    size = said.get("input_size")
-    if "naflex" not in whole["architecture"] and isinstance(size, (list, tuple)) and len(size) == 3:
+    size, share = said.get("input_size"), said.get("crop_pct") or 1.0
+    if "naflex" not in str(whole["architecture"]) and isinstance(size, (list, tuple)) and len(size) == 3:
         height, width = size[1:]
-        shortest = int(min(height, width) / (said.get("crop_pct") or 1.0))
+        if type(height) is not int or type(width) is not int or min(height, width) < 1:
+            raise ValueError(f"{file}: input_size must be channels, height and width in pixels, got {size!r:.80}")
+        if type(share) not in (int, float) or not 0.01 <= share <= 1:
+            raise ValueError(f"{file}: crop_pct must be a share from 0.01 to 1, got {share!r:.80}")
+        shortest = int(min(height, width) / share)
         square = {"height": height, "width": width}
         content["size"] = square if mode == "squash" else {"shortest_edge": shortest}
         content["crop_size"] = square

@@ -26,10 +26,10 @@ def sample_indices(total: int, fps: float, wanted_fps: float, upbound: int, forc
     """Which frames LLaVA-NeXT takes: ``wanted_fps`` a second; if these are more than ``upbound`` (0: no bound), or with
     ``force``, that many evenly spaced ones, the first and the last among them."""
     step = max(1, round(fps / wanted_fps))
-    indices = list(range(0, total, step))
+    indices = range(0, total, step)
     if upbound > 0 and (len(indices) > upbound or force):
-        indices = np.linspace(0, total - 1, upbound, dtype=int).tolist()
-    return indices
+        return np.linspace(0, total - 1, upbound, dtype=int).tolist()
+    return list(indices)
 
 
 def read_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = False) -> Clip:
@@ -70,10 +70,14 @@ def video_errors(file: str) -> Iterator[None]:
             yield
     except UnreadableImage:
         raise
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
-        if getattr(error, "errno", None) in EXHAUSTED:
+    except Exception as error:  # FFmpeg's are of twenty classes, and PyAV stumbles over streams without a decoder
+        # A lack of memory that FFmpeg reports is that of a damaged header, which claims enormous frames.
+        by_header = isinstance(error, MemoryError) and type(error).__module__.startswith("av.")
+        if not by_header and (isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED):
             raise
-        raise UnreadableImage(f"{file} cannot be read as a video: {error}", file) from error
+        told = isinstance(error, OSError | ValueError | RuntimeError)
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        raise UnreadableImage(f"{file} cannot be read as a video: {reason}", file) from error
 
 
 def probe_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = False) -> tuple[int, int, int]:
@@ -81,19 +85,20 @@ def probe_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool =
 
     Raises ``ValueError`` as :func:`read_clip` does.
     """
-    if not find_spec("av"):
-        clip = read_clip(file, wanted_fps, upbound, force)
-        return clip.frames.shape[2], clip.frames.shape[1], len(clip.indices)
-    import av
-
     check_video(file)
-    with video_errors(file), av.open(file) as container:
-        stream = container.streams.video[0]
-        rate = float(stream.average_rate or 1)
-        total = stream.frames or round(float(container.duration or 0) / av.time_base * rate) or 1
-        count = len(sample_indices(total, rate, wanted_fps, upbound, force))
-        found = stream.width, stream.height, count
-    return found
+    if find_spec("av"):
+        import av
+
+        with video_errors(file), av.open(file) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 1)
+            total = stream.frames or round(float(container.duration or 0) / av.time_base * rate) or 1
+            total = min(total, os.path.getsize(file))  # a damaged header may claim any number
+            found = stream.width, stream.height, len(sample_indices(total, rate, wanted_fps, upbound, force))
+        if found[0] and found[1]:
+            return found
+    clip = read_clip(file, wanted_fps, upbound, force)
+    return clip.frames.shape[2], clip.frames.shape[1], len(clip.indices)
 
 
 class _PyAV:
@@ -132,12 +137,26 @@ class _PyAV:
         return [found[index] for index in indices]
 
 
+def check_frame_count(file: str) -> None:
+    """Raises ``ValueError`` for a header that claims more frames than the file has bytes: decord allocates for all of
+    them, and where it cannot, it ends the process. (Where PyAV is not installed nothing is checked.)"""
+    if not find_spec("av"):
+        return
+    import av
+
+    with av.open(file) as container:
+        for stream in container.streams.video:
+            if stream.frames > (size := os.path.getsize(file)):
+                raise ValueError(f"its header claims {stream.frames} frames, and it has {size} bytes")
+
+
 class _Decord:
     """A video through decord."""
 
     def __init__(self, file: str) -> None:
         import decord
 
+        check_frame_count(file)
         self.video = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
         self.total, self.fps = len(self.video), float(self.video.get_avg_fps())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +16,12 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..checkpoint.pretrained import StrictPreTrainedModel
-from ..data.image_processor import PackingImageProcessor, processor_content
+from ..data.image_processor import PackingImageProcessor, processor_content, processor_file
 from ..data.patches import PatchLayout
 from ..data.pixel_scale import check_floating
 from ..data.segments import Grid, Segments, VarlenMetadata, make_segments, read_grid
 from ..data.timm_processor import timm_content
+from ..utils.files import CONFIG_NAME
 from .encoder import PackedEncoder
 from .layers import PatchEmbed, Rotary
 from .merger import MergerSource
@@ -121,22 +123,26 @@ class PackedVisionModel(StrictPreTrainedModel, metaclass=_LoadsByName):
         default = cls.default_image_processor(config).to_dict()
         if "size" in given:
             default.pop("crop_size")
-        return PackingImageProcessor.from_dict({**default, **given})
+        return PackingImageProcessor.from_dict({**default, **given}, where=None)
 
     @classmethod
     def load_image_processor(cls, folder: str | os.PathLike, config: PretrainedConfig) -> PackingImageProcessor:
         """The image processor of a checkpoint folder (or weight file): from its preprocessor_config.json or
         processor_config.json, from timm's config.json, else the family's default.
 
-        Raises ``ValueError`` with the folder for a file that cannot be used.
+        Raises ``ValueError`` with the file, for one that cannot be used.
         """
         content = processor_content(folder) or timm_content(folder)
+        try:
+            default = cls.default_image_processor(config)
+        except ValueError as error:
+            raise ValueError(f"{Path(folder) / CONFIG_NAME}: {error}") from error
         if content is None:
-            return cls.default_image_processor(config)
+            return default
         try:
             return cls.image_processor_from_source(content, config)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+            raise ValueError(f"{processor_file(folder)}: {error}") from error
 
     # ---------------------------------------------------------------- forward
 

@@ -22,7 +22,7 @@ from ..checkpoint.config_check import check_rate, one_side
 from ..checkpoint.key_map import KeyMap, carried
 from ..checkpoint.weights import WeightPlan
 from ..data.cached_metadata import cached
-from ..data.image_processor import PROCESSOR_NAME, PackingImageProcessor
+from ..data.image_processor import PackingImageProcessor
 from ..data.patches import PatchLayout
 from ..data.positions import per_token, positions_of_grids
 from ..data.segments import Grid, VarlenMetadata, to_device
@@ -179,7 +179,7 @@ class Siglip2NaflexPacking(PackedVisionModel):
         """NaFlex files state no size but ``max_num_patches``: the square with that many patches, rounded down."""
         if (most := content.get("max_num_patches")) and not content.get("size"):
             if type(most) is not int or most < 1:
-                raise ValueError(f"{PROCESSOR_NAME}: max_num_patches must be a whole number above 0, got {most!r:.80}")
+                raise ValueError(f"max_num_patches must be a whole number above 0, got {most!r:.80}")
             side = config.patch_size * math.isqrt(most)
             content = {**content, "size": {"height": side, "width": side}}
         return super().image_processor_from_source(content, config)

@@ -19,10 +19,9 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from ..models.registry import FAMILIES
-from ..utils.files import CONFIG_NAME, read_json
+from ..utils.files import CONFIG_NAME, read_json, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ def folder_model_type(name: str) -> str | None:
 
     Raises ``ValueError`` for a file that is no JSON object.
     """
-    file = Path(strip_prefix(name)).expanduser() / CONFIG_NAME
+    file = user_path(strip_prefix(name)) / CONFIG_NAME
     found = read_json(file).get("model_type") if file.is_file() else None
     return found if isinstance(found, str) else None
 

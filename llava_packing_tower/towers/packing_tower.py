@@ -27,7 +27,7 @@ from ..models.registry import family_for, part_of, type_of
 from ..models.runtime.cuda_graphs import encode_images
 from ..models.runtime.offloading import execution_device, offloaded_weights
 from ..utils import environment
-from ..utils.files import CONFIG_NAME, read_json
+from ..utils.files import CONFIG_NAME, read_json, user_path
 from ..utils.tracing import is_plain
 from .feature_select import selected_layers
 from .names import strip_prefix
@@ -229,7 +229,7 @@ class HEVCViTPackingVisionTower(nn.Module):
         if weights == "folder":
             folder = self._folder()
             content["fingerprint"] = tower_fingerprint(folder)
-            if Path(strip_prefix(self.vision_tower_name)).expanduser().exists():  # no hub id
+            if user_path(strip_prefix(self.vision_tower_name)).exists():  # no hub id
                 content["folder"] = str(folder.resolve())
         return content
 

@@ -13,7 +13,7 @@ from ..checkpoint.hashing import folder_fingerprint
 from ..checkpoint.hub import resolve_path
 from ..data.image_processor import PackingImageProcessor
 from ..models.registry import part_of
-from ..utils.files import CONFIG_NAME, read_json
+from ..utils.files import CONFIG_NAME, read_json, user_path
 from .names import strip_prefix
 
 
@@ -71,8 +71,8 @@ def frozen_folder(name: str, note: Mapping) -> Path | None:
     one comes first, and a fingerprint that differs counts as absent.
     """
     typed, noted = strip_prefix(name), note.get("folder")
-    relative = not Path(typed).expanduser().is_absolute()
-    places = [Path(place).expanduser() for place in ((noted, typed) if relative else (typed, noted)) if place]
+    relative = not user_path(typed).is_absolute()
+    places = [user_path(place) for place in ((noted, typed) if relative else (typed, noted)) if place]
     there = [place for place in places if place.exists()]
     if not there and relative and note.get("folder") is None:
         try:

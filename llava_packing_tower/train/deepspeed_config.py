@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..utils.errors import UsageError
-from ..utils.files import once, read_json_value
+from ..utils.files import once, read_json_value, user_path
 from ..utils.versions import install_command
 from .deepspeed_keys import Section, known_keys
 
@@ -37,9 +37,9 @@ def check_deepspeed(values: dict[str, object], beside: Path) -> int | None:
             )
     if isinstance(config, str):
         shipped = CONFIGS / Path(config).name  # also for configs/zero2.json as an example of ours has it
-        file = next((f for f in (Path(config).expanduser(), beside / config, shipped) if f.is_file()), None)
+        file = next((f for f in (user_path(config), beside / config, shipped) if f.is_file()), None)
         if file is None:
-            if config and Path(config).expanduser().exists():
+            if config and user_path(config).exists():
                 raise UsageError(f"deepspeed: {config} is not a regular file")
             known = ", ".join(sorted(f.name for f in CONFIGS.glob("*.json")))
             raise UsageError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..integrations.llava.host import FoundHost
 from ..towers.names import tower_names
 from ..utils.errors import UsageError
-from ..utils.files import once
+from ..utils.files import once, user_path
 
 CONFIG = "config.json"
 
@@ -26,7 +26,7 @@ def check_folders(values: Mapping[str, object], found: FoundHost) -> None:
         *(("vision_tower", name) for name in tower_names(str(values["vision_tower"]))),
         ("model_name_or_path", str(values["model_name_or_path"])),
     ):
-        folder = Path(name).expanduser()
+        folder = user_path(name)
         if folder.is_dir():
             if not (folder / CONFIG).is_file():
                 raise UsageError(f"{key}: folder {name} has no {CONFIG}")
@@ -37,8 +37,8 @@ def check_folders(values: Mapping[str, object], found: FoundHost) -> None:
     if not values.get("model_class_name"):  # LLaVA-NeXT's own argument, which names the class
         check_decoder(str(values["model_name_or_path"]), found)
     if adapter := values.get("pretrain_mm_mlp_adapter"):
-        check_adapter(Path(str(adapter)).expanduser())
-    check_output(Path(str(values["output_dir"])).expanduser())
+        check_adapter(user_path(str(adapter)))
+    check_output(user_path(str(values["output_dir"])))
 
 
 def _read_json(key: str, file: Path) -> dict:
@@ -61,7 +61,7 @@ def check_decoder(name: str, found: FoundHost) -> None:
             f"model_name_or_path: {found.host.title} chooses the model class by a word in this path, and {name} has "
             f"none of {', '.join(words)}: rename the folder, or make a link to it"
         )
-    file = Path(name).expanduser() / CONFIG
+    file = user_path(name) / CONFIG
     config = _read_json("model_name_or_path", file) if file.is_file() else {}
     model_type = config.get("model_type")
     if model_type is None:
@@ -111,7 +111,7 @@ def _words_in_path(test: ast.AST) -> list[str]:
 def check_reference(values: Mapping[str, object], zero_stage: int | None) -> None:
     """Raises :class:`UsageError` where DPO would compare with a projector of other random weights: under ZeRO-3 the
     reference is no copy of the model, but loaded and given its projector once more."""
-    file = Path(str(values["model_name_or_path"])).expanduser() / "config.json"
+    file = user_path(str(values["model_name_or_path"])) / "config.json"
     if zero_stage != 3 or values.get("pretrain_mm_mlp_adapter") or not file.is_file():
         return
     if "mm_projector_type" not in _read_json("model_name_or_path", file):

@@ -13,9 +13,9 @@ import os
 import re
 import shutil
 from collections.abc import MutableMapping, Sequence
-from pathlib import Path
 
 from ..utils.errors import UsageError
+from ..utils.files import user_path
 
 FLAG = "--packed="
 # What the other machines need to do the same as this one. No keys and tokens: a command line can be seen by everyone.
@@ -31,7 +31,7 @@ def check_hostfile(file: str | os.PathLike) -> dict[str, int]:
     Raises :class:`UsageError` for a file that is missing (DeepSpeed would train on this machine alone) or that it
     cannot read, and where pdsh is missing, without which it starts nothing.
     """
-    path = Path(file).expanduser()
+    path = user_path(file)
     if not path.is_file():
         raise UsageError(f"--hostfile: {file} {'is not a regular file' if path.exists() else 'does not exist'}")
     machines: dict[str, int] = {}

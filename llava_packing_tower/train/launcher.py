@@ -19,7 +19,7 @@ from ..integrations.llava.registry import find_host
 from ..towers.names import FUSED, PACKING, STANDARD, random_clip, tower_kind, tower_names
 from ..utils import environment as variables
 from ..utils.errors import UsageError
-from ..utils.files import read_json
+from ..utils.files import read_json, user_path
 from ..utils.hub import check_is_here
 from ..utils.net import free_port
 from ..utils.supervise import supervise
@@ -133,7 +133,7 @@ def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> in
     """Check what can be checked on disk; returns the ZeRO stage that is asked for (None: no DeepSpeed)."""
     for name in ("data_path", "image_folder", "video_folder"):
         path = values.get(name)
-        if isinstance(path, str) and path and "{" not in path and not Path(path).expanduser().exists():
+        if isinstance(path, str) and path and "{" not in path and not user_path(path).exists():
             raise UsageError(f"{name}: {path} does not exist")
     tower, decoder = str(values["vision_tower"]), str(values["model_name_or_path"])
     towers = [("vision_tower", path) for path in tower_names(tower)]
@@ -144,8 +144,8 @@ def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> in
         is_path = (
             path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
         )
-        if is_path and not Path(path).expanduser().is_dir():
-            there = Path(path).expanduser().exists()
+        if is_path and not user_path(path).is_dir():
+            there = user_path(path).exists()
             raise UsageError(f"{name}: {path} is not a folder" if there else f"{name}: folder {path} does not exist")
     check_folders(values, found)
     try:
@@ -283,7 +283,7 @@ def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
     attention = plan.values.get("attn_implementation")
     if attention is None and "flash_attention_2" in known["attn_implementation"].default:
         attention = "flash_attention_2"
-    file = Path(str(plan.values["model_name_or_path"])).expanduser() / "config.json"
+    file = user_path(str(plan.values["model_name_or_path"])) / "config.json"
     hidden_size = read_json(file).get("hidden_size") if file.is_file() else None
     if hidden_size is not None and (type(hidden_size) is not int or hidden_size < 1):
         raise UsageError(f"model_name_or_path: {file} is damaged: hidden_size is {hidden_size!r:.80}")
@@ -324,7 +324,7 @@ def _environment(plan: Plan) -> dict[str, str]:
     """What the processes need in their environment; what the user has set stays."""
     wanted = {
         "TOKENIZERS_PARALLELISM": "false",
-        LOCK_ENV: str(Path(str(plan.values["output_dir"])).expanduser().resolve() / LOCK),
+        LOCK_ENV: str(user_path(str(plan.values["output_dir"])).resolve() / LOCK),
     }
     # torchrun would give each process one thread, also to an optimizer that runs on the CPU.
     if plan.processes is not None:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 from ..data.images import reading_of
@@ -23,7 +22,7 @@ from ..integrations.llava.host import Argument, FoundHost
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
 from ..towers.names import CHANNEL, FUSED, PACKING, tower_kind, tower_names
 from ..utils.errors import UsageError
-from ..utils.files import read_json
+from ..utils.files import read_json, user_path
 from ..utils.progress import progress
 from .sequence_lengths import LengthCheck
 
@@ -123,7 +122,7 @@ def check_tower(values: Mapping[str, object]) -> None:
 
 def _check_layer(values: Mapping[str, object], name: str, feature: str) -> None:
     """The selected hidden state against the config of a tower, where its folder is here."""
-    file = Path(name).expanduser() / "config.json"
+    file = user_path(name) / "config.json"
     layer = values.get("mm_vision_select_layer")
     if layer is None or not file.is_file():
         return
@@ -203,7 +202,7 @@ def check_samples(
     default = re.search(r"default=(\d+)", max_length.default if max_length else "")
     limit = values.get("model_max_length")
     limit = int(str(limit)) if limit is not None else default and int(default[1])
-    tower = Path(tower_names(str(values["vision_tower"]))[0]).expanduser()
+    tower = user_path(tower_names(str(values["vision_tower"]))[0])
     try:
         lengths = None if limit is None else LengthCheck(values, tower, limit)
         look = lengths and lengths.look

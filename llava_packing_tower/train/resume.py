@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..utils.files import read_json
+from ..utils.files import read_json, user_path
 
 MARK = "packing_complete.json"
 FINISHED = "packing_finished.json"
@@ -25,7 +25,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The folders ``checkpoint-N``, complete or not, by their step."""
-    folder = Path(output_dir).expanduser()
+    folder = user_path(output_dir)
     found = [f for f in folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()] if folder.is_dir() else []
     return sorted(found, key=lambda f: int(_NAME.fullmatch(f.name)[1]))
 
@@ -122,7 +122,7 @@ def read_saved(checkpoint: Path) -> Saved:
     stage, optimizer = None, (checkpoint / "optimizer.pt").is_file()
     latest = checkpoint / "latest"
     if latest.is_file():
-        folder = checkpoint / latest.read_text(encoding="utf-8").strip()
+        folder = checkpoint / _text(latest)
         shards = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
         whole = (folder / "mp_rank_00_model_states.pt").is_file()
         stage = (1 if whole else 3) if shards else 0
@@ -130,6 +130,17 @@ def read_saved(checkpoint: Path) -> Saved:
         optimizer = bool(shards) or whole
     schedule = (checkpoint / "scheduler.pt").is_file() or stage is not None
     return Saved(state["global_step"], state["max_steps"], processes, stage, optimizer, schedule)
+
+
+def _text(file: Path) -> str:
+    """The name in a file of one line. Raises ``ValueError`` for anything else."""
+    try:
+        name = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if Path(name).name != name or not name.isprintable():
+        raise ValueError(f"{file} is damaged: it should name a folder beside it, found {name!r:.80}")
+    return name
 
 
 def _read_state(file: Path) -> dict[str, object]:
@@ -181,7 +192,7 @@ def mark_finished(output_dir: str | os.PathLike, step: int, max_steps: int, epoc
 
 def finished(output_dir: str | os.PathLike, values: Mapping[str, object]) -> int | None:
     """The steps that a run in ``output_dir`` has done, if it did all that ``values`` ask for and saved; else None."""
-    file = Path(output_dir).expanduser() / FINISHED
+    file = user_path(output_dir) / FINISHED
     if not file.is_file():
         return None
     try:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from ..utils.errors import UsageError
+from ..utils.files import user_path
 
 LOCK = ".packing_run.lock"
 LOCK_ENV = "LLAVA_PACKING_RUN_LOCK"
@@ -31,7 +32,7 @@ class RunLock:
     """
 
     def __init__(self, output_dir: str | os.PathLike, run: str | None = None) -> None:
-        folder = Path(output_dir).expanduser()
+        folder = user_path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
         self._file = _opened(self.path)

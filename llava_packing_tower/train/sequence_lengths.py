@@ -17,7 +17,7 @@ from ..data.native_config import DEFAULT_MIN_PATCHES, NATIVE, POINTWISE, PREFIX
 from ..data.samples import IMAGE_WORD, LOOKED_FOR, NAMED, images_of, spread_indices
 from ..data.smart_resize import CHECKPOINT, SmartResize, check_bounds, known_merge, merge_of
 from ..integrations.llava.arguments_table import TRUNCATE
-from ..utils.files import read_json
+from ..utils.files import read_json, user_path
 
 ANSWERING = ("gpt", "assistant")
 
@@ -60,7 +60,7 @@ class ImageCounter:
         if isinstance(square, dict) and "longest_edge" in square:
             square = None  # bounds of an area
         sides = {_side(config.get("image_size")), _side(square)} - {None}
-        self.folder = Path(str(values.get("image_folder") or "")).expanduser()
+        self.folder = user_path(str(values.get("image_folder") or ""))
         projector = str(values.get("mm_projector_type") or "linear")
         cell = _side(config.get("spatial_merge_size", config.get("merge_kernel_size")))  # (the latter is Kimi's)
         merge = (cell or 1,) * 2 if projector == CHECKPOINT else merge_of(projector)
@@ -69,7 +69,7 @@ class ImageCounter:
             return
         nominal = (min(sides) // patch) ** 2
         if values.get("image_aspect_ratio") == NATIVE:
-            earlier = _read(Path(str(values["model_name_or_path"])).expanduser() / "config.json")
+            earlier = _read(user_path(str(values["model_name_or_path"])) / "config.json")
             most, least = (
                 values.get(key) or earlier.get(key) for key in (f"{PREFIX}max_patches", f"{PREFIX}min_patches")
             )
@@ -109,7 +109,7 @@ class LengthCheck:
         """Raises ``ValueError`` for a limit below 1."""
         if limit < 1:
             raise ValueError(f"model_max_length must be at least 1, got {limit}")
-        self.count = text_counter(Path(str(values["model_name_or_path"])).expanduser())
+        self.count = text_counter(user_path(str(values["model_name_or_path"])))
         self.count_image, self.limit = ImageCounter(values, tower), limit
         truncates = values.get("mm_packing_over_budget") == TRUNCATE
         self.budget = None if truncates else values.get("mm_packing_batch_tokens")

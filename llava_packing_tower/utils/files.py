@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 def check_target(path: Path, is_folder: bool) -> None:
     """Raises ``ValueError`` where a file or folder of this name cannot be written."""
-    path = path.expanduser().absolute()
+    path = user_path(path).absolute()
     try:
         if path.exists() and path.is_dir() != is_folder:
             raise ValueError(f"{path} is {'not ' if is_folder else ''}a folder")
@@ -64,6 +64,11 @@ def check_target(path: Path, is_folder: bool) -> None:
             raise ValueError(f"{path} cannot be written: {parent} {reason}")
     except OSError as error:
         raise ValueError(f"{str(path)[:200]} cannot be written: {error.strerror}") from error
+
+
+def user_path(name: str | os.PathLike) -> Path:
+    """A path with ``~`` and ``~user`` replaced. (``Path.expanduser`` raises for a user that there is not.)"""
+    return Path(os.path.expanduser(name))
 
 
 CONFIG_NAME = "config.json"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .files import user_path
+
 OURS = re.compile(r"checkpoints/[^/]+|[^/]+/[^/]+[-_](packing|standard)", re.IGNORECASE)
 """What `llava-packing convert` calls its results, and where the examples put them."""
 
@@ -12,7 +14,7 @@ OURS = re.compile(r"checkpoints/[^/]+|[^/]+/[^/]+[-_](packing|standard)", re.IGN
 def check_is_here(name: str) -> None:
     """Raises ``ValueError`` for a relative path that looks like a folder of ours and is none: the hub is not asked for
     it. A repository that was downloaded before may have such a name."""
-    if not OURS.fullmatch(name) or Path(name).expanduser().is_dir():
+    if not OURS.fullmatch(name) or user_path(name).is_dir():
         return
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

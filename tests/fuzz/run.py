@@ -47,6 +47,7 @@ def main() -> int:
     args = parser.parse_args()
     seed = int(time.time()) if args.seed is None else args.seed
     rng = random.Random(seed)
+    sys.stdout.reconfigure(errors="backslashreplace")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     counts: Counter[str] = Counter()
@@ -69,7 +70,7 @@ def main() -> int:
                 counts["accepted" if refused is None else "refused"] += 1
             except Finding as finding:
                 counts["findings"] += 1
-                kind = (name, str(finding)[:40])
+                kind = (name, str(finding).replace(scratch, "")[:70])
                 if kind not in found:
                     found.add(kind)
                     file = args.keep / name / hashlib.sha256(content).hexdigest()[:12]

@@ -12,13 +12,15 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import yaml
-from families import TINY, tiny
+from clips import write_clip
+from families import GOLDEN_FAMILIES, TINY, VLM_FAMILIES, tiny
 from launch_files import settings
 from PIL import Image
 
@@ -26,6 +28,8 @@ from llava_packing_tower.checkpoint.weights import WeightFiles
 from llava_packing_tower.convert.sources import read_source
 from llava_packing_tower.data.images import open_image
 from llava_packing_tower.data.media_check import MediaCheck, check_data
+from llava_packing_tower.data.placed_samples import mark_datasets
+from llava_packing_tower.data.video import probe_clip, read_clip
 from llava_packing_tower.eval.preflight import check_checkpoint
 from llava_packing_tower.eval.results import read_run
 from llava_packing_tower.integrations.llava.model_class import base_of
@@ -37,6 +41,7 @@ from llava_packing_tower.utils.errors import UsageError
 from llava_packing_tower.utils.files import read_json
 
 SECONDS = 20
+GOLDEN = Path(__file__).parents[1] / "golden"
 KEY = re.compile(
     r"(?<!\w)(mm_\w+|vision_tower|model_name_or_path|data_path|image_folder|output_dir|deepspeed|learning_rate|max_steps"
     r"|version|bf16|attn_implementation|model_max_length|image_aspect_ratio|unknown key|--hostfile needs pdsh"
@@ -115,6 +120,30 @@ def read_marks(folder: Path) -> None:
         resume.misfit(checkpoint, 1, None)
 
 
+def make_latest(folder: Path) -> None:
+    make_marks(folder)
+    checkpoint = folder / "checkpoint-3"
+    (checkpoint / "latest").write_text("global_step3")
+    (checkpoint / "global_step3").mkdir()
+    resume.mark_complete(checkpoint)
+
+
+def make_data_lists(folder: Path) -> None:
+    make_run(folder)
+    samples = json.loads((folder / "data.json").read_text())
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    datasets = [{"json_path": str(folder / name)} for name in ("data.json", "data.jsonl")]
+    (folder / "data.yaml").write_text(yaml.safe_dump({"datasets": datasets}))
+
+
+def read_data_list(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        check_data(str(folder / name), MediaCheck({"image": str(folder / "images")}, False))
+        mark_datasets(str(folder / name), [{"id": 1}])
+
+    return read
+
+
 def make_positions(folder: Path) -> None:
     np.save(folder / "positions.npy", np.arange(72, dtype=np.float32).reshape(24, 3))
 
@@ -148,6 +177,17 @@ def load(name: str) -> Callable[[Path], object]:
         return [*pixels, *model.parameters()]
 
     return read
+
+
+def copied(name: str) -> Callable[[Path], object]:
+    """A checkpoint of tests/golden: another library's own files of a family."""
+    return lambda folder: shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
+
+
+def read_any(folder: Path) -> list[torch.Tensor]:
+    tower = HEVCViTPackingVisionTower(str(folder), SimpleNamespace(**SINGLE))
+    pixels = tower.image_processor.preprocess([PHOTO], return_tensors="pt")["pixel_values"]
+    return [*pixels, *tower.vision_tower.parameters()]
 
 
 def make_whole_processor(folder: Path) -> None:
@@ -219,6 +259,8 @@ READERS: dict[str, Reader] = {
     "yaml": Reader(make_run, "run.yaml", plan_run, keys=True, lines=True),
     "deepspeed": Reader(make_run, "zero.json", plan_run),
     "data": Reader(make_run, "data.json", read_data, lines=True),
+    "data_list": Reader(make_data_lists, "data.yaml", read_data_list("data.yaml"), lines=True),
+    "data_lines": Reader(make_data_lists, "data.jsonl", read_data_list("data.jsonl"), lines=True),
     "decoder": Reader(make_run, "llama/config.json", plan_run),
     "tower_of_run": Reader(make_run, "tower_packing/config.json", plan_run),
     "hostfile": Reader(
@@ -229,6 +271,7 @@ READERS: dict[str, Reader] = {
     ),
     "mark": Reader(make_marks, f"checkpoint-3/{resume.MARK}", read_marks),
     "state": Reader(make_marks, f"checkpoint-3/{resume.STATE}", read_marks),
+    "latest": Reader(make_latest, "checkpoint-3/latest", lambda f: resume.misfit(f / "checkpoint-3", 2, 2)),
     "finished": Reader(make_marks, resume.FINISHED, read_marks),
     "positions": Reader(make_positions, "positions.npy", positions),
     **{f"config_{name}": Reader(make_tower(name), "config.json", load(name), lines=True) for name in
@@ -236,6 +279,13 @@ READERS: dict[str, Reader] = {
     "preprocessor": Reader(make_tower("dinov3"), "preprocessor_config.json", load("dinov3")),
     "preprocessor_siglip2": Reader(make_tower("siglip2"), "preprocessor_config.json", load("siglip2")),
     "processor": Reader(make_whole_processor, "processor_config.json", load("siglip2")),
+    **{f"source_{name}": Reader(copied(name), "config.json", read_any, lines=True)
+       for name in (*VLM_FAMILIES, *GOLDEN_FAMILIES)},
+    **{f"timm_{name}": Reader(copied(f"authors/{name}_timm"), "config.json", read_any)
+       for name in ("dinov3", "siglip2", "aimv2", "pe_core")},
+    **{f"standard_{name}": Reader(copied(name), "config.json", lambda f: (read_source(str(f)), None)[1], lines=True)
+       for name in ("llava_vit", "timm_source")},
+    "index_vlm": Reader(copied("qwen3_vl"), "model.safetensors.index.json", read_any, lines=True),
     "index": Reader(
         make_tower("llava_vit", shard=True), "model.safetensors.index.json", lambda f: WeightFiles(f).shapes()
     ),
@@ -250,6 +300,14 @@ READERS: dict[str, Reader] = {
     **{f"image_{kind.lower()}": Reader(picture(kind), "picture", lambda f: np.asarray(open_image(f / "picture")))
        for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP")},
 }  # fmt: skip
+
+
+if find_spec("av"):
+    READERS["video"] = Reader(
+        lambda f: write_clip(f / "clip.mp4", 5, 64, 48, "mpeg4"),
+        "clip.mp4",
+        lambda f: (probe_clip(str(f / "clip.mp4")), read_clip(str(f / "clip.mp4")).frames)[1],
+    )
 
 
 # ---------------------------------------------------------------- outcomes

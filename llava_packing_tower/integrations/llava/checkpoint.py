@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from ...checkpoint.hub import resolve_folder
 from ...towers.packing_tower import HEVCViTPackingVisionTower
+from ...utils.files import user_path
 from .checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, names_in_files, refuse, tower_tensors
 from .methods import Call, Step, add_step
 from .patcher import Patches
@@ -105,7 +105,7 @@ def after_load(act: Callable[[nn.Module, str, str | None], object]) -> Step:
 def strict_adapter(call: Call) -> Iterator[None]:
     """Have ``load_pretrained_model`` refuse a LoRA that does not fit: peft silently skips what has no place."""
     model_path, base = call.arguments["model_path"], call.arguments.get("model_base")
-    folder = Path(model_path).expanduser()
+    folder = user_path(model_path)
     if not (folder / ADAPTER).is_file():
         yield
         return

@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...utils.files import CONFIG_NAME, read_json
+from ...utils.files import CONFIG_NAME, read_json, user_path
 from .checkpoint_files import ADAPTER, PROJECTOR
 from .host import FoundHost, Host
 from .methods import Call, add_step
@@ -67,7 +67,7 @@ def module_of(folder: Path, name: str) -> str | None:
 
 def read_config(name_or_path: str) -> dict | None:
     """The config.json of a folder or hub id; None where there is none (an adapter of a language model, for example)."""
-    folder = Path(name_or_path).expanduser()
+    folder = user_path(name_or_path)
     if folder.is_dir():
         return read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else None
     try:
@@ -246,7 +246,7 @@ def load_by_architectures(builder: ModuleType, patches: Patches) -> None:
             yield
             return
         target = find_class(host, name)
-        folder = Path(model_path).expanduser()
+        folder = user_path(model_path)
         model_base = base_of(folder, model_base)
         lora = (folder / ADAPTER).is_file() or (model_base is not None and "lora" in str(model_name).lower())
         asked = loader_name(host, name, str(model_name), lora, model_base is not None)
@@ -285,7 +285,7 @@ def name_by_architectures(original, host: Host):
     @functools.wraps(original)
     def get_model_name_from_path(model_path):
         name = original(model_path)
-        folder = Path(model_path).expanduser()
+        folder = user_path(model_path)
         content = (read_config(str(folder)) or {}) if folder.is_dir() else {}
         cls = class_name(content, host)
         if cls is None or host.class_prefix.lower() in name.lower():

@@ -27,7 +27,7 @@ from ...data.native_config import asks_for_native
 from ...data.native_image_processor import KEPT
 from ...data.placed_samples import POSITIONS, mark_datasets, read_array, refuse_positions, selector_of, square_side
 from ...data.samples import MEDIA, check_places, drop_empty_media, images_of
-from ...data.video import check_video, read_clip, video_errors
+from ...data.video import check_frame_count, check_video, read_clip, video_errors
 from ...multimodal.dataset_report import measure
 from .arguments import current_arguments
 from .host import Host
@@ -149,6 +149,7 @@ class ClipReader:
             return clip.mosaics, clip.total / clip.fps, times, len(clip.indices)
         if not asks_for_native(data_args) and find_spec("decord"):
             with video_errors(video_file):
+                check_frame_count(video_file)
                 return self.original(video_file, data_args)
         wanted, force = data_args.video_fps, data_args.force_sample
         clip = read_clip(video_file, wanted, data_args.frames_upbound, force)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 
+from ...utils.files import user_path
 from ...utils.import_hooks import ImportHooks
 from .host import Host
 from .registry import all_hosts
@@ -13,7 +13,7 @@ from .registry import all_hosts
 def refused(target: str) -> str | None:
     """Why a module (``llava.train.train_dpo``) or a script (``.../llava/train/train_dpo.py``) is refused, or None."""
     is_script = target.endswith(".py")
-    parts = list(Path(target).expanduser().resolve().with_suffix("").parts) if is_script else target.split(".")
+    parts = list(user_path(target).resolve().with_suffix("").parts) if is_script else target.split(".")
     for host in all_hosts():
         for module, why in host.refused:
             words = host.module(module).split(".")

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ...utils import environment
+from ...utils.files import user_path
 from .host import FoundHost, Host, misfits
 
 logger = logging.getLogger(__name__)
@@ -168,11 +169,7 @@ def put_clone_on_path() -> str | None:
     Raises:
         ValueError: two different folders, no LLaVA that this package works with, another one was imported before.
     """
-    given = {
-        name: Path(value).expanduser().resolve()
-        for name in (DIR_ENV, NEXT_DIR_ENV)
-        if (value := environment.read(name))
-    }
+    given = {name: user_path(value).resolve() for name in (DIR_ENV, NEXT_DIR_ENV) if (value := environment.read(name))}
     if not given:
         return None
     if len({*given.values()}) > 1:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...checkpoint.weights import open_weights
 from ...towers.packing_tower import HEVCViTPackingVisionTower
+from ...utils.files import user_path
 from .checkpoint_files import tower_tensors
 from .trainable_parts import is_packing_tower, is_readable
 
@@ -33,7 +34,7 @@ def restore_frozen(
     tower = model.get_vision_tower()
     if saved.get("weights") == "checkpoint" or not is_packing_tower(tower) or not tower.is_loaded:
         return
-    if even_adapted or not adapter_has_tower(Path(model_path).expanduser()):
+    if even_adapted or not adapter_has_tower(user_path(model_path)):
         restore(tower, model_path, model_base)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...checkpoint.weights import WeightFiles
 from ...towers.names import strip_prefix
 from ...towers.saved_tower import frozen_folder, saved_in, tower_fingerprint
-from ...utils.files import CONFIG_NAME, read_json, write_json
+from ...utils.files import CONFIG_NAME, read_json, user_path, write_json
 from .checkpoint_files import has_weights
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def _seen_from(checkpoint: Path, name: str, fingerprint: str | None) -> Path | N
 
     Only one that has the fingerprint that the checkpoint notes.
     """
-    if Path(name).expanduser().is_absolute() or fingerprint is None:
+    if user_path(name).is_absolute() or fingerprint is None:
         return None
     for parent in checkpoint.resolve().parents:
         found = parent / name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -16,6 +15,7 @@ from ...towers.names import strip_prefix, tower_kind
 from ...towers.packing_tower import HEVCViTPackingVisionTower
 from ...towers.passes import budget_of
 from ...towers.saved_tower import tower_fingerprint
+from ...utils.files import user_path
 from ...utils.tracing import is_plain
 from .arguments import host_lacks
 from .arguments_table import PARTS, tunable_parts
@@ -86,7 +86,7 @@ def is_another_tower(kept: nn.Module, config: object, asked: str) -> bool:
                 f"{type(kept).__name__}, which LLaVA would keep. Start from the language model (model_name_or_path)"
             )
         return False
-    here, there = (Path(strip_prefix(name)).expanduser() for name in (kept.vision_tower_name, asked))
+    here, there = (user_path(strip_prefix(name)) for name in (kept.vision_tower_name, asked))
     noted = (getattr(config, "mm_packing_config", None) or {}).get("fingerprint")
     if here == there or here.resolve() == there.resolve():
         return False

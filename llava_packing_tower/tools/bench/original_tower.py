@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...utils.files import user_path
 from .availability import Unavailable
 
 PACKAGE = "model_factory"
@@ -91,7 +92,7 @@ def original_tower(clone: str | Path, sizes: dict, select_layer: int, device: to
     Raises:
         Unavailable: flash-attn is not installed, or the files are not found.
     """
-    clone = Path(clone).expanduser()
+    clone = user_path(clone)
     if not clone.is_dir():
         raise Unavailable(f"no folder {clone}")
     if f"{PACKAGE}.{TOWER}" not in sys.modules:
