@@ -157,3 +157,23 @@ def test_a_capture_without_memory_leaves_training_as_it_was(models, monkeypatch,
         torch.testing.assert_close(found[name], value, rtol=0.05, atol=float(value.abs().max()) * 0.02)
     run(low, "several images and text")  # another kind, which is captured
     assert layer_graphs.kinds_of(low.model.layers) == 2
+
+
+def test_a_layer_that_cannot_be_captured_names_the_switch(models, monkeypatch):
+    monkeypatch.setenv("LLAVA_PACKING_CUDA_GRAPHS", "1")
+    low, _ = made(models, "Llama")
+    low.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    capture = layer_graphs.capture
+
+    def reading(function, device):
+        def more():
+            function()
+            torch.ones(1, device=device).item()  # waits for the device, which a capture cannot
+
+        return capture(more, device)
+
+    monkeypatch.setattr(layer_graphs, "capture", reading)
+    with pytest.raises(RuntimeError, match="set LLAVA_PACKING_CUDA_GRAPHS=0 to train without"):
+        run(low, "images")
+    monkeypatch.setenv("LLAVA_PACKING_CUDA_GRAPHS", "0")
+    run(low, "images")

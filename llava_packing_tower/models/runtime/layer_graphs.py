@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...data.cached_metadata import CachedMetadata
 from ...data.segments import VarlenMetadata
+from ...utils import environment
 from ...utils.tracing import is_plain
 from . import cuda_graphs
 from .cuda_graphs import BUCKET, my_turn
@@ -67,9 +68,12 @@ def capture(function: Callable[[], object], device: torch.device) -> Callable[[]
         graph.capture_begin(pool=cuda_graphs.pool(device), capture_error_mode="thread_local")
         try:
             function()
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(RuntimeError):  # of a capture that is broken: the first error is the one to see
                 graph.capture_end()
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
+                why = "a layer cannot be captured as a CUDA graph"
+                raise RuntimeError(f"{why}: set {environment.GRAPHS}=0 to train without them ({error})") from error
             raise
         graph.capture_end()
     current.wait_stream(stream)
