@@ -72,8 +72,9 @@ def capture(function: Callable[[], object], device: torch.device) -> Callable[[]
             with contextlib.suppress(RuntimeError):  # of a capture that is broken: the first error is the one to see
                 graph.capture_end()
             if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
-                why = "a layer cannot be captured as a CUDA graph"
-                raise RuntimeError(f"{why}: set {environment.GRAPHS}=0 to train without them ({error})") from error
+                raise RuntimeError(
+                    f"a layer cannot be captured as a CUDA graph: set {environment.GRAPHS}=0 to train without ({error})"
+                ) from error
             raise
         graph.capture_end()
     current.wait_stream(stream)
