@@ -10,9 +10,11 @@ whatever cannot be exported is said before anything is written. Images, prompts 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from ..utils.errors import UsageError
+from ..utils.files import write_for_program
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max_shard_size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to this repository of the hub")
+    parser.add_argument("--json", type=Path, help="also write what was made to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,8 +54,10 @@ def run(args: argparse.Namespace) -> int:
         f"written to {made.folder}: {made.parameters / 1e6:.1f} million parameters in {made.dtype}, "
         f"conversation {made.conversation}"
     )
-    if args.push_to_hub:
-        print(f"uploaded to {upload(args.push_to_hub, made.folder)}")
+    address = upload(args.push_to_hub, made.folder) if args.push_to_hub else None
+    if address is not None:
+        print(f"uploaded to {address}")
+    write_for_program(args.json, {**asdict(made), "uploaded_to": address})
     return 0
 
 

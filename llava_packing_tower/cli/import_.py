@@ -10,9 +10,11 @@ further needs --origin, the export.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from ..utils.errors import UsageError
+from ..utils.files import write_for_program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; it must not exist or be empty")
     parser.add_argument("--origin", type=Path, help="the export on which the folder was trained")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weight file (default: 5GB)")
+    parser.add_argument("--json", type=Path, help="also write what was made to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,4 +33,5 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     print(f"written to {made.folder}: {made.class_name} in {made.dtype}")
+    write_for_program(args.json, asdict(made))
     return 0

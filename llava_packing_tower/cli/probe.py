@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("the probes need scikit-learn: pip install scikit-learn")
     if args.square and args.max_patches is not None:
         raise UsageError("--max_patches has no effect with --square")
-    if not 0 < args.test_share < 1 or args.k < 1 or args.batch_size < 1 or args.C <= 0:
+    if not 0 < args.test_share < 1 or args.k < 1 or args.batch_size < 1 or not args.C > 0:
         raise UsageError("--test_share must be between 0 and 1, and --k, --batch_size and --C above 0")
     if args.max_patches is not None and args.max_patches < 1:
         raise UsageError(f"--max_patches must be at least 1, got {args.max_patches}")

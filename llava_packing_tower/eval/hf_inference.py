@@ -72,7 +72,7 @@ def load_checkpoint(folder: str | Path, device: str) -> Checkpoint:
 def conversation_name(folder: str | Path, asked: str | None = None) -> str:
     """The conversation of the export. Raises ``ValueError`` where another one is asked for: it has just this one."""
     file = Path(folder) / ORIGIN / INFO
-    own = str(read_json(file)["conversation"]) if file.is_file() else "of its chat template"
+    own = str(read_json(file).get("conversation")) if file.is_file() else "of its chat template"
     if asked not in (None, own):
         raise ValueError(
             f"{folder} was exported with the conversation {own}, not {asked}: export it with --conv_template"

@@ -7,6 +7,7 @@ k-NN votes by cosine similarity, as is usual for frozen encoders (DINO, arXiv:21
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -167,9 +168,9 @@ def cached_features(
     content = json.dumps([weights, images, options, str(dtype), __version__], sort_keys=True)
     file = cache / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
     if file.is_file():
-        with np.load(file, allow_pickle=False) as saved:
-            progress(len(photos.files))
-            return json.loads(str(saved["facts"])), saved["features"], saved["patches"], 0.0
+        cached = _cached(file)
+        progress(len(photos.files))
+        return *cached, 0.0
     tower = load_tower(name, **options).to(device=where, dtype=dtype)
     facts = {"family": tower.config.model_type, "hidden_size": tower.hidden_size}
     mark = time.monotonic()
@@ -181,7 +182,21 @@ def cached_features(
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    np.savez(path, **arrays)
+    made = io.BytesIO()  # NumPy's own file prints a traceback on a full disk
+    np.savez(made, **arrays)
+    path.write_bytes(made.getbuffer())
+
+
+def _cached(file: Path) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Facts, features and patch counts. Raises ``ValueError`` for a damaged file."""
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            facts, found, patches = json.loads(str(saved["facts"])), saved["features"], saved["patches"]
+        if not np.isfinite(found).all() or len(found) != len(patches):
+            raise ValueError("its features are no numbers")
+    except Exception as error:  # NumPy and zipfile raise anything at all for a damaged file
+        raise ValueError(f"{file}: these cached features are damaged, remove them: {error}") from error
+    return facts, found, patches
 
 
 def classify(vectors: np.ndarray, photos: Photos, k: int = 20, strength: float = 1.0) -> tuple[float, float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
 from ..towers.names import strip_prefix
+from ..utils.files import read_json
 from .plan import Source
 
 STATE = "trainer_state.json"
@@ -89,9 +89,12 @@ def training_facts(source: Source) -> dict[str, str]:
     file = source.folder / STATE
     if not file.is_file():
         return {}
-    state = json.loads(file.read_text(encoding="utf-8"))
-    losses = [entry["loss"] for entry in state.get("log_history", ()) if "loss" in entry]
-    facts = {"training": f"{state.get('global_step')} steps, {state.get('epoch') or 0:.2f} epochs"}
+    state = read_json(file)
+    try:
+        losses = [float(entry["loss"]) for entry in state.get("log_history", ()) if "loss" in entry]
+        facts = {"training": f"{state.get('global_step')} steps, {float(state.get('epoch') or 0):.2f} epochs"}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     if losses:
         facts["loss"] = f"{losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last"
     return facts

@@ -52,6 +52,9 @@ def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_si
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     content: dict[str, Any] = {**read_json(source / CONFIG_NAME), "torch_dtype": dtype}
     content.pop("dtype", None)
+    named = content.get("architectures")
+    if not isinstance(named, list) or not named:
+        raise ValueError(f"{source / CONFIG_NAME}: architectures must name a class, got {named!r:.80}")
     from huggingface_hub import save_torch_state_dict
 
     with atomic_folder(output) as aside:
@@ -65,14 +68,17 @@ def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_si
             max_shard_size=max_shard_size,
             metadata={"format": "pt"},
         )
-    return Imported(output, content["architectures"][0], dtype)
+    return Imported(output, str(named[0]), dtype)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of an export. Raises ``ValueError`` for another folder."""
     config = read_json(folder / CONFIG_NAME)
     if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{folder} is not an export: its model_type is {config.get('model_type')!r}")
+        raise ValueError(f"{folder} is not an export: its model_type is {config.get('model_type')!r:.80}")
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part), dict):
+            raise ValueError(f"{folder / CONFIG_NAME}: {part} must be a JSON object, got {config.get(part)!r:.80}")
     return config
 
 

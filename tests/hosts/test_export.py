@@ -101,7 +101,9 @@ def test_what_an_export_holds(work):
 
 def test_back_to_llava_bit_by_bit(work, tmp_path):
     folder, checkpoint = work
-    assert main(["import", str(folder / "run1"), "--output_dir", str(tmp_path / "again")]) == 0
+    words = ["--output_dir", str(tmp_path / "again"), "--json", str(tmp_path / "made.json")]
+    assert main(["import", str(folder / "run1"), *words]) == 0
+    assert read_json(tmp_path / "made.json")["class_name"].startswith("Llava")
     original = tensors(checkpoint)
     same(tensors(tmp_path / "again"), original)
     restore(folder / "half", tmp_path / "half")
@@ -319,7 +321,8 @@ def test_push_to_hub_uploads_the_folder(work, tmp_path, monkeypatch, capsys):
         assert main([*words, name]) == 2 and reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir()) and not calls
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
-    assert main([*words, "me/run1"]) == 0
+    assert main([*words, "me/run1", "--json", str(tmp_path / "made.json")]) == 0
+    assert read_json(tmp_path / "made.json")["uploaded_to"] == "there"
     assert calls == ["me/run1", ("me/run1", True)] and "uploaded to there" in capsys.readouterr().out
     words[3] = str(tmp_path / "two")
     assert main([*words, "me/full"]) == 2 and (tmp_path / "two" / "config.json").is_file()

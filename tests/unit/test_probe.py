@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def test_the_command_compares_towers_and_caches(tower, photos, tmp_path, capsys)
     assert all(entry["linear"] > 0.6 and entry["tested"] == 6 for entry in first), first
     assert main([*words, "--json", str(tmp_path / "b.json")]) == 0
     assert capsys.readouterr().out.count("features from the cache") == 2
+    damaged = sorted((tmp_path / "cache").glob("*.npz"))
+    for part in (9, 300):
+        whole = [file.read_bytes() for file in damaged]
+        for file, content in zip(damaged, whole):
+            file.write_bytes(content[:-part])
+        assert main(words) == 2
+        assert re.search(r"\.npz: these cached features are damaged, remove them: .+\n$", capsys.readouterr().err)
+        for file, content in zip(damaged, whole):
+            file.write_bytes(content)
     second = json.loads((tmp_path / "b.json").read_text())
     assert [{**e, "seconds": 0} for e in first] == [{**e, "seconds": 0} for e in second]
     # Another layer, another image, other weights: nothing of the cache fits.

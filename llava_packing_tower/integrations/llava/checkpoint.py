@@ -13,7 +13,7 @@ from torch import nn
 from ...checkpoint.hub import resolve_folder
 from ...towers.packing_tower import HEVCViTPackingVisionTower
 from ...utils.files import user_path
-from .checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, names_in_files, refuse, tower_tensors
+from .checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTOR, names_in_files, refuse, tensors_of, tower_tensors
 from .methods import Call, Step, add_step
 from .patcher import Patches
 from .registry import loader
@@ -75,7 +75,7 @@ def projector_in_full(model: nn.Module, model_path: str, model_base: str | None 
     if model_base is None or not file.is_file() or (file.parent / LORA_EXTRAS).is_file():
         return
     named = dict(model.named_parameters())
-    for name, value in torch.load(file, map_location="cpu", weights_only=True).items():
+    for name, value in tensors_of(file).items():
         if name in named and is_readable(named[name]):
             named[name].copy_(value)
 

@@ -19,7 +19,7 @@ OUTER_TOWER = re.compile(r"(?:^|\.)(?:vision|image)_tower\.(.+)")
 """The tower's place in a LLaVA, and the name that a tensor has in the tower."""
 
 
-def _tensors(file: Path) -> Mapping[str, torch.Tensor]:
+def tensors_of(file: Path) -> Mapping[str, torch.Tensor]:
     """Raises ``ValueError`` that names the file for anything but tensors by name."""
     content = open_weights(file)
     if not isinstance(content, dict):
@@ -35,7 +35,7 @@ def names_in_files(*folders: str | Path | None) -> set[str]:
             names |= WeightFiles(folder).shapes().keys()
         for extra in (LORA_EXTRAS, PROJECTOR):
             if (folder / extra).is_file():
-                names |= _tensors(folder / extra).keys()
+                names |= tensors_of(folder / extra).keys()
     return {name.removeprefix(ADAPTER_PREFIX) for name in names}
 
 
@@ -77,7 +77,7 @@ def tower_tensors(model_path: str, model_base: str | None) -> Mapping[str, torch
         extras = folder / LORA_EXTRAS
         sources: list[tuple[object, list[str]]] = []
         if extras.is_file():
-            tensors = _tensors(extras)
+            tensors = tensors_of(extras)
             sources.append((tensors, list(tensors)))
         if has_weights(folder):
             files = WeightFiles(folder)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from .checkpoint_files import LORA_EXTRAS
+from .checkpoint_files import LORA_EXTRAS, tensors_of
 from .methods import Call, add_step
 from .patcher import Patches
 from .registry import meta_model, trainer_class
@@ -192,7 +192,7 @@ def resume_extras(trainer: type, patches: Patches) -> None:
         if not concerned(self):
             return
         file = Path(resume_from_checkpoint) / LORA_EXTRAS
-        extras = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+        extras = tensors_of(file) if file.is_file() else {}
         named = dict(complete_tower(self.model.named_parameters()))
         if missing := sorted(named.keys() - extras.keys()):
             raise ValueError(
