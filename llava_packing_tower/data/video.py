@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .images import EXHAUSTED, UnreadableImage, check_file
+from .images import EXHAUSTED, UnreadableImage, check_file, read_size
+
+FRAMES, FRAMES_TAKEN = "shareVideoGPTV", 10
+"""In whose path LLaVA-NeXT takes a folder for a video, and how many of its frames (in places evenly spread)."""
 
 
 class Clip(NamedTuple):
@@ -81,11 +84,14 @@ def video_errors(file: str) -> Iterator[None]:
 
 
 def probe_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool = False) -> tuple[int, int, int]:
-    """Width, height and number of the frames that :func:`read_clip` would read, from the header alone where it can.
+    """Width, height and number of the frames that :func:`read_clip` would read, from the header alone where it can; or,
+    of a folder with frames, those that LLaVA-NeXT reads by itself.
 
     Raises ``ValueError`` as :func:`read_clip` does.
     """
     check_video(file)
+    if FRAMES in file and os.path.isdir(file):
+        return *read_size(first_frame(file)), upbound if force else FRAMES_TAKEN
     if find_spec("av"):
         import av
 
@@ -99,6 +105,14 @@ def probe_clip(file: str, wanted_fps: float = 1, upbound: int = 0, force: bool =
             return found
     clip = read_clip(file, wanted_fps, upbound, force)
     return clip.frames.shape[2], clip.frames.shape[1], len(clip.indices)
+
+
+def first_frame(folder: str) -> str:
+    """The first of a folder's files, in the order of their names; ``UnreadableImage`` where there is none."""
+    files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
+    if not files:
+        raise UnreadableImage(f"{folder} cannot be read as a video: no files are in it", folder)
+    return files[0]
 
 
 class _PyAV:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
 from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch
+from llava_packing_tower.integrations.llava.dealt_loader import DealtDataset, Place
 from llava_packing_tower.multimodal.dealing import (
     LAYER_FLOOR,
     Cost,
@@ -152,6 +153,26 @@ def test_samples_whose_angles_depend_on_their_batch_stay_in_it(scaling, longest,
     )
     reason = _angles_of_the_batch(config)
     assert (reason is None) == (limit is None) and (limit is None or f"more than {limit} tokens" in reason)
+
+
+@pytest.mark.parametrize(("counted", "weight"), [((205, 8), 0.25), ((90, 4), 0.125), ((0, 0), 0.0)])
+def test_a_video_gets_the_part_of_the_loss_that_was_counted_for_it(counted, weight):
+    """Its frames may be others than its header says, and a header may not be readable although its frames are."""
+
+    class Samples:
+        def __init__(self):
+            self.list_data_dict = [{"video": "a.mp4"}, {"image": "a.png"}]
+
+        def __getitem__(self, index):
+            return {"id": index}
+
+    reader = SimpleNamespace(of_item=lambda item: SampleSize(9, 9, tokens=205, supervised=8))
+    place = Place(0, 0, 0.25, *counted)
+    found = DealtDataset(Samples(), reader)[place].place
+    assert (found.tokens, found.supervised, found.weight) == (205, 8, weight)
+    if counted != (205, 8):
+        with pytest.raises(ValueError, match="sample 1 has 205 tokens, 8 of them supervised, but"):
+            DealtDataset(Samples(), reader)[place._replace(index=1)]
 
 
 def test_error_of_a_prediction():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from llava_packing_tower import PackingImageProcessor
 from llava_packing_tower.data import video
+from llava_packing_tower.data.images import UnreadableImage
 from llava_packing_tower.data.native_config import NativeSettings, check_settings, make_settings, settings_of
 from llava_packing_tower.data.native_image_processor import NativeImageProcessor
 from llava_packing_tower.data.smart_resize import SmartResize, merge_of
@@ -340,6 +341,20 @@ def test_video_files(tmp_path, reader):
     write_video(tmp_path / "one.mp4", 1)
     assert read_clip(str(tmp_path / "one.mp4")).frames.shape == (1, 48, 64, 3)
     assert probe_clip(str(tmp_path / "one.mp4")) == (64, 48, 1)
+
+
+def test_a_folder_that_llava_next_takes_for_a_video(tmp_path):
+    """It takes ten of its frames, repeated or left out, or frames_upbound with force_sample."""
+    folder = tmp_path / "shareVideoGPTV" / "clip"
+    folder.mkdir(parents=True)
+    with pytest.raises(UnreadableImage, match="the folder is empty"):
+        probe_clip(str(folder))
+    for number, side in ((1, 30), (0, 20)):
+        Image.new("RGB", (side, 50)).save(folder / f"{number}.png")
+    assert probe_clip(str(folder), 1, 6) == (20, 50, 10) and probe_clip(str(folder), 1, 6, True) == (20, 50, 6)
+    other = folder.rename(tmp_path / "frames")
+    with pytest.raises(UnreadableImage, match="cannot be read as a video"):
+        probe_clip(str(other))
 
 
 def test_files_that_are_no_video_or_a_damaged_one(tmp_path, reader):

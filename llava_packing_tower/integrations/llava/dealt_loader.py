@@ -261,7 +261,8 @@ class DealtDataset(Dataset):
 
     def __getitem__(self, place: Place) -> Dealt:
         """Raises ``ValueError`` for a sample of another size than was counted: the weights would be wrong. Only a video
-        may have other frames than its header says, which is logged."""
+        may have other frames than its header says, which is logged: it gets the part of the loss that was counted for
+        it, none where its header could not be read."""
         item = self.dataset[place.index]
         if isinstance(item, LeftOut):
             return Dealt(item, place)
@@ -274,7 +275,8 @@ class DealtDataset(Dataset):
             if "video" not in self.dataset.list_data_dict[place.index]:
                 raise ValueError(f"{message}. mm_packing_balance: false keeps LLaVA's own order")
             logger.warning(message)
-            place = place._replace(tokens=size.tokens, supervised=size.supervised)
+            weight = place.weight * place.supervised / size.supervised if size.supervised else 0.0
+            place = place._replace(tokens=size.tokens, supervised=size.supervised, weight=weight)
         return Dealt(item, place)
 
 
