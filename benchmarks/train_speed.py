@@ -211,6 +211,8 @@ def run(asked: dict[str, str], workspace: Path, output: Path, args: argparse.Nam
         changes |= {"tf32": "false", "attn_implementation": "sdpa", "dataloader_num_workers": 1}
     changes |= PATHS[asked.get("path", "packed")]
     changes |= {key: value for key, value in asked.items() if key not in WORDS}
+    if changes["image_aspect_ratio"] != "native":
+        del changes["mm_packing_max_patches"]  # refused there
     processes, batch = int(asked["gpus"]), int(asked["batch"])
     file = asked["deepspeed"]
     changes["deepspeed"] = file if file.endswith(".json") else CONFIGS / f"{file}.json"
