@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import peers
+import peers_swift
 import rank_faults
 import runs
 import train_speed
@@ -117,3 +121,44 @@ def test_the_scaling_table():
     assert rows["zero2_4"]["efficiency against 1"] == 0.8 and "of undealt" not in rows["zero2_4"]
     assert rows["zero3_4_dealt"]["efficiency against 1"] == 0.9 and "of undealt" not in rows["zero3_4_dealt"]
     assert rows["zero3_1"]["loss differs by"] == 0 and rows["zero3_4_dealt"]["loss differs by"] == 0.208
+
+
+def test_the_row_of_our_run_beside_peers(monkeypatch, tmp_path):
+    """Figures after the 10th step alone, each step by its time."""
+    asked = {}
+
+    def run(words, workspace, output, args):
+        asked.update(words)
+        folder = output / "llava_qwen_anyres_8"
+        folder.mkdir(parents=True)
+        columns = (
+            "step,samples_per_second,visual_tokens_per_second,text_tokens_per_second,mfu,peak_memory_gib,data_wait"
+        )
+        rows = ["10,1,9,9,0.9,3.0,0.9", "11,8,1000,100,0.2,5.0,0.5", "12,4,400,50,0.5,4.0,0.2"]
+        (folder / "speed.csv").write_text("\n".join([columns, *rows]))
+        return {"exit status": 0, "samples/s": 5.0, "losses": {10: 90.0, 11: 7.0, 12: 6.0}}
+
+    monkeypatch.setattr(peers.train_speed, "run", run)
+    monkeypatch.setattr(peers, "versions", lambda python: ({"torch": "2"}, "host"))
+    out = tmp_path / "peers.json"
+    out.write_text(json.dumps({"matmul TFLOP/s": 700.5}))
+    args = argparse.Namespace(out=out, workspace=tmp_path, cpu=False)
+    assert not peers.run_ours("anyres:8", tmp_path / "output", args)
+    row = peers.read(out)["rows"]["anyres:8"]
+    assert {key: row[key] for key in ("ms", "loss", "tokens of a step", "MFU", "waits for data", "peak GiB")} == {
+        **{"ms": 1600, "loss": 6.5, "tokens of a step": 1000, "MFU": 0.4, "waits for data": 0.3, "peak GiB": 5.0}
+    }
+    assert asked["mm_packing_peak_tflops"] == "700.5" and "(672, 336)" in asked["image_grid_pinpoints"]
+
+
+def test_the_row_of_ms_swift():
+    """Its log has the seconds since the start over the steps so far; operations of a sample are those of TRL's row."""
+    speeds = {1: 2.0, 10: 0.5, 11: 0.6, 12: 0.5}
+    logs = [
+        {"loss": 10.0 + step, "global_step/max_steps": f"{step}/12", "train_speed(s/it)": speed, "memory(GiB)": 20.5}
+        for step, speed in speeds.items()
+    ] + [{"train_loss": 1.0, "global_step/max_steps": "12/12", "train_speed(s/it)": 9.0}, {"log_history": []}]
+    trl, native = {"MFU": 0.3, "samples/s": 8.0, "tiles of a step": 40.0}, {"MFU": 0.9, "samples/s": 60.0}
+    row = peers_swift.measured(logs, 8, argparse.Namespace(steps=12), {"rows": {"trl:8": trl, "native:8": native}})
+    assert row["samples/s"] == pytest.approx(16) and row["ms"] == pytest.approx(500)
+    assert row["loss"] == 21.5 and row["peak GiB"] == 20.5 and row["MFU"] == pytest.approx(0.6)
