@@ -91,6 +91,7 @@ def options(folder: Path, batch: int, args: argparse.Namespace, device: torch.de
         "dataset": folder / "data.jsonl",
         "output_dir": folder / "output",
         "use_hf": "true",
+        "check_model": "false",  # asks its hub
         "tuner_type": "full",
         "freeze_vit": "false",
         "freeze_aligner": "false",
