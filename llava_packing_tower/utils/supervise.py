@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,15 +109,25 @@ class Stopped(BaseException):
         self.status = 128 + number
 
 
+def _is_stopping() -> bool:
+    """Whether the running code is a ``finally`` or ``except``, or the end of a ``with``, that a Stopped has reached."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, Stopped):
+            return True
+        error = error.__context__
+    return False
+
+
 @contextlib.contextmanager
 def raising_signals() -> Iterator[None]:
-    """In here SIGTERM, SIGHUP and SIGINT raise :class:`Stopped`, once. Signals that are ignored (nohup) stay ignored,
-    and other threads than the main one have none."""
+    """In here SIGTERM, SIGHUP and SIGINT raise :class:`Stopped`, but not while one is being dealt with: nothing
+    interrupts the cleaning up. (One that was lost, in an ``except:`` of some library or in a finalizer, can be sent
+    again.) Signals that are ignored (nohup) stay ignored, and other threads than the main one have none."""
 
     def stop(number: int, frame: object) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(number)
+        if not _is_stopping():
+            raise Stopped(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():

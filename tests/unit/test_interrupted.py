@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -21,7 +22,7 @@ from llava_packing_tower.cli import main as cli
 from llava_packing_tower.cli.main import main
 from llava_packing_tower.utils.files import atomic_folder
 from llava_packing_tower.utils.scratch import MARK, scratch_beside
-from llava_packing_tower.utils.supervise import child, identity
+from llava_packing_tower.utils.supervise import Stopped, child, identity, raising_signals
 
 REPOSITORY = Path(__file__).parents[2]
 # A conversion that stops in the middle of writing until it is told to go on.
@@ -67,6 +68,36 @@ def test_a_stopped_conversion_says_so_in_one_line_and_leaves_nothing(standard, t
     assert said == f"llava-packing convert: stopped by {name}\n"
     assert process.returncode == 128 + getattr(signal, name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_was_lost_can_be_sent_again_and_none_interrupts_the_cleaning_up():
+    steps = []
+
+    def clean(step):
+        signal.raise_signal(signal.SIGTERM)
+        steps.append(step)
+
+    @contextlib.contextmanager
+    def cleaned():
+        try:
+            yield
+        finally:
+            clean("with")
+
+    with pytest.raises(Stopped) as caught, raising_signals():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:  # as an `except:` of a library that is being imported
+            steps.append("lost")
+        try:
+            with cleaned():
+                signal.raise_signal(signal.SIGTERM)
+        except Stopped:
+            clean("except")
+            raise
+        finally:
+            clean("finally")
+    assert steps == ["lost", "with", "except", "finally"] and caught.value.status == 128 + signal.SIGTERM
 
 
 def test_what_a_killed_conversion_left_goes_with_the_next_one(standard, tmp_path, capsys):
