@@ -136,7 +136,8 @@ class StrictPreTrainedModel(PreTrainedModel):
             with construction(dtype):
                 return cls(config)
         except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-            raise ValueError(f"{where}: no model can be made from its config: {error}") from error
+            reason = str(error).partition("\n")[0]  # torch lists its signatures behind it
+            raise ValueError(f"{where}: no model can be made from its config: {reason}") from error
 
     @classmethod
     def from_weights(
