@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
-from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch
+from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch, _ranks_apart
 from llava_packing_tower.integrations.llava.dealt_loader import DealtDataset, Place
 from llava_packing_tower.multimodal.dealing import (
     LAYER_FLOOR,
@@ -134,6 +134,28 @@ def test_the_times_say_what_the_formula_leaves_out():
     assert "(+0.200 s a step, 3.000 s for 10^15 operations)" in describe(Dealings(1, 0.5, 0.9), times)
     same = StepTimes(deque([(5.0, 1.0), (5.0, 2.0)] * 9))
     assert same.fitted() is None and describe(Dealings(1, 0.5, 0.9), same).endswith("33 % off the measured times")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batches", "engine", "newer", "apart"),
+    [
+        (2, 7, None, False, True),
+        (1, 7, None, False, False),
+        (2, 16, None, False, False),
+        (2, 7, "ZeRO", False, False),
+        (2, 7, None, True, False),
+    ],
+)
+def test_ranks_whose_gradients_are_not_added_up_keep_their_samples(ranks, micro_batches, engine, newer, apart):
+    """transformers 4.40 ends epochs of fewer micro-batches than an optimizer step has with gradients of each rank."""
+    state = SimpleNamespace(deepspeed_plugin=engine)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(gradient_accumulation_steps=16),
+        accelerator=SimpleNamespace(num_processes=ranks, state=state),
+        **({"get_batch_samples": None} if newer else {}),
+    )
+    reason = _ranks_apart(trainer, micro_batches)
+    assert (reason is not None) == apart and (not apart or "7 micro-batches" in reason)
 
 
 @pytest.mark.parametrize(

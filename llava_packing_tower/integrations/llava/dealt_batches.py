@@ -103,7 +103,22 @@ def unsupported_dealing(trainer: object, model: nn.Module, loader: object) -> st
         return "ranks may have different numbers of micro-batches"
     if getattr(trainer, "model_accepts_loss_kwargs", False) and not args.average_tokens_across_devices:
         return "average_tokens_across_devices: false"
-    return _angles_of_the_batch(model.config) or unsupported_sizes(trainer.train_dataset, model)
+    reason = _ranks_apart(trainer, len(loader)) or _angles_of_the_batch(model.config)
+    return reason or unsupported_sizes(trainer.train_dataset, model)
+
+
+def _ranks_apart(trainer: object, micro_batches: int) -> str | None:
+    """Why samples cannot change their rank: until 4.45 transformers does not add up the gradients of the ranks at the end
+    of an epoch that is shorter than an optimizer step."""
+    window = trainer.args.gradient_accumulation_steps
+    engine = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    alone = trainer.accelerator.num_processes == 1 or engine is not None
+    if alone or micro_batches >= window or hasattr(trainer, "get_batch_samples"):
+        return None
+    return (
+        f"an epoch has {micro_batches} micro-batches and gradient_accumulation_steps is {window}: this transformers "
+        f"does not add up the ranks' gradients then"
+    )
 
 
 def _angles_of_the_batch(config: object) -> str | None:
