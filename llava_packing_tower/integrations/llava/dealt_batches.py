@@ -108,7 +108,7 @@ def unsupported_dealing(trainer: object, model: nn.Module, loader: object) -> st
 
 
 def _ranks_apart(trainer: object, micro_batches: int) -> str | None:
-    """Why samples cannot change their rank: until 4.45 transformers does not add up the gradients of the ranks at the end
+    """Why samples cannot change their rank: until 4.45 transformers does not add up the ranks' gradients at the end
     of an epoch that is shorter than an optimizer step."""
     window = trainer.args.gradient_accumulation_steps
     engine = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
