@@ -409,6 +409,8 @@ def test_logs_among_profiled_steps_have_no_speed(monkeypatch):
     log.on_train_end(args, state, None)
     assert [window.step for window in log.windows[7:]] == [20]  # those since the last log
     assert {window.samples / window.seconds for window in log.windows} == {2.0}
+    log.on_train_begin(args, state, None)
+    assert log.windows == [] and log.due is None  # of a second train()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -195,6 +195,7 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
     batches = DealtBatches(loader.batch_sampler, sizes, exchange, dealing.rules, rank, window, dealing.taken)
     dealing.seen = batches.seen
     dealing.loader = _loader_of(loader, DealtDataset(loader.dataset, reader), batches)
+    trainer.remove_callback(DealingReport)  # of an earlier train()
     trainer.add_callback(DealingReport(dealing))
     say(logger, "dealing: %s", dealing)
     return dealing

@@ -86,6 +86,7 @@ class SpeedLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         global _running
         _running = self.meter
+        self.windows, self.due, self.disturbed = [], None, False  # of an earlier train()
         self.first, self.began = state.global_step, time.perf_counter()
         self.meter.start()
         say(logger, "speed: %s", self.basis)

@@ -97,6 +97,8 @@ class Meter:
     # ------------------------------------------------------------ while training
 
     def start(self) -> None:
+        self.stop()  # an earlier train() may have ended in an error
+        self.micro_steps, self.current, self.wait, self.paused = [], None, 0.0, 0.0
         model = self.trainer.model
         self._handles = [
             model.register_forward_pre_hook(lambda *_: self.begin_forward()),
