@@ -77,6 +77,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--scaling and --breakdown exclude each other")
     if args.repeat is not None and args.repeat < 1:
         raise UsageError(f"--repeat must be at least 1, got {args.repeat}")
+    if not args.limit >= 0:
+        raise UsageError(f"--limit must be a number of seconds, got {args.limit}")
+    if args.memory is not None and not args.memory > 0:
+        raise UsageError(f"--memory must be above 0, got {args.memory}")
+    given = {"--rows": args.rows, "--memory": args.memory, "--check": args.check or None}
+    if not args.training_step and (alone := [name for name, value in given.items() if value is not None]):
+        raise UsageError(f"{', '.join(alone)} belongs to --training-step")
     try:
         device = resolve_device(args.device)
     except ValueError as error:

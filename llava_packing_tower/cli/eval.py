@@ -11,6 +11,7 @@ other option is passed to lmms-eval.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,6 +116,10 @@ def _where(args: argparse.Namespace) -> dict[str, object]:
         raise UsageError("--num_processes is for runs on the CPU; with --num_gpus leave it out")
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if args.max_frames_num is not None and args.max_frames_num < 1:
+        raise UsageError(f"--max_frames_num must be at least 1, got {args.max_frames_num}")
+    if args.limit is not None and not _is_limit(args.limit):
+        raise UsageError(f"--limit must be a number of samples, or a share of them below 1, got {args.limit!r}")
     count = args.num_gpus if args.num_processes is None else args.num_processes
     if count is not None and count < 1:
         raise UsageError(f"the number of processes must be at least 1, got {count}")
@@ -126,3 +131,11 @@ def _where(args: argparse.Namespace) -> dict[str, object]:
         if args.num_gpus > torch.cuda.device_count():
             raise UsageError(f"--num_gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
     return {"processes": count or 1}
+
+
+def _is_limit(text: str) -> bool:
+    """lmms-eval's own: -1 stands for all samples."""
+    try:
+        return 0 < float(text) < math.inf or float(text) == -1
+    except ValueError:
+        return False

@@ -49,5 +49,8 @@ def command(words: list[str]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     words = command(args.words)
+    target = words[words.index(ENTRY[-1]) + 1]
+    if target.endswith(".py") and not os.path.isfile(target):
+        raise UsageError(f"{target}: no such file")
     sys.stdout.flush()
     os.execv(words[0], words)

@@ -206,6 +206,29 @@ def test_what_is_written_into_does_not_take_the_place_of_a_pipe_or_a_device(tmp_
     assert (tmp_path / "log").read_text() == "line\nabc"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["bench", "--limit", value] for value in ("-1", "nan")),
+        *(["bench", "--memory", value, "--training-step"] for value in ("0", "nan")),
+        *(["bench", *own] for own in (["--rows", "stock"], ["--memory", "8"], ["--check"], ["--work", "uni2@0"])),
+        ["bench", "--plot", "figure.docx"],
+        *(["eval", "folder", "--tasks", "smoke", "--limit", value] for value in ("x", "0", "-2", "nan")),
+        ["eval", "folder", "--tasks", "smoke", "--max_frames_num", "0"],
+        ["probe", "folder", "--data", "folder", "--C", "nan"],
+        ["run", "--", "python", "nowhere.py"],
+    ],
+    ids=" ".join,
+)
+def test_values_that_mean_nothing(tmp_path, monkeypatch, capsys, words):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"llava-packing {words[0]}: ") and error.count("\n") == 1
+    assert any(word in error for word in words[1:] if word.startswith("-") or "@" in word or word.endswith(".py"))
+
+
 @pytest.mark.parametrize("name", ["abacus", "meta", "cuda", "cuda:3", ""])
 def test_a_device_that_is_not_there(golden, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "cuda:3")

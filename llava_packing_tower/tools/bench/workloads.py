@@ -94,7 +94,7 @@ def parse_workload(
     """
     match = re.fullmatch(r"(train:)?(?:uni(\d+)(?:@(\d+))?|ragged(\d+)(?:#(\d+))?)", text.strip())
     count = int((match and (match[2] or match[4])) or 0)
-    if not count:
+    if not count or (match and match[3] and not int(match[3])):
         raise ValueError(
             f"workload {text!r}: give uniN, uniN@SIDE, raggedN or raggedN#SEED with N >= 1,"
             " e.g. uni32,ragged64,train:uni16"
