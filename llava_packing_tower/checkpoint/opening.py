@@ -66,7 +66,9 @@ def open_files(
         found = WeightFiles(path, use_safetensors, part(raw))
         return Checkpoint(path, raw, found, dict.fromkeys(found.left, "not the tower's: left where it is"))
     except ValueError as error:
-        raise error if described else ValueError(f"{path} has no {CONFIG_NAME}; {error}") from error
+        if described:
+            raise
+        raise ValueError(f"{path} has no {CONFIG_NAME}; {error}") from error
 
 
 def identify(checkpoint: Checkpoint) -> bool:

@@ -208,7 +208,9 @@ class PackingImageProcessor:
         try:
             return cls(**{key: value for key, value in content.items() if key in known and value is not None})
         except ValueError as error:
-            raise error if where is None else ValueError(f"{where}: {error}") from error
+            if where is None:
+                raise
+            raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> PackingImageProcessor:

@@ -151,7 +151,9 @@ def check_data(
         try:
             samples = load_samples(file)
         except ValueError as error:
-            raise error if str(file) == data_path else ValueError(f"{data_path}: {error}") from error
+            if str(file) == data_path:
+                raise
+            raise ValueError(f"{data_path}: {error}") from error
         try:
             if pairs:
                 check_pairs(samples)

@@ -70,6 +70,17 @@ def test_a_stopped_conversion_says_so_in_one_line_and_leaves_nothing(standard, t
     assert list(tmp_path.iterdir()) == []
 
 
+@contextlib.contextmanager
+def not_ignored():
+    """The signals as a shell starts a program with them: one that runs it in the background ignores SIGINT."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_signal_that_was_lost_can_be_sent_again_and_none_interrupts_the_cleaning_up():
     steps = []
 
@@ -84,7 +95,7 @@ def test_a_signal_that_was_lost_can_be_sent_again_and_none_interrupts_the_cleani
         finally:
             clean("with")
 
-    with pytest.raises(Stopped) as caught, raising_signals():
+    with pytest.raises(Stopped) as caught, not_ignored(), raising_signals():
         try:
             signal.raise_signal(signal.SIGINT)
         except BaseException:  # as an `except:` of a library that is being imported
