@@ -85,17 +85,35 @@ def path_words(found: FoundHost) -> tuple[str, ...]:
     """
     tree = ast.parse(found.file(found.host.train).read_text(encoding="utf-8"))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    known = set(_words_in_path(functions["train"])) if "train" in functions else set()
+    known = _words_with_tokenizer(functions["train"]) if "train" in functions else None
     for function in filter(None, [functions.get("get_model")]):
         for node in (n for n in ast.walk(function) if isinstance(n, ast.If)):
-            tests = [node.test]
-            while len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
-                node = node.orelse[0]
-                tests.append(node.test)
-            words = [word for test in tests for word in _words_in_path(test) if not known or word in known]
-            if words and any(isinstance(n, ast.Raise) for n in node.orelse):
+            tests, otherwise = _chain(node)
+            words = [word for test in tests for word in _words_in_path(test) if known is None or word in known]
+            if words and any(isinstance(n, ast.Raise) for n in otherwise):
                 return tuple(dict.fromkeys(words))
     return ()
+
+
+def _words_with_tokenizer(train: ast.FunctionDef) -> set[str] | None:
+    """The words for which ``train`` makes a tokenizer; None if it makes one for every path."""
+    found: set[str] = set()
+    for node in (n for n in train.body if isinstance(n, ast.If)):
+        tests, otherwise = _chain(node)
+        words = [word for test in tests for word in _words_in_path(test)]
+        if words and otherwise:
+            return None
+        found |= set(words)
+    return found or None
+
+
+def _chain(node: ast.If) -> tuple[list[ast.expr], list[ast.stmt]]:
+    """The conditions of an ``if`` with its ``elif``, and what stands under ``else``."""
+    tests = [node.test]
+    while len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
+        node = node.orelse[0]
+        tests.append(node.test)
+    return tests, node.orelse
 
 
 def _words_in_path(test: ast.AST) -> list[str]:

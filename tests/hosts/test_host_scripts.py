@@ -166,11 +166,11 @@ def test_model_worker(root, tmp_path):
 def test_train_dpo_is_refused_by_name(script):
     words = [f"{NEXT}/llava/train/train_dpo.py"] if script else ["-m", "llava.train.train_dpo"]
     result = execute([*RUN, *words], environment(NEXT))
-    assert result.returncode != 0 and "train_dpo does not work with a packing tower" in result.stderr
+    assert result.returncode != 0 and "start it by `llava-packing train` with `trainer: dpo`" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_train_dpo_is_refused_where_it_is_imported():
     code = "import builder_patch\nimport llava.train.train_dpo"
     result = execute([sys.executable, "-c", code], environment(NEXT))
-    assert result.returncode != 0 and "ImportError: llava.train.train_dpo: LLaVA-NeXT's train_dpo" in result.stderr
+    assert result.returncode != 0 and "ImportError: llava.train.train_dpo: start it by" in result.stderr
