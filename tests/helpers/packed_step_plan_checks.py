@@ -279,6 +279,10 @@ def decoders_of_other_classes_train_as_the_host_has_them(models):
         sizes = {"vocab_size": 50} if word == "Mpt" else SIZES
         config = getattr(module, f"Llava{word}Config")(**sizes, **options, **towers)
         model = getattr(module, f"Llava{word}ForCausalLM")(config).float().train()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("image_newline"):  # LLaVA leaves it uninitialized
+                    parameter.normal_(std=0.02)
         plan = plan_of(model, Patches())
         assert f"Llava{word}ForCausalLM is not built on Llama" in plan.head_reason and plan.attention is None
         if word == "Mpt" or (word != "Gemma" and not hasattr(model, "vocab_size") and FIVE):
