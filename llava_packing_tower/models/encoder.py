@@ -165,7 +165,8 @@ class PackedEncoder(nn.Module):
         """What runs a block, with a kind of segments, on ``[N, hidden]`` states, by :mod:`.runtime.layer_graphs`; None
         if their weights have not all the sizes of the first one's."""
         graphs = graphs_of(self, self.layers[0], version)
-        if not all(graphs.fits(list(layer.parameters()), hidden_states) for layer in self.layers):
+        weights = {layer: list(layer.parameters()) for layer in self.layers}
+        if not all(graphs.fits(each, hidden_states) for each in weights.values()):
             return None
         batches = [
             Batch(kind, rotary or (), 0, (name,), not getattr(backend_module(name), "EQUAL_LENGTHS_ONLY", False))
@@ -179,7 +180,7 @@ class PackedEncoder(nn.Module):
 
         def recompute(layer: Any, kind: int, states: torch.Tensor) -> torch.Tensor:
             run = functools.partial(block, backends[kind])
-            out = graphs(list(layer.parameters()), states, batches[kind], run)
+            out = graphs(weights[layer], states, batches[kind], run)
             if out is None:
                 call = functools.partial(layer, body=body)
                 given = (checkpoint_input(layer, states), None, segments.kinds[kind], rotary, backends[kind])

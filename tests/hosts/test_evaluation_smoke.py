@@ -63,18 +63,23 @@ def moved(demo, tmp_path) -> Path:
     return checkpoint
 
 
-def test_from_training_to_score(demo, tmp_path):
-    """One story, its chapters in processes: the folder moved, done is done, other weights on two processes."""
-    checkpoint, output = moved(demo, tmp_path), tmp_path / "out"
-    cache = ("--use_cache", str(tmp_path / "cache"), "--log_samples")
-    result = evaluate(checkpoint, output, "--tasks", "smoke", *cache)
-    assert result.returncode == 0, result.stdout + result.stderr
+def assert_scored(output: Path) -> None:
+    """A first run of the task: its score, nothing from a cache, its log and its picture."""
     assert score(output) >= 0.8, answers(output)
     assert hits(output) == (0, 16)
     log = (output / "smoke" / "log.txt").read_text(encoding="utf-8")
     assert "reading the weights: 100%" in log and re.search(r"over mm_packing_max_patches: 16 images.*task smoke", log)
     with Image.open(output / "results.png") as chart:
         assert chart.format == "PNG"
+
+
+def test_from_training_to_score(demo, tmp_path):
+    """One story, its chapters in processes: the folder moved, done is done, other weights on two processes."""
+    checkpoint, output = moved(demo, tmp_path), tmp_path / "out"
+    cache = ("--use_cache", str(tmp_path / "cache"), "--log_samples")
+    result = evaluate(checkpoint, output, "--tasks", "smoke", *cache)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_scored(output)
 
     # Done for these weights: nothing runs.
     result = evaluate(checkpoint, output, "--tasks", "smoke", *cache)
@@ -100,12 +105,7 @@ def test_a_task_that_fails_a_cache_and_two_processes(demo, tmp_path):
     assert "1 of 2 tasks failed: realworldqa" in result.stdout
     table = (output / "results.md").read_text()
     assert "| realworldqa | - | - | FAILED |" in table and "realworldqa failed: " in table
-    assert score(output) >= 0.8, answers(output)
-    assert hits(output) == (0, 16)
-    log = (output / "smoke" / "log.txt").read_text(encoding="utf-8")
-    assert "reading the weights: 100%" in log and re.search(r"over mm_packing_max_patches: 16 images.*task smoke", log)
-    with Image.open(output / "results.png") as chart:
-        assert chart.format == "PNG"
+    assert_scored(output)
     trained = answers(output)
 
     # Asked to run again: every answer is in the cache.

@@ -140,6 +140,9 @@ def _checkpoint_by(graphs: LayerGraphs, row: PackedRow, backend: str, otherwise:
     return checkpoint
 
 
+_signature = functools.lru_cache(maxsize=16)(inspect.signature)  # asked for each layer of each step
+
+
 def arguments_of(function: Callable, args: tuple, kwargs: dict) -> tuple[nn.Module, dict[str, Any]]:
     """The layer that a checkpoint function is to call, and its arguments by name.
 
@@ -149,7 +152,7 @@ def arguments_of(function: Callable, args: tuple, kwargs: dict) -> tuple[nn.Modu
         args, kwargs, function = (*function.args, *args), {**function.keywords, **kwargs}, function.func
     if (layer := getattr(function, "__self__", None)) is None:
         layer, *args = args
-    bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
+    bound = _signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
     given = {**bound, **bound.pop("kwargs", {})}
     given.pop("self")
     return layer, given

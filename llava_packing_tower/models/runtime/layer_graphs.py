@@ -123,7 +123,6 @@ class _Buffer:
 class _Kind:
     """The graphs of one kind of batch, and what they read besides weights and states."""
 
-    bucket: int
     trained: tuple[bool, ...]
     segments: VarlenMetadata
     tables: Tables
@@ -137,7 +136,7 @@ class Batch:
     """What all layers of a pass are given besides their states.
 
     segments: of the tokens; tables: of each token along ``axis``, for example cosines and sines; how: what else
-    decides on what is run; padded: whether the pass may have other segments than these, in one that is longer.
+    decides on what is run; padded: whether tokens may be padded up to a bucket, with a segment of any length.
     """
 
     segments: VarlenMetadata
@@ -217,24 +216,33 @@ class LayerGraphs:
         shapes = tuple((x.shape[: batch.axis], x.shape[batch.axis + 1 :], x.dtype) for x in batch.tables)
         key = (bucket, count, longest, trained, batch.axis, shapes, batch.how)
         if key not in self.kinds:
-            more = (weights, hidden_states, batch, run, bucket, count, longest)
-            try:
-                self.kinds[key] = self._capture(*more)
-            except torch.cuda.OutOfMemoryError:
-                self.kinds[key] = self._capture_again(*more)
+            self.kinds[key] = self._try_to_capture(weights, hidden_states, batch, run, bucket, count, longest)
             if len(self.kinds) > MOST:
                 self.kinds.popitem(last=False)
         self.kinds.move_to_end(key)
         return self.kinds[key]
 
-    def _capture_again(self, *more: Any) -> _Kind | None:
-        """What the allocator keeps for later is no use to a capture, unless it is given back first."""
-        torch.cuda.empty_cache()
-        try:
-            return self._capture(*more)
-        except torch.cuda.OutOfMemoryError as error:
-            logger.warning("no CUDA graphs of layers for batches of %d tokens: %s", more[4], str(error).split(". ")[0])
-            return None
+    def _try_to_capture(
+        self,
+        weights: Sequence[torch.Tensor],
+        hidden_states: torch.Tensor,
+        batch: Batch,
+        run: Run,
+        bucket: int,
+        count: int,
+        longest: int,
+    ) -> _Kind | None:
+        """The second time with what the allocator keeps for later, which is no use to a capture, given back; None, with
+        a warning, if the memory does not suffice even so."""
+        for is_last in (False, True):
+            try:
+                return self._capture(weights, hidden_states, batch, run, bucket, count, longest)
+            except torch.cuda.OutOfMemoryError as error:
+                reason = str(error).split(". ")[0]
+            if not is_last:
+                torch.cuda.empty_cache()
+        logger.warning("no CUDA graphs of layers for batches of %d tokens: %s", bucket, reason)
+        return None
 
     def _capture(
         self,
@@ -259,7 +267,7 @@ class LayerGraphs:
             cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
             torch.cat([p.detach().view(-1) for p in weights], out=self.flat)
         # No lengths: only kernels that read cu_seqlens on the device can be replayed for other segments.
-        kind = _Kind(bucket, trained, VarlenMetadata(cu_seqlens, longest, ()), tables)
+        kind = _Kind(trained, VarlenMetadata(cu_seqlens, longest, ()), tables)
         wanted = [weight for weight, is_trained in zip(self.weights, trained, strict=True) if is_trained]
 
         def forward() -> None:
