@@ -2,8 +2,8 @@
 
 A stack of layers that are alike has one copy of a layer, its stand-in, and of that two graphs per token bucket: one
 runs the layer, one runs it again and differentiates it. For each layer its weights and its input are copied to where
-the graphs read them; what the graphs wrote is copied out. Copying a layer of a small model takes tens of microseconds of
-the GPU, launching its kernels three times takes milliseconds of the host.
+the graphs read them; what the graphs wrote is copied out. Copying a layer of a small model takes tens of microseconds
+of the GPU, launching its kernels three times takes milliseconds of the host.
 
 The batch is padded up to the bucket with a segment of its own, which no token sees and whose gradient is zero.
 """
