@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import math
 import sys
 from types import SimpleNamespace
 
@@ -227,6 +228,41 @@ def test_ds_agsync_and_shm_op():
         assert ds_mends._backend_globals()["build_shm_op"]() is None
         patches.undo()
     assert deepspeed.comm.all_gather_into_tensor is gather and ds_mends._backend_globals()["build_shm_op"] is build
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("bad", [None, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_overflow_check(bad, dtype, monkeypatch):
+    deepspeed = pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Optimizer
+
+    before, largest = Optimizer.has_overflow_partitioned_grads_serial, torch.finfo(dtype).max
+    patches = patched("overflow_check", deepspeed)
+    assert patches is not None and Optimizer.has_overflow_partitioned_grads_serial is not before
+    gradients = {
+        0: [torch.tensor([[largest, -largest], [1, -2]], dtype=dtype), None],
+        1: [],
+        2: [torch.ones(0), torch.ones(3)],
+    }
+    fake = SimpleNamespace(
+        bit16_groups=[[]] * 3, averaged_gradients=gradients, _has_inf_or_nan=Optimizer._has_inf_or_nan
+    )
+    if bad is not None:
+        gradients[2][1][1] = bad
+    found = Optimizer.has_overflow_partitioned_grads_serial(fake)
+    # DeepSpeed 0.14 takes the largest of the values of each, of which an empty one has none.
+    gradients[2] = gradients[2][1:]
+    assert torch.equal(found, before(fake)) and found.tolist() == [bad is not None]
+    gradients[1].append(torch.ones(2, 2).to_sparse())
+    seen = []
+    monkeypatch.setattr(fake, "_has_inf_or_nan", lambda gradient: seen.append(gradient) or torch.tensor(0.0))
+    Optimizer.has_overflow_partitioned_grads_serial(fake)
+    assert len(seen) == 3  # sparse gradients are left to DeepSpeed
+    gradients.update({0: [], 1: [None], 2: []})  # a rank whose partition has no trained weight
+    assert Optimizer.has_overflow_partitioned_grads_serial(fake).tolist() == [False]
+    patches.undo()
+    assert Optimizer.has_overflow_partitioned_grads_serial is before
 
 
 # ---------------------------------------------------------------- what is trained

@@ -1,10 +1,13 @@
-"""Compat patches of DeepSpeed. All but the last are for machines without a GPU and touch nothing where there is one."""
+"""Compat patches of DeepSpeed. The first two are for machines without a GPU and touch nothing where there is one."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from types import ModuleType
+
+import torch
 
 from ..patcher import Patches
 from . import compat_patch
@@ -82,3 +85,38 @@ def zero3_cast(deepspeed: ModuleType, patches: Patches) -> None:
         return original(self, param_dtype, buffer_dtype, is_zero_init_model, *args, **kwargs)
 
     patches.set(deepspeed.DeepSpeedEngine, "_cast_module_mixed_precision", _cast_module_mixed_precision)
+
+
+def _looks_at_each_gradient(deepspeed: ModuleType) -> bool:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    check = getattr(DeepSpeedZeroOptimizer, "has_overflow_partitioned_grads_serial", None)
+    return check is not None and _total_norm() is not None and "_has_inf_or_nan(grad)" in inspect.getsource(check)
+
+
+def _total_norm():
+    return getattr(torch.nn.utils, "get_total_norm", None)  # torch before 2.6 has none
+
+
+@compat_patch(
+    module="deepspeed",
+    reason="ZeRO-1 and ZeRO-2 look for infinities and NaN in one gradient after the other, in ten kernels each, for which "
+    "small batches wait; the largest value of all gradients says the same",
+    defect=_looks_at_each_gradient,
+)
+def overflow_check(deepspeed: ModuleType, patches: Patches) -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    original = DeepSpeedZeroOptimizer.has_overflow_partitioned_grads_serial
+
+    @functools.wraps(original)
+    def has_overflow_partitioned_grads_serial(self):
+        groups = (self.averaged_gradients[group] for group in range(len(self.bit16_groups)))
+        gradients = [gradient for group in groups for gradient in group if gradient is not None]
+        if any(gradient.is_sparse for gradient in gradients):
+            return original(self)
+        # The largest absolute value is one of the values: no dtype overflows by it, and NaN is larger than all.
+        largest = _total_norm()([gradient for gradient in gradients if gradient.numel()], math.inf)
+        return largest.isfinite().logical_not().reshape(1)
+
+    patches.set(DeepSpeedZeroOptimizer, original.__name__, has_overflow_partitioned_grads_serial)
