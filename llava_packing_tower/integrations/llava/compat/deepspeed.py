@@ -100,8 +100,8 @@ def _total_norm():
 
 @compat_patch(
     module="deepspeed",
-    reason="ZeRO-1 and ZeRO-2 look for infinities and NaN in one gradient after the other, in ten kernels each, for which "
-    "small batches wait; the largest value of all gradients says the same",
+    reason="ZeRO-1 and ZeRO-2 look for infinities and NaN in one gradient after the other, in ten kernels each: "
+    "small batches wait for them; the largest value of all gradients says the same",
     defect=_looks_at_each_gradient,
 )
 def overflow_check(deepspeed: ModuleType, patches: Patches) -> None:
