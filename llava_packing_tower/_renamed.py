@@ -151,6 +151,7 @@ RENAMED: dict[str, str] = {
     "strict": "checkpoint.pretrained",
     "tape": "data.cached_metadata",
     "tower": "towers.packing_tower",
+    "train.run_lock": "utils.run_lock",
     "train.supervise": "utils.supervise",
     "train_entry": "train.entrypoint",
     "training": "train.callbacks",

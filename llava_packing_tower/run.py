@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from .integrations.llava.refused import refused
 
@@ -34,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_module = words[:1] == ["-m"]
     target = words[is_module : is_module + 1]
     if not target or target[0].startswith("-"):
-        raise SystemExit(USAGE)
+        _refuse(USAGE)
     if not is_module and not Path(target[0]).is_file():
-        raise SystemExit(f"{target[0]}: no such file. {USAGE}")
+        _refuse(f"{target[0]}: no such file. {USAGE}")
 
     if why := refused(target[0]):
-        raise SystemExit(f"{target[0]}: {why}")
+        _refuse(f"{target[0]}: {why}")
 
     # Before the hook, which puts LLAVA_DIR in front of it.
     sys.path[0] = str(Path.cwd() if is_module else Path(target[0]).resolve().parent)
@@ -56,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         runpy.run_module(target[0], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(target[0], run_name="__main__")
+
+
+def _refuse(what: str) -> NoReturn:
+    print(what, file=sys.stderr)
+    raise SystemExit(2)
 
 
 def train_module(target: str) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..utils.files import CONFIG_NAME
+from .hashing import hash_files
 
 SUFFIXES = (".safetensors", ".bin", ".model", ".json")
 # Written by trainings beside a model; they say nothing about what it answers.
@@ -29,18 +30,6 @@ def identity(
             raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
         found = (f for f in folder.iterdir() if f.suffix in SUFFIXES and f.name not in NOT_THE_MODEL)
         files += sorted(file for file in found if not file.is_dir())
-    if odd := [file for file in files if file.exists() and not file.is_file()]:  # a pipe would block
-        raise ValueError(f"cannot read {odd[0]}: it is not a regular file")
-    digest, done = hashlib.sha256(), 0
-    try:
-        sizes = [file.stat().st_size for file in files]
-        for file, size in zip(files, sizes):
-            digest.update(f"{file.name}\0{size}\0".encode())
-            with file.open("rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    digest.update(chunk)
-                    done += len(chunk)
-                    progress(done, sum(sizes))
-    except OSError as error:  # a link into a cache that is gone
-        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
+    digest = hashlib.sha256()
+    hash_files(digest, files, progress)
     return f"w{digest.hexdigest()[:16]}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,9 +40,28 @@ def folder_fingerprint(folder: str | os.PathLike, part: str | None = None) -> st
         return digest.hexdigest()
     entries = [path] if path.is_file() else path.iterdir()
     files = (f for f in entries if f == path or f.name == CONFIG_NAME or f.suffix in (".safetensors", ".bin"))
-    for file in sorted(files):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+    hash_files(digest, sorted(files))
     return digest.hexdigest()
+
+
+def hash_files(
+    digest: Any, files: Sequence[Path], progress: Callable[[int, int], None] = lambda done, count: None
+) -> None:
+    """Add the name, size and content of each file to a digest of ``hashlib``.
+
+    progress: called with the bytes that are read, and all there are.
+    Raises ``ValueError`` for what cannot be read, or is no regular file.
+    """
+    if odd := [file for file in files if file.exists() and not file.is_file()]:  # a pipe would block
+        raise ValueError(f"cannot read {odd[0]}: it is not a regular file")
+    try:
+        sizes, done = [file.stat().st_size for file in files], 0
+        for file, size in zip(files, sizes):
+            digest.update(f"{file.name}\0{size}\0".encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    progress(done, sum(sizes))
+    except OSError as error:  # a link into a cache that is gone
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error

@@ -7,6 +7,7 @@ checks the whole plan (missing, unexpected, mis-shaped) before the first byte of
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import zipfile
@@ -45,6 +46,8 @@ def open_weights(path: Path) -> object:
     Raises ``ValueError`` that names the file if it is damaged or holds more than tensors and plain values.
     """
     safe = path.suffix.lower() == ".safetensors"
+    if path.is_file() and not os.access(path, os.R_OK):  # safetensors says that there is no such file
+        raise ValueError(f"cannot read {path}: {os.strerror(errno.EACCES)}")
     try:
         if safe:
             return safe_open(path, framework="pt", device="cpu")

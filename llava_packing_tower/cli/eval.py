@@ -47,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from ..checkpoint.folder_hash import identity
     from ..eval.hf_inference import is_export
     from ..eval.preflight import check_checkpoint, check_installation
@@ -56,11 +54,10 @@ def run(args: argparse.Namespace) -> int:
     from ..eval.runner import Evaluation, run_tasks
     from ..eval.task_groups import check_known, expand, registered
     from ..eval.tasks import OWN_TASKS
+    from ..utils.console import plain_console
     from ..utils.progress import progress
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 100
+    console = plain_console(width=100)
     where = _where(args)
     for word in args.rest:
         if word.split("=")[0] in OWN_OPTIONS:
@@ -101,12 +98,13 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{args.checkpoint} (weights {weights}): {', '.join(tasks)}", soft_wrap=True)
     results = run_tasks(evaluation, tasks, console)
     written = write_report(output, {args.checkpoint.resolve().name: results})
-    console.print((output / "results.md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+    console.print((output / "results.md").read_text(encoding="utf-8"), soft_wrap=True)
     console.print(f"{', '.join(map(str, written))}", soft_wrap=True)
     write_for_program(args.json, {task: asdict(result) for task, result in results.items()})
     failed = [task for task, result in results.items() if result.error is not None]
     if failed:
-        console.print(f"[bold red]{len(failed)} of {len(tasks)} tasks failed:[/] {', '.join(failed)}", soft_wrap=True)
+        said = f"{len(failed)} of {len(tasks)} tasks failed: {', '.join(failed)}"
+        console.print(said, style="bold red", soft_wrap=True)
     return 1 if failed else 0
 
 

@@ -8,6 +8,7 @@ The folders are outputs of `llava-packing eval` or of lmms-eval itself.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def names_of(folders: list[Path]) -> list[str]:
     """The last parts of the paths, as many as tell them apart. Raises :class:`UsageError` for one folder twice."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [Path(os.path.realpath(folder)).parts for folder in folders]  # (resolve fails at links in a circle)
     if len(set(parts)) < len(parts):
         raise UsageError("a folder is given twice")
     count = next(n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts))

@@ -12,8 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from ..utils.errors import DISK_FULL, REFUSED_BY_DISK, UsageError
-from ..utils.files import check_target
+from .. import __version__
+from ..utils.errors import FORBIDDEN, UsageError, what_the_disk_says
+from ..utils.files import check_target, user_path
 from ..utils.supervise import Stopped, raising_signals
 
 
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     top = argparse.ArgumentParser(
         prog="llava-packing", epilog=_overview(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    top.add_argument("--version", action="version", version=f"llava-packing {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="command", help="one of: " + ", ".join(COMMANDS))
     name = top.parse_args(argv[:1]).command
     for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding has not
@@ -75,12 +77,15 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_unread():
             raise
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number == errno.ENAMETOOLONG:
             return _say(name, f"{str(error.filename)[:80]}...: {error.strerror}", 2)
-        if error.errno not in REFUSED_BY_DISK:
+        if number in FORBIDDEN:
+            return _say(name, f"{error.filename}: {error.strerror}" if error.filename else error, 2)
+        if (reason := what_the_disk_says(error)) is None:
             raise
-        return _say(name, f"the disk is full: {error}" if error.errno in DISK_FULL else error, 1)
+        return _say(name, reason, 1)
 
 
 def _is_unread() -> bool:
@@ -117,8 +122,18 @@ def _run(name: str, words: list[str]) -> int:
         args, args.rest = parser.parse_known_args(words)
     else:
         args = parser.parse_args(words)
+    _replace_tildes(args)
     _check_targets(args)
     return module.run(args)
+
+
+def _replace_tildes(args: argparse.Namespace) -> None:
+    """``~`` in paths: a shell leaves it in ``--out=~/seen.png``, and a folder of that name would be made."""
+    for name, given in vars(args).items():
+        if isinstance(given, Path):
+            setattr(args, name, user_path(given))
+        elif isinstance(given, list) and all(isinstance(each, Path) for each in given):
+            setattr(args, name, [user_path(each) for each in given])
 
 
 def _check_targets(args: argparse.Namespace) -> None:

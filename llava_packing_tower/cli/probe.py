@@ -43,11 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
     from rich.table import Table
 
     from ..eval.probe import CACHE, probe, read_folder
+    from ..utils.console import plain_console
     from ..utils.files import write_text
 
     if find_spec("sklearn") is None:
@@ -58,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--test_share must be between 0 and 1, and --k, --batch_size and --C above 0")
     if args.max_patches is not None and args.max_patches < 1:
         raise UsageError(f"--max_patches must be at least 1, got {args.max_patches}")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
+    console = plain_console(width=120)
     options = {"layer": args.select_layer, "square": args.square, "max_patches": args.max_patches}
     results = []
     try:
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{args.data}: {counts}", soft_wrap=True)
         for name in args.towers:
             with Progress(console=console, transient=True) as bar:
-                task = bar.add_task(name, total=len(photos.files))
+                task = bar.add_task(escape(name), total=len(photos.files))
                 result = probe(
                     *(name, photos, options, args.cache or CACHE, k, args.C),
                     batch_size=args.batch_size,

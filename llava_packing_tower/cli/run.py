@@ -53,4 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if target.endswith(".py") and not os.path.isfile(target):
         raise UsageError(f"{target}: no such file")
     sys.stdout.flush()
-    os.execv(words[0], words)
+    try:
+        os.execv(words[0], words)
+    except OSError as error:
+        raise UsageError(f"{words[0]}: {error.strerror}") from error

@@ -20,9 +20,9 @@ from pathlib import Path
 from ..train import multinode, resume
 from ..train.launcher import make_plan
 from ..train.launcher import run as run_plan
-from ..train.run_lock import RunLock
 from ..utils.errors import UsageError
 from ..utils.files import user_path, write_for_program
+from ..utils.run_lock import RunLock
 
 TAKES_REST = True
 PROFILED = 3
@@ -74,11 +74,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if plan.finished is not None:
         return 0
-    lock = RunLock(plan.values["output_dir"], machines.meeting_place)
-    try:
+    with RunLock(plan.values["output_dir"], machines.meeting_place):
         (user_path(str(plan.values["output_dir"])) / resume.FINISHED).unlink(missing_ok=True)
         for line in resume.set_aside(plan.values["output_dir"]):
             print(line, flush=True)
         return run_plan(plan)
-    finally:
-        lock.release()

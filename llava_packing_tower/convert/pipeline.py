@@ -22,7 +22,7 @@ from ..models.llava_vit.packed import LlavaViTPackingModel
 from ..models.llava_vit.standard import LlavaViTModel
 from ..utils.device import resolve_device as resolve_device
 from ..utils.errors import DISK_FULL
-from ..utils.files import open_to_others, user_path, write_json
+from ..utils.files import check_target, open_to_others, user_path, write_json
 from ..utils.scratch import scratch_beside
 from .plan import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
 from .sources import Source, read_source
@@ -104,6 +104,7 @@ def check_output(folder: Path) -> Path:
             )
     elif folder.exists() or folder.is_symlink():
         raise ValueError(f"the output {folder} exists and is not a folder: choose another --output_dir")
+    check_target(folder, is_folder=True)
     return folder
 
 

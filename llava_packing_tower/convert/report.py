@@ -25,8 +25,8 @@ _WORDS = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "[yellow]SKI
 
 def make_console() -> Console:
     """To standard output; wide enough for tensor names where that is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=160)
 
 
 def progress_bars(console: Console) -> Progress:

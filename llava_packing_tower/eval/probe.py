@@ -23,7 +23,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint.hub import resolve_path
-from ..data.images import open_image
+from ..data.images import check_file, open_image
 from ..data.native_config import NativeSettings
 from ..models.registry import part_of
 from ..towers.fused_tower import FusedPackingVisionTower
@@ -163,6 +163,8 @@ def cached_features(
     """
     where = resolve_device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    for image in photos.files:
+        check_file(image)
     images = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in photos.files]
     weights = [tower_fingerprint(resolve_path(strip_prefix(own), part=part_of)) for own in tower_names(name)]
     content = json.dumps([weights, images, options, str(dtype), __version__], sort_keys=True)

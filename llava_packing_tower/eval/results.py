@@ -98,13 +98,15 @@ def read_run(folder: Path) -> dict[str, TaskResult]:
 
     Of several results of one task the newest counts. Raises ``ValueError`` for a folder without any.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
     results: dict[str, TaskResult] = {}
     if markers := sorted(folder.glob(f"*/{DONE}")):
         for marker in markers:
             task, file, _ = read_marker(marker)
             results[task] = read_task(file, task)
         return results
-    for file in sorted(folder.rglob(RESULTS), key=lambda f: f.stat().st_mtime):
+    for file in sorted(filter(Path.is_file, folder.rglob(RESULTS)), key=lambda f: f.stat().st_mtime):
         for task in _tables(read_json(file, hook=None), "results", file):
             result = read_task(file, task)
             if result.metrics:

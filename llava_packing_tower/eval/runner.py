@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from rich.console import Console
 from .. import __version__
 from ..utils.files import write_text
 from ..utils.net import free_port
+from ..utils.run_lock import RunLock
 from ..utils.supervise import child
 from ..utils.versions import installed
 from . import MODEL
@@ -82,10 +84,21 @@ class Evaluation:
 
 
 def run_tasks(evaluation: Evaluation, tasks: Sequence[str], console: Console) -> dict[str, TaskResult]:
-    """Every task in a process of its own; a result for each, in order. A failed one has its cause in ``error``."""
+    """Every task in a process of its own; a result for each, in order. A failed one has its cause in ``error``.
+
+    Raises :class:`UsageError` while another process evaluates one of them in the same folder: it might take the
+    results of the other for its own.
+    """
+    with contextlib.ExitStack() as locks:
+        for task in tasks:
+            locks.enter_context(RunLock(evaluation.output / task, argument="--output_path"))
+        return _run_in_turn(evaluation, tasks, console)
+
+
+def _run_in_turn(evaluation: Evaluation, tasks: Sequence[str], console: Console) -> dict[str, TaskResult]:
     results = {}
     for number, task in enumerate(tasks, 1):
-        place = f"\\[{number}/{len(tasks)}] {task}"
+        place = f"[{number}/{len(tasks)}] {task}"
         done = None if evaluation.force else _finished(evaluation, task)
         if done is not None:
             console.print(
@@ -96,10 +109,11 @@ def run_tasks(evaluation: Evaluation, tasks: Sequence[str], console: Console) ->
         console.print(f"{place}: log in {evaluation.output / task / LOG}", soft_wrap=True)
         mark = time.monotonic()
         results[task] = run_task(evaluation, task, console)
-        state = results[task].headline() if results[task].error is None else "[bold red]FAILED[/]"
-        console.print(f"{place}: {state} ({time.monotonic() - mark:.0f} s)", soft_wrap=True)
-        if results[task].error is not None:
-            console.print(f"  {results[task].error}", markup=False, highlight=False, soft_wrap=True)
+        failed = results[task].error is not None
+        state, style = ("FAILED", "bold red") if failed else (results[task].headline(), None)
+        console.print(f"{place}: {state} ({time.monotonic() - mark:.0f} s)", style=style, soft_wrap=True)
+        if failed:
+            console.print(f"  {results[task].error}", highlight=False, soft_wrap=True)
     return results
 
 

@@ -49,12 +49,21 @@ def expand(names: str | Sequence[str]) -> list[str]:
 
 
 def registered(include_path: str | None = None) -> set[str]:
-    """Every task, group and tag that the installed lmms-eval knows, and those of this package (takes some seconds)."""
+    """Every task, group and tag that the installed lmms-eval knows, and those of this package (takes some seconds).
+
+    Raises ``ValueError`` for a folder of tasks that lmms-eval cannot read.
+    """
     from lmms_eval.tasks import TaskManager
     from loguru import logger
 
     logger.disable("lmms_eval")  # a line for each file that is no task of its own
-    manager = TaskManager("ERROR", include_path=[str(FOLDER), *([include_path] if include_path else [])])
+    try:
+        manager = TaskManager("ERROR", include_path=[str(FOLDER), *([include_path] if include_path else [])])
+    except Exception as error:  # whatever the files of the user's tasks let it raise
+        if include_path is None:
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(f"--include_path {include_path}: lmms-eval cannot read these tasks: {said}") from error
     return set(manager.all_tasks)
 
 

@@ -57,7 +57,7 @@ def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_si
         raise ValueError(f"{source / CONFIG_NAME}: architectures must name a class, got {named!r:.80}")
     from huggingface_hub import save_torch_state_dict
 
-    with atomic_folder(output) as aside:
+    with atomic_folder(output, is_new=True) as aside:
         for file in source.iterdir():
             if file.name not in (CONFIG_NAME, INFO):
                 shutil.copyfile(file, aside / file.name)

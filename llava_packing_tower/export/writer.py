@@ -68,6 +68,21 @@ def export(
     check_free(output)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; it is one of {', '.join(DTYPES)}")
+    with atomic_folder(output, is_new=True) as folder:
+        count, name, template = _export_into(folder, checkpoint, dtype, base, conversation, with_code, max_shard_size)
+    return Exported(output, count, name, template)
+
+
+def _export_into(
+    folder: Path,
+    checkpoint: Path,
+    dtype: str | None,
+    base: Path | None,
+    conversation: str | None,
+    with_code: bool,
+    max_shard_size: str,
+) -> tuple[int, str, str]:
+    """Returns the number of parameters, their dtype and the conversation template."""
     install.apply()
     source = read_source(checkpoint, base)
     try:
@@ -86,11 +101,9 @@ def export(
     name = str(target).removeprefix("torch.")
     from huggingface_hub import save_torch_state_dict
 
-    with atomic_folder(output) as folder:
-        parts.write(folder, name, with_code, {key: list(tensor.shape) for key, tensor in tensors.items()})
-        save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
-    count = sum(tensor.numel() for tensor in tensors.values())
-    return Exported(output, count, name, parts.conversation)
+    parts.write(folder, name, with_code, {key: list(tensor.shape) for key, tensor in tensors.items()})
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values()), name, parts.conversation
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from importlib import import_module
 
 from ..integrations.llava import install, registry
 from ..integrations.llava.patcher import Patches
+from ..utils.errors import what_the_disk_says
+from ..utils.run_lock import LOCK_ENV, hold
 from ..utils.supervise import watch_launcher
 from .hostfile import unpack
-from .run_lock import LOCK_ENV, hold
 
 
 def main() -> None:
@@ -39,8 +40,13 @@ def main() -> None:
     # The host seeds when it makes its trainer, after the projector got its random weights: runs would differ.
     set_seed(int(_argument("seed") or TrainingArguments.seed))
     takes = inspect.signature(train.train).parameters
-    train.train(**{name: _argument(name) for name in ("attn_implementation",) if name in takes})
-    callbacks.finish(trainers)
+    try:
+        train.train(**{name: _argument(name) for name in ("attn_implementation",) if name in takes})
+        callbacks.finish(trainers)
+    except Exception as error:
+        if (reason := what_the_disk_says(error)) is None:
+            raise
+        raise SystemExit(reason) from error
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         leave()
 

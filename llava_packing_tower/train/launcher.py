@@ -22,6 +22,7 @@ from ..utils.errors import UsageError
 from ..utils.files import read_json, user_path
 from ..utils.hub import check_is_here
 from ..utils.net import free_port
+from ..utils.run_lock import LOCK, LOCK_ENV
 from ..utils.supervise import supervise
 from ..utils.versions import Run, impossible, install_command
 from .arguments import ALIASES, known_arguments, resolve, to_argv
@@ -32,7 +33,6 @@ from .hostfile import check_hostfile, pack
 from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
 from .resume import finished, last_complete, misfit, read_saved
-from .run_lock import LOCK, LOCK_ENV
 from .trainer_values import check_trainer_values
 
 TRAINER_KEY = "trainer"

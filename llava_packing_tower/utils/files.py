@@ -125,17 +125,37 @@ def check_free(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | os.PathLike, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+def atomic_folder(
+    folder: str | os.PathLike, replaces: Callable[[str], bool] = lambda name: False, is_new: bool = False
+) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``; on success its files appear in ``folder`` by rename, else nothing does.
 
     A file of the same name is replaced; other files of an existing folder stay, but those whose names ``replaces`` is
     true of are removed. (Where several files make up a save the old ones go before the new ones come: what is left by
     an interruption cannot be read, and is never of two saves.) A folder that does not exist yet, or is empty, appears
-    whole in one step.
+    whole in one step. ``is_new``: raises ``ValueError`` for one that has files, or that another process is writing.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_beside(folder) as scratch:
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _written_beside(folder, replaces, is_new) as aside:
+            yield aside
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # not empty: the folder is in it
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def _written_beside(folder: Path, replaces: Callable[[str], bool], is_new: bool) -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(scratch_beside(folder, alone=is_new))
+        except BlockingIOError as error:
+            raise ValueError(str(error)) from error
+        if is_new:
+            check_free(folder)
         aside = scratch / "content"
         aside.mkdir()
         yield aside

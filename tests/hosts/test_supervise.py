@@ -14,9 +14,9 @@ import pytest
 from host_runs import needs_host
 from signals import default_signals
 
-from llava_packing_tower.train import run_lock
-from llava_packing_tower.train.run_lock import RunLock
+from llava_packing_tower.utils import run_lock
 from llava_packing_tower.utils.errors import UsageError
+from llava_packing_tower.utils.run_lock import RunLock
 from llava_packing_tower.utils.supervise import LAUNCHER_ENV, identity, is_alive, supervise, watch_launcher
 
 REPOSITORY = Path(__file__).parents[2]
@@ -155,7 +155,7 @@ def test_a_second_run_is_refused_until_the_last_process_of_the_first_has_ended(t
 
 
 def test_the_lock_of_a_dead_run_is_no_obstacle(tmp_path):
-    code = "import os; from llava_packing_tower.train.run_lock import RunLock; "
+    code = "import os; from llava_packing_tower.utils.run_lock import RunLock; "
     code += f"RunLock({str(tmp_path)!r}); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == -9
     assert (tmp_path / run_lock.LOCK).is_file()

@@ -15,16 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from ...data.images import open_image
 from ...data.sample_photos import PHOTOS, Photo
 from ...integrations.llava import install, registry
+from ...integrations.llava.host import FoundHost
 from ...integrations.llava.inference import build_prompt
 from ...train.arguments import ALIASES, known_arguments, resolve
 from ...train.config import read_overrides, read_yaml
 from ...train.deepspeed_config import check_deepspeed
 from ...train.history import TOWER_RECORD
 from ...utils.errors import UsageError
+from ...utils.run_lock import LOCK, RunLock
 from ...utils.supervise import child
 from . import OUTPUT, report
 from .dataset import QUESTION, write_dataset
@@ -106,10 +109,15 @@ def make_plan(config: Path, output: Path, words: Sequence[str]) -> Plan:
 
 def clear(output: Path) -> None:
     """An empty output folder. Raises :class:`UsageError` for one with files that no demo made."""
-    if output.exists() and any(output.iterdir()) and not (output / MARK).is_file():
+    found = [path for path in output.iterdir() if path.name != LOCK] if output.exists() else []
+    if found and not (output / MARK).is_file():
         raise UsageError(f"{output} exists and was not made by this demo: give another folder with --output")
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    output.mkdir(parents=True, exist_ok=True)
     (output / MARK).touch()
 
 
@@ -117,21 +125,26 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
     """Run everything; returns the exit status (1 when a check failed). Raises ``DemoFailed`` or
     :class:`UsageError`."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal:
         console.width = 100  # a log file; 80 columns would cut the table
-    started = time.monotonic()
-    seconds: dict[str, float] = {}
-
-    def stage(number: int, text: str) -> None:
-        console.print(f"[bold]\\[{number}/6][/] {text}", soft_wrap=True)
-
     plan = make_plan(config, output, words)
     try:
         host = registry.find_host()
     except ValueError as error:
         raise UsageError(str(error)) from error
     resolve(plan.values, known_arguments(host), host)
+    with RunLock(output, argument="--output"):
+        return _run(plan, host, console)
+
+
+def _run(plan: Plan, host: FoundHost, console: Console) -> int:
+    output, started = plan.output, time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def stage(number: int, text: str) -> None:
+        console.print(f"[bold]\\[{number}/6][/] {escape(text)}", soft_wrap=True)
+
     clear(output)
     install.apply()
 
@@ -178,7 +191,7 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
     seconds["total"] = time.monotonic() - started
     facts = {
         "host": f"{host.host.title} {host.version}",
-        "config": str(config),
+        "config": str(plan.config),
         "steps": plan.steps,
         "seed": plan.seed,
         "loss": f"{trained.history[0][1]:.3f} at the first step, {trained.history[-1][1]:.3f} at the last",
@@ -188,8 +201,9 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
 
     console.print(report.rich_table(rows))
     for check in checks:
-        console.print(f"{'[green]ok    [/]' if check.passed else '[bold red]FAILED[/]'} {check.name}: {check.detail}")
-    console.print(f"{seconds['total']:.0f} s. Table, loss curve and patch grids: {output}/")
+        state = "[green]ok    [/]" if check.passed else "[bold red]FAILED[/]"
+        console.print(f"{state} {check.name}: {escape(check.detail)}")
+    console.print(f"{seconds['total']:.0f} s. Table, loss curve and patch grids: {output}/", markup=False)
     return 0 if all(check.passed for check in checks) else 1
 
 

@@ -13,8 +13,8 @@ import os
 import time
 from pathlib import Path
 
-from ..utils.errors import UsageError
-from ..utils.files import user_path
+from .errors import UsageError
+from .files import user_path
 
 LOCK = ".packing_run.lock"
 LOCK_ENV = "LLAVA_PACKING_RUN_LOCK"
@@ -26,12 +26,13 @@ class RunLock:
     Args:
         output_dir: made if it is not there.
         run: what the launchers of one run on several machines have in common (where they meet); None for one machine.
+        argument: what named the folder.
 
     Raises:
         UsageError: while another run has it, with its process, machine and start.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, run: str | None = None) -> None:
+    def __init__(self, output_dir: str | os.PathLike, run: str | None = None, argument: str = "output_dir") -> None:
         folder = user_path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
@@ -41,9 +42,9 @@ class RunLock:
             if run is None or owner.get("run") != run or not _locked(self._file, fcntl.LOCK_SH):
                 os.close(self._file)
                 raise UsageError(
-                    f"output_dir: another run writes into {folder}: process {owner.get('pid', '(unknown)')} on "
+                    f"{argument}: another run writes into {folder}: process {owner.get('pid', '(unknown)')} on "
                     f"{owner.get('machine', '(unknown)')}, since {owner.get('started', '(unknown)')}. "
-                    "Wait for it, stop it, or use another output_dir"
+                    f"Wait for it, stop it, or use another {argument}"
                 )
             return
         owner = {"pid": os.getpid(), "machine": os.uname().nodename, "run": run}
@@ -52,7 +53,13 @@ class RunLock:
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
         if not _locked(self._file, fcntl.LOCK_SH):  # another launcher came between the two
             os.close(self._file)
-            raise UsageError(f"output_dir: another run has just started in {folder}")
+            raise UsageError(f"{argument}: another run has just started in {folder}")
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Remove the file where nobody else has it any more, and let go."""

@@ -1,0 +1,16 @@
+"""Text on the terminal with the names of files in it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+
+def plain_console(width: int) -> Console:
+    """Prints text as it is: ``[red]`` or ``:car:`` in the name of a folder is no markup and no emoji.
+
+    width: of what is no terminal; rich would take 80 columns and cut tables.
+    """
+    console = Console(markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
