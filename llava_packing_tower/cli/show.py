@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--frames and --max_patches must be at least 1")
     if args.positions is not None and len(args.images) != 1:
         raise UsageError("--positions belongs to one image, the sample of kept patches")
+    if args.out is not None and args.out.suffix.lower() not in ("", ".png"):
+        raise UsageError(f"--out {args.out}: the picture is a PNG")
     try:
         check_single(args.tower, "show")
         device = resolve_device(args.device)
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.features:
         look.run(tower, images, cost)
         colors = look.principal_colors(images)
-    patch = tower.config.patch_size
+    patch, width = tower.config.patch_size, picture.terminal_width()
     lines = describe(cost, images, str(tower.device))
     if args.out is not None:
         picture.draw(args.out, images, patch, lines, colors)
@@ -65,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
             places = ", ".join(f"{index} at {int(at)}" for index, at in zip(seen.indices, seen.positions))
             print(f"   frames and their positions: {places}")
         if args.out is None:
-            print("\n".join(picture.as_text(seen, patch)))
-    print(picture.pack_as_text(images))
+            print("\n".join(picture.as_text(seen, patch, width)))
+    print(picture.pack_as_text(images, width))
     print("\n".join(lines if args.out is None else [*lines, f"written to {args.out}"]))
     write_for_program(args.json, numbers(cost, images))
     return 0

@@ -194,3 +194,53 @@ def test_what_cannot_be_shown(folder, capsys, words, said):
     )
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def seen_of(name, pixels, patch=4, segments=1):
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    grid = (1, rows, columns)
+    lengths = [rows * columns // segments] * segments
+    return look.Seen(name, pixels.shape[1::-1], pixels[None], torch.zeros(1), grid, grid, lengths)
+
+
+def test_lines_between_patches_are_seen_on_white_pages_too():
+    page = np.full((12, 20, 3), 255, np.uint8)
+    page[:, 12:] = 0
+    found = np.asarray(picture.with_grid(page, 4)).astype(int)
+    assert np.abs(found[4, :12] - 255).min() > 100 and found[4, 12:].min() == 255
+    assert (found[1, 1] == 255).all() and (found[1, 13] == 0).all()
+
+
+def test_every_word_of_the_picture_is_in_it(tmp_path, monkeypatch):
+    """One small image and the line of its cost, a long name, many short segments: nothing is cut off or overprinted."""
+    drawn = []
+    monkeypatch.setattr(picture.ImageDraw.ImageDraw, "text", lambda pen, at, text, **_: drawn.append((at, text)))
+    font = picture.ImageFont.load_default()
+    images = [seen_of(f"/{'deep/' * 30}a\nb.png", np.zeros((40, 40, 3), np.uint8), segments=100)]
+    picture.draw(tmp_path / "a.png", images, 4, ["word " * 40], None)
+    width = Image.open(tmp_path / "a.png").width
+    assert all(at[0] + font.getlength(text.strip()) <= width for at, text in drawn)
+    assert any(text.startswith("0: ...eep/deep/") and "a\\nb.png, 40 x 40 pixels" in text for _, text in drawn)
+    borders = sorted((at[0], int(text)) for at, text in drawn if text.isdigit())
+    ends = [at + font.getlength(str(number)) for at, number in borders]
+    assert borders[0][1] == 0 and borders[-1][1] == 100
+    assert all(end < at for end, (at, _) in zip(ends, borders[1:]))
+
+
+def test_the_text_picture_is_as_wide_as_the_terminal(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "16")
+    status, _ = show(folder, str(folder / "halves.png"), str(folder / "gray.png"), "--max_patches", "100")
+    lines = capsys.readouterr().out.splitlines()
+    drawn = [line for line in lines if line and set(line) <= {*picture.SHADES, "|", "-", "0", "1"}]
+    assert status == 0 and len(drawn) > 4 and max(map(len, drawn)) == 16
+
+
+def test_positions_far_out_and_pictures_of_other_kinds_are_refused(folder, capsys):
+    places = np.zeros((60, 3), np.float32)
+    places[7] = (3, 1e30, 5)
+    np.save(folder / "places.npy", places)
+    words = [str(folder / "halves.png"), "--max_patches", "100", "--positions", str(folder / "places.npy")]
+    assert show(folder, *words)[0] == 2
+    assert "places.npy: its frames have 65537 x 6 patches or more, at most 65536" in capsys.readouterr().err
+    assert show(folder, str(folder / "halves.png"), "--out", str(folder / "a.jpg"))[0] == 2
+    assert "a.jpg: the picture is a PNG" in capsys.readouterr().err

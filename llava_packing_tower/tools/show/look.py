@@ -29,6 +29,9 @@ from ...train.preflight import check_projector
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
+MOST_PLACES = 1 << 16
+"""Most patches of a frame onto which those of a codec sample are put back."""
+
 
 @dataclass
 class Seen:
@@ -118,16 +121,24 @@ def _as_bytes(values: torch.Tensor, processor: object) -> np.ndarray:
 def place_patches(seen: Seen, file: Path) -> None:
     """Read the positions (frame, row, column) of the patches of a codec sample, whose image holds the kept ones.
 
-    Raises ``ValueError`` for another number of positions than the image has patches.
+    Raises ``ValueError`` for another number of positions than the image has patches, and for frames beyond MOST_PLACES.
     """
     check_file(file)
     try:
         found = np.load(file, allow_pickle=False, mmap_mode="r")
-        positions = np.asarray(found, np.float32).reshape(-1, 3)
+        count = found.size // 3
+        positions = np.array(found, np.float32).reshape(-1, 3) if count == seen.patches else np.empty((0, 3))
     except Exception as error:  # NumPy reads the header as Python text: a damaged one raises anything at all
         raise ValueError(f"{file} is no file of positions: {error or type(error).__name__}") from error
-    if len(positions) != seen.patches or not np.isfinite(positions).all() or positions.min() < 0:
-        raise ValueError(f"{file} has {len(positions)} positions, {seen.name} has {seen.patches} patches")
+    if count != seen.patches:
+        raise ValueError(f"{file} has {count} positions, {seen.name} has {seen.patches} patches")
+    if not np.isfinite(positions).all() or positions.min() < 0:
+        raise ValueError(f"{file}: positions are numbers from 0 on, but one of them is {positions.min()}")
+    height, width = (int(min(side, MOST_PLACES)) + 1 for side in np.rint(positions[:, 1:].max(0)))
+    if height * width > MOST_PLACES:
+        raise ValueError(
+            f"{file}: its frames have {height} x {width} patches or more, at most {MOST_PLACES} in all are shown"
+        )
     seen.positions = positions
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,8 +20,13 @@ FRAMES = 8
 """Frames of a video that are drawn, evenly spaced."""
 COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (23, 190, 207))
 GRAY = (235, 235, 235)
+LIGHT = 170
+"""From this mean of a pixel on, a line on it is dark: pages are white."""
 SHADES = " .:-=+*#%@"
-COLUMNS = 60
+COLUMNS = 120
+"""Characters in a line, where the terminal is not narrower."""
+NAME = 80
+"""Most characters of a name in a headline: its end."""
 
 
 def chosen(seen: Seen) -> list[int]:
@@ -28,10 +36,10 @@ def chosen(seen: Seen) -> list[int]:
 
 
 def with_grid(pixels: np.ndarray, patch: int) -> Image.Image:
-    """Pixels ``[H, W, 3]`` with thin white lines between the patches."""
-    image = pixels.copy()
-    image[patch::patch] = 255
-    image[:, patch::patch] = 255
+    """Pixels ``[H, W, 3]`` with thin lines between the patches: white ones, and dark ones on what is light."""
+    image, lines = pixels.copy(), np.where(pixels.mean(-1, keepdims=True) < LIGHT, 255, 110).astype(np.uint8)
+    image[patch::patch] = lines[patch::patch]
+    image[:, patch::patch] = lines[:, patch::patch]
     return Image.fromarray(image)
 
 
@@ -78,8 +86,11 @@ def draw(
     rows = [panels(seen, patch, None if colors is None else colors[i]) for i, seen in enumerate(images)]
     wide = max(len(row) for row in rows) * (WIDTH + MARGIN) + MARGIN
     tall = len(rows) * (HEIGHT + 3 * LINE + MARGIN) + 5 * LINE + len(lines) * LINE + MARGIN
+    font = ImageFont.load_default()
+    texts = [*lines, *(headline(number, seen) for number, seen in enumerate(images))]
+    wide = max(wide, *(math.ceil(font.getlength(text)) + 2 * MARGIN for text in texts))
     canvas = Image.new("RGB", (wide, tall), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    pen = ImageDraw.Draw(canvas)
     top = MARGIN
     for number, (seen, row) in enumerate(zip(images, rows)):
         pen.text((MARGIN, top), headline(number, seen), fill=COLORS[number % len(COLORS)], font=font)
@@ -89,6 +100,8 @@ def draw(
             scale = min(WIDTH / picture.width, HEIGHT / picture.height)
             size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
             canvas.paste(picture.resize(size, Image.Resampling.LANCZOS), (left, top + 2 * LINE))
+            right, bottom = left + size[0], top + 2 * LINE + size[1]
+            pen.rectangle((left - 1, top + 2 * LINE - 1, right, bottom), outline=GRAY)
         top += HEIGHT + 3 * LINE + MARGIN
     _draw_pack(pen, images, (MARGIN, top), wide - 2 * MARGIN, font)
     for number, line in enumerate(lines):
@@ -97,45 +110,61 @@ def draw(
 
 
 def _draw_pack(
-    pen: ImageDraw.ImageDraw, images: Sequence[Seen], corner: tuple[int, int], width: int, font: object
+    pen: ImageDraw.ImageDraw, images: Sequence[Seen], corner: tuple[int, int], width: int, font: Any
 ) -> None:
     """The packed row: a box for each segment, as wide as its share of the patches, with ``cu_seqlens`` below."""
     left, top = corner
-    total, start = sum(seen.patches for seen in images), 0
+    total, start, free = sum(seen.patches for seen in images), 0, 0
+    end = left + width - math.ceil(font.getlength(str(total)))
     for number, seen in enumerate(images):
         for length in seen.segments:
             first, last = (left + width * at // total for at in (start, start + length))
             pen.rectangle((first, top, last, top + LINE), fill=COLORS[number % len(COLORS)], outline="white")
-            pen.text((first, top + LINE + 2), str(start), fill="black", font=font)
+            if (
+                free <= first <= end - font.getlength(f"{start} ")
+            ):  # a number that would stand on the one before it is left out
+                pen.text((first, top + LINE + 2), str(start), fill="black", font=font)
+                free = first + math.ceil(font.getlength(f"{start} "))
             start += length
-    pen.text((left + width - 6 * len(str(total)), top + LINE + 2), str(total), fill="black", font=font)
+    pen.text((end, top + LINE + 2), str(total), fill="black", font=font)
     said = f"one packed row of {total} patches; numbers: cu_seqlens"
     pen.text((left, top + 2 * LINE + 4), said, fill="black", font=font)
+
+
+def _name(name: str) -> str:
+    """In one line: the end of a long one, and no line breaks or other control characters."""
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)
+    return shown if len(shown) <= NAME else f"...{shown[3 - NAME :]}"
 
 
 def headline(number: int, seen: Seen) -> str:
     t, rows, columns = seen.tokens
     frames = "" if seen.indices is None else f"{len(seen.pixels)} of {seen.total} frames, "
     return (
-        f"{number}: {seen.name}, {seen.size[0]} x {seen.size[1]} pixels, {frames}"
+        f"{number}: {_name(seen.name)}, {seen.size[0]} x {seen.size[1]} pixels, {frames}"
         f"{' x '.join(map(str, seen.grid))} = {seen.patches} patches, {t * rows * columns} tokens"
     )
 
 
-def as_text(seen: Seen, patch: int) -> list[str]:
+def terminal_width() -> int:
+    """Characters of a line of the text picture: those of the terminal, at most COLUMNS."""
+    return max(12, min(COLUMNS, shutil.get_terminal_size((COLUMNS, 24)).columns))
+
+
+def as_text(seen: Seen, patch: int, width: int = COLUMNS) -> list[str]:
     """The first frame in characters, a line for each row of patches and two characters for each patch (fewer for wide
     ones), from dark to light."""
     gray = Image.fromarray(seen.pixels[0]).convert("L")
-    columns = min(seen.grid[2], COLUMNS)
+    columns = min(seen.grid[2], width // 2)
     rows = max(1, round(seen.grid[1] * columns / seen.grid[2]))
     small = np.asarray(gray.resize((columns, rows), Image.Resampling.BOX)).astype(int)
     return ["".join(SHADES[value * len(SHADES) // 256] * 2 for value in row) for row in small]
 
 
-def pack_as_text(images: Sequence[Seen], width: int = 2 * COLUMNS) -> str:
+def pack_as_text(images: Sequence[Seen], width: int = COLUMNS) -> str:
     """The packed row in characters: ``|`` at the borders, the number of the image in its segment."""
     total, line = sum(seen.patches for seen in images), "|"
     for number, seen in enumerate(images):
         for length in seen.segments:
-            line += str(number).center(max(1, width * length // total - 1), "-") + "|"
+            line += str(number).center(max(1, (width - 1) * length // total - 1), "-") + "|"
     return line
