@@ -77,7 +77,7 @@ def measure(
     samples: Sequence[Mapping],
     processor: NativeImageProcessor,
     layout: TokenLayout,
-    to_ids: Callable[[Mapping], Sequence[int]],
+    to_ids: Callable[[Mapping, int], Sequence[int]],
     image_token: int,
     limit: int,
     folders: Mapping[str, str | None],
@@ -87,7 +87,7 @@ def measure(
 
     Args:
         samples: entries of a LLaVA training file. processor: whose rule the images follow. to_ids: makes the token ids
-            of a sample's text, with ``image_token`` for each image. limit: model_max_length.
+            of a sample's text, given its number, with ``image_token`` for each image. limit: model_max_length.
         folders: "image" and "video": what the files are relative to.
         sampling: how videos are read: arguments of :func:`read_clip` beside the file; None where they are not.
     """
@@ -104,7 +104,7 @@ def measure(
                 report.unreadable.append(name)
         report.measured += 1
         if len(counts) == len(images_of(sample, sampling is not None)):
-            _measure_text(report, [token == image_token for token in to_ids(sample)], counts)
+            _measure_text(report, [token == image_token for token in to_ids(sample, index)], counts)
     return report
 
 

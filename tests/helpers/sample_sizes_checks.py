@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from native_host import IGNORE, WORDS, Host, make_prompts
 from PIL import Image
@@ -174,6 +175,11 @@ def files_that_cannot_be_read_have_no_size(subject):
     )
     reader = SizeReader(dataset, model)
     assert [tuple(reader(index)) == (0, 0, 0, 0) for index in range(3)] == [True, True, False]
+    # Before training, too, a conversation that the host cannot read is that of a sample.
+    for index, turns in ((0, [{"from": "elephant", "value": "cup"}]), (2, [])):
+        dataset.list_data_dict[index] |= {"id": f"odd {index}", "conversations": turns}
+        with pytest.raises(ValueError, match=rf"^sample odd {index}: \w+Error: "):
+            reader(index)
 
 
 @check

@@ -21,7 +21,7 @@ from llava_packing_tower.multimodal.visual_tokens import TokenLayout, arrange, t
 TOKEN = -200
 
 
-def to_ids(sample):
+def to_ids(sample, index):
     """A word is a token."""
     words = " ".join(turn["value"] for turn in sample["conversations"]).split()
     return [TOKEN if word == "<image>" else 1 for word in words]

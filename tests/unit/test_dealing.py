@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
 from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch, _ranks_apart
-from llava_packing_tower.integrations.llava.dealt_loader import DealtDataset, Place
+from llava_packing_tower.integrations.llava.dealt_loader import DealtBatches, DealtDataset, Place
 from llava_packing_tower.multimodal.dealing import (
     LAYER_FLOOR,
     Cost,
@@ -195,6 +195,25 @@ def test_a_video_gets_the_part_of_the_loss_that_was_counted_for_it(counted, weig
     if counted != (205, 8):
         with pytest.raises(ValueError, match="sample 1 has 205 tokens, 8 of them supervised, but"):
             DealtDataset(Samples(), reader)[place._replace(index=1)]
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerate_tells_the_hosts_sampler_the_epoch(ranks):
+    """Else a run that skips no data (ignore_data_skip) takes the order of its first epoch again."""
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    class OfEpochs(SequentialSampler):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    sampler = OfEpochs(range(5))
+    batches = BatchSampler(sampler, 2, False)
+    batches = batches if ranks == 1 else BatchSamplerShard(batches, ranks, 1)
+    dealt = DealtBatches(batches, iter, None, None, 1, 2, int)
+    DataLoaderShard(range(5), batch_sampler=dealt).set_epoch(3)
+    assert sampler.epoch == 3
 
 
 def test_error_of_a_prediction():

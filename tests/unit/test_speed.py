@@ -304,6 +304,21 @@ def test_a_slow_loader_is_noticed():
     assert found.gi_running is False  # all else is that of the iterator
 
 
+def test_a_wait_inside_of_another_counts_once():
+    """Where samples are dealt, a loader of their sizes is waited for inside of that of the batches."""
+
+    def sizes():
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    one = meter()
+    outer = speed.TimedBatches(iter(speed.TimedBatches(sizes(), one)), one)
+    began = time.perf_counter()
+    assert list(outer) == [0, 1, 2]
+    assert 0.06 <= one.wait <= time.perf_counter() - began
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What two processes logged, by case."""

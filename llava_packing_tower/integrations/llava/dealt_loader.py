@@ -234,13 +234,13 @@ class DealtBatches(BatchSampler):
     def drop_last(self) -> bool:
         return self.batch_sampler.drop_last
 
-    def set_epoch(self, epoch: int) -> None:
-        """Pass it on to the host's samplers."""
-        sampler = self.batch_sampler
-        while sampler is not None:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+    @property
+    def sampler(self) -> object:
+        """The host's own, where accelerate looks for what it tells the number of an epoch."""
+        inner = self.batch_sampler
+        while hasattr(inner, "batch_sampler"):
+            inner = inner.batch_sampler
+        return getattr(inner, "sampler", None)
 
 
 class Dealt(NamedTuple):

@@ -6,7 +6,6 @@ is.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import logging
@@ -36,6 +35,7 @@ from .methods import Call, add_step
 from .native_resolution import token_layout
 from .patcher import Patches
 from .registry import data_module, host_of, image_token, mixin
+from .sample_sizes import tokenized
 
 logger = logging.getLogger(__name__)
 
@@ -271,10 +271,8 @@ def report_tokens(train: ModuleType, samples: Sequence[Mapping], tokenizer: obje
     if arguments is None or os.environ.get("RANK", "0") != "0":
         return
 
-    def to_ids(sample: Mapping) -> list[int]:
-        turns = train.preprocess_multimodal(copy.deepcopy([sample["conversations"]]), data_args)
-        has_image = bool(images_of(sample, reads_videos))
-        return train.preprocess(turns, tokenizer, has_image=has_image)["input_ids"][0].tolist()
+    def to_ids(sample: Mapping, index: int) -> list[int]:
+        return tokenized(train, sample, index, tokenizer, data_args)[0].tolist()
 
     processor, sampling = data_args.image_processor, None
     if reads_videos:

@@ -78,6 +78,24 @@ def _is_tiled(data_args: object) -> bool:
     return str(data_args.image_aspect_ratio).startswith(TILED)
 
 
+def tokenized(
+    train: ModuleType, sample: Mapping, index: int, tokenizer: object, data_args: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, with ``<image>`` as one, and labels of a sample, as the host's dataset makes them: ``[L]``.
+
+    Raises ``ValueError`` with the sample's id for a conversation that the host cannot read.
+    """
+    turns = copy.deepcopy([sample["conversations"]])
+    has_image = "image" in sample or (_reads_videos(train) and "video" in sample)
+    try:
+        if has_image:
+            turns = train.preprocess_multimodal(turns, data_args)
+        made = train.preprocess(turns, tokenizer, has_image=has_image)
+    except Exception as error:
+        raise ValueError(f"sample {sample.get('id', index)}: {type(error).__name__}: {error}") from error
+    return torch.as_tensor(made["input_ids"][0]), torch.as_tensor(made["labels"][0])
+
+
 class SizeReader:
     """Sizes of the samples of a host's dataset.
 
@@ -111,8 +129,8 @@ class SizeReader:
 
     def __call__(self, index: int) -> SampleSize:
         """The size of a sample. One whose files cannot be read is left out of its batch: it has none."""
-        sample = self.dataset.list_data_dict[index]
-        ids, labels = self.text(sample)
+        sample, given = self.dataset.list_data_dict[index], self.dataset
+        ids, labels = tokenized(self.train, sample, index, given.tokenizer, given.data_args)
         names = images_of(sample, _reads_videos(self.train))
         folder = getattr(self.dataset.data_args, "image_folder" if "image" in sample else "video_folder", None) or ""
         try:
@@ -120,15 +138,6 @@ class SizeReader:
         except (OSError, ValueError):
             return SampleSize(0, 0, 0, 0)
         return self._size(ids, labels, visuals or [self._blank()])
-
-    def text(self, sample: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids, with ``<image>`` as one, and labels of a sample, as the host's dataset makes them: ``[L]``."""
-        train, turns = self.train, copy.deepcopy([sample["conversations"]])
-        has_image = "image" in sample or (_reads_videos(train) and "video" in sample)
-        if has_image:
-            turns = train.preprocess_multimodal(turns, self.dataset.data_args)
-        made = train.preprocess(turns, self.dataset.tokenizer, has_image=has_image)
-        return torch.as_tensor(made["input_ids"][0]), torch.as_tensor(made["labels"][0])
 
     def _file(self, file: str, is_image: bool, several: int) -> VisualSize:
         if not is_image:

@@ -142,7 +142,8 @@ _running: Meter | None = None
 
 
 class TimedBatches:
-    """An iterator over batches that notes how long each was waited for."""
+    """An iterator over batches that notes how long each was waited for; once, where a loader waits in it for another
+    one, as for the sizes of samples that are dealt."""
 
     def __init__(self, batches: Iterator, meter: Meter) -> None:
         self._batches, self._meter = batches, meter
@@ -151,11 +152,11 @@ class TimedBatches:
         return self
 
     def __next__(self) -> object:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self._meter.wait
         try:
             return next(self._batches)
         finally:
-            self._meter.wait += time.perf_counter() - began
+            self._meter.wait = before + time.perf_counter() - began
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._batches, name)
