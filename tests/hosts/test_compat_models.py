@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from types import ModuleType, SimpleNamespace
 
@@ -50,6 +51,32 @@ def test_rope_scaling_none_is_no_defect_of_transformers_4(tmp_path, monkeypatch)
     (tmp_path / "fake" / "model" / "language_model" / "llava_x.py").write_text("config.rope_scaling = None")
     assert not isinstance(vars(PretrainedConfig).get("rope_scaling"), property)
     assert patched("rope_scaling_none", module_from(tmp_path, monkeypatch, "fake.model.__init__", "")) is None
+
+
+MODELS = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+class LlavaForCausalLM(Qwen2ForCausalLM):
+    pass
+def tiny():
+    sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
+    return LlavaForCausalLM(Qwen2Config(vocab_size=11, num_hidden_layers=1, **sizes))
+"""
+
+
+def test_dtype_none(tmp_path, monkeypatch):
+    models = module_from(tmp_path, monkeypatch, "fake.model.__init__", MODELS)
+    models.tiny().to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    load = functools.partial(models.LlavaForCausalLM.from_pretrained, tmp_path / "bf16")
+    before, four = load().dtype, load(torch_dtype=None).dtype is torch.float32
+    patches = patched("dtype_none", models)
+    assert (patches is None) is four  # there is nothing to mend in transformers 4
+    load = functools.partial(models.LlavaForCausalLM.from_pretrained, tmp_path / "bf16")
+    assert load(torch_dtype=None).dtype is torch.float32 and load().dtype is before
+    assert load(torch_dtype=torch.bfloat16).dtype is load(torch_dtype="auto").dtype is torch.bfloat16
+    if patches is not None:
+        assert load(dtype=torch.float16, torch_dtype=None).dtype is torch.float16
+        patches.undo()
+        assert "from_pretrained" not in vars(models.LlavaForCausalLM)
 
 
 PREPROCESS = """

@@ -53,6 +53,47 @@ def rope_scaling_none(model: ModuleType, patches: Patches) -> None:
     patches.set(PretrainedConfig, "rope_scaling", property(original.fget, assign))
 
 
+# ---------------------------------------------------------------- the dtype of the weights
+
+
+def _host_models(model: ModuleType) -> list[type]:
+    from transformers import PreTrainedModel
+
+    owns = host_of(model).owns
+    return [
+        cls
+        for cls in vars(model).values()
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and owns(cls.__module__)
+    ]
+
+
+def _none_is_auto(model: ModuleType) -> bool:
+    from transformers import PreTrainedModel
+
+    return 'dtype = "auto"' in _source(PreTrainedModel.from_pretrained) and bool(_host_models(model))
+
+
+@compat_patch(
+    module="{models}",
+    reason="without bf16 the host loads its model with torch_dtype=None, which is float32 in transformers 4 and the "
+    "files' own dtype in 5: without DeepSpeed, which casts, training in float32 fails beside a float32 projector",
+    defect=_none_is_auto,
+)
+def dtype_none(model: ModuleType, patches: Patches) -> None:
+    import torch
+
+    for cls in _host_models(model):
+        original = cls.from_pretrained.__func__
+
+        @functools.wraps(original)
+        def from_pretrained(cls, *args, _original=original, **kwargs):
+            if "torch_dtype" in kwargs and kwargs["torch_dtype"] is None and kwargs.get("dtype") is None:
+                kwargs["torch_dtype"] = torch.get_default_dtype()
+            return _original(cls, *args, **kwargs)
+
+        patches.set(cls, "from_pretrained", classmethod(from_pretrained))
+
+
 # ---------------------------------------------------------------- tokenization
 
 PREPROCESS = ("preprocess_qwen", "preprocess_llama3")
