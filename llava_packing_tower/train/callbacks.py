@@ -22,7 +22,7 @@ from ..integrations.llava.trainable_parts import count_parts
 from ..towers.packing_tower import HEVCViTPackingVisionTower
 from .deepspeed_config import zero_stage
 from .history import TowerRecord
-from .resume import mark_complete, mark_finished
+from .resume import check_count, mark_complete, mark_finished, note_order
 
 
 def asked_stage(deepspeed: str | Mapping | None) -> int | None:
@@ -124,6 +124,17 @@ class StopWhereNothingIsLeft(TrainerCallback):
             raise _NothingLeft
 
 
+class SameData(TrainerCallback):
+    """Raises ``ValueError`` for a run that resumes in the middle of other data."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step and not args.ignore_data_skip:
+            check_count(Path(args.output_dir) / f"checkpoint-{state.global_step}", len(self.trainer.train_dataset))
+
+
 class Progress(TrainerCallback):
     """A line per log of the trainer, and at least one every ``interval`` seconds: step, loss, speed, time left."""
 
@@ -175,6 +186,7 @@ def mark_checkpoints(trainer_class: type[Trainer], patches: Patches) -> None:
         barrier()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.local_process_index == 0 and folder.is_dir():  # on every machine that has a folder of its own
+            note_order(folder, self.args, len(self.train_dataset))
             mark_complete(folder)
         barrier()
         if self.args.should_save:
@@ -209,6 +221,7 @@ def install(train: ModuleType, patches: Patches) -> list[Trainer]:
         # In place of transformers' bar; its log lines (disable_tqdm) stay for the programs that read them.
         self.remove_callback(ProgressCallback)
         self.add_callback(EngineCheck(self))
+        self.add_callback(SameData(self))
         self.add_callback(Progress())
         self.add_callback(TowerRecord())
         self.add_callback(StopWhereNothingIsLeft())

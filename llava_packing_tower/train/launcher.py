@@ -32,7 +32,7 @@ from .folder_checks import check_folders, check_reference
 from .hostfile import check_hostfile, pack
 from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
-from .resume import finished, last_complete, misfit, read_saved
+from .resume import finished, last_complete, misfit, other_order, read_saved
 from .trainer_values import check_trainer_values
 
 TRAINER_KEY = "trainer"
@@ -307,7 +307,7 @@ def check_resume(plan: Plan) -> None:
     try:
         if plan.finished is not None or checkpoint is None:
             return
-        reason = misfit(checkpoint, plan.world_size, plan.zero_stage)
+        reason = misfit(checkpoint, plan.world_size, plan.zero_stage) or other_order(checkpoint, plan.values)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if reason is not None:

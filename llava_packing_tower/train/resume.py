@@ -17,6 +17,7 @@ from pathlib import Path
 from ..utils.files import read_json, user_path
 
 MARK = "packing_complete.json"
+ORDER = "packing_order.json"
 FINISHED = "packing_finished.json"
 STATE = "trainer_state.json"
 ASIDE = "incomplete-"
@@ -94,6 +95,57 @@ def set_aside(output_dir: str | os.PathLike) -> list[str]:
 
 
 # ---------------------------------------------------------------- does it fit this run?
+
+STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+SHUFFLED = {"seed": 42, "data_seed": None, "dataloader_drop_last": False, "group_by_modality_length": False}
+"""The keys, with transformers' and LLaVA's defaults, that the samples of an optimizer step and their order hang on."""
+
+
+def note_order(checkpoint: Path, args: object, samples: int) -> None:
+    """Write, by rename, what the position in the data hangs on: training arguments, and the number of samples."""
+    content = {name: getattr(args, name, default) for name, default in {**STEP, **SHUFFLED}.items()}
+    _write_by_rename(checkpoint / ORDER, json.dumps({**content, "samples": samples}, indent=1))
+
+
+def _noted(checkpoint: Path) -> dict[str, object]:
+    """What :func:`note_order` wrote; nothing in a checkpoint of an older version."""
+    return read_json(checkpoint / ORDER) if (checkpoint / ORDER).is_file() else {}
+
+
+def other_order(checkpoint: Path, values: Mapping[str, object]) -> str | None:
+    """Why a run with these arguments would not go on where the one of a checkpoint was in its data; None if it would.
+
+    Raises ``ValueError`` for a damaged note.
+    """
+    saved = _noted(checkpoint)
+    for name, default in STEP.items():
+        now = values.get(name, default)
+        if (was := saved.get(name, now)) != now:
+            return (
+                f"it was saved with {name} {was}, but this run has {now}: its schedule and its position in the data "
+                f"count steps of that many samples. Keep it (mm_packing_batch_tokens lowers the memory of a step), or "
+                f"use another output_dir to start again"
+            )
+    for name, default in {} if values.get("ignore_data_skip") else SHUFFLED.items():
+        now = values.get(name, default)
+        if (was := saved.get(name, now)) != now:
+            return _shuffled(f"{name} {was}", f"{now}")
+    return None
+
+
+def check_count(checkpoint: Path, samples: int) -> None:
+    """Raises ``ValueError`` for a dataset of another number of samples than a checkpoint was saved with."""
+    saved = _noted(checkpoint)
+    if (count := saved.get("samples", samples)) != samples:
+        raise ValueError(f"{checkpoint}: {_shuffled(f'{count} samples', f'{samples}')}")
+
+
+def _shuffled(was: str, now: str) -> str:
+    return (
+        f"it was saved with {was}, but this run has {now}: the order is another, and some samples would come twice in "
+        f"the epoch, others never. Keep it, begin the epoch again with ignore_data_skip: true, or use another "
+        f"output_dir to start again"
+    )
 
 
 @dataclass(frozen=True)

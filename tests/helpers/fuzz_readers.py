@@ -109,6 +109,7 @@ def make_marks(folder: Path) -> None:
     (checkpoint / resume.STATE).write_text(json.dumps({"global_step": 3, "max_steps": 8, "epoch": 1.0}))
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (checkpoint / name).write_bytes(b"12")
+    resume.note_order(checkpoint, None, 37)
     resume.mark_complete(checkpoint)
     resume.mark_finished(folder, 3, 8, 1.0)
 
@@ -118,6 +119,7 @@ def read_marks(folder: Path) -> None:
     resume.finished(folder, {})
     if (checkpoint := resume.last_complete(folder)) is not None:
         resume.misfit(checkpoint, 1, None)
+        resume.other_order(checkpoint, {})
 
 
 def make_latest(folder: Path) -> None:
@@ -271,6 +273,7 @@ READERS: dict[str, Reader] = {
     ),
     "mark": Reader(make_marks, f"checkpoint-3/{resume.MARK}", read_marks),
     "state": Reader(make_marks, f"checkpoint-3/{resume.STATE}", read_marks),
+    "order": Reader(make_marks, f"checkpoint-3/{resume.ORDER}", lambda f: resume.other_order(f / "checkpoint-3", {})),
     "latest": Reader(make_latest, "checkpoint-3/latest", lambda f: resume.misfit(f / "checkpoint-3", 2, 2)),
     "finished": Reader(make_marks, resume.FINISHED, read_marks),
     "positions": Reader(make_positions, "positions.npy", positions),

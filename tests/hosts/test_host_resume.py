@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import host_runs
 import pytest
@@ -119,6 +120,7 @@ def test_a_run_that_has_done_all_its_steps(trainings, tmp_path):
         ([], 1, "saved by 2 processes, but this run has 1"),
         (["--deepspeed", "configs/zero3.json"], 2, "those of ZeRO-1 or 2, but this run uses ZeRO-3"),
         (["--deepspeed", "null"], 2, "saved with DeepSpeed, but this run has no DeepSpeed"),
+        (["--per_device_train_batch_size", "1"], 2, "per_device_train_batch_size 2, but this run has 1"),
     ):
         command = host_runs.train_command(trainings.config, output, *more, *change, processes=processes)
         refused = host_runs.execute(command, environment)
@@ -173,6 +175,31 @@ RANKS = tuple(f"rng_state_{rank}.pth" for rank in range(3))
 def test_which_run_can_go_on_from_a_checkpoint(tmp_path, files, latest, processes, stage, reason):
     found = resume.misfit(saved_by(tmp_path, *files, latest=latest), processes, stage)
     assert found is None if reason is None else reason in found and "another output_dir" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"gradient_accumulation_steps": 2, "seed": 42, "dataloader_drop_last": False}, None),
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size 4, but this run has 2"),
+        ({"gradient_accumulation_steps": 4, "ignore_data_skip": True}, "gradient_accumulation_steps 2, but this run"),
+        ({"seed": 7}, "seed 42, but this run has 7: the order is another"),
+        ({"group_by_modality_length": False}, "group_by_modality_length True, but this run has False"),
+        ({"seed": 7, "ignore_data_skip": True}, None),
+    ],
+)
+def test_a_run_goes_on_with_the_samples_that_are_left(tmp_path, changes, said):
+    """transformers 4.40 goes on with the old batch and the new accumulation, and others at another place in the data."""
+    same = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "group_by_modality_length": True}
+    assert resume.other_order(tmp_path, same) is None  # of an older version: nothing is known
+    resume.check_count(tmp_path, 5)
+    resume.note_order(tmp_path, SimpleNamespace(**same, seed=42), 37)
+    found = resume.other_order(tmp_path, {**same, **changes})
+    assert found is None if said is None else said in found and "another output_dir" in found
+    resume.check_count(tmp_path, 37)
+    with pytest.raises(ValueError, match="saved with 37 samples, but this run has 40: the order is another"):
+        resume.check_count(tmp_path, 40)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"global_step": "8", "max_steps": 9}', '{"global_step": 8}'])
