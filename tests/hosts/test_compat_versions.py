@@ -19,6 +19,7 @@ import torch
 import transformers
 import transformers.pytorch_utils
 from compat_modules import module_from, patched, stand_in_host
+from conftest import FIVE
 from transformers import Trainer, TrainingArguments
 
 from llava_packing_tower.integrations.llava import compat
@@ -192,6 +193,49 @@ def test_sampler_dataset_of_every_trainer_of_the_module(trainer_with, monkeypatc
     assert host.LLaVADPOTrainer._get_train_sampler(None, [1]) == "other"
     with pytest.raises(TypeError):
         host.LLaVATrainer._get_train_sampler(None, [1])  # its own loader does not pass one
+
+
+class Drawn(torch.utils.data.Sampler):
+    """Draws from torch's own numbers, as LLaVA's does."""
+
+    def __iter__(self):
+        return iter(torch.randperm(7).tolist())
+
+    def __len__(self):
+        return 7
+
+
+class Weight(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, x):
+        self.seen += x.tolist()
+        return {"loss": (self.weight * x).sum()}
+
+
+def test_epoch_orders(trainer_with, tmp_path, monkeypatch):
+    """A resumed run trains on what is left of its epoch, and on the next one as if it had not been interrupted."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    host = trainer_with("def _get_train_sampler(self, *given):\n    return self.order")
+    if patched("epoch_orders", host) is None:  # transformers draws them itself
+        assert not FIVE
+        return
+    given = {"num_train_epochs": 4, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 6}
+    args = TrainingArguments(str(tmp_path / "out"), **given, use_cpu=True, report_to=[], disable_tqdm=True)
+
+    def run(start):
+        model = Weight()
+        data = [{"x": torch.tensor(float(number))} for number in range(7)]
+        trainer = host.LLaVATrainer(model=model, args=args, train_dataset=data)
+        trainer.order = Drawn()
+        trainer.train(resume_from_checkpoint=start)
+        return model.seen
+
+    whole = run(None)
+    assert len(whole) == 28 and all(sorted(whole[at : at + 7]) == list(range(7)) for at in range(0, 28, 7))
+    assert run(str(tmp_path / "out" / "checkpoint-6")) == whole[11:]
 
 
 SEEDS = "\nfrom transformers.trainer_utils import seed_worker\n"

@@ -110,6 +110,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "left_out_report",  # left_out: the samples that could not be read, at the end
         "tune_parts",  # trainable_parts: mm_tunable_parts on a host without it
         "fsdp_dtypes",  # compat patch: one dtype for FSDP
+        "epoch_orders",  # compat patch: a resumed run draws the orders of the epochs that it has done
         "tokenizer_argument",  # compat patch: `tokenizer` is `processing_class` in transformers 5
     ),
     "LLaVATrainer.create_optimizer": (

@@ -126,6 +126,47 @@ def seed_worker(worker_id: int) -> None:
     seed(worker_id, num_workers=get_worker_info().num_workers, rank=int(os.environ.get("RANK", "0")))
 
 
+def _orders_are_not_drawn_again(trainer: ModuleType) -> bool:
+    """Earlier versions began an iteration of each epoch that a resumed run had done."""
+    return "get_dataloader_sampler" not in _source(_base(trainer)._inner_training_loop)
+
+
+@compat_patch(
+    module="{trainer}",
+    reason="LLaVA's sampler (group_by_modality_length) draws each epoch's order from torch's random numbers, and a "
+    "resumed run does not draw those of the epochs that it has done: the next one had the order of the first",
+    defect=_orders_are_not_drawn_again,
+)
+def epoch_orders(trainer: ModuleType, patches: Patches) -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+    from torch.utils.data import DataLoader
+    from transformers import TrainerCallback
+
+    class DrawOrders(TrainerCallback):
+        resumed = False
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.resumed = state.global_step > 0 and not args.ignore_data_skip
+
+        def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+            done, self.resumed = int(state.epoch or 0) if self.resumed else 0, False
+            batches = train_dataloader.batch_sampler
+            while hasattr(batches, "batch_sampler"):  # a rank's part, what is dealt of it
+                batches = batches.batch_sampler
+            if isinstance(getattr(batches, "sampler", None), SeedableRandomSampler):
+                return  # its order is that of the epoch's number
+            for _ in range(done):  # as the training does, without the samples
+                numbers = range(len(train_dataloader.dataset))
+                for _ in DataLoader(numbers, batch_sampler=batches, generator=train_dataloader.generator):
+                    pass
+
+    def attach(call: Call) -> Iterator[None]:
+        yield
+        call.self.add_callback(DrawOrders())
+
+    add_step(trainer_class(trainer), "LLaVATrainer.__init__", "epoch_orders", attach, patches)
+
+
 def _optimizer_gets_the_model(trainer: ModuleType) -> bool:
     own = vars(trainer_class(trainer)).get("create_optimizer")
     return own is not None and _takes(_base(trainer).create_optimizer, "model") and not _takes(own, "model")
