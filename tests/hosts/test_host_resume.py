@@ -190,7 +190,7 @@ def test_which_run_can_go_on_from_a_checkpoint(tmp_path, files, latest, processe
     ],
 )
 def test_a_run_goes_on_with_the_samples_that_are_left(tmp_path, changes, said):
-    """transformers 4.40 would go on with the old batch and the new accumulation, others at another place in the data."""
+    """transformers 4.40 goes on with the old batch and the new accumulation, others at another place in the data."""
     same = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "group_by_modality_length": True}
     assert resume.other_order(tmp_path, same) is None  # of an older version: nothing is known
     resume.check_count(tmp_path, 5)
