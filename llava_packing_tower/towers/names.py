@@ -117,16 +117,25 @@ def _log_not_ours(name: str, model_type: str) -> None:
 
 
 def random_clip(name: object) -> str | None:
-    """Why LLaVA must not get a name: it would build a CLIP with random weights for a local folder of a family.
+    """Why LLaVA must not get a name: it would build a CLIP with random weights for a local folder of a family, or of a
+    language model.
 
     None where it may get it.
     """
     if not isinstance(name, str) or tower_kind(name) is not None:
         return None
     model_type = folder_model_type(name)
-    if model_type not in FAMILIES:
+    if model_type is None:
         return None
-    return (
-        f"vision tower {name}: its config.json says model_type {model_type}, which LLaVA takes for a CLIP and fills "
-        f"with random weights. Write {NAME_PREFIX}{name}"
-    )
+    if model_type in FAMILIES:
+        return (
+            f"{name}: its config.json says model_type {model_type}, which LLaVA takes for a CLIP and fills with random "
+            f"weights. Write {NAME_PREFIX}{name}"
+        )
+    raw = read_json(user_path(name) / CONFIG_NAME)
+    if "vocab_size" in raw and "vision_config" not in raw:
+        return (
+            f"{name}: its config.json is that of a language model (model_type {model_type}), which LLaVA takes for a "
+            f"CLIP and fills with random weights"
+        )
+    return None

@@ -11,9 +11,10 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 from ..integrations.llava.host import FoundHost
-from ..towers.names import tower_names
+from ..towers.names import FUSED, PACKING, tower_kind, tower_names
 from ..utils.errors import UsageError
 from ..utils.files import once, user_path
 
@@ -51,6 +52,23 @@ def _read_json(key: str, file: Path) -> dict:
     if file.name == CONFIG and not isinstance(content, dict):
         raise UsageError(f"{key}: {file} must hold a JSON object, found {type(content).__name__}")
     return content
+
+
+def check_encoders(values: Mapping[str, object]) -> None:
+    """Packing towers in folders: the config.json must be that of a family, with values that a model can be made from.
+    A folder whose config.json names no model is told by its weights. Needs torch."""
+    name = str(values["vision_tower"])
+    folders = [tower for tower in tower_names(name) if (user_path(tower) / CONFIG).is_file()]
+    if not folders or tower_kind(name) not in (PACKING, FUSED):
+        return
+    from ..towers.packing_tower import HEVCViTPackingVisionTower
+
+    for tower in folders:
+        selected = SimpleNamespace(mm_vision_select_layer=values.get("mm_vision_select_layer", -1))
+        try:
+            HEVCViTPackingVisionTower(tower, selected, delay_load=True)
+        except ValueError as error:
+            raise UsageError(f"vision_tower: {error}") from error
 
 
 def check_decoder(name: str, found: FoundHost) -> None:

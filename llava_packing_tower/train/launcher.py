@@ -28,7 +28,7 @@ from ..utils.versions import Run, impossible, install_command
 from .arguments import ALIASES, known_arguments, resolve, to_argv
 from .config import read_overrides, read_yaml
 from .deepspeed_config import check_deepspeed
-from .folder_checks import check_folders, check_reference
+from .folder_checks import check_encoders, check_folders, check_reference
 from .hostfile import check_hostfile, pack
 from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
@@ -155,7 +155,7 @@ def check_files(values: dict[str, object], beside: Path, found: FoundHost) -> in
     except ValueError as error:
         raise UsageError(str(error)) from error
     if reason is not None:
-        raise UsageError(reason)
+        raise UsageError(f"vision_tower: {reason}")
     if values.get("lora_enable") and find_spec("peft") is None:
         raise UsageError(f"lora_enable needs peft: {install_command('peft')}")
     return check_deepspeed(values, beside)
@@ -270,6 +270,7 @@ def make_plan(
     check_resume(plan)
     checked = check_samples(values, found, known.get("model_max_length"), check_images)
     plan.samples, plan.cut, plan.media = checked
+    check_encoders(values)
     plan.environment = {**_environment(plan), variables.TRAINER: trainer}
     plan.command = _command(plan)
     return plan

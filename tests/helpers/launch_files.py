@@ -34,7 +34,7 @@ def files(tmp_path):
     """A YAML that passes, and the files it names."""
     for name in ("tower_packing", "llama", "images"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "config.json").write_text('{"model_type": "llava_vit_packing"}' if "tower" in name else "{}")
     (tmp_path / "data.json").write_text(
         json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
     )

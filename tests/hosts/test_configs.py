@@ -127,7 +127,7 @@ def shell(tmp_path):
         json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
     )
     (tmp_path / "tower_packing").mkdir()
-    (tmp_path / "tower_packing" / "config.json").write_text("{}")
+    (tmp_path / "tower_packing" / "config.json").write_text('{"model_type": "llava_vit_packing"}')
 
     def run(script: str, *words: str, real: bool = False, **more: str) -> subprocess.CompletedProcess:
         command = tmp_path / "bin" / "llava-packing"

@@ -64,7 +64,7 @@ def hooked(original: Callable, builder: TowerBuilder = TOWER_BUILDER) -> Callabl
         cls = tower_class(name, saved)
         if cls is None:
             if reason := random_clip(name):
-                raise ValueError(reason)
+                raise ValueError(f"vision tower {reason}")
             return original(*args, **kwargs)
         if isinstance(saved, Mapping) and saved.get("weights") == "checkpoint":
             # LLaVA 1.x always asks to delay; these weights can only arrive while its checkpoint loads.
