@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageFile, ImageOps, TiffImagePlugin
 
+from .jpeg_length import check_jpeg_length
 from .png_chunks import check_pixel_data, has_late_exif
 
 logger = logging.getLogger(__name__)
@@ -295,6 +296,8 @@ def _decode(file: str | os.PathLike | BinaryIO, reading: ImageReading, native: b
         check_header(image.size, reading, native)
         if getattr(image, "n_frames", 1) > 1:
             _say_first_frame(name)
+        if image.format in ("JPEG", "MPO"):
+            check_jpeg_length(image, file)
         image.load()
         if image.format == "PNG":
             check_pixel_data(image, file)

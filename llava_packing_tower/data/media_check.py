@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .images import NATIVE, ImageReading, UnreadableImage, check_header, open_image, read_size
 from .samples import (
     LOOKED_FOR,
+    NAMED,
     check_pairs,
     check_places,
     check_turns,
@@ -121,7 +122,9 @@ class MediaCheck:
     def conclude(self, data_path: str) -> None:
         """Raises ``ValueError`` with the files that cannot be read, where training must not begin with them."""
         if self.strict or 2 * len(self.unreadable) > self.looked_at:
-            refuse(f"{data_path}: {len(self.unreadable)} files of the data cannot be read", self.unreadable)
+            count = len(self.unreadable)
+            named = count if self.all_of_it else NAMED
+            refuse(f"{data_path}: {count} files of the data cannot be read", self.unreadable, named)
 
     def lines(self) -> list[str]:
         """What was found, for the plan; all of it if every file was read."""

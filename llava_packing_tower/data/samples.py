@@ -56,11 +56,11 @@ def check_places(samples: Sequence[Mapping], reads_videos: bool) -> None:
     )
 
 
-def refuse(sentence: str, lines: Sequence[str]) -> None:
+def refuse(sentence: str, lines: Sequence[str], named: int = NAMED) -> None:
     """Raises ``ValueError`` with the sentence and the first of the lines, if there are any."""
     if lines:
-        more = "" if len(lines) <= NAMED else f"\n  and {len(lines) - NAMED} more"
-        raise ValueError(f"{sentence}:" + "".join(f"\n  {line}" for line in lines[:NAMED]) + more)
+        more = "" if len(lines) <= named else f"\n  and {len(lines) - named} more"
+        raise ValueError(f"{sentence}:" + "".join(f"\n  {line}" for line in lines[:named]) + more)
 
 
 # ---------------------------------------------------------------- before training

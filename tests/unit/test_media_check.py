@@ -64,6 +64,10 @@ def test_strict_refuses_one_and_most_are_always_refused(tmp_path, photos):
         (tmp_path / f"{name}.png").unlink()
     with pytest.raises(ValueError, match="4 files of the data cannot be read:\n  sample a: "):
         looked(tmp_path, photos)
+    (tmp_path / "f.png").unlink()
+    with pytest.raises(ValueError, match="sample f: ") as error:  # what was asked for is the whole list
+        looked(tmp_path, photos, all_of_it=True)
+    assert str(error.value).count("sample") == 6 and "more" not in str(error.value)
 
 
 def test_headers_tell_what_is_too_large_or_too_long(tmp_path, photos):
