@@ -1,10 +1,10 @@
 """Convert a checkpoint and verify the result.
 
-SRC is a folder or hub id of a standard LlavaViT (`llava_vit`), a OneVision encoder, a packing checkpoint, SigLIP2,
-AIMv2 or DINOv3, or a training checkpoint (.pt, .pth, .safetensors), which needs --model_name. The direction follows
-from SRC: standard to packing, and packing back to standard. SRC is not changed. The output is complete or absent. The
-exit status is 0 if all went well, 1 if a test failed (the output is moved to *.failed) or the disk refused, and 2 if
-SRC or an option cannot be used.
+SRC is a folder or hub id of a standard LlavaViT (`llava_vit`), a OneVision encoder, a packing checkpoint, an encoder of
+any other family, alone or in its VLM, or a training checkpoint (.pt, .pth, .safetensors), which needs --model_name. The
+direction follows from SRC: standard to packing, and packing back to standard. SRC is not changed. The output is
+complete or absent. The exit status is 0 if all went well, 1 if a test failed (the output is moved to *.failed) or the
+disk refused, and 2 if SRC or an option cannot be used.
 
   llava-packing convert checkpoints/hevc_vit_large
   llava-packing convert backbone.pt --model_name llava_vit_large_ln --output_dir checkpoints/large_packing

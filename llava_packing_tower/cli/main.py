@@ -16,6 +16,7 @@ from .. import __version__
 from ..utils.errors import FORBIDDEN, UsageError, what_the_disk_says
 from ..utils.files import check_target, user_path
 from ..utils.supervise import Stopped, raising_signals
+from .environment import check_environment
 
 
 class Command(NamedTuple):
@@ -122,6 +123,7 @@ def _run(name: str, words: list[str]) -> int:
         args, args.rest = parser.parse_known_args(words)
     else:
         args = parser.parse_args(words)
+    check_environment(patches=name != "doctor")
     _replace_tildes(args)
     _check_targets(args)
     return module.run(args)

@@ -116,6 +116,43 @@ class _Free(RunLock):
         pass
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("LLAVA_PACKING_FUSED", "x", "must be 0 or 1, got 'x'"),
+        ("LLAVA_PACKING_COMPILE", "x", "LLAVA_PACKING_FUSED must be 0 or 1, got 'x'"),
+        ("LLAVA_PACKING_CUDA_GRAPHS", "yes", "must be 0 or 1, got 'yes'"),
+        ("LLAVA_PACKING_ENCODER_TOKENS", "-5", "must be a whole number of patches, at least 1, got '-5'"),
+        ("LLAVA_PACKING_ENCODER_TOKENS", "1e4", "must be a whole number of patches"),
+        ("LLAVA_PACKING_PEAK_TFLOPS", "inf", "must be a number above 0, got 'inf'"),
+        ("LLAVA_PACKING_PEAK_TFLOPS", "many", "must be a number above 0, got 'many'"),
+        ("LLAVA_PACKING_ATTENTION", "foo", "must be auto or one of flash_attention_2, "),
+        ("LLAVA_PACKING_DISABLE_PATCHES", "nope", "names 'nope', which is not a compat patch"),
+    ],
+)
+def test_variables_that_mean_nothing_are_refused_by_every_command(name, value, said, monkeypatch, capsys):
+    """Before the work: `train --dry_run` was content with what each of its ranks would have failed on."""
+    monkeypatch.setenv(name, value)
+    assert main(["eval-report", "nowhere"]) == 2
+    assert said in (text := capsys.readouterr().err) and text.count("\n") == 1 and "LLAVA_PACKING_" in text
+
+
+def test_good_variables_and_those_that_nobody_reads(monkeypatch, capsys):
+    for name, value in {
+        "FUSED": "0",
+        "CUDA_GRAPHS": "",
+        "ENCODER_TOKENS": "4096",
+        "PEAK_TFLOPS": "989.5",
+        "ATTENTION": "sdpa",
+        "FUSE": "0",
+    }.items():
+        monkeypatch.setenv(f"LLAVA_PACKING_{name}", value)
+    assert main(["eval-report", "nowhere"]) == 2
+    unread, refused = capsys.readouterr().err.splitlines()
+    assert unread.startswith("LLAVA_PACKING_FUSE is no variable of this package") and unread.endswith("_FUSED")
+    assert refused == "llava-packing eval-report: nowhere is not a folder"
+
+
 # ---------------------------------------------------------------- two at once
 
 
