@@ -22,8 +22,8 @@ from ..models.llava_vit.packed import LlavaViTPackingModel
 from ..models.llava_vit.standard import LlavaViTModel
 from ..utils.device import resolve_device as resolve_device
 from ..utils.errors import DISK_FULL
-from ..utils.files import check_target, open_to_others, user_path, write_json
-from ..utils.scratch import scratch_beside
+from ..utils.files import check_target, open_to_others, put, user_path, write_json
+from ..utils.scratch import content_of, scratch_beside, stays
 from .plan import STANDARD_MODELS, Conversion, WriteReport, plan_conversion, write_conversion
 from .sources import Source, read_source
 from .test_images import Photographer, find_photos
@@ -98,7 +98,8 @@ def check_output(folder: Path) -> Path:
     """Raises ``ValueError`` unless the output folder is free: it must not exist, or be empty."""
     folder = user_path(folder).absolute()
     if folder.is_dir():
-        if any(folder.iterdir()):
+        folder = Path(os.path.realpath(folder))
+        if content_of(folder):
             raise ValueError(
                 f"the output folder {folder} exists and is not empty: remove it or choose another --output_dir"
             )
@@ -142,11 +143,12 @@ def check_room(folder: Path, nbytes: int, verify: bool) -> None:
 
 
 def failed_name(folder: Path) -> Path:
-    """``<folder>.failed``, or the first ``<folder>.<n>.failed`` that is free."""
-    candidate, number = folder.with_name(f"{folder.name}.failed"), 1
+    """``<folder>.failed``, or the first ``<folder>.<n>.failed`` that is free; in the folder where that stays."""
+    place, number = folder if stays(folder) else folder.parent, 1
+    candidate = place / f"{folder.name}.failed"
     while candidate.exists():
         number += 1
-        candidate = folder.with_name(f"{folder.name}.{number}.failed")
+        candidate = place / f"{folder.name}.{number}.failed"
     return candidate
 
 
@@ -181,7 +183,7 @@ def convert(name: str, output: str | None, options: Options, progress: Progress 
         write_json(_report(conversion, report, results), result / REPORT_NAME)
         final = failed_name(folder) if any_failed(results) else folder
         open_to_others(result)
-        os.replace(result, final)
+        put(result, final)
     return Outcome(conversion, final, report, results, time.perf_counter() - started)
 
 

@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .scratch import scratch_beside
+from .scratch import content_of, scratch_beside, stays
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path` (same suffix), then rename it: a reader never sees half of it.
 
-    Into a pipe, a device or /dev/stdout the content is written instead: nothing takes their place.
+    Into a pipe, a device or /dev/stdout the content is written instead: nothing takes their place. Of a link, what it
+    leads to is written.
     """
     if is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -28,6 +29,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
             with aside.open("rb") as content, open(descriptor, "wb") as stream:
                 shutil.copyfileobj(content, stream)
         return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -115,13 +117,27 @@ def open_to_others(folder: Path) -> None:
 
 def check_free(folder: Path) -> None:
     """Raises ``ValueError`` unless a new folder can be made here, or an empty one is there already."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise ValueError(f"{there} exists and is not a folder")
-    if there == folder.absolute() and any(folder.iterdir()):
+    if there == folder.absolute() and content_of(Path(os.path.realpath(folder))):
         raise ValueError(f"{folder} exists and is not empty")
     if not os.access(there, os.W_OK):
         raise ValueError(f"{there} is not writable")
+
+
+def put(made: Path, folder: Path) -> None:
+    """Give a finished folder its name, by one rename; file by file, config.json last, where the other one stays."""
+    if not stays(folder):
+        os.replace(made, folder)
+        return
+    for file in sorted(made.iterdir(), key=_late):
+        os.replace(file, folder / file.name)
+
+
+def _late(file: Path) -> tuple[bool, bool]:
+    """What makes the other files of a checkpoint readable comes last."""
+    return file.name == CONFIG_NAME, file.name.endswith(".index.json")
 
 
 @contextlib.contextmanager
@@ -133,9 +149,10 @@ def atomic_folder(
     A file of the same name is replaced; other files of an existing folder stay, but those whose names ``replaces`` is
     true of are removed. (Where several files make up a save the old ones go before the new ones come: what is left by
     an interruption cannot be read, and is never of two saves.) A folder that does not exist yet, or is empty, appears
-    whole in one step. ``is_new``: raises ``ValueError`` for one that has files, or that another process is writing.
+    whole in one step, unless it stays (``scratch.stays``). ``is_new``: raises ``ValueError`` for one that has files, or
+    that another process is writing.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -160,17 +177,17 @@ def _written_beside(folder: Path, replaces: Callable[[str], bool], is_new: bool)
         aside.mkdir()
         yield aside
         open_to_others(aside)
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and content_of(folder):
             old = {file.name for file in folder.iterdir() if replaces(file.name)}
             new = {file.name for file in aside.iterdir()}
             if len(old | {name for name in new if replaces(name)}) == 1:
                 old -= new
             for name in sorted(old, key=lambda n: not n.endswith(".index.json")):
                 (folder / name).unlink()
-            for file in sorted(aside.iterdir(), key=lambda f: (f.name == CONFIG_NAME, f.name.endswith(".index.json"))):
+            for file in sorted(aside.iterdir(), key=_late):
                 os.replace(file, folder / file.name)
         else:
-            os.replace(aside, folder)
+            put(aside, folder)
 
 
 def write_for_program(file: Path | None, content: object) -> None:

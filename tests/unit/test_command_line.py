@@ -18,14 +18,15 @@ from llava_packing_tower.checkpoint import weights
 from llava_packing_tower.checkpoint.hashing import folder_fingerprint
 from llava_packing_tower.cli import main as cli
 from llava_packing_tower.cli.main import main
+from llava_packing_tower.convert.pipeline import failed_name
 from llava_packing_tower.eval import runner
 from llava_packing_tower.eval.probe import read_folder
 from llava_packing_tower.eval.results import TaskResult
 from llava_packing_tower.tools.demo import pipeline
-from llava_packing_tower.utils import errors
+from llava_packing_tower.utils import errors, scratch
 from llava_packing_tower.utils.console import plain_console
 from llava_packing_tower.utils.errors import UsageError
-from llava_packing_tower.utils.files import atomic_folder
+from llava_packing_tower.utils.files import atomic_folder, check_free, write_text
 from llava_packing_tower.utils.run_lock import LOCK, RunLock
 
 
@@ -195,6 +196,71 @@ def test_two_that_write_a_new_folder(tmp_path):
     with pytest.raises(KeyError), atomic_folder(tmp_path / "other" / "out", is_new=True):
         raise KeyError
     assert os.listdir(tmp_path) == ["deep"]
+
+
+# ---------------------------------------------------------------- places to write to
+
+
+def save(folder, **options):
+    with atomic_folder(folder, **options) as aside:
+        (aside / "config.json").touch()
+        (aside / "weights").mkdir()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_links_lead_to_where_is_written(tmp_path, is_new):
+    """A rename took their place, and failed for a folder when all work was done."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    save(tmp_path / "out", is_new=is_new)
+    assert (tmp_path / "out").is_symlink() and sorted(os.listdir(tmp_path / "disk")) == ["config.json", "weights"]
+    (tmp_path / "a.json").symlink_to("disk/b.json")
+    write_text(tmp_path / "a.json", "{}")
+    assert (tmp_path / "a.json").is_symlink() and (tmp_path / "disk" / "b.json").read_text() == "{}"
+    (tmp_path / "gone").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="gone exists and is not a folder"):
+        check_free(tmp_path / "gone")
+
+
+def test_a_folder_that_stays_is_filled(tmp_path, monkeypatch):
+    """The current one (a shell in it would see nothing), and one where a disk is mounted, which no rename reaches."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    inode = here.stat().st_ino
+    with atomic_folder(".", is_new=True) as first:
+        assert first.parent.parent == here
+        with pytest.raises(ValueError, match="another process is writing"), atomic_folder(here, is_new=True):
+            raise AssertionError
+        (first / "config.json").touch()
+    assert here.stat().st_ino == inode and os.listdir() == ["config.json"] and os.listdir(tmp_path) == ["here"]
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    monkeypatch.setattr(scratch.os.path, "ismount", lambda path: Path(path) == mounted)
+    inode = mounted.stat().st_ino
+    save(mounted, is_new=True)
+    assert mounted.stat().st_ino == inode and sorted(os.listdir(mounted)) == ["config.json", "weights"]
+    left = mounted / ".disk.killed"
+    for path in (mounted / "config.json", mounted / "weights"):
+        path.unlink() if path.is_file() else path.rmdir()
+    left.mkdir()
+    (left / scratch.MARK).touch()
+    save(mounted, is_new=True)  # what a killed process has left is no content, and goes
+    assert sorted(os.listdir(mounted)) == ["config.json", "weights"]
+    assert failed_name(mounted) == mounted / "disk.failed" and failed_name(left) == mounted / ".disk.killed.failed"
+
+
+def test_conversions_through_a_link_and_into_the_current_folder(tmp_path, monkeypatch):
+    from conversions import standard_folder
+
+    source = standard_folder(tmp_path / "s", num_hidden_layers=1)
+    for name in ("disk", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    assert main(["convert", str(source), "--no-verify", "--output_dir", str(tmp_path / "out")]) == 0
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["convert", str(source), "--no-verify", "--output_dir", "."]) == 0
+    assert sorted(os.listdir(tmp_path / "disk")) == sorted(os.listdir(".")) != []
 
 
 # ---------------------------------------------------------------- files of other kinds
