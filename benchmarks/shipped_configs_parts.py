@@ -108,7 +108,7 @@ def _data(folder: Path, size: str, photos: Path | None, seed: int) -> None:
             image = Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8))
         image.save(folder / "images" / f"{number}.jpg", quality=90)
     conversations, captions = [], []
-    for number in range(2000 if size == "half" else 400):
+    for number in range(4000 if size == "half" else 400):
         answer = " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, 20)))
         image = {} if number % TEXTS_EVERY == 0 else {"image": f"{draw.randrange(count)}.jpg"}
         question = f"<image>\n{QUESTION}" if image else QUESTION

@@ -4,9 +4,10 @@
 
 Three runs of ``train_speed.py`` with one seed: ``host`` (LLaVA's own step: padded, all logits, unfused, the order of
 its sampler), ``packed`` (everything that is on by default, dealing among it), both in bfloat16, and ``float32``: the
-host's step once more, in float32 without tf32. The packed curve passes if its distance from the one in float32 is at
-most twice the host's own: the root mean square over all steps, and over the last ten. A run that ended well is not
-repeated when the file has it.
+host's step once more, in float32 without tf32. Its curve is another one: weights in bfloat16 follow their masters only
+once several steps have moved them by half a digit. The packed curve passes if its distance from the host's is at
+most a tenth of what bfloat16 makes, the distance between host and float32: the root mean square over all steps, and
+over the last ten. A run that ended well is not repeated when the file has it.
 """
 
 from __future__ import annotations
@@ -60,16 +61,17 @@ def main() -> int:
             row = {"run": asked, "date": date.today().isoformat(), "versions": versions(sys.executable)[0]}
             row |= train_speed.run(asked, workspace, Path(scratch) / "output", args)
             content["runs"][name] = row
-            content |= compare({name: losses_of(row) for name, row in content["runs"].items()})
             write_text(args.out, json.dumps(content, indent=1) + "\n")
             losses = losses_of(row)
             last = losses[max(losses)] if losses else None
             print(f"{name}: status {row['exit status']}, {len(losses)} steps, {row['seconds']} s, last loss {last}")
             if row["exit status"]:
                 print(row["tail"])
-    for name, found in content.get("distances", {}).items():
-        print(f"{name} from {FLOAT32}: {found['rms']:.2e} over all steps, {found['rms of the last']:.2e} over the last")
+    content |= compare({name: losses_of(row) for name, row in content["runs"].items()})
+    for name, found in content["distances"].items():
+        print(f"{name} from {HOST}: {found['rms']:.2e} over all steps, {found['rms of the last']:.2e} over the last")
     print(content.get("verdict", "not all runs are there"))
+    write_text(args.out, json.dumps(content, indent=1) + "\n")
     if args.plot and content["runs"]:
         plot(content, args.plot)
     return int(content.get("met") is not True)
@@ -89,15 +91,14 @@ def losses_of(row: dict) -> dict[int, float]:
 
 
 def compare(curves: dict[str, dict[int, float]]) -> dict:
-    """The distance of each curve from the one in float32, step by step and as a root mean square; the verdict, if all
-    ran."""
-    reference = curves.get(FLOAT32, {})
+    """The distance of each curve from the host's, step by step and as a root mean square; the verdict, if all ran."""
+    host = curves.get(HOST, {})
     found = {}
-    for name in (HOST, PACKED):
-        steps = sorted(reference.keys() & curves.get(name, {}).keys())
+    for name in (PACKED, FLOAT32):
+        steps = sorted(host.keys() & curves.get(name, {}).keys())
         if not steps:
             continue
-        apart = [curves[name][step] - reference[step] for step in steps]
+        apart = [curves[name][step] - host[step] for step in steps]
         found[name] = {
             "by step": {step: round(value, 6) for step, value in zip(steps, apart)},
             "mean": sum(apart) / len(apart),
@@ -108,9 +109,9 @@ def compare(curves: dict[str, dict[int, float]]) -> dict:
     content: dict = {"distances": found}
     if len(found) == 2:
         kinds = ("rms", "rms of the last")
-        met = all(found[PACKED][kind] <= 2 * max(found[HOST][kind], PRINTED) for kind in kinds)
+        met = all(found[PACKED][kind] <= max(found[FLOAT32][kind] / 10, PRINTED) for kind in kinds)
         said = "within" if met else "NOT within"
-        content |= {"met": met, "verdict": f"the packed curve is {said} twice the host's own distance from float32"}
+        content |= {"met": met, "verdict": f"the packed curve is {said} a tenth of the distance that bfloat16 makes"}
     return content
 
 
@@ -134,7 +135,7 @@ def plot(content: dict, file: Path) -> None:
         apart = {int(step): value for step, value in found["by step"].items()}
         below.plot(list(apart), list(apart.values()), label=looks[name][0], color=looks[name][1], linewidth=1.2)
     above.set_ylabel("loss")
-    below.set_ylabel("loss, less that in float32")
+    below.set_ylabel("loss, less that of LLaVA-NeXT's own step")
     below.set_xlabel("optimizer step")
     for axis in (above, below):
         axis.legend(fontsize=8, frameon=False)

@@ -214,7 +214,7 @@ def test_the_shipped_deepspeed_files_are_found_from_anywhere(files, tmp_path, mo
         beside.unlink()
     plan = launcher.make_plan(file, num_processes=2)
     assert plan.zero_stage == 3 and Path(plan.values["deepspeed"]).samefile(deepspeed_config.CONFIGS / "zero3.json")
-    shipped = r"zero2\.json, zero3\.json, zero3_offload\.json"
+    shipped = r"zero2\.json, zero2_nvlink\.json, zero3\.json, zero3_offload\.json"
     with pytest.raises(UsageError, match=rf"zero4\.json is neither .*; the package brings {shipped}"):
         launcher.make_plan(files(deepspeed="zero4.json"), num_processes=2)
 

@@ -296,7 +296,7 @@ def test_a_deepspeed_configuration(config, said):
 def test_the_shipped_deepspeed_configurations_have_known_keys():
     from llava_packing_tower.train.deepspeed_config import CONFIGS, zero_stage
 
-    for name, stage in (("zero2.json", 2), ("zero3.json", 3), ("zero3_offload.json", 3)):
+    for name, stage in (("zero2.json", 2), ("zero2_nvlink.json", 2), ("zero3.json", 3), ("zero3_offload.json", 3)):
         config = json.loads((CONFIGS / name).read_text())
         check_keys(config, name)
         assert zero_stage(config) == stage
