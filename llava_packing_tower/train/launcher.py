@@ -33,7 +33,7 @@ from .hostfile import check_hostfile, pack
 from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
 from .resume import finished, last_complete, misfit, other_order, read_saved
-from .trainer_values import check_trainer_values
+from .trainer_values import check_micro_batches, check_trainer_values
 
 TRAINER_KEY = "trainer"
 TORCHRUN = "llava_packing_tower.train.torchrun"
@@ -270,6 +270,7 @@ def make_plan(
     check_resume(plan)
     checked = check_samples(values, found, known.get("model_max_length"), check_images)
     plan.samples, plan.cut, plan.media = checked
+    check_micro_batches(values, plan.samples, plan.world_size or 1)
     check_encoders(values)
     plan.environment = {**_environment(plan), variables.TRAINER: trainer}
     plan.command = _command(plan)

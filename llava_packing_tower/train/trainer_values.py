@@ -27,6 +27,12 @@ NAMES = {
 }
 """Where transformers has the class of the names that a key may have."""
 
+NEEDS = {
+    "report_to": (("wandb", "wandb"), ("mlflow", "mlflow"), ("comet_ml", "comet_ml"), ("swanlab", "swanlab")),
+    "optim": (("8bit", "bitsandbytes"), ("bnb", "bitsandbytes"), ("galore", "galore_torch")),
+}
+"""By key, words of its value and the packages that they need; transformers' trainer misses those on each rank."""
+
 
 def check_trainer_values(values: Mapping[str, object]) -> None:
     """Raises :class:`UsageError` that names the key."""
@@ -41,11 +47,46 @@ def check_trainer_values(values: Mapping[str, object]) -> None:
             raise UsageError(f"{name} must be at least 0 and below 1, got {value}")
     if values.get("logging_steps") == 0 and values.get("logging_strategy", "steps") == "steps":
         raise UsageError("logging_steps must be above 0, got 0")
+    epochs, steps = values.get("num_train_epochs", 1), values.get("max_steps", -1)
+    if isinstance(epochs, int | float) and epochs <= 0 and not (isinstance(steps, int) and steps > 0):
+        raise UsageError(f"num_train_epochs must be above 0, got {epochs}")
+    _check_evaluation(values)
+    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        if values.get(name) and not values.get("dataloader_num_workers"):
+            raise UsageError(f"{name}: needs dataloader_num_workers above 0")
+    for name, needs in NEEDS.items():
+        for word, package in needs:
+            if word in str(values.get(name) or "") and find_spec(package) is None:
+                raise UsageError(f"{name}: {values[name]} needs the package {package}, which is not installed")
     for name, where in NAMES.items():
         value, known = values.get(name), names_of(*where)
         if isinstance(value, str) and known and value not in known:
             nearest = max(known, key=lambda each: difflib.SequenceMatcher(None, value, each).ratio())
             raise UsageError(f"{name}: {value!r} is unknown; the nearest is {nearest!r}, of {', '.join(sorted(known))}")
+
+
+def _check_evaluation(values: Mapping[str, object]) -> None:
+    """What would ask the trainer for an evaluation: LLaVA gives it no data for one, and it fails when it is due."""
+    for name in ("eval_strategy", "evaluation_strategy"):
+        if values.get(name) not in (None, "no"):
+            raise UsageError(
+                f"{name}: LLaVA's train.py has no data to evaluate on, and would fail at the first evaluation; "
+                f"`llava-packing eval` evaluates a checkpoint"
+            )
+    if values.get("eval_on_start"):
+        raise UsageError("eval_on_start: LLaVA's train.py has no data to evaluate on")
+    if values.get("lr_scheduler_type") == "reduce_lr_on_plateau":
+        raise UsageError("lr_scheduler_type: reduce_lr_on_plateau needs evaluations, and LLaVA's train.py has no data")
+
+
+def check_micro_batches(values: Mapping[str, object], samples: int, ranks: int) -> None:
+    """Raises :class:`UsageError` where ``dataloader_drop_last`` drops the whole of so few samples."""
+    batch = values.get("per_device_train_batch_size", 8)
+    if values.get("dataloader_drop_last") and samples < batch * ranks:
+        raise UsageError(
+            f"dataloader_drop_last: {samples} samples are fewer than the {batch} x {ranks} of a micro-batch on every "
+            f"process (per_device_train_batch_size x processes): nothing would be trained"
+        )
 
 
 @functools.cache

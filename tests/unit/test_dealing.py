@@ -8,11 +8,12 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
-from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch, _ranks_apart
+from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch, _ranks_apart, check_not_empty
 from llava_packing_tower.integrations.llava.dealt_loader import DealtBatches, DealtDataset, Place
 from llava_packing_tower.multimodal.dealing import (
     LAYER_FLOOR,
@@ -175,6 +176,18 @@ def test_samples_whose_angles_depend_on_their_batch_stay_in_it(scaling, longest,
     )
     reason = _angles_of_the_batch(config)
     assert (reason is None) == (limit is None) and (limit is None or f"more than {limit} tokens" in reason)
+
+
+def test_a_loader_without_a_batch_is_refused():
+    """transformers 5 would train no step, and save a model as if it had."""
+    trainer = SimpleNamespace(train_dataset=range(37), accelerator=SimpleNamespace(num_processes=2))
+    for count in (2, 1, 0):
+        batches = torch.utils.data.BatchSampler(range(count * 40), 40, True)
+        loader = torch.utils.data.DataLoader(range(count * 40), batch_sampler=batches)
+        if count:
+            check_not_empty(trainer, loader)
+    with pytest.raises(ValueError, match="37 samples make no micro-batch: per_device_train_batch_size is 40 on 2 proc"):
+        check_not_empty(trainer, loader)
 
 
 @pytest.mark.parametrize(("counted", "weight"), [((205, 8), 0.25), ((90, 4), 0.125), ((0, 0), 0.0)])

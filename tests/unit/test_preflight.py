@@ -52,6 +52,13 @@ def turns(*texts: str) -> list[dict]:
         ("adam_beta2", "1", "adam_beta2 must be at least 0 and below 1, got 1.0"),
         ("optim", "adamw", "optim: 'adamw' is unknown; the nearest is 'adam"),
         ("lr_scheduler_type", "cosin", "lr_scheduler_type: 'cosin' is unknown; the nearest is 'cosine', of "),
+        ("num_train_epochs", "0", "num_train_epochs must be above 0, got 0"),
+        ("eval_strategy", "steps", "strategy: LLaVA's train.py has no data to evaluate on"),
+        ("lr_scheduler_type", "reduce_lr_on_plateau", "reduce_lr_on_plateau needs evaluations"),
+        ("dataloader_persistent_workers", "true", "persistent_workers: needs dataloader_num_workers"),
+        ("report_to", "mlflow", "report_to: mlflow needs the package mlflow, which is not installed"),
+        ("optim", "adamw_bnb_8bit", "optim: adamw_bnb_8bit needs the package bitsandbytes, which is not installed"),
+        ("dataloader_drop_last", "true", "1 samples are fewer than the 8 x 1 of a micro-batch on every process"),
         ("model_max_length", "0", "model_max_length must be at least 1, got 0"),
         ("mm_packing_batch_tokens", "0", "mm_packing_batch_tokens must be a whole number of tokens, at least 1, got 0"),
         ("mm_packing_over_budget", "cut", "mm_packing_over_budget is 'cut'; it is one of refuse, truncate"),
@@ -88,6 +95,8 @@ def test_what_is_right_passes(files):
         ["--attn_implementation", "kernels-community/flash-attn"],
         ["--version", "plain"],
         ["--tf32", "false"],
+        ["--max_steps", "3", "--num_train_epochs", "0", "--eval_strategy", "no"],
+        ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "1"],
     ):
         assert launcher.make_plan(files(), words, num_processes=1).samples >= 1
     names = preflight.conversations(find_host())

@@ -166,6 +166,7 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     if not hasattr(model, "get_vision_tower"):
         return None
+    check_not_empty(trainer, loader)
     asked, ranks = asked_of(model), trainer.accelerator.num_processes
     if not asked.balance and asked.must is None:
         return _not_dealt("mm_packing_balance: false")
@@ -199,6 +200,16 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
     trainer.add_callback(DealingReport(dealing))
     say(logger, "dealing: %s", dealing)
     return dealing
+
+
+def check_not_empty(trainer: object, loader: object) -> None:
+    """Raises ``ValueError`` for a loader without a batch: transformers trains nothing, or fails in its first step."""
+    if len(loader) == 0:
+        raise ValueError(
+            f"{len(trainer.train_dataset)} samples make no micro-batch: per_device_train_batch_size is "
+            f"{loader.batch_sampler.batch_size} on {trainer.accelerator.num_processes} processes, and "
+            f"dataloader_drop_last drops what is left"
+        )
 
 
 def _not_dealt(reason: str) -> None:
