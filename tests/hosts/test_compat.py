@@ -358,6 +358,16 @@ def test_another_stage_is_refused():
     assert callbacks.check_engine(Engine(3), 3).startswith("engine: Engine, ZeRO stage 3, world size 1")
 
 
+def test_small_buckets_are_named():
+    def engine(stage, size):
+        return SimpleNamespace(zero_optimization_stage=lambda: stage, zero_reduce_bucket_size=lambda: size)
+
+    assert callbacks.small_buckets(nn.Linear(1, 1)) == callbacks.small_buckets(engine(0, 802_816)) == []
+    assert callbacks.small_buckets(engine(3, 200_000_000)) == []
+    (line,) = callbacks.small_buckets(engine(2, 802_816))
+    assert line.startswith("note: reduce_bucket_size is 802,816 elements")
+
+
 def test_progress_says_step_loss_and_time_left(capsys, monkeypatch):
     now = iter([100.0, 110.0, 111.0, 123.5])
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(now))
