@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,8 @@ TRAINER = """
 class LLaVATrainer:
     def _inner_training_loop(self):
         return {loop}
+    def train(self):
+        return "trained"
     def create_optimizer(self):
         optimizer_grouped_parameters = self.groups
         return self.optimizer(optimizer_grouped_parameters)
@@ -162,6 +165,12 @@ def test_inner_loop(tmp_path, monkeypatch):
     )
     patches = patched("inner_loop", broken)
     assert "_inner_training_loop" not in vars(broken.LLaVATrainer)
+    trainer = broken.LLaVATrainer()
+    for mode, trains in (("regular", True), ("zo", False)):  # of zo no step would change a weight
+        trainer.args = SimpleNamespace(trainer_mode=mode)
+        said = pytest.raises(ValueError, match=r"^trainer_mode zo needs the training loop of fake\.train")
+        with nullcontext() if trains else said:
+            assert trainer.train() == "trained"
     patches.undo()
     assert "_inner_training_loop" in vars(broken.LLaVATrainer)
     sound = module_from(tmp_path, monkeypatch, "fake.train.other", TRAINER.format(loop="len([self])"))

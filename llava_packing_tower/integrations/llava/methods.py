@@ -122,6 +122,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "sampler_dataset",  # compat patch: transformers passes the dataset
     ),
     "LLaVATrainer.train": (
+        "inner_loop",  # compat patch: no trainer_mode that needs the host's own loop
         "end_where_nothing_is_left",  # train.callbacks: all steps were done before
         "zero3_leaves",  # zero3: a decoder layer is gathered at once
     ),

@@ -150,7 +150,18 @@ def _own_loop_is_broken(trainer: ModuleType) -> bool:
     defect=_own_loop_is_broken,
 )
 def inner_loop(trainer: ModuleType, patches: Patches) -> None:
-    patches.delete(trainer_class(trainer), "_inner_training_loop")
+    cls = trainer_class(trainer)
+    patches.delete(cls, "_inner_training_loop")
+
+    def refuse_zo(call: Call) -> None:
+        mode = getattr(call.self.args, "trainer_mode", "regular")
+        if mode != "regular":  # it would go through all its steps, and change no weight
+            raise ValueError(
+                f"trainer_mode {mode} needs the training loop of {cls.__module__}, which uses names that it does not "
+                f"import, such as DebugOption: import them there, or remove trainer_mode"
+            )
+
+    add_step(cls, "LLaVATrainer.train", "inner_loop", refuse_zo, patches)
 
 
 @compat_patch(
