@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_unread():
             raise
         return 128 + signal.SIGPIPE
+    except MemoryError as error:
+        return _say(name, f"the memory of this machine does not suffice: {error or 'no more is to be had'}", 1)
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
         if number == errno.ENAMETOOLONG:

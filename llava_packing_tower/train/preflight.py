@@ -112,6 +112,8 @@ def check_tower(values: Mapping[str, object]) -> None:
         from ..attention.dispatch import BACKENDS
 
         _one_of("mm_packing_attention", attention, ("auto", *BACKENDS))
+    if kind != FUSED and values.get("mm_packing_fusion"):
+        raise UsageError("mm_packing_fusion has no effect with one tower: several are joined by ` + `")
     if kind == FUSED:
         _one_of("mm_packing_fusion", values.get("mm_packing_fusion") or CHANNEL, (CHANNEL,))
         if values.get("mm_projector_type") == CHECKPOINT:

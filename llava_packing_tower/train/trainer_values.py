@@ -54,6 +54,7 @@ def check_trainer_values(values: Mapping[str, object]) -> None:
     for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
         if values.get(name) and not values.get("dataloader_num_workers"):
             raise UsageError(f"{name}: needs dataloader_num_workers above 0")
+    _check_reports(values.get("report_to"))
     for name, needs in NEEDS.items():
         for word, package in needs:
             if word in str(values.get(name) or "") and find_spec(package) is None:
@@ -63,6 +64,15 @@ def check_trainer_values(values: Mapping[str, object]) -> None:
         if isinstance(value, str) and known and value not in known:
             nearest = max(known, key=lambda each: difflib.SequenceMatcher(None, value, each).ratio())
             raise UsageError(f"{name}: {value!r} is unknown; the nearest is {nearest!r}, of {', '.join(sorted(known))}")
+
+
+def _check_reports(given: object) -> None:
+    known = keys_of("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")
+    for name in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(name, str) and known and name not in {"", "all", "none", *known}:
+            raise UsageError(f"report_to: {name!r} is unknown; known are none, all, {', '.join(sorted(known))}")
+        if name == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+            raise UsageError("report_to: tensorboard needs the package tensorboard, which is not installed")
 
 
 def _check_evaluation(values: Mapping[str, object]) -> None:
@@ -93,12 +103,26 @@ def check_micro_batches(values: Mapping[str, object], samples: int, ranks: int) 
 def names_of(file: str, enumeration: str) -> frozenset[str]:
     """The values of an enumeration in a file of the installed transformers, which is read, not imported; none if it is
     not there."""
-    spec = find_spec("transformers")
-    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
-    if folder is None or not (source := Path(folder) / file).is_file():
-        return frozenset()
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+    for node in _body(file):
         if isinstance(node, ast.ClassDef) and node.name == enumeration:
             values = [each.value for each in node.body if isinstance(each, ast.Assign)]
             return frozenset(v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str))
     return frozenset()
+
+
+@functools.cache
+def keys_of(file: str, variable: str) -> frozenset[str]:
+    """The keys of a dictionary in a file of the installed transformers, in the same way."""
+    for node in _body(file):
+        named = isinstance(node, ast.Assign) and any(getattr(each, "id", None) == variable for each in node.targets)
+        if named and isinstance(node.value, ast.Dict):
+            return frozenset(key.value for key in node.value.keys if isinstance(key, ast.Constant))
+    return frozenset()
+
+
+def _body(file: str) -> list[ast.stmt]:
+    spec = find_spec("transformers")
+    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
+    if folder is None or not (source := Path(folder) / file).is_file():
+        return []
+    return ast.parse(source.read_text(encoding="utf-8")).body

@@ -43,10 +43,11 @@ def test_the_version(capsys):
         (OSError(errno.EFBIG, "File too large", "m.bin"), 1, "File too large: 'm.bin'"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "the disk is full: "),
         (SafetensorError("I/O error: File too large (os error 27)"), 1, "File too large (os error 27)"),
+        (MemoryError("Unable to allocate 745. GiB"), 1, "the memory of this machine does not suffice: Unable to"),
         (RuntimeError("[at x.cc] . PytorchStreamWriter failed writing file data/0\nframes"), 1, "the disk is full, or"),
     ],
 )
-def test_what_a_disk_refuses_is_one_line(error, status, said, monkeypatch, capsys):
+def test_what_a_machine_refuses_is_one_line(error, status, said, monkeypatch, capsys):
     """Whoever writes: safetensors and torch have errors of their own."""
 
     def refuse(*_):

@@ -59,6 +59,8 @@ def turns(*texts: str) -> list[dict]:
         ("report_to", "mlflow", "report_to: mlflow needs the package mlflow, which is not installed"),
         ("optim", "adamw_bnb_8bit", "optim: adamw_bnb_8bit needs the package bitsandbytes, which is not installed"),
         ("dataloader_drop_last", "true", "1 samples are fewer than the 8 x 1 of a micro-batch on every process"),
+        ("report_to", "wandbb", "report_to: 'wandbb' is unknown; known are none, all, "),
+        ("mm_packing_fusion", "channel", "mm_packing_fusion has no effect with one tower"),
         ("model_max_length", "0", "model_max_length must be at least 1, got 0"),
         ("mm_packing_batch_tokens", "0", "mm_packing_batch_tokens must be a whole number of tokens, at least 1, got 0"),
         ("mm_packing_over_budget", "cut", "mm_packing_over_budget is 'cut'; it is one of refuse, truncate"),
