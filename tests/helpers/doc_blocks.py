@@ -125,7 +125,8 @@ def image(file: Path) -> None:
 
 def samples(file: Path) -> None:
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]
-    file.write_text(json.dumps([{"id": "text", "conversations": turns}]))
+    enough = range(512)  # for a micro-batch of every process in the documents
+    file.write_text(json.dumps([{"id": str(number), "conversations": turns} for number in enough]))
 
 
 def pairs(file: Path) -> None:
