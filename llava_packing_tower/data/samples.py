@@ -87,7 +87,9 @@ def data_files(data_path: str) -> list[Path]:
     for number, dataset in enumerate(datasets, 1):
         if not isinstance(dataset, dict) or not isinstance(dataset.get("json_path"), str):
             raise ValueError(f"{path}: dataset {number} has no json_path")
-    return [user_path(dataset["json_path"]) for dataset in datasets]
+        if dataset["json_path"].startswith("~"):
+            raise ValueError(f"{path}: dataset {number}: json_path begins with ~, which LLaVA does not replace")
+    return [Path(dataset["json_path"]) for dataset in datasets]
 
 
 def _text(file: Path) -> str:

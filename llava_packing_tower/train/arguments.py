@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 
@@ -111,6 +112,18 @@ def _is_text(value: str) -> bool:
         return len(value.encode()) <= LONGEST and "\0" not in value
     except UnicodeEncodeError:
         return False
+
+
+def expand_paths(values: Mapping[str, object]) -> dict[str, object]:
+    """The values with ``~`` replaced in paths, also of each ``packing:`` tower: a shell does so, the host does not."""
+
+    def expanded(value: str) -> str:
+        return re.sub(r"(?i)(^|packing:)(~[^/\s]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
+
+    return {
+        name: expanded(value) if isinstance(value, str) and NAMES_FILES.search(name) else value
+        for name, value in values.items()
+    }
 
 
 def to_argv(values: Mapping[str, object]) -> list[str]:

@@ -25,7 +25,7 @@ from ..utils.net import free_port
 from ..utils.run_lock import LOCK, LOCK_ENV
 from ..utils.supervise import supervise
 from ..utils.versions import Run, impossible, install_command
-from .arguments import ALIASES, known_arguments, resolve, to_argv
+from .arguments import ALIASES, expand_paths, known_arguments, resolve, to_argv
 from .config import read_overrides, read_yaml
 from .deepspeed_config import check_deepspeed
 from .folder_checks import check_encoders, check_folders, check_reference
@@ -239,7 +239,7 @@ def make_plan(
     except ValueError as error:
         raise UsageError(f"{TRAINER_KEY}: {error}") from error
     known = known_arguments(found)
-    values = resolve(given, known, found)
+    values = expand_paths(resolve(given, known, found))
     check_values(values, found)
     check_trainer_values(values)
     check_resolution(values)

@@ -206,6 +206,16 @@ def test_null_unsets_a_key(files):
         launcher.make_plan(file, ["--data_path", "null"], num_processes=2)
 
 
+def test_a_home_is_replaced_as_a_shell_does(files, tmp_path, monkeypatch):
+    """LLaVA opens ``~/images/a.jpg`` as it stands: every sample would be left out."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"data_path": "~/data.json", "image_folder": "~/images", "output_dir": "~/out", "deepspeed": "~/zero.json"}
+    towers = {"mm_vision_tower": "packing:~/tower_packing + Packing:~/tower_packing", "model_name_or_path": "~/llama"}
+    words = words_of(launcher.make_plan(files(**paths, **towers), num_processes=1))
+    assert not any("~" in word for word in words.values()) and words["image_folder"] == f"{tmp_path}/images"
+    assert words["vision_tower"] == f"packing:{tmp_path}/tower_packing + Packing:{tmp_path}/tower_packing"
+
+
 @pytest.mark.parametrize("name", ["zero3.json", "configs/zero3.json"])
 def test_the_shipped_deepspeed_files_are_found_from_anywhere(files, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -474,6 +474,7 @@ def test_every_file_of_a_mixture_is_checked(tmp_path):
     for content, said in (
         ("datasets: 1\n", "has no list `datasets:`"),
         ("datasets:\n- a: b\n", "dataset 1 has no json_path"),
+        ("datasets:\n- json_path: ~/a.json\n", "dataset 1: json_path begins with ~, which LLaVA does not replace"),
         ("datasets: [\n", "is not valid YAML"),
         (f"datasets:\n- json_path: {tmp_path}/d.json\n", "d.json does not exist"),
     ):
