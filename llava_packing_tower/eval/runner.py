@@ -56,7 +56,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name, value in self.model_args.items():
             if {",", "="} & set(str(value)):
-                raise ValueError(f"{name}: {value} has a comma or an equals sign, which lmms-eval uses as separators")
+                raise ValueError(
+                    f"{name}: {value} has a comma or an equals sign, which lmms-eval uses as separators: "
+                    f"give a link to it without them (ln -s)"
+                )
 
     def key(self, task: str) -> str:
         """What a result depends on: the weights, the task, every option except batches and processes, the versions."""
