@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", default="auto", choices=("auto", *BACKENDS), help="attention backend of the packed encoder"
     )
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +113,7 @@ def _compare_all(args: argparse.Namespace) -> int:
         print(_line(rows[-1]), flush=True)
     passed = all(row.passed for row in rows)
     if args.json:
-        write_text(Path(args.json), json.dumps([_entry(row) for row in rows], indent=1) + "\n")
+        write_text(args.json, json.dumps([_entry(row) for row in rows], indent=1) + "\n")
     print(PASSED if passed else FAILED)
     return 0 if passed else 1
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SELECTORS,
         help="of videos, the patches in which something happens in place of frames (default: frames)",
     )
-    parser.add_argument("--include_path", help="a folder with your own tasks")
+    parser.add_argument("--include_path", type=Path, help="a folder with your own tasks")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--force", action="store_true", help="also run completed tasks again")
 
@@ -62,12 +62,15 @@ def run(args: argparse.Namespace) -> int:
     for word in args.rest:
         if word.split("=")[0] in OWN_OPTIONS:
             raise UsageError(f"{word} is set by this command")
+    include = None if args.include_path is None else str(args.include_path)
+    if include is not None and not args.include_path.is_dir():
+        raise UsageError(f"--include_path {include} is not a folder")
     try:
         tasks = expand(args.tasks)
         check_installation(host=not is_export(args.checkpoint))
         check_checkpoint(args.checkpoint, args.model_base)
         if not set(tasks) <= set(OWN_TASKS):
-            check_known(tasks, registered(args.include_path))
+            check_known(tasks, registered(include))
         with progress("reading the weights", in_bytes=True) as shown:
             weights = identity(args.checkpoint, args.model_base, shown)
     except ValueError as error:
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             output,
             batch_size=args.batch_size,
             limit=args.limit,
-            include=args.include_path,
+            include=include,
             rest=tuple(args.rest),
             force=args.force,
             **where,

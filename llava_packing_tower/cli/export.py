@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from ..utils.errors import UsageError
 from ..utils.files import write_for_program
+from ..utils.progress import progress
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             args.conv_template,
             args.with_code,
             args.max_shard_size,
+            partial(progress, in_bytes=True),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

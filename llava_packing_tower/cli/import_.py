@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from ..utils.errors import UsageError
 from ..utils.files import write_for_program
+from ..utils.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from ..export.restore import restore
 
     try:
-        made = restore(args.folder, args.output_dir, args.origin, args.max_shard_size)
+        bar = partial(progress, in_bytes=True)
+        made = restore(args.folder, args.output_dir, args.origin, args.max_shard_size, bar)
     except ValueError as error:
         raise UsageError(str(error)) from error
     print(f"written to {made.folder}: {made.class_name} in {made.dtype}")

@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.weights import WeightFiles, check_finite
 from ..hf import INFO, MODEL_TYPE, ORIGIN
 from ..utils.files import CONFIG_NAME, atomic_folder, check_free, read_json, write_json
+from ..utils.progress import Bar, counted, growing, silent
 from .names import DECODER, HEAD, HF_TOWER, SAME, llava_name
 
 
@@ -24,12 +25,15 @@ class Imported:
     dtype: str
 
 
-def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_size: str = "5GB") -> Imported:
+def restore(
+    folder: Path, output: Path, origin: Path | None = None, max_shard_size: str = "5GB", bar: Bar = silent
+) -> Imported:
     """Write the LLaVA checkpoint of an export.
 
     Args:
         origin: the export that ``folder`` was trained on further; needed where transformers saved ``folder``, which
             leaves out what belongs to LLaVA.
+        bar: shows how far it is.
 
     Raises:
         ValueError: for a folder that is no export, tensors that belong to no LLaVA or are missing, or an output folder
@@ -48,7 +52,9 @@ def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_si
     files = WeightFiles(folder)
     _check_names(files, folder, source.parent)
     tensors = {llava_name(name): files[name] for name in files.shapes()}
-    check_finite(tensors.items(), folder)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with bar("checking the weights") as moved:
+        check_finite(counted(tensors.items(), moved, nbytes), folder)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     content: dict[str, Any] = {**read_json(source / CONFIG_NAME), "torch_dtype": dtype}
     content.pop("dtype", None)
@@ -62,12 +68,13 @@ def restore(folder: Path, output: Path, origin: Path | None = None, max_shard_si
             if file.name not in (CONFIG_NAME, INFO):
                 shutil.copyfile(file, aside / file.name)
         write_json(content, aside / CONFIG_NAME)
-        save_torch_state_dict(
-            {name: torch.clone(tensor) for name, tensor in tensors.items()},
-            aside,
-            max_shard_size=max_shard_size,
-            metadata={"format": "pt"},
-        )
+        with bar("writing the weights") as moved, growing(aside, moved, nbytes):
+            save_torch_state_dict(
+                {name: torch.clone(tensor) for name, tensor in tensors.items()},
+                aside,
+                max_shard_size=max_shard_size,
+                metadata={"format": "pt"},
+            )
     return Imported(output, str(named[0]), dtype)
 
 

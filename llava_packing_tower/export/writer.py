@@ -20,6 +20,7 @@ from ..integrations.llava.checkpoint_files import ADAPTER, LORA_EXTRAS, PROJECTO
 from ..integrations.llava.inference import Checkpoint, host_module, load_checkpoint
 from ..towers.names import NAME_PREFIX, strip_prefix
 from ..utils.files import CONFIG_NAME, atomic_folder, check_free, write_json
+from ..utils.progress import Bar, counted, growing, silent
 from . import content
 from .chat_template import Marks, Turns, check_chat_template, make_chat_template, probes
 from .model_card import model_card
@@ -53,6 +54,7 @@ def export(
     conversation: str | None = None,
     with_code: bool = False,
     max_shard_size: str = "5GB",
+    bar: Bar = silent,
 ) -> Exported:
     """Write the export of a checkpoint.
 
@@ -61,6 +63,7 @@ def export(
         base: what a LoRA or a projector was trained on.
         conversation: LLaVA's template; None is the one of the training.
         with_code: add the code of the model, for those who have not installed this package.
+        bar: shows how far it is.
 
     Raises:
         ValueError: for a checkpoint that cannot be exported, or an output folder that has files; nothing is written.
@@ -69,7 +72,9 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; it is one of {', '.join(DTYPES)}")
     with atomic_folder(output, is_new=True) as folder:
-        count, name, template = _export_into(folder, checkpoint, dtype, base, conversation, with_code, max_shard_size)
+        count, name, template = _export_into(
+            folder, checkpoint, dtype, base, conversation, with_code, max_shard_size, bar
+        )
     return Exported(output, count, name, template)
 
 
@@ -81,6 +86,7 @@ def _export_into(
     conversation: str | None,
     with_code: bool,
     max_shard_size: str,
+    bar: Bar,
 ) -> tuple[int, str, str]:
     """Returns the number of parameters, their dtype and the conversation template."""
     install.apply()
@@ -93,7 +99,9 @@ def _export_into(
     parts = Parts.of(source, loaded, conversation)
     target = parts.dtype if dtype is None else getattr(torch, dtype)
     tensors = parts.tensors()
-    check_finite(tensors.items(), source.folder)
+    with bar("checking the weights") as moved:
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        check_finite(counted(tensors.items(), moved, nbytes), source.folder)
     tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -102,7 +110,9 @@ def _export_into(
     from huggingface_hub import save_torch_state_dict
 
     parts.write(folder, name, with_code, {key: list(tensor.shape) for key, tensor in tensors.items()})
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with bar("writing the weights") as moved, growing(folder, moved, nbytes):
+        save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     return sum(tensor.numel() for tensor in tensors.values()), name, parts.conversation
 
 

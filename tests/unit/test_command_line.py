@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
@@ -27,6 +30,7 @@ from llava_packing_tower.utils import errors, scratch
 from llava_packing_tower.utils.console import plain_console
 from llava_packing_tower.utils.errors import UsageError
 from llava_packing_tower.utils.files import atomic_folder, check_free, write_text
+from llava_packing_tower.utils.progress import counted, growing
 from llava_packing_tower.utils.run_lock import LOCK, RunLock
 
 
@@ -262,6 +266,23 @@ def test_conversions_through_a_link_and_into_the_current_folder(tmp_path, monkey
     monkeypatch.chdir(tmp_path / "here")
     assert main(["convert", str(source), "--no-verify", "--output_dir", "."]) == 0
     assert sorted(os.listdir(tmp_path / "disk")) == sorted(os.listdir(".")) != []
+
+
+def test_the_bars_of_an_export(tmp_path):
+    """What is checked, and what a library writes: bytes, and all there are."""
+    seen = []
+    tensors = {"a": torch.zeros(3), "b": torch.zeros(2, dtype=torch.float64)}
+    assert list(counted(tensors.items(), lambda *at: seen.append(at), 28)) == list(tensors.items())
+    assert seen == [(12, 28), (28, 28)]
+    with growing(tmp_path, lambda *at: seen.append(at), 100):
+        (tmp_path / "model.safetensors").write_bytes(b"x" * 60)
+        until = time.monotonic() + 30
+        while seen[-1] != (60, 100) and time.monotonic() < until:
+            time.sleep(0.02)
+    assert seen[-2:] == [(60, 100), (100, 100)]
+    with pytest.raises(KeyError), growing(tmp_path, lambda *at: seen.append(at), 100):
+        raise KeyError
+    assert seen[-1] == (100, 100) and not [t for t in threading.enumerate() if t.name == "progress"]
 
 
 # ---------------------------------------------------------------- files of other kinds
