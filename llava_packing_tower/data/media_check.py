@@ -40,7 +40,7 @@ class MediaCheck:
     """How the files of a dataset are checked, and what was found.
 
     Args:
-        folders: what the files under "image" and "video" are relative to.
+        folders: what the files under "image" and "video" are relative to; None: samples must have none of them.
         reads_videos: whether the host reads videos.
         reading, native: how images are read, and whether they keep their shapes.
         all_of_it: read every file from its beginning to its end; else the headers of LOOKED_FOR samples.
@@ -60,15 +60,17 @@ class MediaCheck:
     unreadable: list[str] = field(default_factory=list)
 
     def look(self, samples: Sequence[Mapping]) -> None:
-        """Raises ``ValueError`` for samples that name no file."""
+        """Raises ``ValueError`` for samples that name no file, or one without its folder."""
         indices = range(len(samples)) if self.all_of_it else spread_indices(len(samples), LOOKED_FOR)
         files: list[MediaFile] = []
         nameless: list[str] = []
         for index in indices:
             name = f"sample {samples[index].get('id', index)}"
             kind = "image" if samples[index].get("image") else "video"
-            folder = os.path.expanduser(self.folders.get(kind) or "")
+            folder = os.path.expanduser(self.folders.get(kind, "") or "")
             for path in images_of(samples[index], self.reads_videos):
+                if self.folders.get(kind, "") is None:  # LLaVA joins it with the name, also with an absolute one
+                    raise ValueError(f"{kind}_folder is missing (/ for absolute names), and {name} has {path!r:.80}")
                 if isinstance(path, str):
                     files.append(MediaFile(name, os.path.join(folder, path), kind == "image"))
                 else:

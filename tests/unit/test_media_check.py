@@ -92,3 +92,14 @@ def test_videos_are_read_too(tmp_path):
     media = MediaCheck({"video": str(tmp_path)}, True, all_of_it=True)
     check_data(str(write(tmp_path, entries)), media)
     assert [line.split(":")[0] for line in media.unreadable] == ["sample b.mp4", "sample empty", "sample frames"]
+
+
+def test_files_without_a_folder_are_refused():
+    """LLaVA joins the name with no folder, absolute or not."""
+    none = MediaCheck({"image": None, "video": None}, reads_videos=True)
+    none.look([{"conversations": []}])
+    for kind in ("image", "video"):
+        with pytest.raises(
+            ValueError, match=rf"^{kind}_folder is missing \(/ for absolute names\), and sample 7 has '/a"
+        ):
+            none.look([{"conversations": []}, {"id": 7, kind: "/a.file"}])
