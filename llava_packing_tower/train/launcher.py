@@ -94,7 +94,8 @@ class Plan:
     def content(self) -> dict[str, object]:
         """The plan as JSON."""
         kept = ("zero_stage", "device", "processes", "hostfile", "samples", "environment", "command", "values")
-        return {"host": str(self.host), "start": self.start(), **{name: getattr(self, name) for name in kept}}
+        found = {"files": [line.strip() for line in self.media], "warning": self.cut}
+        return {"host": str(self.host), "start": self.start(), **{name: getattr(self, name) for name in kept}, **found}
 
     @property
     def world_size(self) -> int | None:

@@ -227,6 +227,9 @@ def test_json_for_programs(standard, tmp_path, files, capsys):
     assert main([*words, "--dry_run"]) == 0
     answer = json.loads(written.read_text())
     assert answer["zero_stage"] == 2 and answer["processes"] == 2 and answer["values"]["learning_rate"] == 1e-4
+    assert answer["files"] == [] and "warning" in answer
+    assert main([*words, "--dry_run", "--check_images"]) == 0
+    assert [line.split(" (")[0] for line in json.loads(written.read_text())["files"]] == ["every file can be read"]
     assert main(words) == 2 and "--json has the plan of --dry_run" in capsys.readouterr().err
 
 
