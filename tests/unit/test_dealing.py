@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from datetime import timedelta
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_packing_tower.data.image_processor import PackingImageProcessor
+from llava_packing_tower.integrations.llava import dealt_loader, native_dataset
 from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
 from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch, _ranks_apart, check_not_empty
 from llava_packing_tower.integrations.llava.dealt_loader import DealtBatches, DealtDataset, Place
@@ -176,6 +179,39 @@ def test_samples_whose_angles_depend_on_their_batch_stay_in_it(scaling, longest,
     )
     reason = _angles_of_the_batch(config)
     assert (reason is None) == (limit is None) and (limit is None or f"more than {limit} tokens" in reason)
+
+
+def test_ranks_with_other_samples_are_noticed(monkeypatch):
+    """An index would mean another sample on each of them."""
+    seen = []
+
+    def gather(every, own, group):
+        seen.append(own)
+        every[:] = [seen[0], own]
+
+    monkeypatch.setattr(dealt_loader.dist, "all_gather_object", gather)
+    samples = [{"id": n, "image": f"{n}.png", "conversations": [{"from": "human", "value": "q" * n}]} for n in range(4)]
+    exchange = dealt_loader.Exchange(1, timedelta(1))
+    assert exchange.agrees(samples) and seen == []
+    exchange.ranks, exchange.group = 2, "both"
+    assert exchange.agrees(samples) and exchange.agrees([dict(sample) for sample in samples])
+    for others in (samples[::-1], samples[:3], [*samples[:3], {**samples[3], "image": "4.png"}]):
+        assert not exchange.agrees(others)
+
+
+def test_chance_chooses_the_same_samples_on_every_rank(monkeypatch):
+    """LLaVA-NeXT's ``sampling_strategy: random`` draws from Python's numbers, which nobody has seeded by then."""
+    ours = SimpleNamespace(image_processor=PackingImageProcessor(size=8))
+    monkeypatch.setattr(native_dataset, "current_training_arguments", lambda: SimpleNamespace(seed=5))
+    monkeypatch.delenv("LLAVA_PACKING_TRAINER", raising=False)
+
+    def drawn(data_args):
+        native_dataset.same_choice(SimpleNamespace(arguments={"data_args": data_args}))
+        return random.random()
+
+    assert drawn(ours) == drawn(ours) != drawn(SimpleNamespace(image_processor=None))
+    monkeypatch.setenv("LLAVA_PACKING_TRAINER", "sft")  # `llava-packing train` has seeded them
+    assert drawn(ours) != drawn(ours)
 
 
 def test_a_loader_without_a_batch_is_refused():

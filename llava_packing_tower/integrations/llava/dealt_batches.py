@@ -171,18 +171,20 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
     if not asked.balance and asked.must is None:
         return _not_dealt("mm_packing_balance: false")
     reason = unsupported_dealing(trainer, model, loader)
+    window = trainer.args.gradient_accumulation_steps
+    if reason is None and asked.must is None and (ranks == 1 or window * loader.batch_sampler.batch_size == 1):
+        return _not_dealt("one process" if ranks == 1 else "one sample per rank and optimizer step")
+    exchange = None if reason is not None else Exchange(ranks, timedelta(seconds=trainer.args.ddp_timeout))
+    if exchange is not None and not exchange.agrees(trainer.train_dataset.list_data_dict):
+        reason = "the ranks have different samples"
     if reason is not None and asked.must is not None:
         raise ValueError(f"{asked.must} cannot be kept: {reason}")
     if reason is not None:
         return _not_dealt(reason)
-    window, batch = trainer.args.gradient_accumulation_steps, loader.batch_sampler.batch_size
-    if asked.must is None and (ranks == 1 or window * batch == 1):
-        return _not_dealt("one process" if ranks == 1 else "one sample per rank and optimizer step")
     if len(loader) < window:  # where such epochs end differs between versions of transformers
         window = 1
     limit, truncates = asked.batch_tokens, asked.over_budget == TRUNCATE
     reader = SizeReader(trainer.train_dataset, model, limit if truncates else None)
-    exchange = Exchange(ranks, timedelta(seconds=trainer.args.ddp_timeout))
     rank = trainer.accelerator.process_index
     if limit is not None and not truncates:
         refuse_long_samples(reader, limit, exchange, rank, loader)

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from ...data.samples import MEDIA
 from ...multimodal.dealing import (
     Cost,
     Deal,
@@ -167,6 +169,18 @@ class Exchange:
     def __init__(self, ranks: int, timeout: timedelta) -> None:
         self.ranks = ranks
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks > 1 else None
+
+    def agrees(self, entries: Sequence[Mapping]) -> bool:
+        """Whether all ranks have the same entries of a dataset, by their ids, files and lengths. Collective."""
+        own, every = 0, [0]
+        for entry in entries:
+            turns = entry.get("conversations") or []
+            words = len(turns[0]["value"]) if turns else 0
+            own = crc32(repr([entry.get(name) for name in ("id", *MEDIA)] + [len(turns), words]).encode(), own)
+        if self.group is not None:
+            every = [0] * self.ranks
+            dist.all_gather_object(every, own, group=self.group)
+        return len(set(every)) == 1
 
     def __call__(self, share: Sequence[Sequence[tuple[int, SampleSize]]], most: int) -> list[Sample]:
         """share: the host's micro-batches of this rank; most: samples of one of them, at most.

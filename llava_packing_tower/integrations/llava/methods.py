@@ -88,6 +88,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "complete_tower",  # saving: beside a LoRA, the whole tower or none of it
     ),
     "LazySupervisedDataset.__init__": (
+        "same_choice",  # native_dataset: ranks that choose samples by chance choose the same ones
         "empty_media",  # native_dataset: `image: null` is a sample without an image
     ),
     "LazySupervisedDataset.process_image": (

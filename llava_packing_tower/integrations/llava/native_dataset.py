@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ from ...data.placed_samples import POSITIONS, mark_datasets, read_array, refuse_
 from ...data.samples import MEDIA, check_places, drop_empty_media, images_of
 from ...data.video import check_frame_count, check_video, read_clip, video_errors
 from ...multimodal.dataset_report import measure
-from .arguments import current_arguments
+from ...utils import environment
+from .arguments import current_arguments, current_training_arguments
 from .host import Host
 from .left_out import NOTE, leave_out, note, one_sample, placeholder, split
 from .methods import Call, add_step
@@ -48,6 +50,7 @@ def into_training(train: ModuleType, patches: Patches) -> None:
     data = data_module(train)
     dataset = getattr(data, host_of(train).dataset)
     patches.set(data, "Image", HostImage())
+    add_step(dataset, "LazySupervisedDataset.__init__", "same_choice", same_choice, patches)
     add_step(dataset, "LazySupervisedDataset.__init__", "empty_media", empty_media, patches)
     if not hasattr(train, "make_supervised_data_module"):  # pairs of answers: nothing travels beside their images
         add_step(dataset, "LazySupervisedDataset.__getitem__", "whole_pairs", whole_pairs, patches)
@@ -91,6 +94,20 @@ def whole_pairs(call: Call) -> None:
         raise ValueError(f"sample {self.list_data_dict[i].get('id', i)}: {POSITIONS} is not read with trainer: dpo")
     with reading_sample(self, i):
         call.result = self._get_item(i)
+
+
+def same_choice(call: Call) -> None:
+    """Before a dataset is made: ``sampling_strategy: random`` chooses the same samples on every rank, and when resumed.
+
+    The host seeds Python's random numbers only with its trainer. (`llava-packing train` has seeded them before.)
+    """
+    arguments, processor = (
+        current_training_arguments(),
+        getattr(call.arguments.get("data_args"), "image_processor", None),
+    )
+    ours = isinstance(processor, PackingImageProcessor) and arguments is not None
+    if ours and environment.read(environment.TRAINER) is None:
+        random.seed(arguments.seed)
 
 
 def empty_media(call: Call) -> Iterator[None]:
