@@ -146,13 +146,14 @@ class MediaCheck:
 def check_data(
     data_path: str, media: MediaCheck, look: Callable[[Sequence[Mapping]], None] | None = None, pairs: bool = False
 ) -> int:
-    """Check all samples that ``data_path`` stands for; returns their number.
+    """Check all samples that ``data_path`` stands for; returns how many of them are taken.
 
     ``look`` is called with the samples of each file, after they were found to be right. pairs: of answers, for DPO.
     Raises ``ValueError`` that names the file and the samples.
     """
     count = 0
-    for file in data_files(data_path):
+    for entry in data_files(data_path):
+        file = entry.path
         try:
             samples = load_samples(file)
         except ValueError as error:
@@ -168,8 +169,8 @@ def check_data(
             media.look(samples)
             if look is not None:
                 look(samples)
+            count += entry.taken(len(samples))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        count += len(samples)
     media.conclude(data_path)
     return count

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -66,16 +68,36 @@ def refuse(sentence: str, lines: Sequence[str], named: int = NAMED) -> None:
 # ---------------------------------------------------------------- before training
 
 
-def data_files(data_path: str) -> list[Path]:
+class DataFile(NamedTuple):
+    """A file of samples, and which of them are taken: ``all``, or ``first``, ``end`` or ``random`` with how many."""
+
+    path: Path
+    strategy: str = "all"
+
+    def taken(self, count: int) -> int:
+        """How many of so many samples are taken. Raises ``ValueError`` for a strategy that LLaVA would ignore."""
+        word, _, number = self.strategy.partition(":")
+        if word == "all":
+            return count
+        given = re.fullmatch(r"(\d+)(%.*)?", number)
+        if word not in ("first", "end", "random") or given is None:
+            raise ValueError(
+                f"sampling_strategy {self.strategy!r:.80} is not all, or first, end or random with :N or :N%"
+            )
+        most = math.ceil(int(given[1]) * count / 100) if given[2] else int(given[1])
+        return min(most, count)
+
+
+def data_files(data_path: str) -> list[DataFile]:
     """The files that ``data_path`` names: one, ``{a,b}.json``, or the ``json_path`` of a YAML of datasets.
 
     Raises ``ValueError`` for a YAML without them.
     """
     if found := re.match(r"^(.*)\{(.*)\}\.json$", data_path):
-        return [user_path(f"{found[1]}{name}.json") for name in found[2].split(",")]
+        return [DataFile(user_path(f"{found[1]}{name}.json")) for name in found[2].split(",")]
     path = user_path(data_path)
     if path.suffix not in (".yaml", ".yml"):
-        return [path]
+        return [DataFile(path)]
     text = _text(path)
     try:
         content = yaml.safe_load(text)
@@ -89,7 +111,7 @@ def data_files(data_path: str) -> list[Path]:
             raise ValueError(f"{path}: dataset {number} has no json_path")
         if dataset["json_path"].startswith("~"):
             raise ValueError(f"{path}: dataset {number}: json_path begins with ~, which LLaVA does not replace")
-    return [Path(dataset["json_path"]) for dataset in datasets]
+    return [DataFile(Path(d["json_path"]), str(d.get("sampling_strategy", "all"))) for d in datasets]
 
 
 def _text(file: Path) -> str:

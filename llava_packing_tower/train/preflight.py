@@ -191,6 +191,21 @@ def media_check(values: Mapping[str, object], found: FoundHost, all_files: bool)
     )
 
 
+def check_format(data_path: str, found: FoundHost) -> None:
+    """Raises :class:`UsageError` for a kind of file that the host's dataset does not open, by its source."""
+    tree = ast.parse(found.file(found.host.train).read_text(encoding="utf-8"))
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == found.host.dataset]
+    if not classes:
+        return
+    source = ast.unparse(classes[0])
+    kind, pattern = "{a,b}.json", r"'\{' in data_path"
+    if "{" not in data_path:
+        kind = user_path(data_path).suffix
+        pattern = rf"data_path\.endswith\('\.?{kind[1:]}'\)"
+    if kind in ("{a,b}.json", ".yaml", ".yml", ".jsonl") and not re.search(pattern, source):
+        raise UsageError(f"data_path: {found.host.title} opens no {kind} here, but a .json file: {data_path}")
+
+
 def check_samples(
     values: Mapping[str, object], found: FoundHost, max_length: Argument | None, all_files: bool = False
 ) -> tuple[int, str | None, list[str]]:
@@ -205,6 +220,7 @@ def check_samples(
     limit = values.get("model_max_length")
     limit = int(str(limit)) if limit is not None else default and int(default[1])
     tower = user_path(tower_names(str(values["vision_tower"]))[0])
+    check_format(str(values["data_path"]), found)
     try:
         lengths = None if limit is None else LengthCheck(values, tower, limit)
         look = lengths and lengths.look

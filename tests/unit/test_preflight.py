@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 from launch_files import need_a_host
 from PIL import Image
 
@@ -471,7 +472,15 @@ def test_every_file_of_a_mixture_is_checked(tmp_path):
     write(tmp_path, f"datasets:\n- json_path: {tmp_path}/a.json\n- json_path: {tmp_path}/c.jsonl\n", "mix.yaml")
     assert check_data(f"{tmp_path}/{{a,b}}.json", MediaCheck({}, False)) == 5
     assert check_data(f"{tmp_path}/mix.yaml", MediaCheck({}, False)) == 6
+    for strategies, count in ((("first:50%", "end:1"), 3), (("all", "random:2"), 5), (("first:9", "random:34%"), 5)):
+        entries = zip(("a.json", "c.jsonl"), strategies, strict=True)
+        listed = [{"json_path": f"{tmp_path}/{name}", "sampling_strategy": how} for name, how in entries]
+        write(tmp_path, yaml.safe_dump({"datasets": listed}), "mix.yaml")
+        assert check_data(f"{tmp_path}/mix.yaml", MediaCheck({}, False)) == count
+    unknown = f"datasets:\n- json_path: {tmp_path}/a.json\n  sampling_strategy: "
     for content, said in (
+        (f"{unknown}frist:50%\n", "a.json: sampling_strategy 'frist:50%' is not all, or first, end or random with"),
+        (f"{unknown}first\n", "sampling_strategy 'first' is not all"),
         ("datasets: 1\n", "has no list `datasets:`"),
         ("datasets:\n- a: b\n", "dataset 1 has no json_path"),
         ("datasets:\n- json_path: ~/a.json\n", "dataset 1: json_path begins with ~, which LLaVA does not replace"),
@@ -481,6 +490,19 @@ def test_every_file_of_a_mixture_is_checked(tmp_path):
         write(tmp_path, content, "mix.yaml")
         with pytest.raises(ValueError, match=said):
             check_data(f"{tmp_path}/mix.yaml", MediaCheck({}, False))
+
+
+def test_a_kind_of_data_that_the_host_does_not_open(tmp_path):
+    """LLaVA 1.x opens one JSON file, LLaVA-NeXT lists of them too; neither takes JSON lines or .yml by itself."""
+    need_a_host()
+    found = find_host()
+    lists = ("a.yaml", "{a,b}.json")
+    preflight.check_format("a.json", found)
+    for name in ("a.jsonl", "a.yml", *(lists if found.host.name == "llava_v1" else ())):
+        with pytest.raises(UsageError, match=r"^data_path: LLaVA.* opens no .* here, but a .json file"):
+            preflight.check_format(f"{tmp_path}/{name}", found)
+    for name in lists if found.host.name == "llava_next" else ():
+        preflight.check_format(f"{tmp_path}/{name}", found)
 
 
 def test_many_samples_are_checked_quickly(tmp_path):
