@@ -124,7 +124,7 @@ def shell(tmp_path):
         (tmp_path / "fake" / name / "__init__.py").write_text("")
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(
-        json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
+        json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 64)
     )
     (tmp_path / "tower_packing").mkdir()
     (tmp_path / "tower_packing" / "config.json").write_text('{"model_type": "llava_vit_packing"}')
