@@ -202,7 +202,8 @@ def count_passes(tower: nn.Module) -> list[int]:
 def train(name: str, checkpoint: str) -> dict:
     name, _, blocks = name.partition("+")
     stage = int(name[-1]) if name.startswith("zero") else None
-    config = {**DEEPSPEED, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "contiguous_gradients": False}
+    config = {**DEEPSPEED, "zero_optimization": zero}
     keep = None
     if stage == 3:  # from here on transformers loads under zero.Init, and the tower partitions itself
         from transformers.integrations import HfDeepSpeedConfig

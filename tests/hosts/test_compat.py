@@ -239,6 +239,20 @@ def test_ds_agsync_and_shm_op():
     assert deepspeed.comm.all_gather_into_tensor is gather and ds_mends._backend_globals()["build_shm_op"] is build
 
 
+def test_ds_gradient_types():
+    pytest.importorskip("deepspeed")
+    import deepspeed
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    before = stage_1_and_2.split_half_float_double
+    gradients = [torch.ones(2), torch.ones(3, dtype=torch.bfloat16), torch.ones(4)]
+    patches = patched("ds_gradient_types", deepspeed)
+    assert [len(bucket) for bucket in stage_1_and_2.split_half_float_double(gradients)] == [2, 1]
+    if patches is not None:
+        patches.undo()
+        assert stage_1_and_2.split_half_float_double is before and before(gradients) == []
+
+
 @pytest.mark.newest
 @pytest.mark.parametrize("bad", [None, math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

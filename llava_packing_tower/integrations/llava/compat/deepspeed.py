@@ -1,4 +1,4 @@
-"""Compat patches of DeepSpeed. The first two are for machines without a GPU and touch nothing where there is one."""
+"""Compat patches of DeepSpeed. The first three are for machines without a GPU and touch nothing where there is one."""
 
 from __future__ import annotations
 
@@ -60,6 +60,28 @@ def ds_agsync(deepspeed: ModuleType, patches: Patches) -> None:
             return handle
 
         patches.set(deepspeed.comm, name, waited)
+
+
+def _names_cpu_types_with_a_device(deepspeed: ModuleType) -> bool:
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    return _on_cpu() and "torch.{}.HalfTensor" in inspect.getsource(stage_1_and_2.split_half_float_double)
+
+
+@compat_patch(
+    module="deepspeed",
+    reason="with contiguous_gradients false, ZeRO-1 and ZeRO-2 sort gradients by names of types, which have no "
+    "device on a CPU: each rank would train with its own gradients",
+    defect=_names_cpu_types_with_a_device,
+)
+def ds_gradient_types(deepspeed: ModuleType, patches: Patches) -> None:
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    def split_half_float_double(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
+        return [[tensor for tensor in tensors if tensor.dtype == dtype] for dtype in dtypes]
+
+    patches.set(stage_1_and_2, "split_half_float_double", split_half_float_double)
 
 
 def _leaves_plain_parameters_uncast(deepspeed: ModuleType) -> bool:
