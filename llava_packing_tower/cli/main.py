@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import select
@@ -55,6 +56,7 @@ def _overview() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Each module has `add_arguments(parser)` and `run(args) -> int`, the exit status."""
+    _open_standard_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     top = argparse.ArgumentParser(
         prog="llava-packing", epilog=_overview(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,6 +93,17 @@ def main(argv: list[str] | None = None) -> int:
         return _say(name, reason, 1)
 
 
+def _open_standard_streams() -> None:
+    """Where a daemon has closed one (``>&-``): the next file that is opened would be taken for it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
 def _is_unread() -> bool:
     """Whether whoever read the output has ended, as with ``| head``; then nothing more is written to it."""
     try:
@@ -106,7 +119,8 @@ def _is_unread() -> bool:
 
 
 def _say(name: str, what: object, status: int) -> int:
-    print(f"llava-packing {name}: {what}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk
+        print(f"llava-packing {name}: {what}", file=sys.stderr, flush=True)
     return status
 
 

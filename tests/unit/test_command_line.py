@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -157,6 +158,36 @@ def test_good_variables_and_those_that_nobody_reads(monkeypatch, capsys):
     unread, refused = capsys.readouterr().err.splitlines()
     assert unread.startswith("LLAVA_PACKING_FUSE is no variable of this package") and unread.endswith("_FUSED")
     assert refused == "llava-packing eval-report: nowhere is not a folder"
+
+
+CLOSED = """
+import os, sys
+from llava_packing_tower.cli import main as cli
+def run(name, words):
+    with open(words[0], "w") as file:
+        os.write(1, b"noise of a library")
+        print("a line")
+        file.write("content")
+    return 0
+cli._run = run if sys.argv[2] == "run" else cli._run
+sys.exit(cli.main(["eval-report", sys.argv[1]]))
+"""
+
+
+def test_streams_that_are_closed_or_full(tmp_path):
+    """A file that is opened does not become the standard output, and the status is that of the command."""
+    words = [sys.executable, "-c", CLOSED, str(tmp_path / "file")]
+    options = {"env": {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}, "close_fds": False}
+
+    def close(*numbers):
+        return lambda: [os.close(number) for number in numbers]
+
+    ended = subprocess.run([*words, "run"], preexec_fn=close(0, 1), stderr=subprocess.PIPE, **options)
+    assert (ended.returncode, ended.stderr) == (0, b"") and (tmp_path / "file").read_text() == "content"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*words, "refuse"], stderr=full, stdout=subprocess.PIPE, **options).returncode == 2
+    ended = subprocess.run([*words, "refuse"], preexec_fn=close(2), stdout=subprocess.PIPE, **options)
+    assert (ended.returncode, ended.stdout) == (2, b"")
 
 
 # ---------------------------------------------------------------- two at once
