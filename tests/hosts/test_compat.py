@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -176,6 +177,19 @@ def test_inner_loop(tmp_path, monkeypatch):
     sound = module_from(tmp_path, monkeypatch, "fake.train.other", TRAINER.format(loop="len([self])"))
     assert patched("inner_loop", sound) is None
     assert llava._undefined_globals(broken.LLaVATrainer._inner_training_loop, broken) == {"DebugOption"}
+
+
+@pytest.mark.newest
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is for machines without a GPU")
+def test_cpu_number(tmp_path):
+    """What the trainer's processes on a CPU load their optimizer to."""
+    torch.save({"moments": torch.arange(3.0)}, tmp_path / "optimizer.pt")
+    load = functools.partial(torch.load, tmp_path / "optimizer.pt", map_location=torch.device("cpu", 0))
+    patches = patched("cpu_number", None)
+    assert load()["moments"].tolist() == [0.0, 1.0, 2.0] and load()["moments"].device.type == "cpu"
+    patches.undo()
+    with pytest.raises(RuntimeError, match="cpu:0"):
+        load()
 
 
 def test_empty_groups(tmp_path, monkeypatch):

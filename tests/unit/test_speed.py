@@ -444,7 +444,9 @@ def test_profiles_that_cannot_be(caplog):
     with pytest.raises(ValueError, match="at least 1 step, got 0"):
         Profile(trainer_with(), None, 0)
     profile = Profile(trainer_with(), SimpleNamespace(windows=[]), 3)
-    profile.on_train_begin(None, SimpleNamespace(global_step=8, max_steps=10), None)
+    for is_first in (False, True):  # one of the ranks says so
+        assert caplog.text == ""
+        profile.on_train_begin(None, SimpleNamespace(global_step=8, max_steps=10, is_world_process_zero=is_first), None)
     assert "2 steps are too few" in caplog.text and profile.steps == 0
     control = SimpleNamespace(should_log=False)
     profile.on_step_end(None, SimpleNamespace(global_step=9), control)

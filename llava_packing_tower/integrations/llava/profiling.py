@@ -112,7 +112,7 @@ class Profile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         left = state.max_steps - state.global_step
-        if left < 3:
+        if left < 3 and state.is_world_process_zero:
             logger.warning("profile: %d steps are too few for one: at least 3 are needed", left)
         settling = min(SETTLING, max(left - 2 * self.asked, 1))
         self.steps = min(self.asked, (left - settling) // 2)

@@ -1,11 +1,12 @@
 """Compat patches for resuming: torch 2.6 and newer unpickle known types only, and these were left out.
 
-Only plain containers of data are declared known: no file gets to run code by it.
+Only plain containers of data are declared known: no file gets to run code by it. For it, too, a CPU has no number.
 """
 
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -65,3 +66,34 @@ def rng_states(trainer: ModuleType, patches: Patches) -> None:
     _, keys, *_ = numpy.random.get_state()
     rebuild, (array, *_), _ = keys.__reduce__()
     _declare([rebuild, array, numpy.dtype, type(keys.dtype)], patches)
+
+
+CPU = "cpu:0"
+
+
+def _cpu_has_no_number(trainer: ModuleType) -> bool:
+    import torch
+
+    if torch.cuda.is_available():
+        return False
+    torch.save(torch.zeros(1), file := io.BytesIO())
+    file.seek(0)
+    try:
+        torch.load(file, map_location=CPU)
+    except RuntimeError:
+        return True
+    return False
+
+
+@compat_patch(
+    module="transformers.trainer",
+    reason="several processes on a CPU, without DeepSpeed, load their optimizer to the device cpu:0, which torch.load "
+    "does not know",
+    defect=_cpu_has_no_number,
+)
+def cpu_number(trainer: ModuleType, patches: Patches) -> None:
+    from torch.serialization import register_package
+
+    known = [CPU]
+    register_package(5, lambda storage: None, lambda storage, location: storage if location in known else None)
+    patches.on_undo(known.clear)
