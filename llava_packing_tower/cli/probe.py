@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..eval.probe import CACHE, probe, read_folder
     from ..utils.console import plain_console
-    from ..utils.files import write_text
+    from ..utils.files import check_target, write_text
 
     if find_spec("sklearn") is None:
         raise UsageError("the probes need scikit-learn: pip install scikit-learn")
@@ -59,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--test_share must be between 0 and 1, and --k, --batch_size and --C above 0")
     if args.max_patches is not None and args.max_patches < 1:
         raise UsageError(f"--max_patches must be at least 1, got {args.max_patches}")
+    cache = args.cache or CACHE
+    try:
+        check_target(cache, is_folder=True)  # the default one, too: containers have users without a home
+    except ValueError as error:
+        raise UsageError(f"--cache: {error}") from error
     console = plain_console(width=120)
     options = {"layer": args.select_layer, "square": args.square, "max_patches": args.max_patches}
     results = []
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             with Progress(console=console, transient=True) as bar:
                 task = bar.add_task(escape(name), total=len(photos.files))
                 result = probe(
-                    *(name, photos, options, args.cache or CACHE, k, args.C),
+                    *(name, photos, options, cache, k, args.C),
                     batch_size=args.batch_size,
                     device=args.device,
                     progress=lambda count, bar=bar, task=task: bar.advance(task, count),

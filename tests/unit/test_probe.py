@@ -184,3 +184,11 @@ def test_wrong_words_are_refused_by_name(tower, photos, tmp_path, capsys):
         )
     assert main(["probe", str(tower), "--data", str(photos), "--square", "--k", "9999", *cache]) == 0
     assert "9999" not in capsys.readouterr().out  # there are not so many neighbors
+
+
+def test_a_default_cache_that_cannot_be_written_is_said_before_the_work(tower, photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").touch()
+    monkeypatch.setattr(probe, "CACHE", tmp_path / "home" / "probe")
+    monkeypatch.setattr(probe, "read_folder", lambda *_: pytest.fail("the work began"))
+    assert main(["probe", str(tower), "--data", str(photos)]) == 2
+    assert capsys.readouterr().err.startswith(f"llava-packing probe: --cache: {tmp_path}/home/probe cannot be written")
