@@ -5,6 +5,7 @@ Only plain containers of data are declared known: no file gets to run code by it
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 from collections.abc import Sequence
@@ -92,8 +93,17 @@ def _cpu_has_no_number(trainer: ModuleType) -> bool:
     defect=_cpu_has_no_number,
 )
 def cpu_number(trainer: ModuleType, patches: Patches) -> None:
+    _register_cpu()
+    _known.add(CPU)
+    patches.on_undo(_known.clear)
+
+
+_known: set[str] = set()
+
+
+@functools.cache
+def _register_cpu() -> None:
+    """Once: torch sorts what is registered, takes nothing back, and cannot order two of one priority."""
     from torch.serialization import register_package
 
-    known = [CPU]
-    register_package(5, lambda storage: None, lambda storage, location: storage if location in known else None)
-    patches.on_undo(known.clear)
+    register_package(13, lambda storage: None, lambda storage, location: storage if location in _known else None)
