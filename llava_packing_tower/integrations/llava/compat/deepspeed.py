@@ -6,11 +6,13 @@ import functools
 import inspect
 import math
 from types import ModuleType
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..patcher import Patches
 from . import compat_patch
+
+if TYPE_CHECKING:  # `import builder_patch` must stay cheap
+    import torch
 
 
 def _on_cpu() -> bool:
@@ -117,6 +119,8 @@ def _looks_at_each_gradient(deepspeed: ModuleType) -> bool:
 
 
 def _total_norm():
+    import torch
+
     return getattr(torch.nn.utils, "get_total_norm", None)  # torch before 2.6 has none
 
 
