@@ -66,8 +66,10 @@ def open_files(
         found = WeightFiles(path, use_safetensors, part(raw))
         return Checkpoint(path, raw, found, dict.fromkeys(found.left, "not the tower's: left where it is"))
     except ValueError as error:
-        if described:
+        if described and raw.get("model_type") is not None:
             raise
+        if described:
+            raise ValueError(f"{path / CONFIG_NAME} names no model_type, and {error}") from error
         raise ValueError(f"{path} has no {CONFIG_NAME}; {error}") from error
 
 
