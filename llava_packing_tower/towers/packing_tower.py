@@ -112,7 +112,11 @@ class HEVCViTPackingVisionTower(nn.Module):
         file = self._folder() / CONFIG_NAME
         raw = read_json(file) if file.is_file() else {}
         if "model_type" in raw:
-            return self._class_of(raw, file).read_config(raw, where=file)
+            family = self._class_of(raw, file)
+            own = raw["model_type"] == family.config_class.model_type
+            # The authors' configs of some families leave sizes to the weights.
+            shapes = None if own else open_checkpoint(self._folder()).files.shapes()
+            return family.read_config(raw, shapes, file)
         opened = open_checkpoint(self._folder())  # the weights tell
         return self._class_of(opened.raw, opened.where).plan(opened.raw, opened.files.shapes(), None, opened.where)[0]
 

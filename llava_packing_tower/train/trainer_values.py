@@ -48,8 +48,9 @@ def check_trainer_values(values: Mapping[str, object]) -> None:
     if values.get("logging_steps") == 0 and values.get("logging_strategy", "steps") == "steps":
         raise UsageError("logging_steps must be above 0, got 0")
     epochs, steps = values.get("num_train_epochs", 1), values.get("max_steps", -1)
-    if isinstance(epochs, int | float) and epochs <= 0 and not (isinstance(steps, int) and steps > 0):
-        raise UsageError(f"num_train_epochs must be above 0, got {epochs}")
+    # None at all is a way to make a LLaVA of its parts.
+    if isinstance(epochs, int | float) and epochs < 0 and not (isinstance(steps, int) and steps > 0):
+        raise UsageError(f"num_train_epochs must be at least 0, got {epochs}")
     _check_evaluation(values)
     for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
         if values.get(name) and not values.get("dataloader_num_workers"):

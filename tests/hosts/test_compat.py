@@ -19,7 +19,7 @@ from torch import nn
 
 from llava_packing_tower.integrations.llava import compat, trainable_parts
 from llava_packing_tower.integrations.llava.compat import deepspeed as ds_mends
-from llava_packing_tower.integrations.llava.compat import llava
+from llava_packing_tower.integrations.llava.compat import llava, torch_load
 from llava_packing_tower.integrations.llava.patcher import Patches
 from llava_packing_tower.train import callbacks
 from llava_packing_tower.utils.import_hooks import ImportHooks
@@ -181,8 +181,9 @@ def test_inner_loop(tmp_path, monkeypatch):
 
 @pytest.mark.newest
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is for machines without a GPU")
-def test_cpu_number(tmp_path):
+def test_cpu_number(tmp_path, monkeypatch):
     """What the trainer's processes on a CPU load their optimizer to."""
+    monkeypatch.setattr(torch_load, "_known", set())  # a LLaVA may have been hooked in this process
     torch.save({"moments": torch.arange(3.0)}, tmp_path / "optimizer.pt")
     load = functools.partial(torch.load, tmp_path / "optimizer.pt", map_location=torch.device("cpu", 0))
     for _ in range(2):  # and again after it was taken back

@@ -53,7 +53,7 @@ def turns(*texts: str) -> list[dict]:
         ("adam_beta2", "1", "adam_beta2 must be at least 0 and below 1, got 1.0"),
         ("optim", "adamw", "optim: 'adamw' is unknown; the nearest is 'adam"),
         ("lr_scheduler_type", "cosin", "lr_scheduler_type: 'cosin' is unknown; the nearest is 'cosine', of "),
-        ("num_train_epochs", "0", "num_train_epochs must be above 0, got 0"),
+        ("num_train_epochs", "-1", "num_train_epochs must be at least 0, got -1"),
         ("eval_strategy", "steps", "strategy: LLaVA's train.py has no data to evaluate on"),
         ("lr_scheduler_type", "reduce_lr_on_plateau", "reduce_lr_on_plateau needs evaluations"),
         ("dataloader_persistent_workers", "true", "persistent_workers: needs dataloader_num_workers"),
@@ -98,7 +98,8 @@ def test_what_is_right_passes(files):
         ["--attn_implementation", "kernels-community/flash-attn"],
         ["--version", "plain"],
         ["--tf32", "false"],
-        ["--max_steps", "3", "--num_train_epochs", "0", "--eval_strategy", "no"],
+        ["--max_steps", "3", "--num_train_epochs", "-1", "--eval_strategy", "no"],
+        ["--num_train_epochs", "0"],
         ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "1"],
     ):
         assert launcher.make_plan(files(), words, num_processes=1).samples >= 1
