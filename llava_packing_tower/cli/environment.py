@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import os
@@ -48,9 +49,9 @@ def check_environment(patches: bool = True) -> None:
 def _check_number(name: str, what: str, whole: bool) -> None:
     if (text := environment.read(name)) is None:
         return
-    try:
-        value = int(text) if whole and text.isdecimal() else float("nan") if whole else float(text)
-    except ValueError:
-        value = math.nan
+    value: float = math.nan
+    with contextlib.suppress(ValueError):  # it is none
+        if text.isdecimal() or not whole:
+            value = int(text) if whole else float(text)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be {what}, got {text!r:.80}")

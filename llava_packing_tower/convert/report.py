@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..utils.console import plain_console
 from .plan import Conversion, WriteReport
 from .verify import TestResult
 
@@ -25,8 +26,7 @@ _WORDS = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "[yellow]SKI
 
 def make_console() -> Console:
     """To standard output; wide enough for tensor names where that is not a terminal."""
-    console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=160)
+    return plain_console(160, markup=True, highlight=False)
 
 
 def progress_bars(console: Console) -> Progress:

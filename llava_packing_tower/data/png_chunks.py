@@ -14,6 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from ..utils.files import reading
+
 _SIGNATURE, _CHECKSUM = b"\x89PNG\r\n\x1a\n", 4
 _EXIF = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 """Chunks that may hold an orientation; of the texts, under the names that Pillow reads."""
@@ -22,8 +24,7 @@ _EXIF = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 @contextlib.contextmanager
 def _chunks(file: str | os.PathLike | BinaryIO) -> Iterator[tuple[BinaryIO, Iterator[tuple[bytes, int]]]]:
     """The stream, and kind and length of each chunk; the stream is where the data of the chunk begin."""
-    with contextlib.ExitStack() as stack:
-        data = stack.enter_context(open(file, "rb")) if isinstance(file, str | os.PathLike) else file
+    with reading(file) as data:
         yield data, _heads(data)
 
 

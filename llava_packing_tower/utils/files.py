@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from .scratch import content_of, scratch_beside, stays
 
@@ -115,6 +116,20 @@ def open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
+@contextlib.contextmanager
+def reading(file: str | os.PathLike | BinaryIO) -> Iterator[BinaryIO]:
+    """A file, opened; a stream that was given stays open, and where it is."""
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            yield opened
+        return
+    here = file.tell()
+    try:
+        yield file
+    finally:
+        file.seek(here)
+
+
 def check_free(folder: Path) -> None:
     """Raises ``ValueError`` unless a new folder can be made here, or an empty one is there already."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
@@ -128,16 +143,16 @@ def check_free(folder: Path) -> None:
 
 def put(made: Path, folder: Path) -> None:
     """Give a finished folder its name, by one rename; file by file, config.json last, where the other one stays."""
-    if not stays(folder):
+    if stays(folder):
+        _put_files(made, folder)
+    else:
         os.replace(made, folder)
-        return
-    for file in sorted(made.iterdir(), key=_late):
+
+
+def _put_files(made: Path, folder: Path) -> None:
+    """File by file; what makes the others of a checkpoint readable comes last."""
+    for file in sorted(made.iterdir(), key=lambda f: (f.name == CONFIG_NAME, f.name.endswith(".index.json"))):
         os.replace(file, folder / file.name)
-
-
-def _late(file: Path) -> tuple[bool, bool]:
-    """What makes the other files of a checkpoint readable comes last."""
-    return file.name == CONFIG_NAME, file.name.endswith(".index.json")
 
 
 @contextlib.contextmanager
@@ -184,8 +199,7 @@ def _written_beside(folder: Path, replaces: Callable[[str], bool], is_new: bool)
                 old -= new
             for name in sorted(old, key=lambda n: not n.endswith(".index.json")):
                 (folder / name).unlink()
-            for file in sorted(aside.iterdir(), key=_late):
-                os.replace(file, folder / file.name)
+            _put_files(aside, folder)
         else:
             put(aside, folder)
 

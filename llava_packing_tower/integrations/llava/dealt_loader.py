@@ -251,10 +251,14 @@ class DealtBatches(BatchSampler):
     @property
     def sampler(self) -> object:
         """The host's own, where accelerate looks for what it tells the number of an epoch."""
-        inner = self.batch_sampler
-        while hasattr(inner, "batch_sampler"):
-            inner = inner.batch_sampler
-        return getattr(inner, "sampler", None)
+        return getattr(innermost(self), "sampler", None)
+
+
+def innermost(batches: object) -> object:
+    """The batch sampler that the host has made, under a rank's part of it and what is dealt of that."""
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return batches
 
 
 class Dealt(NamedTuple):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import weakref
 from collections import OrderedDict
@@ -146,6 +147,20 @@ class Batch:
     padded: bool = True
 
 
+def _twice(attempt: Callable[[], _Kind], bucket: int) -> _Kind | None:
+    """The second time with what the allocator keeps for later, which is no use to a capture, given back; None, with a
+    warning, if the memory does not suffice even so."""
+    for is_last in (False, True):
+        try:
+            return attempt()
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+        if not is_last:
+            torch.cuda.empty_cache()
+    logger.warning("no CUDA graphs of layers for batches of %d tokens: %s", bucket, reason)
+    return None
+
+
 class LayerGraphs:
     """The graphs of a stack of layers that are made of the same parts.
 
@@ -216,33 +231,12 @@ class LayerGraphs:
         shapes = tuple((x.shape[: batch.axis], x.shape[batch.axis + 1 :], x.dtype) for x in batch.tables)
         key = (bucket, count, longest, trained, batch.axis, shapes, batch.how)
         if key not in self.kinds:
-            self.kinds[key] = self._try_to_capture(weights, hidden_states, batch, run, bucket, count, longest)
+            attempt = functools.partial(self._capture, weights, hidden_states, batch, run, bucket, count, longest)
+            self.kinds[key] = _twice(attempt, bucket)
             if len(self.kinds) > MOST:
                 self.kinds.popitem(last=False)
         self.kinds.move_to_end(key)
         return self.kinds[key]
-
-    def _try_to_capture(
-        self,
-        weights: Sequence[torch.Tensor],
-        hidden_states: torch.Tensor,
-        batch: Batch,
-        run: Run,
-        bucket: int,
-        count: int,
-        longest: int,
-    ) -> _Kind | None:
-        """The second time with what the allocator keeps for later, which is no use to a capture, given back; None, with
-        a warning, if the memory does not suffice even so."""
-        for is_last in (False, True):
-            try:
-                return self._capture(weights, hidden_states, batch, run, bucket, count, longest)
-            except torch.cuda.OutOfMemoryError as error:
-                reason = str(error).split(". ")[0]
-            if not is_last:
-                torch.cuda.empty_cache()
-        logger.warning("no CUDA graphs of layers for batches of %d tokens: %s", bucket, reason)
-        return None
 
     def _capture(
         self,

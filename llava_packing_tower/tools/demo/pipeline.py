@@ -26,6 +26,7 @@ from ...train.arguments import ALIASES, known_arguments, resolve
 from ...train.config import read_overrides, read_yaml
 from ...train.deepspeed_config import check_deepspeed
 from ...train.history import TOWER_RECORD
+from ...utils.console import plain_console
 from ...utils.errors import UsageError
 from ...utils.run_lock import LOCK, RunLock
 from ...utils.supervise import child
@@ -125,9 +126,7 @@ def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
     """Run everything; returns the exit status (1 when a check failed). Raises ``DemoFailed`` or
     :class:`UsageError`."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    console = Console(emoji=False)
-    if not console.is_terminal:
-        console.width = 100  # a log file; 80 columns would cut the table
+    console = plain_console(100, markup=True)
     plan = make_plan(config, output, words)
     try:
         host = registry.find_host()

@@ -142,6 +142,8 @@ def epoch_orders(trainer: ModuleType, patches: Patches) -> None:
     from torch.utils.data import DataLoader
     from transformers import TrainerCallback
 
+    from ..dealt_loader import innermost
+
     class DrawOrders(TrainerCallback):
         resumed = False
 
@@ -150,9 +152,7 @@ def epoch_orders(trainer: ModuleType, patches: Patches) -> None:
 
         def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
             done, self.resumed = int(state.epoch or 0) if self.resumed else 0, False
-            batches = train_dataloader.batch_sampler
-            while hasattr(batches, "batch_sampler"):  # a rank's part, what is dealt of it
-                batches = batches.batch_sampler
+            batches = innermost(train_dataloader)
             if isinstance(getattr(batches, "sampler", None), SeedableRandomSampler):
                 return  # its order is that of the epoch's number
             for _ in range(done):  # as the training does, without the samples
