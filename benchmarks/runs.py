@@ -115,10 +115,13 @@ class Training:
         return process
 
     def kill(self) -> None:
-        """SIGKILL to all of it."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        """SIGKILL to all of it, until all have ended, or for GRACE seconds."""
+        until = time.monotonic() + GRACE
+        while (running := self.processes()) and time.monotonic() < until:
+            for process in running:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(INTERVAL)
 
 
 def train_command(
