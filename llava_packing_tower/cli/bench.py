@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         _check_plot(args.plot)
     if args.scaling and args.breakdown:
         raise UsageError("--scaling and --breakdown exclude each other")
+    if args.breakdown and args.plot:
+        raise UsageError("--breakdown has no figure: leave out --plot")
     if args.repeat is not None and args.repeat < 1:
         raise UsageError(f"--repeat must be at least 1, got {args.repeat}")
     if not args.limit >= 0:

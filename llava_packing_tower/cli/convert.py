@@ -13,6 +13,7 @@ disk refused, and 2 if SRC or an option cannot be used.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -82,14 +83,14 @@ def options_of(args: argparse.Namespace, **more: object) -> Options:
 
 
 def run(args: argparse.Namespace) -> int:
-    console = make_console()
+    console, errors = make_console(), make_console(stderr=True)
     try:
         outcome = _convert(args, console)
     except DoesNotFit as error:
-        print_problems(console, f"ERROR: {error.message}:", error.rows)
+        print_problems(errors, f"ERROR: {error.message}:", error.rows)
         return 2
     except (ValueError, OSError, ImportError) as error:
-        console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
+        errors.print(f"ERROR: {error}", markup=False, soft_wrap=True)
         return 1 if isinstance(error, NotWritten) else 2
     print_written(console, outcome.report)
     report = read_json(outcome.folder / REPORT_NAME)
@@ -99,7 +100,11 @@ def run(args: argparse.Namespace) -> int:
         peak = peak_memory() / 1e9
         console.print(f"  verified in {outcome.verify_seconds:.1f} s, peak memory {peak:.2f} GB", soft_wrap=True)
     if not outcome.passed:
-        console.print(f"FAILED: the result differs from the source; it was moved to {outcome.folder}", markup=False)
+        errors.print(
+            f"FAILED: the result differs from the source; it was moved to {outcome.folder}",
+            markup=False,
+            soft_wrap=True,
+        )
         return 1
     skipped = any(result.passed is None for result in outcome.results)
     remark = " (not verified)" if not outcome.results else " (not compared with another model)" if skipped else ""
@@ -111,8 +116,9 @@ def run_by_name(arguments: Sequence[str], usage: str | None = None) -> int:
     """The command line of the documents' scripts: ``MODEL_NAME WEIGHT_PATH [options]``. Returns the exit status, 2 for
     a call without the two."""
     if len(arguments) < 2 or any(word.startswith("-") for word in arguments[:2]):
-        print(usage or "MODEL_NAME WEIGHT_PATH [options]")
-        return 0 if {"-h", "--help"} & set(arguments) else 2
+        asked = bool({"-h", "--help"} & set(arguments))
+        print(usage or "MODEL_NAME WEIGHT_PATH [options]", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     name, weights, *options = arguments
     parser = argparse.ArgumentParser(prog="convert")
     add_arguments(parser)

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     failed = [task for task, result in results.items() if result.error is not None]
     if failed:
         said = f"{len(failed)} of {len(tasks)} tasks failed: {', '.join(failed)}"
-        console.print(said, style="bold red", soft_wrap=True)
+        plain_console(width=100, stderr=True).print(said, style="bold red", soft_wrap=True)
     return 1 if failed else 0
 
 

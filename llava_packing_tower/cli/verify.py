@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             step = partial(announce, console, bars, task)
             results, threshold = verify_pair(args.a, args.b, options_of(args, dtype=args.dtype), step)
     except (ValueError, OSError, ImportError) as error:
-        console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
+        make_console(stderr=True).print(f"ERROR: {error}", markup=False, soft_wrap=True)
         return 2
     print_results(console, results, threshold)
     failed = any_failed(results)

@@ -24,9 +24,9 @@ KIND_NAMES = {
 _WORDS = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "[yellow]SKIPPED[/]"}
 
 
-def make_console() -> Console:
-    """To standard output; wide enough for tensor names where that is not a terminal."""
-    return plain_console(160, markup=True, highlight=False)
+def make_console(stderr: bool = False) -> Console:
+    """To standard output, or for errors; wide enough for tensor names where that is not a terminal."""
+    return plain_console(160, markup=True, highlight=False, stderr=stderr)
 
 
 def progress_bars(console: Console) -> Progress:

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import __version__
+from ..utils.console import plain_console
 from ..utils.files import write_text
 from ..utils.net import free_port
 from ..utils.run_lock import RunLock
@@ -116,7 +117,9 @@ def _run_in_turn(evaluation: Evaluation, tasks: Sequence[str], console: Console)
         state, style = ("FAILED", "bold red") if failed else (results[task].headline(), None)
         console.print(f"{place}: {state} ({time.monotonic() - mark:.0f} s)", style=style, soft_wrap=True)
         if failed:
-            console.print(f"  {results[task].error}", highlight=False, soft_wrap=True)
+            plain_console(width=100, stderr=True).print(
+                f"{place}: {results[task].error}", highlight=False, soft_wrap=True
+            )
     return results
 
 

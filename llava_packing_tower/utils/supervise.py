@@ -67,7 +67,7 @@ def watch_launcher(environment: Mapping[str, str] = os.environ) -> threading.Thr
         while is_alive(launcher):
             time.sleep(INTERVAL)
         try:
-            print("the launcher has ended: this rank exits", flush=True)
+            print("the launcher has ended: this rank exits", file=sys.stderr, flush=True)
         finally:  # whoever read that may have ended, too
             _end_group(os.getpid())
 
@@ -184,7 +184,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
         with raising_signals(), child(command, environment) as process:
             return _status(process.wait())
     except Stopped as stopped:
-        print(f"{signal.Signals(stopped.status - 128).name}: the training was stopped", flush=True)
+        print(f"{signal.Signals(stopped.status - 128).name}: the training was stopped", file=sys.stderr, flush=True)
         return stopped.status
 
 

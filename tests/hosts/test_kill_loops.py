@@ -81,7 +81,9 @@ def test_convert(tmp_path, number):
             same_bits(output, tmp_path / "whole")
             subprocess.run(["rm", "-r", output], check=True)
 
-    killed = kill_again_and_again([*words, str(output)], output, environment, 8, number, check)
+    longest = length_of([*words, str(output)], environment)
+    check()
+    killed = kill_again_and_again([*words, str(output)], output, environment, longest, number, check)
     assert killed > KILLS // 5
     done = subprocess.run([*words, str(output)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

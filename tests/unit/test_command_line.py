@@ -41,6 +41,37 @@ def test_the_version(capsys):
     assert ended.value.code == 0 and capsys.readouterr().out == f"llava-packing {__version__}\n"
 
 
+NOWHERE = {
+    "align": ["--ckpt", "./nowhere"],
+    "train": ["nowhere.yaml"],
+    "convert": ["./nowhere"],
+    "verify": ["./nowhere", "./nowhere_packing"],
+    "doctor": ["nowhere"],
+    "demo": ["--config", "nowhere.yaml"],
+    "eval": ["./nowhere", "--tasks", "smoke"],
+    "eval-report": ["nowhere"],
+    "probe": ["./nowhere", "--data", "nowhere"],
+    "export": ["nowhere", "--output_dir", "out"],
+    "import": ["nowhere", "--output_dir", "out"],
+    "show": ["nowhere.png", "--tower", "./nowhere"],
+    "run": ["--", "nowhere.py"],
+    "bench": ["--family", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_errors_go_to_standard_error(name, tmp_path, monkeypatch, capfd):
+    """Standard output is for results: whoever redirects it still sees why there are none."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main([name, *NOWHERE[name]])
+    except SystemExit as ended:  # argparse's own
+        status = ended.code
+    written, said = capfd.readouterr()
+    assert (status, written) == (2, "") and "nowhere" in said and "Traceback" not in said
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
@@ -115,7 +146,8 @@ def test_names_are_printed_as_they_are(capsys):
         patch.setattr(runner, "run_task", lambda *_: failed)
         patch.setattr(runner, "RunLock", lambda *_, **__: RunLock.__new__(_Free))
         runner.run_tasks(runner.Evaluation({}, Path("out[red]")), ["a"], plain_console(width=60))
-    assert capsys.readouterr().out == "[1/1] a: log in out[red]/a/log.txt\n[1/1] a: FAILED (0 s)\n  no [bold]\n"
+    written = "[1/1] a: log in out[red]/a/log.txt\n[1/1] a: FAILED (0 s)\n"
+    assert capsys.readouterr() == (written, "[1/1] a: no [bold]\n")
 
 
 class _Free(RunLock):
@@ -375,4 +407,4 @@ def test_a_conversion_into_a_place_that_is_none(tmp_path, capsys):
     source = standard_folder(tmp_path / "s", num_hidden_layers=1)
     (tmp_path / "file").touch()
     assert main(["convert", str(source), "--no-verify", "--output_dir", str(tmp_path / "file" / "out")]) == 2
-    assert "out cannot be written: " in capsys.readouterr().out
+    assert "out cannot be written: " in capsys.readouterr().err

@@ -273,6 +273,6 @@ def test_an_empty_output_folder_is_filled_a_full_one_refused(standard, tmp_path,
     assert convert(standard, "--output_dir", tmp_path / "out") == 0
     before = tree(tmp_path / "out")
     assert convert(standard, "--output_dir", tmp_path / "out") == 2
-    assert "is not empty" in capsys.readouterr().out
+    assert "is not empty" in capsys.readouterr().err
     assert tree(tmp_path / "out") == before
     assert convert(standard, "--output_dir", standard) == 2

@@ -82,9 +82,9 @@ def test_nothing_to_convert(source, name, capsys):
     assert convert(source, "--no-verify") == 0
     assert main(["convert", str(source.parent / "out")]) == 2
     packed = GOLDEN_FAMILIES[name].config_class.model_type
-    assert f"is a {packed} checkpoint already: there is nothing to convert" in capsys.readouterr().out
+    assert f"is a {packed} checkpoint already: there is nothing to convert" in capsys.readouterr().err
     assert main(["convert", str(source), "--target_model_name", "llava_vit", "--output_dir", str(source / "x")]) == 2
-    assert f"which becomes a {packed} one, not llava_vit" in capsys.readouterr().out
+    assert f"which becomes a {packed} one, not llava_vit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "nan"])
@@ -100,7 +100,7 @@ def test_strict(source, damage, capsys):
 
     change_weights(source, change)
     assert convert(source, "--no-verify") == 2
-    assert ("are NaN" if damage == "nan" else damage) in capsys.readouterr().out
+    assert ("are NaN" if damage == "nan" else damage) in capsys.readouterr().err
     assert os.listdir(source.parent) == [source.name]
 
 
@@ -157,6 +157,6 @@ class TestAgainstTransformers:
 
         monkeypatch.setattr(KeyMap, "_fused", staticmethod(wrong))
         assert convert(source, "--dtype", dtype) == 1
-        assert "moved to" in capsys.readouterr().out
+        assert "moved to" in capsys.readouterr().err
         rows = table(source.parent / "out.failed")
         assert not any(row["passed"] for row in rows[:-1]) and rows[-1]["passed"]

@@ -30,7 +30,7 @@ def refused(tmp_path, capsys):
     def check(source, *words, options=("--no-verify",), output=None):
         before = sorted(tmp_path.rglob("*"))
         status = main(["convert", str(source), "--output_dir", str(output or tmp_path / "out"), *options])
-        text = capsys.readouterr().out
+        text = capsys.readouterr().err
         assert "ERROR: " in text and "Traceback" not in text
         assert status == (1 if "was not written" in text else 2)  # the disk's fault, or the source's
         for word in words:

@@ -58,7 +58,7 @@ def test_a_hub_id_is_a_source_like_a_folder(hub, tmp_path):
 
 def test_a_hub_id_that_cannot_be_reached(hub, tmp_path, capsys):
     assert convert("lab/other", "--no-verify") == 2
-    assert "'lab/other' is neither a local folder nor a hub id that can be reached" in capsys.readouterr().out
+    assert "'lab/other' is neither a local folder nor a hub id that can be reached" in capsys.readouterr().err
     assert not list(tmp_path.glob("*packing*"))
 
 
@@ -82,10 +82,10 @@ def test_the_users_own_photos(standard, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval sets it
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:300])
     assert convert(standard, "--images", folder, "--output_dir", tmp_path / "broken") == 2
-    assert "a.png cannot be read as an image" in capsys.readouterr().out
+    assert "a.png cannot be read as an image" in capsys.readouterr().err
     for empty in (tmp_path / "absent", tmp_path / "out"):
         assert convert(standard, "--images", empty, "--output_dir", tmp_path / "broken") == 2
-        assert "not a folder, or no file in it ends in" in capsys.readouterr().out
+        assert "not a folder, or no file in it ends in" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["out", "photos", "standard"]
 
 
@@ -95,7 +95,7 @@ def test_without_any_photos_the_way_out_is_said(standard, tmp_path, monkeypatch,
 
     monkeypatch.setattr(test_images, "source_of", missing)
     assert convert(standard, "--output_dir", tmp_path / "out") == 2
-    assert "pip install scikit-learn" in (text := capsys.readouterr().out) and "--images" in text
+    assert "pip install scikit-learn" in (text := capsys.readouterr().err) and "--images" in text
     assert os.listdir(tmp_path) == ["standard"]
 
 
@@ -114,9 +114,9 @@ def test_device(standard, tmp_path, monkeypatch, capsys):
         assert convert(standard, "--device", device, "--output_dir", tmp_path / device) == 0
     assert used == ["cpu", "cpu"]
     assert convert(standard, "--device", "cuda", "--output_dir", tmp_path / "out") == 2
-    assert "this machine has no CUDA device" in capsys.readouterr().out
+    assert "this machine has no CUDA device" in capsys.readouterr().err
     assert convert(standard, "--device", "abacus", "--output_dir", tmp_path / "out") == 2
-    assert "--device abacus" in capsys.readouterr().out
+    assert "--device abacus" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pipeline.resolve_device("auto").type == "cuda"
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_the_onevision_training_code(tmp_path, capsys):
     model = create_model("ov_encoder_base", num_hidden_layers=1, intermediate_size=64)
     torch.save(model.state_dict(), tmp_path / "backbone.pt")
     assert convert(tmp_path / "backbone.pt", "--model_name", "ov_encoder_base", "--no-verify") == 2
-    assert "num_hidden_layers: ov_encoder_base has 12, the checkpoint 1" in capsys.readouterr().out
+    assert "num_hidden_layers: ov_encoder_base has 12, the checkpoint 1" in capsys.readouterr().err
     register_preset("ov_encoder_tiny", ONEVISION, num_attention_heads=12, image_size=224)
     try:
         assert convert(tmp_path / "backbone.pt", "--model_name", "ov_encoder_tiny", "--no-verify") == 0
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_the_onevision_training_code(tmp_path, capsys):
         assert convert(tmp_path / "old.pt", "--model_name", "ov_encoder_tiny", "--no-verify") == 2
     finally:
         del PRESETS["ov_encoder_tiny"]
-    assert "has the tensor names of a llava_vit_source" in capsys.readouterr().out
+    assert "has the tensor names of a llava_vit_source" in capsys.readouterr().err
     found = LlavaViTPackingModel.from_pretrained(tmp_path / "backbone_packing")
     assert (found.config.num_attention_heads, found.config.image_size, found.config.layer_norm_eps) == (12, 224, 1e-6)
     assert torch.equal(found.patch_embed.proj.weight, model.embeddings.patch_embedding.weight)

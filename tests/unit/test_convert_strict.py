@@ -45,7 +45,7 @@ def convert(*args):
 def test_tensors_that_do_not_fit_are_a_table_and_no_output(standard, tmp_path, capsys, change, words):
     change_weights(standard, change)
     assert convert(standard, "--output_dir", tmp_path / "out") == 2
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     for word in words:
         assert word in text
     assert os.listdir(tmp_path) == ["standard"]
@@ -71,7 +71,7 @@ def test_tensors_that_do_not_fit_are_a_table_and_no_output(standard, tmp_path, c
 def test_a_config_that_claims_something_else(standard, tmp_path, capsys, fields, words):
     (standard / "config.json").write_text(json.dumps({**config_of(standard), **fields}))
     assert convert(standard, "--output_dir", tmp_path / "out") == 2
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     for word in words:
         assert word in text
     assert os.listdir(tmp_path) == ["standard"]
@@ -90,7 +90,7 @@ def test_mixed_dtypes_need_a_choice(standard, tmp_path, capsys):
     change_weights(standard, lambda t: t.update({"layernorm_pre.bias": t["layernorm_pre.bias"].bfloat16()}))
     assert convert(standard, "--output_dir", tmp_path / "out") == 2
     assert (
-        "62 tensors float32" in (text := capsys.readouterr().out) and "1 tensors bfloat16" in text and "--dtype" in text
+        "62 tensors float32" in (text := capsys.readouterr().err) and "1 tensors bfloat16" in text and "--dtype" in text
     )
     assert convert(standard, "--output_dir", tmp_path / "out", "--dtype", "float32") == 0
 
@@ -113,7 +113,7 @@ def huge_like(tmp_path, hidden, layers, mlp):
 def test_the_standard_huge_preset_does_not_fit_older_weights(tmp_path, capsys):
     file = huge_like(tmp_path, 1280, 32, 5120)
     assert convert(file, "--model_name", "hf_llava_vit_huge_ln") == 2
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     for words in (
         "hidden_size: hf_llava_vit_huge_ln has 1536, the checkpoint 1280",
         "num_hidden_layers: hf_llava_vit_huge_ln has 27, the checkpoint 32",
@@ -123,25 +123,25 @@ def test_the_standard_huge_preset_does_not_fit_older_weights(tmp_path, capsys):
         assert words in text
     # The name that fits gets further: to the tensors that this file does not have.
     assert convert(file, "--model_name", "llava_vit_huge_ln") == 2
-    assert "missing" in capsys.readouterr().out
+    assert "missing" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["backbone.pt"]
 
 
 def test_names_are_checked_against_a_folder_too(standard, capsys, tmp_path):
     for option in ("--model_name", "--target_model_name"):
         assert convert(standard, option, "hf_llava_vit_packing_base_ln", "--output_dir", tmp_path / "out") == 2
-        assert "hidden_size: hf_llava_vit_packing_base_ln has 768, the checkpoint 64" in capsys.readouterr().out
+        assert "hidden_size: hf_llava_vit_packing_base_ln has 768, the checkpoint 64" in capsys.readouterr().err
     assert convert(standard, "--model_name", "llava_vit_tiny") == 2
-    assert "unknown model name 'llava_vit_tiny'; known: hf_llava_vit_base_ln" in capsys.readouterr().out
+    assert "unknown model name 'llava_vit_tiny'; known: hf_llava_vit_base_ln" in capsys.readouterr().err
     assert convert(standard, "--target_model_name", "hf_llava_vit_base_ln") == 2
-    assert "becomes a llava_vit_packing one, not hf_llava_vit_base_ln" in capsys.readouterr().out
+    assert "becomes a llava_vit_packing one, not hf_llava_vit_base_ln" in capsys.readouterr().err
 
 
 def test_a_file_without_config_needs_the_name(standard, tmp_path, capsys):
     weights = source_state_dict(load_file(standard / "model.safetensors"))
     torch.save(weights, tmp_path / "backbone.pt")
     assert convert(tmp_path / "backbone.pt") == 2
-    assert "--model_name" in (text := capsys.readouterr().out) and "llava_vit_large_ln" in text
+    assert "--model_name" in (text := capsys.readouterr().err) and "llava_vit_large_ln" in text
     from llava_packing_tower.models.llava_vit.presets import PRESETS, register_preset
 
     register_preset("llava_vit_toy_ln", "source", **SIZES)
@@ -167,5 +167,5 @@ def test_nothing_to_convert(standard, tmp_path, capsys):
         (("--target_model_name", "llava_vit_base_ln"), "not converted to those"),
     ):
         assert convert(standard, *options, "--output_dir", tmp_path / "out") == 2
-        assert words in capsys.readouterr().out
+        assert words in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["standard"]

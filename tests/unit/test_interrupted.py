@@ -114,7 +114,7 @@ def test_a_signal_that_was_lost_can_be_sent_again_and_none_interrupts_the_cleani
 def test_what_a_killed_conversion_left_goes_with_the_next_one(standard, tmp_path, capsys):
     process = start(standard, tmp_path / "out")
     assert convert(standard, tmp_path / "out") == 2  # while the first is at work: at once
-    assert f"another process is writing {tmp_path / 'out'}" in capsys.readouterr().out
+    assert f"another process is writing {tmp_path / 'out'}" in capsys.readouterr().err
     process.kill()
     process.communicate()
     assert len(left := list(tmp_path.iterdir())) == 1 and (left[0] / MARK).is_file()
@@ -147,7 +147,7 @@ def test_a_full_disk_is_called_that(standard, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("llava_packing_tower.convert.pipeline.write_conversion", full)
     assert convert(standard, tmp_path / "out") == 1
-    assert "out was not written: the disk is full (" in capsys.readouterr().out
+    assert "out was not written: the disk is full (" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(cli, "_run", full)
     assert main(["eval"]) == 1

@@ -160,11 +160,11 @@ def test_verify_of_a_checkpoint_that_cannot_be_read(pair, capsys, which):
     """No test ran, so none failed."""
     change_weights(pair[which], lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(torch.nan))
     assert main(["verify", *map(str, pair)]) == 2
-    assert re.search("\nERROR: the weights of .* are damaged: NaN or infinity in .*\n$", capsys.readouterr().out)
+    assert re.fullmatch("ERROR: the weights of .* are damaged: NaN or infinity in .*\n", capsys.readouterr().err)
     file = pair[which] / "model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
     assert main(["verify", *map(str, pair)]) == 2
-    assert (text := capsys.readouterr().out).startswith(f"ERROR: cannot read {file}, it is damaged")
+    assert (text := capsys.readouterr().err).startswith(f"ERROR: cannot read {file}, it is damaged")
     assert text.count("\n") == 1
 
 
@@ -177,7 +177,7 @@ def test_verify_of_two_of_a_kind_and_in_another_dtype(pair, tmp_path):
 
 def test_verify_refuses_other_families(pair, golden, capsys):
     assert main(["verify", str(pair[0]), str(golden / "siglip2")]) == 2
-    assert "llava-packing align" in capsys.readouterr().out
+    assert "llava-packing align" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------- a conversion that went wrong
@@ -195,8 +195,8 @@ def test_a_result_that_fails_is_moved_aside(pair, tmp_path, capsys, monkeypatch)
     shutil.rmtree(pair[1])
     for name in ("standard_packing.failed", "standard_packing.2.failed"):
         assert main(["convert", str(pair[0])]) == 1
-        text = capsys.readouterr().out
-        assert f"moved to {tmp_path / name}" in text.replace("\n", "")
+        text, said = capsys.readouterr()
+        assert said == f"FAILED: the result differs from the source; it was moved to {tmp_path / name}\n"
         assert ["FAIL" in line for line in lines(text).values()] == [True] * 4 + [False]
     assert sorted(os.listdir(tmp_path)) == ["standard", "standard_packing.2.failed", "standard_packing.failed"]
     report = json.loads((tmp_path / name / "conversion.json").read_text())

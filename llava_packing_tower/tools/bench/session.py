@@ -204,9 +204,6 @@ class Session:
         if plot_file:
             if self.series:
                 report.plot_scaling(self.series, plot_file, caption)
-            elif self.results:
-                report.plot(self.results, plot_file, caption)
             else:
-                self.out.print("--plot: this view has no figure")
-                return
+                report.plot(self.results, plot_file, caption)
             self.out.print(f"written: {plot_file}")
