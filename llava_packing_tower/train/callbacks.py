@@ -20,6 +20,7 @@ from ..integrations.llava.patcher import Patches
 from ..integrations.llava.speed_report import in_words
 from ..integrations.llava.trainable_parts import count_parts
 from ..towers.packing_tower import HEVCViTPackingVisionTower
+from .data_note import note_of
 from .deepspeed_config import zero_stage
 from .history import TowerRecord
 from .resume import check_count, mark_complete, mark_finished, note_order
@@ -142,12 +143,15 @@ class StopWhereNothingIsLeft(TrainerCallback):
 
 
 class SameData(TrainerCallback):
-    """Raises ``ValueError`` for a run that resumes in the middle of other data."""
+    """Raises ``ValueError`` for a run that resumes in the middle of other data; keeps what checkpoints note of it."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        path = getattr(getattr(self.trainer.train_dataset, "data_args", None), "data_path", None)
+        if args.local_process_index == 0 and path:
+            self.trainer.packing_data_note = note_of(path)
         if state.global_step and not args.ignore_data_skip:
             check_count(Path(args.output_dir) / f"checkpoint-{state.global_step}", len(self.trainer.train_dataset))
 
@@ -203,7 +207,7 @@ def mark_checkpoints(trainer_class: type[Trainer], patches: Patches) -> None:
         barrier()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.local_process_index == 0 and folder.is_dir():  # on every machine that has a folder of its own
-            note_order(folder, self.args, len(self.train_dataset))
+            note_order(folder, self.args, len(self.train_dataset), getattr(self, "packing_data_note", None))
             mark_complete(folder)
         barrier()
         if self.args.should_save:

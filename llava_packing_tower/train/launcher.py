@@ -32,7 +32,7 @@ from .folder_checks import check_encoders, check_folders, check_reference
 from .hostfile import check_hostfile, pack
 from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
-from .resume import finished, last_complete, misfit, other_order, read_saved
+from .resume import finished, last_complete, misfit, other_data, other_order, read_saved
 from .trainer_values import check_micro_batches, check_trainer_values
 
 TRAINER_KEY = "trainer"
@@ -58,7 +58,7 @@ class Plan:
     hostfile: str | None = None
     nodes: Nodes = field(default_factory=Nodes)
     samples: int = 0
-    cut: str | None = None
+    warnings: list[str] = field(default_factory=list)
     media: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
@@ -87,14 +87,14 @@ class Plan:
             "output": self.values["output_dir"],
             "start": self.start(),
             **({"files": "\n".join(self.media)} if self.media else {}),
-            **({"warning": self.cut} if self.cut else {}),
         }
-        return "\n".join(f"{key:>9}: {value}" for key, value in rows.items())
+        lines = [*rows.items(), *(("warning", warning) for warning in self.warnings)]
+        return "\n".join(f"{key:>9}: {value}" for key, value in lines)
 
     def content(self) -> dict[str, object]:
         """The plan as JSON."""
         kept = ("zero_stage", "device", "processes", "hostfile", "samples", "environment", "command", "values")
-        found = {"files": [line.strip() for line in self.media], "warning": self.cut}
+        found = {"files": [line.strip() for line in self.media], "warning": "\n".join(self.warnings) or None}
         return {"host": str(self.host), "start": self.start(), **{name: getattr(self, name) for name in kept}, **found}
 
     @property
@@ -270,7 +270,8 @@ def make_plan(
     check_versions(plan, known)
     check_resume(plan)
     checked = check_samples(values, found, known.get("model_max_length"), check_images)
-    plan.samples, plan.cut, plan.media = checked
+    plan.samples, cut, plan.media = checked
+    plan.warnings += [cut] if cut else []
     check_micro_batches(values, plan.samples, plan.world_size or 1)
     check_encoders(values)
     plan.environment = {**_environment(plan), variables.TRAINER: trainer}
@@ -305,16 +306,19 @@ def check_versions(plan: Plan, known: Mapping[str, Argument]) -> None:
 
 
 def check_resume(plan: Plan) -> None:
-    """Raises :class:`UsageError` where the run would resume from a checkpoint that another kind of run saved."""
+    """Raises :class:`UsageError` where the run would resume from a checkpoint that another kind of run saved; warns of
+    data that changed since."""
     checkpoint = last_complete(plan.values["output_dir"])
     try:
         if plan.finished is not None or checkpoint is None:
             return
         reason = misfit(checkpoint, plan.world_size, plan.zero_stage) or other_order(checkpoint, plan.values)
+        warning = None if reason else other_data(checkpoint, plan.values)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if reason is not None:
         raise UsageError(f"output_dir: this run cannot resume from {checkpoint}: {reason}")
+    plan.warnings += [warning] if warning else []
 
 
 def _gpus() -> int:

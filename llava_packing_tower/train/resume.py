@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..utils.files import read_json, user_path
+from .data_note import changed_since, note_of
 
 MARK = "packing_complete.json"
 ORDER = "packing_order.json"
@@ -101,10 +102,12 @@ SHUFFLED = {"seed": 42, "data_seed": None, "dataloader_drop_last": False, "group
 """The keys, with transformers' and LLaVA's defaults, that the samples of an optimizer step and their order hang on."""
 
 
-def note_order(checkpoint: Path, args: object, samples: int) -> None:
-    """Write, by rename, what the position in the data hangs on: training arguments, and the number of samples."""
+def note_order(checkpoint: Path, args: object, samples: int, data: Sequence[Sequence[str]] | None = None) -> None:
+    """Write, by rename, what the position in the data hangs on: training arguments, the number of samples, and
+    the files with their hashes (``note_of``; None where they are not known)."""
     content = {name: getattr(args, name, default) for name, default in {**STEP, **SHUFFLED}.items()}
-    _write_by_rename(checkpoint / ORDER, json.dumps({**content, "samples": samples}, indent=1))
+    content |= {"samples": samples, "data": data}
+    _write_by_rename(checkpoint / ORDER, json.dumps(content, indent=1))
 
 
 def _noted(checkpoint: Path) -> dict[str, object]:
@@ -138,6 +141,23 @@ def check_count(checkpoint: Path, samples: int) -> None:
     saved = _noted(checkpoint)
     if (count := saved.get("samples", samples)) != samples:
         raise ValueError(f"{checkpoint}: {_shuffled(f'{count} samples', f'{samples}')}")
+
+
+def other_data(checkpoint: Path, values: Mapping[str, object]) -> str | None:
+    """A warning where the data are no longer what they were when the run of a checkpoint began; None if they are.
+
+    Raises ``ValueError`` for a damaged note.
+    """
+    was = _noted(checkpoint).get("data")
+    if was is None or values.get("ignore_data_skip"):
+        return None
+    if not isinstance(was, list) or not all(isinstance(f, list) and [*map(type, f)] == [str, str] for f in was):
+        raise ValueError(f"{checkpoint / ORDER} is damaged: data is {was!r:.80}")
+    change = changed_since(was, note_of(str(values["data_path"])))
+    return change and (
+        f"data_path: {change} since the run began that saved {checkpoint.name}. It goes on at the same place, so some "
+        f"samples of this epoch may come twice, or never; ignore_data_skip: true begins the epoch again"
+    )
 
 
 def _shuffled(was: str, now: str) -> str:

@@ -35,7 +35,7 @@ from llava_packing_tower.eval.results import read_run
 from llava_packing_tower.integrations.llava.model_class import base_of
 from llava_packing_tower.integrations.llava.native_dataset import POSITIONS, read_positions
 from llava_packing_tower.towers.packing_tower import HEVCViTPackingVisionTower
-from llava_packing_tower.train import hostfile, resume
+from llava_packing_tower.train import data_note, hostfile, resume
 from llava_packing_tower.train.launcher import make_plan
 from llava_packing_tower.utils.errors import UsageError
 from llava_packing_tower.utils.files import read_json
@@ -109,7 +109,8 @@ def make_marks(folder: Path) -> None:
     (checkpoint / resume.STATE).write_text(json.dumps({"global_step": 3, "max_steps": 8, "epoch": 1.0}))
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (checkpoint / name).write_bytes(b"12")
-    resume.note_order(checkpoint, None, 37)
+    (folder / "data.json").write_text("[{}]")
+    resume.note_order(checkpoint, None, 37, data_note.note_of(str(folder / "data.json")))
     resume.mark_complete(checkpoint)
     resume.mark_finished(folder, 3, 8, 1.0)
 
@@ -119,7 +120,12 @@ def read_marks(folder: Path) -> None:
     resume.finished(folder, {})
     if (checkpoint := resume.last_complete(folder)) is not None:
         resume.misfit(checkpoint, 1, None)
-        resume.other_order(checkpoint, {})
+        read_order(folder)
+
+
+def read_order(folder: Path) -> None:
+    resume.other_order(folder / "checkpoint-3", {})
+    resume.other_data(folder / "checkpoint-3", {"data_path": str(folder / "data.json")})
 
 
 def make_latest(folder: Path) -> None:
@@ -273,7 +279,7 @@ READERS: dict[str, Reader] = {
     ),
     "mark": Reader(make_marks, f"checkpoint-3/{resume.MARK}", read_marks),
     "state": Reader(make_marks, f"checkpoint-3/{resume.STATE}", read_marks),
-    "order": Reader(make_marks, f"checkpoint-3/{resume.ORDER}", lambda f: resume.other_order(f / "checkpoint-3", {})),
+    "order": Reader(make_marks, f"checkpoint-3/{resume.ORDER}", read_order),
     "latest": Reader(make_latest, "checkpoint-3/latest", lambda f: resume.misfit(f / "checkpoint-3", 2, 2)),
     "finished": Reader(make_marks, resume.FINISHED, read_marks),
     "positions": Reader(make_positions, "positions.npy", positions),

@@ -4,6 +4,7 @@ without DeepSpeed's engine is refused."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 import host_runs
 import pytest
 import torch
+import yaml
 from conftest import FIVE
 from host_runs import needs_host
 from safetensors.torch import load_file
 
-from llava_packing_tower.train import resume
+from llava_packing_tower.train import data_note, resume
+from llava_packing_tower.train.data_note import note_of
 
 # Loaded by Python itself in every process of the run: kills the one that writes a certain file. Weights are written by
 # the safetensors library, outside of Python's own open(): half of them come onto the disk.
@@ -67,7 +70,9 @@ def test_killed_while_saving(trainings, tmp_path, kind, file):
 
     log = host_runs.train(config, output, host_runs.NEXT, *words)
     reason = f"checkpoint-4 is not complete (it has no {resume.STATE}): now incomplete-checkpoint-4"
-    assert "start: resumes from checkpoint-2" in log and reason in log
+    assert "start: resumes from checkpoint-2" in log and reason in log and "warning" not in log.split("output:")[0]
+    noted = json.loads((output / "checkpoint-4" / resume.ORDER).read_text())["data"]
+    assert noted == note_of(yaml.safe_load(Path(config).read_text())["data_path"])
     assert "step 3/4" in log and "step 4/4" in log and "step 1/4" not in log and "step 2/4" not in log
     assert [c.name for c in resume.checkpoints(output)] == ["checkpoint-4"]  # save_total_limit
     assert (output / "incomplete-checkpoint-4" / "model.safetensors").stat().st_size == sizes[4]
@@ -200,6 +205,50 @@ def test_a_run_goes_on_with_the_samples_that_are_left(tmp_path, changes, said):
     resume.check_count(tmp_path, 37)
     with pytest.raises(ValueError, match="saved with 37 samples, but this run has 40: the order is another"):
         resume.check_count(tmp_path, 40)
+
+
+def test_data_that_changed_since_a_checkpoint(tmp_path, monkeypatch):
+    """Whatever keeps the number of samples, and often the size; another place or time is no change."""
+    a, b, listed = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "mix.yaml"
+    lines = [f'{{"id": {number}}}' for number in range(1000, 1400)]
+    a.write_text(f"[{', '.join(lines)}]"), b.write_text("[{}]")
+
+    def listing(*entries):
+        listed.write_text(
+            "datasets:\n" + "".join(f"- {{json_path: {f}, sampling_strategy: {s}}}\n" for f, s in entries)
+        )
+
+    def said():
+        return resume.other_data(tmp_path, {"data_path": str(listed)})
+
+    both = (a, "all"), (b, "first:1")
+    listing(*both)
+    resume.note_order(tmp_path, None, 5)
+    assert said() is None  # of an older version
+    for whole in (data_note.WHOLE, 16):
+        monkeypatch.setattr(data_note, "WHOLE", whole)
+        monkeypatch.setattr(data_note, "BLOCK", 16)
+        a.write_text(f"[{', '.join(lines)}]")
+        listing(*both)
+        resume.note_order(tmp_path, None, 5, note_of(str(listed)))
+        assert said() is None
+        os.utime(a, (1, 1))
+        (moved := tmp_path / "moved.json").write_bytes(a.read_bytes())
+        listing((moved, "all"), (b, "first:1"))
+        assert said() is None
+        listing(both[1], both[0])
+        assert "data_path: the order or number of its files changed since the run began that saved" in said()
+        listing(both[0], (b, "end:1"))
+        assert f"data_path: {b} changed" in said()
+        listing(*both)
+        a.write_text(f"[{', '.join(reversed(lines))}]")  # the same size
+        assert f"data_path: {a} changed since" in said() and "twice, or never" in said()
+        assert resume.other_data(tmp_path, {"data_path": str(listed), "ignore_data_skip": True}) is None
+        a.unlink()
+        assert f"data_path: {a} changed" in said()
+    (tmp_path / resume.ORDER).write_text('{"data": [["a"]]}')
+    with pytest.raises(ValueError, match=r"packing_order\.json is damaged: data is \[\['a'\]\]"):
+        said()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"global_step": "8", "max_steps": 9}', '{"global_step": 8}'])

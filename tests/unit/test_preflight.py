@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import fuzz_readers
 import pytest
 import yaml
 from launch_files import need_a_host
@@ -20,7 +21,7 @@ from llava_packing_tower.data.media_check import MediaCheck, check_data
 from llava_packing_tower.integrations.llava.host import FoundHost
 from llava_packing_tower.integrations.llava.hosts.llava_next import HOST as NEXT_HOST
 from llava_packing_tower.integrations.llava.registry import find_host
-from llava_packing_tower.train import folder_checks, launcher, preflight, sequence_lengths
+from llava_packing_tower.train import data_note, folder_checks, launcher, preflight, resume, sequence_lengths
 from llava_packing_tower.train.deepspeed_config import check_keys
 from llava_packing_tower.utils.errors import UsageError
 
@@ -620,6 +621,19 @@ def test_the_plan_says_what_is_cut(files, tmp_path):
     budget = ["--model_max_length", "60", "--mm_packing_batch_tokens", "40"]
     with pytest.raises(UsageError, match=r"^mm_packing_batch_tokens 40: 1 of 2 samples have more tokens"):
         launcher.make_plan(files(), budget, num_processes=1)
+
+
+def test_the_plan_says_that_data_changed(files, tmp_path):
+    need_a_host()
+    (tmp_path / "out").mkdir()
+    fuzz_readers.make_marks(tmp_path / "out")
+    plan = launcher.make_plan(files(deepspeed="-"), num_processes=1)
+    said = f"data_path: {tmp_path}/data.json changed since the run began that saved checkpoint-3."
+    assert f"  warning: {said}" in plan.describe() and plan.content()["warning"].startswith(said)
+    order = tmp_path / "out" / "checkpoint-3" / resume.ORDER
+    order.write_text(json.dumps({**json.loads(order.read_text()), "data": data_note.note_of(f"{tmp_path}/data.json")}))
+    resume.mark_complete(order.parent)
+    assert "warning" not in launcher.make_plan(files(deepspeed="-"), num_processes=1).describe()
 
 
 def test_a_host_that_opens_the_data_itself_gets_no_empty_image():
