@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..attention.dispatch import backend_module, resolve_backend
-from ..data.segments import VarlenMetadata, make_segments
+from ..data.segments import VarlenMetadata, make_segments, to_device
 from .supervised_head import IGNORE
 
 KEPT_ROWS = 64  # forward passes whose backward may still come
@@ -26,8 +26,8 @@ KEPT_ROWS = 64  # forward passes whose backward may still come
 class PackedRow:
     """Where the tokens of a padded batch lie in one row.
 
-    index: ``[T]``, each token's place in the flattened batch; position_ids: ``[1, T]``, from 0 in each sample;
-    segments: where each sample lies.
+    index: ``[T]`` on the host, each token's place in the flattened batch; position_ids: ``[1, T]`` on the device of the
+    decoder, from 0 in each sample; segments: where each sample lies.
     """
 
     index: torch.Tensor
@@ -36,22 +36,22 @@ class PackedRow:
 
     def pack(self, batch: torch.Tensor) -> torch.Tensor:
         """``[B, L, ...]`` to ``[1, T, ...]``."""
-        return batch.flatten(0, 1)[self.index.to(batch.device)][None]
+        return batch.flatten(0, 1)[to_device(self.index, batch.device)][None]
 
     def pad(self, row: torch.Tensor, batch: int, length: int) -> torch.Tensor:
         """``[1, T, hidden]`` to ``[batch, length, hidden]``, zeros in the padding."""
         padded = row.new_zeros(batch * length, row.shape[-1])
-        return padded.index_copy(0, self.index.to(row.device), row[0]).unflatten(0, (batch, length))
+        return padded.index_copy(0, to_device(self.index, row.device), row[0]).unflatten(0, (batch, length))
 
 
-def pack_batch(mask: torch.Tensor, targets: torch.Tensor) -> PackedRow | None:
+def pack_batch(mask: torch.Tensor, targets: torch.Tensor, device: torch.device | str = "cpu") -> PackedRow | None:
     """The row of a padded batch, or None for a batch that has no equal in one row.
 
     Those are batches with a gap inside a sample, and those whose padding is trained: where text begins with a
     supervised token and is padded on the left, transformers has the padding in front predict it.
 
-    mask: bool ``[B, L]``, true for tokens; targets: ``[B, L]`` from :func:`supervised_head.next_labels`.
-    Synchronizes once.
+    mask: bool ``[B, L]``, true for tokens; targets: ``[B, L]`` from :func:`supervised_head.next_labels`; both on the
+    host. device: of the decoder. Synchronizes nothing.
     """
     starts = mask.clone()
     starts[:, 1:] &= ~mask[:, :-1]
@@ -60,10 +60,9 @@ def pack_batch(mask: torch.Tensor, targets: torch.Tensor) -> PackedRow | None:
     lengths = [length for length in lengths if length]
     if not lengths or begun != len(lengths) or stray:
         return None
-    segments = make_segments(lengths, mask.device)
+    segments = make_segments(lengths, device)
     index = mask.flatten().nonzero().squeeze(1)
-    begins = torch.repeat_interleave(segments.cu_seqlens[:-1], segments.cu_seqlens.diff(), output_size=sum(lengths))
-    position_ids = (torch.arange(sum(lengths), device=mask.device) - begins)[None]
+    position_ids = to_device(torch.cat([torch.arange(n, device="cpu") for n in lengths])[None], device)
     remember(position_ids, segments)
     return PackedRow(index, position_ids, segments)
 

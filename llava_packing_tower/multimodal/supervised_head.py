@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import cross_entropy, pad
 
+from ..data.segments import to_device
+
 IGNORE = -100
 
 
@@ -30,23 +32,25 @@ def supervised_loss(
 
     Args:
         hidden_states: ``[N, hidden]``.
-        targets: ``[N]`` from :func:`next_labels`; ``-100`` where nothing is predicted.
+        targets: ``[N]`` from :func:`next_labels`; ``-100`` where nothing is predicted. On the host nothing has to wait
+            for a GPU.
         head: from ``[n, hidden]`` to ``[n, words]``. It is called in every case, for no row at all if need be: under
             ZeRO-3 and FSDP other ranks may be waiting in it.
         num_items: what the sum is divided by; the number of supervised positions if left out.
-        weights: ``[N]``, what each position counts: the weighted sum is divided by ``num_items`` alone.
+        weights: ``[N]``, where ``targets`` are, what each position counts: the weighted sum is divided by ``num_items``
+            alone.
 
     Returns:
         A scalar in float32, or in float64 for a head in float64. Without a supervised position it is NaN with
         gradients of zero, as transformers' is (0 if ``num_items`` or ``weights`` are given).
     """
     kept = (targets != IGNORE).nonzero().squeeze(1)
-    logits = head(hidden_states[kept.to(hidden_states.device)])
+    logits = head(hidden_states[to_device(kept, hidden_states.device)])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = targets[kept].to(logits.device)
+    chosen = to_device(targets[kept], logits.device)
     if weights is not None:
         losses = cross_entropy(logits, chosen, reduction="none")
-        total = (losses * weights[kept].to(losses)).sum()
+        total = (losses * to_device(weights[kept].to(losses.dtype), losses.device)).sum()
     elif num_items is None:
         return cross_entropy(logits, chosen)
     else:

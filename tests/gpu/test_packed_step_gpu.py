@@ -6,7 +6,9 @@ step may be twice as far away as the host's own step in bfloat16 is. The errors 
 
 import copy
 import importlib.util
+import warnings
 from collections import defaultdict
+from pathlib import Path
 
 import packed_step_checks as checks
 import pytest
@@ -177,3 +179,21 @@ def test_a_layer_that_cannot_be_captured_names_the_switch(models, monkeypatch):
         run(low, "images")
     monkeypatch.setenv("LLAVA_PACKING_CUDA_GRAPHS", "0")
     run(low, "images")
+
+
+def test_a_step_waits_for_the_gpu_at_its_begin_alone(models):
+    """LLaVA's questions about its samples are answered on the host; only what they are asked of is fetched."""
+    low, _ = made(models, "Llama")
+    batch = {name: _moved(value) for name, value in checks.batch_of(low, "several images and text").items()}
+    for _ in range(2):
+        checks.call(low, batch).loss.backward()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            checks.call(low, batch).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = [Path(each.filename).name for each in said if "synchronizing" in str(each.message)]
+    assert places == ["words_on_host.py"] * 3  # ids, mask and labels

@@ -140,11 +140,25 @@ def gradients(model, loss):
     return found
 
 
+class EachSample:
+    """Stands for ``OneLookup``: LLaVA looks up the words of each sample by themselves, as without this package."""
+
+    def __init__(self, embedding, ids):
+        self.embedding, self.rows, self.taken = embedding, ids, 0
+
+    def __call__(self, ids):
+        self.taken += len(ids)
+        return self.embedding(ids)
+
+
 @contextlib.contextmanager
 def host_path():
-    from llava_packing_tower.integrations.llava import packed_step
+    from llava_packing_tower.integrations.llava import packed_step, text_only_batches
 
-    with mock.patch.object(packed_step, "is_training_step", lambda model, given: False):
+    with (
+        mock.patch.object(packed_step, "is_training_step", lambda model, given: False),
+        mock.patch.object(text_only_batches, "OneLookup", EachSample),
+    ):
         yield
 
 

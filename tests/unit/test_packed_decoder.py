@@ -9,6 +9,7 @@ from torch import nn
 from llava_packing_tower.attention import dispatch
 from llava_packing_tower.attention.dispatch import backend_module
 from llava_packing_tower.data.segments import make_segments
+from llava_packing_tower.integrations.llava import words_on_host
 from llava_packing_tower.multimodal import packed_decoder
 from llava_packing_tower.multimodal.packed_decoder import causal_attention, causal_backend, pack_batch, segments_of
 from llava_packing_tower.multimodal.supervised_head import IGNORE, next_labels, supervised_loss
@@ -170,3 +171,16 @@ def test_no_label_is_nan_with_gradients_of_zero():
 def test_half_precision_logits_are_summed_in_float32():
     head, states = nn.Linear(6, 11).bfloat16(), torch.randn(4, 6).bfloat16()
     assert supervised_loss(states, torch.tensor([1, 2, IGNORE, 3]), head).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- what is known on the host
+
+
+def test_a_copy_on_the_host_is_of_one_state_of_a_tensor():
+    labels = torch.tensor([[IGNORE, 5, 6], [7, 8, IGNORE]])
+    there = words_on_host._back(labels, torch.device("meta"))
+    assert there.device.type == "meta" and words_on_host.on_host(there) is labels
+    there[0, 1] = IGNORE  # by somebody between LLaVA's two methods: the copy has no longer what is trained
+    with pytest.raises(NotImplementedError):  # a meta tensor cannot be read, but it is asked again
+        words_on_host.on_host(there)
+    assert torch.equal(words_on_host.on_host(labels), labels)

@@ -318,11 +318,10 @@ class DealtCollator:
             places = [sample.place for sample in part if not isinstance(sample.item, LeftOut)]
             if not places:
                 places = [NOTHING]
-            weights = torch.tensor([place.weight for place in places], dtype=torch.float64)
             made.append(
                 {
                     "batch": self.collate([sample.item for sample in part]),
-                    "weights": weights,
+                    "weights": [place.weight for place in places],
                     "tokens": [place.tokens for place in places],
                     "supervised": [place.supervised for place in places],
                     "cost": sum(place.cost for place in places),

@@ -100,6 +100,9 @@ class Host:
     """Whether its ``prepare_inputs_labels_for_multimodal`` sorts a list of images and videos by their dimensions."""
     keeps_padding: bool = False
     """Whether it also embeds the words that the attention mask hides."""
+    joins_on_host: bool = False
+    """Whether its ``prepare_inputs_labels_for_multimodal`` takes ids, mask and labels that are on the CPU, though the
+    model is on a GPU."""
     gridded_images: tuple[Part, ...] = ()
     """Functions ``(image, processor, ...)`` that return ``pixel_values`` and ``grid_thw`` of an image."""
     projector_builder: Part = Part("model.multimodal_projector.builder", "build_vision_projector")

@@ -107,6 +107,7 @@ def _on_arch(arch: ModuleType) -> None:
     from .speed import count_tokens
     from .text_only_batches import look_up_once, run_on_blanks
     from .trainable_parts import remember_tower
+    from .words_on_host import join_on_host
 
     host = registry.host_of(arch)
     if host.native_reason is not None:
@@ -119,6 +120,7 @@ def _on_arch(arch: ModuleType) -> None:
     note_when_saving(arch, _patches)
     run_on_blanks(arch, _patches)
     look_up_once(arch, _patches)
+    join_on_host(arch, _patches)
     into_decoders(_patches)
     count_tokens(arch, _patches)
 

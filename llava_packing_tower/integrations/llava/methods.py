@@ -32,6 +32,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": (
         "modalities",  # compat patch: what `modalities` of the forward kept
         "count_tokens",  # speed: tokens of the samples that come out
+        "words_on_host",  # words_on_host: in training, text and images are put together without asking the GPU
         "blank_images",  # text_only_batches: a batch without images runs the tower on blanks
         "native_images",  # native_resolution: images are encoded here, LLaVA puts them between the text
         "one_lookup",  # text_only_batches: the embeddings of all words of a batch, in one call

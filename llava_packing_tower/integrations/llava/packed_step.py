@@ -28,6 +28,7 @@ from .liger import fuse_layers, unsupported_liger
 from .methods import Call, add_step
 from .patcher import Patches
 from .trainable_parts import is_packing_tower
+from .words_on_host import on_host
 
 logger = logging.getLogger(__name__)
 
@@ -224,11 +225,11 @@ KNOWN = frozenset(
 class SampleWeights:
     """What a supervised token of each sample of a micro-batch counts in its loss, where samples were dealt.
 
-    weights: ``[B]``; tokens, supervised: of each sample, as they were counted when it was read. used: how often a step
-    took them.
+    weights, tokens, supervised: of each sample, as they were counted when it was read; used: how often a step took
+    them.
     """
 
-    weights: torch.Tensor
+    weights: Sequence[float]
     tokens: Sequence[int]
     supervised: Sequence[int]
     used: int = 0
@@ -236,7 +237,9 @@ class SampleWeights:
     def apply(self, there: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The targets without those of samples that count nothing, and the weight of each position, both ``[B, L]``.
 
-        Raises ``RuntimeError`` where the model has made other samples than were counted. Synchronizes once.
+        there: bool, which positions are tokens. All of it on the host.
+
+        Raises ``RuntimeError`` where the model has made other samples than were counted.
         """
         found = torch.stack([there.sum(1), (targets != IGNORE).sum(1)]).tolist()
         if found != [list(self.tokens), list(self.supervised)]:
@@ -245,7 +248,7 @@ class SampleWeights:
                 f"and {list(self.supervised)} were counted: mm_packing_balance: false keeps LLaVA's own order"
             )
         self.used += 1
-        weights = self.weights.to(targets.device)[:, None].expand(targets.shape)
+        weights = torch.tensor(self.weights, dtype=torch.float64)[:, None].expand(targets.shape)
         return targets.masked_fill(weights == 0, IGNORE), weights
 
 
@@ -258,9 +261,9 @@ def packed_step(model: nn.Module, plan: StepPlan, given: Mapping[str, object]) -
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     embeds, mask, labels = given["inputs_embeds"], given.get("attention_mask"), given["labels"]
-    targets = next_labels(labels)
-    there = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
-    row = pack_batch(there, targets) if plan.decoder_reason is None else None
+    targets = next_labels(on_host(labels))  # what a step is made of, it learns without waiting for the GPU
+    there = torch.ones_like(targets, dtype=torch.bool) if mask is None else on_host(mask).bool()
+    row = pack_batch(there, targets, embeds.device) if plan.decoder_reason is None else None
     weights, num_items = None, given.get("num_items_in_batch")
     if (samples := _sample_weights.get()) is not None:
         targets, weights = samples.apply(there, targets)

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from ...checkpoint.weights import zero3_enabled
+from ...data.segments import to_device
 from .methods import Call, add_step
 from .patcher import Patches
 from .registry import host_of, mixin
@@ -75,7 +76,8 @@ class OneLookup:
     """
 
     def __init__(self, embedding: torch.nn.Module, ids: torch.Tensor) -> None:
-        self.rows, self.taken = embedding(ids), 0
+        where = next(embedding.parameters()).device
+        self.rows, self.taken = embedding(to_device(ids, where)), 0
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """``[n, hidden]`` of the next ``n`` words."""
@@ -86,23 +88,24 @@ class OneLookup:
 
 
 def look_up_once(arch: ModuleType, patches: Patches) -> None:
-    """Have LLaVA look up the embeddings of a batch once, where ranks gather them or have different numbers of samples.
+    """Have LLaVA look up the embeddings of a batch once: for each sample alone, each has a gradient of all words.
 
+    Of hosts whose words stay on the GPU, only where ranks gather them or have different numbers of samples.
     In a step, ``RuntimeError`` if LLaVA looks up other words than expected.
     """
     from .packed_step import are_weighed
 
-    keeps_padding = host_of(arch).keeps_padding
+    host = host_of(arch)
 
     def once(call: Call) -> Iterator[None]:
         self, given = call.self, call.arguments
         ids, mask = given["input_ids"], given.get("attention_mask")
-        asked = zero3_enabled() or are_weighed()
+        asked = host.joins_on_host or zero3_enabled() or are_weighed()
         if not asked or not takes_part(self) or not is_packing_tower(self.get_vision_tower()):
             yield
             return
         inner = self.get_model()
-        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None or keeps_padding else mask.bool()
+        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None or host.keeps_padding else mask.bool()
         lookup = OneLookup(inner.embed_tokens, ids[seen & (ids != arch.IMAGE_TOKEN_INDEX)])
         vars(inner)["embed_tokens"] = lookup  # in front of the module, which stays where it is
         try:

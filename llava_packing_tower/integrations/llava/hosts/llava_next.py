@@ -18,6 +18,7 @@ HOST = Host(
     recognises=recognises,
     install="git clone https://github.com/LLaVA-VL/LLaVA-NeXT and set LLAVA_DIR to the clone",
     reads_videos=True,
+    joins_on_host=True,
     late_models=("model.language_model.llava_gemma", "model.language_model.llava_qwen_moe"),
     own_arguments=(
         "image_grid_pinpoints",

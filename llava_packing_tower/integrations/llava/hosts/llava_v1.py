@@ -18,4 +18,5 @@ HOST = Host(
     recognises=recognises,
     install="pip install --no-deps llava-torch==1.2.2.post1, or clone it and set LLAVA_DIR to the clone",
     distribution="llava-torch",
+    joins_on_host=True,
 )

@@ -23,6 +23,7 @@ HOST = Host(
     recognises=recognises,
     install="git clone https://github.com/EvolvingLMMs-Lab/OneVision-Encoder and set LLAVA_DIR to the clone",
     reads_videos=True,
+    joins_on_host=True,
     gridded_images=(
         Part("mm_utils", "process_native_image", ("image", "processor")),
         Part("mm_utils", "process_anyres_image", ("image", "processor")),
