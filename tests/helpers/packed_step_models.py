@@ -153,10 +153,11 @@ class EachSample:
 
 @contextlib.contextmanager
 def host_path():
-    from llava_packing_tower.integrations.llava import packed_step, text_only_batches
+    from llava_packing_tower.integrations.llava import packed_step, text_only_batches, words_on_host
 
     with (
         mock.patch.object(packed_step, "is_training_step", lambda model, given: False),
+        mock.patch.object(words_on_host, "_is_away", lambda tensor: False),
         mock.patch.object(text_only_batches, "OneLookup", EachSample),
     ):
         yield
