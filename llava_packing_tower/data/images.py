@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageFile, ImageOps, TiffImagePlugin
 
-from .jpeg_length import check_jpeg_length
+from .jpeg_length import check_jpeg_end, check_jpeg_length
 from .png_chunks import check_pixel_data, has_late_exif
 
 logger = logging.getLogger(__name__)
@@ -296,10 +296,13 @@ def _decode(file: str | os.PathLike | BinaryIO, reading: ImageReading, native: b
         check_header(image.size, reading, native)
         if getattr(image, "n_frames", 1) > 1:
             _say_first_frame(name)
-        if image.format in ("JPEG", "MPO"):
+        is_jpeg = image.format in ("JPEG", "MPO")
+        if is_jpeg:
             check_jpeg_length(image, file)
         image.load()
-        if image.format == "PNG":
+        if is_jpeg:
+            check_jpeg_end(image, file)
+        elif image.format == "PNG":
             check_pixel_data(image, file)
         return to_rgb(image, reading)
 
