@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
         made = export(
             args.checkpoint,
             args.output_dir,
-            args.dtype,
-            args.model_base,
-            args.conv_template,
-            args.with_code,
-            args.max_shard_size,
-            partial(progress, in_bytes=True),
+            dtype=args.dtype,
+            base=args.model_base,
+            conversation=args.conv_template,
+            with_code=args.with_code,
+            max_shard_size=args.max_shard_size,
+            bar=partial(progress, in_bytes=True),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -46,60 +46,53 @@ class Exported:
     conversation: str
 
 
-def export(
-    checkpoint: Path,
-    output: Path,
-    dtype: str | None = None,
-    base: Path | None = None,
-    conversation: str | None = None,
-    with_code: bool = False,
-    max_shard_size: str = "5GB",
-    bar: Bar = silent,
-) -> Exported:
+@dataclass(frozen=True)
+class Options:
+    """How a checkpoint is exported.
+
+    dtype: of the weights; None is the checkpoint's own. base: what a LoRA or a projector was trained on. conversation:
+    LLaVA's template; None is the one of the training. with_code: add the code of the model, for those who have not
+    installed this package. max_shard_size: of a weight file. bar: shows how far it is.
+
+    Raises ``ValueError`` for an unknown dtype.
+    """
+
+    dtype: str | None = None
+    base: Path | None = None
+    conversation: str | None = None
+    with_code: bool = False
+    max_shard_size: str = "5GB"
+    bar: Bar = silent
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r}; it is one of {', '.join(DTYPES)}")
+
+
+def export(checkpoint: Path, output: Path, **options: Any) -> Exported:
     """Write the export of a checkpoint.
 
-    Args:
-        dtype: of the weights; None is the checkpoint's own.
-        base: what a LoRA or a projector was trained on.
-        conversation: LLaVA's template; None is the one of the training.
-        with_code: add the code of the model, for those who have not installed this package.
-        bar: shows how far it is.
-
-    Raises:
-        ValueError: for a checkpoint that cannot be exported, or an output folder that has files; nothing is written.
+    options: the fields of :class:`Options`.
+    Raises ``ValueError`` for one that cannot be exported, or an output folder that has files; nothing is written.
     """
     check_free(output)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}; it is one of {', '.join(DTYPES)}")
+    chosen = Options(**options)
     with atomic_folder(output, is_new=True) as folder:
-        count, name, template = _export_into(
-            folder, checkpoint, dtype, base, conversation, with_code, max_shard_size, bar
-        )
-    return Exported(output, count, name, template)
+        return replace(_export_into(folder, checkpoint, chosen), folder=output)
 
 
-def _export_into(
-    folder: Path,
-    checkpoint: Path,
-    dtype: str | None,
-    base: Path | None,
-    conversation: str | None,
-    with_code: bool,
-    max_shard_size: str,
-    bar: Bar,
-) -> tuple[int, str, str]:
-    """Returns the number of parameters, their dtype and the conversation template."""
+def _export_into(folder: Path, checkpoint: Path, options: Options) -> Exported:
     install.apply()
-    source = read_source(checkpoint, base)
+    source = read_source(checkpoint, options.base)
     try:
         loaded = load_checkpoint(source.folder, "cpu", source.base)
     except (OSError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError, ValueError) as error:
         reason = str(error) if isinstance(error, OSError | RuntimeError | ValueError) else repr(error)
         raise ValueError(f"LLaVA cannot load {source.folder}: {reason}") from error
-    parts = Parts.of(source, loaded, conversation)
-    target = parts.dtype if dtype is None else getattr(torch, dtype)
+    parts = Parts.of(source, loaded, options.conversation)
+    target = parts.dtype if options.dtype is None else getattr(torch, options.dtype)
     tensors = parts.tensors()
-    with bar("checking the weights") as moved:
+    with options.bar("checking the weights") as moved:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         check_finite(counted(tensors.items(), moved, nbytes), source.folder)
     tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
@@ -109,11 +102,11 @@ def _export_into(
     name = str(target).removeprefix("torch.")
     from huggingface_hub import save_torch_state_dict
 
-    parts.write(folder, name, with_code, {key: list(tensor.shape) for key, tensor in tensors.items()})
+    parts.write(folder, name, options.with_code, {key: list(tensor.shape) for key, tensor in tensors.items()})
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    with bar("writing the weights") as moved, growing(folder, moved, nbytes):
-        save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
-    return sum(tensor.numel() for tensor in tensors.values()), name, parts.conversation
+    with options.bar("writing the weights") as moved, growing(folder, moved, nbytes):
+        save_torch_state_dict(tensors, folder, max_shard_size=options.max_shard_size, metadata={"format": "pt"})
+    return Exported(folder, sum(tensor.numel() for tensor in tensors.values()), name, parts.conversation)
 
 
 @dataclass(frozen=True)
