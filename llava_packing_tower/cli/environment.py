@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import math
 import os
 import sys
 
@@ -29,8 +27,8 @@ def check_environment(patches: bool = True) -> None:
     try:
         for name in (environment.FUSED, environment.GRAPHS):
             environment.switch(name)
-        _check_number(environment.ENCODER_TOKENS, "a whole number of patches, at least 1", whole=True)
-        _check_number(environment.PEAK_TFLOPS, "a number above 0", whole=False)
+        for name in (environment.ENCODER_TOKENS, environment.PEAK_TFLOPS):
+            environment.number(name)
         if (backend := environment.read(environment.ATTENTION)) not in (None, "auto"):
             from ..attention.dispatch import BACKENDS
 
@@ -44,14 +42,3 @@ def check_environment(patches: bool = True) -> None:
             disabled()
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _check_number(name: str, what: str, whole: bool) -> None:
-    if (text := environment.read(name)) is None:
-        return
-    value: float = math.nan
-    with contextlib.suppress(ValueError):  # it is none
-        if text.isdecimal() or not whole:
-            value = int(text) if whole else float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be {what}, got {text!r:.80}")

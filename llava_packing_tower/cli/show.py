@@ -1,7 +1,8 @@
 """Show what a tower sees of images and videos: resized pixels, patches, tokens, the packed row and what it costs.
 
-In a terminal the picture is made of characters; `--out` writes a PNG. For a video its sampled frames are shown with
-their positions in time. `--positions` takes the positions of the patches that a codec sample has kept.
+In a terminal the picture is made of characters; `--out` writes a PNG, of the first 40 images. For a video
+its sampled frames are shown with their positions in time. `--positions` takes the positions of the patches that a codec
+sample has kept.
 
   llava-packing show photo.jpg --tower checkpoints/llava_vit_large_packing
   llava-packing show photo.jpg clip.mp4 --tower google/siglip2-so400m-patch16-naflex --features --out seen.png

@@ -23,9 +23,10 @@ def budget_of(args: object) -> int | None:
     Raises ``ValueError`` for anything but a whole number above 0.
     """
     given = getattr(args, KEY, None)
-    if given is None and (text := environment.read(environment.ENCODER_TOKENS)) is not None:
-        given = int(text) if text.isdecimal() else text
-    if given is not None and (type(given) is not int or given < 1):
+    if given is None:
+        found = environment.number(environment.ENCODER_TOKENS)
+        return None if found is None else int(found)
+    if type(given) is not int or given < 1:
         raise ValueError(f"{KEY} must be a whole number of patches, at least 1, got {given!r:.80}")
     return given
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..integrations.llava.host import FoundHost
+from ..integrations.llava.host import FoundHost, syntax
 from ..towers.names import FUSED, PACKING, tower_kind, tower_names
 from ..utils.errors import UsageError
 from ..utils.files import once, user_path
@@ -101,7 +101,7 @@ def path_words(found: FoundHost) -> tuple[str, ...]:
     Those alone for which ``train`` makes a tokenizer (LLaVA-NeXT makes none for "gemma"). Empty for LLaVA 1.x, which
     takes every other name for a Llama.
     """
-    tree = ast.parse(found.file(found.host.train).read_text(encoding="utf-8"))
+    tree = syntax(found.file(found.host.train))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     known = _words_with_tokenizer(functions["train"]) if "train" in functions else None
     for function in filter(None, [functions.get("get_model")]):

@@ -18,7 +18,7 @@ from ..data.media_check import MediaCheck, check_data
 from ..data.native_config import NATIVE
 from ..data.smart_resize import CHECKPOINT, known_merge
 from ..integrations.llava.arguments_table import check_dealing, tunable_parts
-from ..integrations.llava.host import Argument, FoundHost
+from ..integrations.llava.host import Argument, FoundHost, syntax
 from ..towers.feature_select import SELECT_FEATURES, selected_layers
 from ..towers.names import CHANNEL, FUSED, PACKING, tower_kind, tower_names
 from ..utils.errors import UsageError
@@ -87,7 +87,7 @@ def _one_of(key: str, value: object, known: Collection[str]) -> None:
 def conversations(found: FoundHost) -> tuple[str, ...]:
     """The names in ``conv_templates`` of a host's conversation.py, read without running it."""
     file = found.file(found.host.conversation)
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    for node in syntax(file).body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(t, ast.Name) and t.id == "conv_templates" for t in targets) and isinstance(
             node.value, ast.Dict
@@ -193,8 +193,8 @@ def media_check(values: Mapping[str, object], found: FoundHost, all_files: bool)
 
 def check_format(data_path: str, found: FoundHost) -> None:
     """Raises :class:`UsageError` for a kind of file that the host's dataset does not open, by its source."""
-    tree = ast.parse(found.file(found.host.train).read_text(encoding="utf-8"))
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == found.host.dataset]
+    nodes = syntax(found.file(found.host.train)).body
+    classes = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name == found.host.dataset]
     if not classes:
         return
     source = ast.unparse(classes[0])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
 import os
 from dataclasses import dataclass
 
@@ -96,6 +98,24 @@ def read(name: str) -> str | None:
 def clone() -> str | None:
     """The clone that ``LLAVA_DIR`` or ``LLAVA_NEXT_DIR`` names."""
     return read(LLAVA_DIR) or read(NEXT_DIR)
+
+
+def number(name: str) -> float | None:
+    """A variable that is a number above 0, whole where patches are counted; None if it is not set.
+
+    Raises ``ValueError`` for another value.
+    """
+    if (text := read(name)) is None:
+        return None
+    is_whole = name == ENCODER_TOKENS
+    value: float = math.nan
+    with contextlib.suppress(ValueError):  # it is none
+        if text.isdecimal() or not is_whole:
+            value = int(text) if is_whole else float(text)
+    if not 0 < value < math.inf:
+        what = "a whole number of patches, at least 1" if is_whole else "a number above 0"
+        raise ValueError(f"{name} must be {what}, got {text!r:.80}")
+    return value
 
 
 def switch(name: str) -> bool | None:

@@ -227,6 +227,22 @@ def test_every_word_of_the_picture_is_in_it(tmp_path, monkeypatch):
     assert all(end < at for end, (at, _) in zip(ends, borders[1:]))
 
 
+def test_a_picture_of_many_images_is_bounded(tmp_path, monkeypatch):
+    """All of them are in the packed row."""
+    drawn = []
+    monkeypatch.setattr(picture.ImageDraw.ImageDraw, "text", lambda pen, at, text, **_: drawn.append(text))
+    heights = {}
+    for count in (picture.DRAWN - 1, picture.DRAWN, picture.DRAWN + 30):
+        drawn.clear()
+        images = [seen_of(f"{number}.png", np.zeros((8, 8, 3), np.uint8)) for number in range(count)]
+        picture.draw(tmp_path / "a.png", images, 4, ["costs"], None)
+        heights[count] = Image.open(tmp_path / "a.png").height
+        assert sum(": " in text for text in drawn) - 1 == min(count, picture.DRAWN)
+        assert any(text.startswith(f"one packed row of {sum(seen.patches for seen in images)} ") for text in drawn)
+    one, most, more = heights.values()
+    assert one < most < more < most + 30 and f"the first {picture.DRAWN} of {count} images are drawn" in drawn
+
+
 def test_the_text_picture_is_as_wide_as_the_terminal(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "16")
     status, _ = show(folder, str(folder / "halves.png"), str(folder / "gray.png"), "--max_patches", "100")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -213,7 +214,7 @@ def misfits(host: Host, root: Path) -> list[str]:
 
 def _parameters(file: Path, owner: str, name: str) -> list[str] | None:
     """The parameters of a function of a source file, or of class ``owner`` in it; None where there is none."""
-    nodes: list[ast.stmt] = ast.parse(file.read_text(encoding="utf-8")).body
+    nodes: list[ast.stmt] = syntax(file).body
     if owner:
         nodes = next((n.body for n in nodes if isinstance(n, ast.ClassDef) and n.name == owner), [])
     for node in nodes:
@@ -243,6 +244,17 @@ class FoundHost:
         return f"{self.host.title} {self.version} ({self.root})"
 
 
+def syntax(file: Path) -> ast.Module:
+    """The syntax tree of a host's source file, which nobody may change."""
+    return _parsed(file.read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> ast.Module:
+    """Several checks look at one train.py."""
+    return ast.parse(text)
+
+
 @dataclass(frozen=True)
 class Argument:
     """One argument of a dataclass as its source states it: the text of its annotation and of its default."""
@@ -261,7 +273,7 @@ def dataclass_arguments(file: Path, name: str) -> dict[str, Argument]:
 
     Raises ``ValueError`` where the file has no such class.
     """
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    for node in syntax(file).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             fields = (n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
             return {

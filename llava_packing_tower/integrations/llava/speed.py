@@ -44,18 +44,13 @@ def peak_of(trainer: Trainer) -> tuple[float | None, str]:
     The datasheets' figures are for half precision: for float32 there is none, unless it is given. Raises ``ValueError``
     for a given one that is no number above 0.
     """
-    given = getattr(trainer.args, "mm_packing_peak_tflops", None)
-    source = "mm_packing_peak_tflops"
-    if given is None and (text := environment.read(environment.PEAK_TFLOPS)):
-        given, source = text, environment.PEAK_TFLOPS
+    given, source = getattr(trainer.args, "mm_packing_peak_tflops", None), "mm_packing_peak_tflops"
+    if given is not None and not given > 0:
+        raise ValueError(f"{source} must be a number of TFLOP/s above 0, got {given!r}")
+    if given is None:
+        given, source = environment.number(environment.PEAK_TFLOPS), environment.PEAK_TFLOPS
     if given is not None:
-        try:
-            value = float(given)
-        except ValueError:
-            value = 0.0
-        if not value > 0:
-            raise ValueError(f"{source} must be a number of TFLOP/s above 0, got {given!r}")
-        return value * 1e12, source
+        return given * 1e12, source
     if trainer.args.device.type != "cuda":
         return None, "no GPU"
     name = torch.cuda.get_device_name(trainer.args.device)

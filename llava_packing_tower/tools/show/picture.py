@@ -18,6 +18,8 @@ from .look import Seen
 WIDTH, HEIGHT, MARGIN, LINE = 420, 300, 12, 18
 FRAMES = 8
 """Frames of a video that are drawn, evenly spaced."""
+DRAWN = 40
+"""Images that are drawn: viewers refuse pictures of more than 32,767 rows, and the packed row has all of them."""
 COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (23, 190, 207))
 GRAY = (235, 235, 235)
 LIGHT = 170
@@ -83,16 +85,19 @@ def draw(
     path: Path, images: Sequence[Seen], patch: int, lines: Sequence[str], colors: Sequence[np.ndarray] | None
 ) -> None:
     """Write the PNG: a row for each image, then the packed row with the borders of its segments, then the lines."""
-    rows = [panels(seen, patch, None if colors is None else colors[i]) for i, seen in enumerate(images)]
+    drawn = images[:DRAWN]
+    if len(drawn) < len(images):
+        lines = [f"the first {len(drawn)} of {len(images)} images are drawn", *lines]
+    rows = [panels(seen, patch, None if colors is None else colors[i]) for i, seen in enumerate(drawn)]
     wide = max(len(row) for row in rows) * (WIDTH + MARGIN) + MARGIN
     tall = len(rows) * (HEIGHT + 3 * LINE + MARGIN) + 5 * LINE + len(lines) * LINE + MARGIN
     font = ImageFont.load_default()
-    texts = [*lines, *(headline(number, seen) for number, seen in enumerate(images))]
+    texts = [*lines, *(headline(number, seen) for number, seen in enumerate(drawn))]
     wide = max(wide, *(math.ceil(font.getlength(text)) + 2 * MARGIN for text in texts))
     canvas = Image.new("RGB", (wide, tall), "white")
     pen = ImageDraw.Draw(canvas)
     top = MARGIN
-    for number, (seen, row) in enumerate(zip(images, rows)):
+    for number, (seen, row) in enumerate(zip(drawn, rows)):
         pen.text((MARGIN, top), headline(number, seen), fill=COLORS[number % len(COLORS)], font=font)
         for column, (title, picture) in enumerate(row):
             left = MARGIN + column * (WIDTH + MARGIN)
