@@ -33,7 +33,7 @@ from .hostfile import check_hostfile, pack
 from .multinode import Nodes
 from .preflight import check_precision, check_samples, check_values
 from .resume import finished, last_complete, misfit, other_data, other_order, read_saved
-from .trainer_values import check_micro_batches, check_trainer_values
+from .trainer_values import check_micro_batches, check_pairs, check_trainer_values
 
 TRAINER_KEY = "trainer"
 TORCHRUN = "llava_packing_tower.train.torchrun"
@@ -250,6 +250,7 @@ def make_plan(
         if count is not None and count < 1:
             raise UsageError(f"--{name} must be at least 1, got {count}")
     if trainer == "dpo":
+        check_pairs(values)
         check_reference(values, stage)
     if num_processes is not None and (num_gpus is not None or hostfile is not None):
         raise UsageError("--num_processes is for runs on the CPU; remove it with --num_gpus or --hostfile")

@@ -98,14 +98,19 @@ def set_aside(output_dir: str | os.PathLike) -> list[str]:
 # ---------------------------------------------------------------- does it fit this run?
 
 STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-SHUFFLED = {"seed": 42, "data_seed": None, "dataloader_drop_last": False, "group_by_modality_length": False}
+SHUFFLED = {
+    **{"seed": 42, "data_seed": None, "dataloader_drop_last": False, "train_sampling_strategy": "random"},
+    **dict.fromkeys(("group_by_length", "group_by_varlen"), False),
+    **dict.fromkeys(("group_by_modality_length", "group_by_modality_length_auto"), False),
+}
 """The keys, with transformers' and LLaVA's defaults, that the samples of an optimizer step and their order hang on."""
 
 
 def note_order(checkpoint: Path, args: object, samples: int, data: Sequence[Sequence[str]] | None = None) -> None:
     """Write, by rename, what the position in the data hangs on: training arguments, the number of samples, and
     the files with their hashes (``note_of``; None where they are not known)."""
-    content = {name: getattr(args, name, default) for name, default in {**STEP, **SHUFFLED}.items()}
+    given = vars(args)  # the fields alone: a compat patch gives the trainer old names for new ones
+    content = {name: given.get(name, default) for name, default in {**STEP, **SHUFFLED}.items()}
     content |= {"samples": samples, "data": data}
     _write_by_rename(checkpoint / ORDER, json.dumps(content, indent=1))
 

@@ -96,6 +96,8 @@ def test_data_that_are_no_pairs_are_refused_before_the_run(tmp_path, next_dir, m
     config = with_pairs(tmp_path)
     with pytest.raises(UsageError, match=r"data\.json: 8 of 8 samples are no pairs of answers"):
         make_plan(config, ["--data_path", str(tmp_path / "data.json")])
+    with pytest.raises(UsageError, match="mm_packing_batch_tokens 300 cannot be kept with trainer: dpo"):
+        make_plan(config, ["--mm_packing_batch_tokens", "300"])
     plan = make_plan(config)
     assert plan.environment["LLAVA_PACKING_TRAINER"] == "dpo" and "trainer" not in plan.values
 

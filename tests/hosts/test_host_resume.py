@@ -191,6 +191,8 @@ def test_which_run_can_go_on_from_a_checkpoint(tmp_path, files, latest, processe
         ({"gradient_accumulation_steps": 4, "ignore_data_skip": True}, "gradient_accumulation_steps 2, but this run"),
         ({"seed": 7}, "seed 42, but this run has 7: the order is another"),
         ({"group_by_modality_length": False}, "group_by_modality_length True, but this run has False"),
+        ({"group_by_length": True}, "group_by_length False, but this run has True"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy random, but this run has group_by"),
         ({"seed": 7, "ignore_data_skip": True}, None),
     ],
 )

@@ -12,11 +12,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Trainer
 
 from llava_packing_tower.data.image_processor import PackingImageProcessor
 from llava_packing_tower.integrations.llava import dealt_loader, native_dataset
 from llava_packing_tower.integrations.llava.dealing_report import Dealings, StepTimes, describe
-from llava_packing_tower.integrations.llava.dealt_batches import _angles_of_the_batch, _ranks_apart, check_not_empty
+from llava_packing_tower.integrations.llava.dealt_batches import (
+    _angles_of_the_batch,
+    _hands_on,
+    _ranks_apart,
+    check_columns,
+    check_not_empty,
+    refuse_undealt,
+)
 from llava_packing_tower.integrations.llava.dealt_loader import DealtBatches, DealtDataset, Place
 from llava_packing_tower.multimodal.dealing import (
     LAYER_FLOOR,
@@ -224,6 +232,59 @@ def test_a_loader_without_a_batch_is_refused():
             check_not_empty(trainer, loader)
     with pytest.raises(ValueError, match="37 samples make no micro-batch: per_device_train_batch_size is 40 on 2 proc"):
         check_not_empty(trainer, loader)
+
+
+def trainer_of(entries=({"id": 0}, {"id": 1, "image": "1.png"}), **asked):
+    args = SimpleNamespace(remove_unused_columns=False)
+    self = SimpleNamespace(args=args, label_smoother=None, compute_loss=Trainer.compute_loss)
+    self.train_dataset = SimpleNamespace(list_data_dict=list(entries))
+    config = SimpleNamespace(**{f"mm_packing_{name}": value for name, value in asked.items()})
+    self.model = SimpleNamespace(get_vision_tower=None, config=config)
+    return self
+
+
+def test_arguments_with_which_samples_lose_their_images():
+    """They fail in the first step with an image, whichever script starts the host."""
+    trainer = trainer_of()
+    check_columns(trainer)
+    trainer.label_smoother = object()
+    with pytest.raises(ValueError, match="label_smoothing_factor: transformers smooths the labels of the text"):
+        check_columns(trainer)
+    trainer.compute_loss = lambda *_: 0.0  # which may know better
+    check_columns(trainer)
+    trainer.args.remove_unused_columns = True
+    with pytest.raises(ValueError, match="remove_unused_columns: LLaVA's samples would lose their images"):
+        check_columns(trainer)
+    trainer.train_dataset.list_data_dict = [{"id": 0}, {"id": 1, "image": None}]
+    check_columns(trainer)
+
+
+def test_a_data_loader_of_ones_own_does_not_lose_a_key():
+    refuse_undealt(trainer_of(balance=True))
+    with pytest.raises(ValueError, match="mm_packing_batch_tokens 300 cannot be kept: SimpleNamespace makes its data"):
+        refuse_undealt(trainer_of(batch_tokens=300))
+    with pytest.raises(ValueError, match="mm_packing_loss_average tokens cannot be kept"):
+        refuse_undealt(trainer_of(loss_average="tokens"))
+
+
+def test_a_training_step_of_ones_own():
+    """It would get batches of several micro-batches, which only ours takes apart."""
+
+    class Host(Trainer):
+        pass
+
+    class Own(Host):
+        def training_step(self, model, inputs):
+            return model(**inputs).loss
+
+    class Around(Host):
+        def training_step(self, model, inputs):
+            return 2 * super().training_step(model, inputs)
+
+    class Under(Around, Own):
+        pass
+
+    assert _hands_on(Host) and _hands_on(Around) and not _hands_on(Own) and not _hands_on(Under)
 
 
 @pytest.mark.parametrize(("counted", "weight"), [((205, 8), 0.25), ((90, 4), 0.125), ((0, 0), 0.0)])

@@ -233,6 +233,10 @@ def tunable_parts(value: str | None) -> tuple[str, ...]:
 
 
 MICRO_BATCHES, TOKENS = AVERAGES = ("micro_batches", "tokens")
+COLUMNS = "LLaVA's samples would lose their images: the model takes them under another name"
+SMOOTHING = "transformers smooths the labels of the text, but LLaVA's logits have the images in between"
+"""Why these arguments of transformers fail with samples that have images."""
+
 REFUSE, TRUNCATE = OVER_BUDGET = ("refuse", "truncate")
 
 

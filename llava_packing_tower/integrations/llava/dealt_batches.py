@@ -8,6 +8,7 @@ average.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
+from ...data.samples import MEDIA
 from ...utils.say import say
 from .arguments import current_arguments
-from .arguments_table import MICRO_BATCHES, REFUSE, TRUNCATE, check_dealing
+from .arguments_table import COLUMNS, MICRO_BATCHES, REFUSE, SMOOTHING, TRUNCATE, check_dealing
 from .dealing_report import Dealings, StepTimes, describe
 from .dealt_loader import (
     DEALT,
@@ -92,6 +94,8 @@ def unsupported_dealing(trainer: object, model: nn.Module, loader: object) -> st
         return "the trainer computes its loss itself"
     if trainer.label_smoother is not None:
         return "label smoothing"
+    if not _hands_on(type(trainer)):
+        return f"{type(trainer).__name__} has a training step of its own"
     if getattr(trainer, "trainer_mode", "regular") != "regular":
         return f"trainer_mode {trainer.trainer_mode}"
     if args.n_gpu > 1 or getattr(trainer.accelerator, "parallelism_config", None) is not None:
@@ -105,6 +109,19 @@ def unsupported_dealing(trainer: object, model: nn.Module, loader: object) -> st
         return "average_tokens_across_devices: false"
     reason = _ranks_apart(trainer, len(loader)) or _angles_of_the_batch(model.config)
     return reason or unsupported_sizes(trainer.train_dataset, model)
+
+
+def _hands_on(cls: type) -> bool:
+    """Whether each ``training_step`` down to transformers' own leaves the work to the one that it overrides: a dealt
+    batch has several micro-batches, which only ours takes apart."""
+    for owner in cls.__mro__:
+        if owner is Trainer:
+            return True
+        own = vars(owner).get("training_step")
+        code = None if own is None else getattr(inspect.unwrap(own), "__code__", None)
+        if code is not None and "training_step" not in code.co_names:
+            return False
+    return True
 
 
 def _ranks_apart(trainer: object, micro_batches: int) -> str | None:
@@ -152,6 +169,8 @@ def deal_batches(train: ModuleType, patches: Patches) -> None:
     def step(call: Call) -> None:
         if DEALT in call.arguments["inputs"]:
             call.result = getattr(call.self, _STATE).run(call)
+        else:
+            refuse_undealt(call.self)
 
     owner = trainer_class(train)
     add_step(owner, "LLaVATrainer.get_train_dataloader", "dealt_batches", loader, patches)
@@ -167,6 +186,7 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
     if not hasattr(model, "get_vision_tower"):
         return None
     check_not_empty(trainer, loader)
+    check_columns(trainer)
     asked, ranks = asked_of(model), trainer.accelerator.num_processes
     if not asked.balance and asked.must is None:
         return _not_dealt("mm_packing_balance: false")
@@ -202,6 +222,25 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
     trainer.add_callback(DealingReport(dealing))
     say(logger, "dealing: %s", dealing)
     return dealing
+
+
+def refuse_undealt(trainer: object) -> None:
+    """Raises ``ValueError`` for a batch that was not dealt though a key asks for it: that of a data loader which a
+    trainer makes itself."""
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    if hasattr(model, "get_vision_tower") and (asked := asked_of(model).must) is not None:
+        raise ValueError(f"{asked} cannot be kept: {type(trainer).__name__} makes its data loader itself")
+
+
+def check_columns(trainer: object) -> None:
+    """Raises ``ValueError`` for arguments with which the host fails in the first step with an image."""
+    entries = getattr(trainer.train_dataset, "list_data_dict", None)
+    if not isinstance(entries, list) or not any(entry.get(name) for entry in entries for name in MEDIA):
+        return
+    if trainer.args.remove_unused_columns:
+        raise ValueError(f"remove_unused_columns: {COLUMNS}")
+    if trainer.label_smoother is not None and not is_overridden(trainer.compute_loss):
+        raise ValueError(f"label_smoothing_factor: {SMOOTHING}")
 
 
 def check_not_empty(trainer: object, loader: object) -> None:
