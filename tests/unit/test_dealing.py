@@ -26,6 +26,8 @@ from llava_packing_tower.integrations.llava.dealt_batches import (
     refuse_undealt,
 )
 from llava_packing_tower.integrations.llava.dealt_loader import DealtBatches, DealtDataset, Place
+from llava_packing_tower.integrations.llava.methods import add_step
+from llava_packing_tower.integrations.llava.patcher import Patches
 from llava_packing_tower.multimodal.dealing import (
     LAYER_FLOOR,
     Cost,
@@ -284,7 +286,10 @@ def test_a_training_step_of_ones_own():
     class Under(Around, Own):
         pass
 
+    patches = Patches()
+    add_step(Host, "LLaVATrainer.training_step", "dealt_batches", lambda call: None, patches)  # as in a host
     assert _hands_on(Host) and _hands_on(Around) and not _hands_on(Own) and not _hands_on(Under)
+    patches.undo()
 
 
 @pytest.mark.parametrize(("counted", "weight"), [((205, 8), 0.25), ((90, 4), 0.125), ((0, 0), 0.0)])

@@ -114,12 +114,10 @@ def unsupported_dealing(trainer: object, model: nn.Module, loader: object) -> st
 def _hands_on(cls: type) -> bool:
     """Whether each ``training_step`` down to transformers' own leaves the work to the one that it overrides: a dealt
     batch has several micro-batches, which only ours takes apart."""
-    for owner in cls.__mro__:
-        if owner is Trainer:
-            return True
-        own = vars(owner).get("training_step")
-        code = None if own is None else getattr(inspect.unwrap(own), "__code__", None)
-        if code is not None and "training_step" not in code.co_names:
+    for owner in cls.__mro__[: cls.__mro__.index(Trainer)]:
+        own = inspect.unwrap(vars(owner).get("training_step", Trainer.training_step))  # without our wrapper
+        code = getattr(own, "__code__", None)
+        if is_overridden(own) and code is not None and "training_step" not in code.co_names:
             return False
     return True
 
