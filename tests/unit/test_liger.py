@@ -37,8 +37,9 @@ def swiglu(a, b):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Stand-ins that count their calls."""
+    """Stand-ins that count their calls; torch has no RMSNorm of its own."""
     calls = {}
+    monkeypatch.setattr(liger, "TORCH_NORM", False)
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -163,6 +164,23 @@ def test_this_decoder_computes_with_it_and_others_do_not(installed, model, patch
     fuse_layers(model, patches, on=False)
     run(model)
     assert not installed
+
+
+def test_the_norm_is_torchs_where_torch_has_one(installed, model, patches, monkeypatch):
+    monkeypatch.setattr(liger, "TORCH_NORM", True)
+    read_rows(type(model.model.layers[0].self_attn), patches)
+    expected = run(model)
+    fuse_layers(model, patches, on=True)
+    found = run(model)
+    assert installed == {"liger_rope": 2, "liger_swiglu": 2}
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    layer = model.model.layers[0]
+    assert wrong_layers(layer, torch.device("cpu"), torch.bfloat16) is None
+    monkeypatch.setattr(
+        torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: rms_norm(x, weight, eps + 0.3, in_place=False)
+    )
+    assert "RMSNorm is wrong" in wrong_layers(layer, torch.device("cpu"), torch.bfloat16)
 
 
 def test_off_is_nothing_for_a_model_of_other_modules(patches):

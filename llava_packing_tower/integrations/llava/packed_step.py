@@ -24,7 +24,7 @@ from ...utils.say import say
 from .arguments import current_arguments
 from .decoder_attention import read_rows, unsupported_attention, without_mask
 from .decoder_graphs import recomputed_by_graphs
-from .liger import fuse_layers, unsupported_liger
+from .liger import TORCH_NORM, fuse_layers, unsupported_liger
 from .methods import Call, add_step
 from .patcher import Patches
 from .trainable_parts import is_packing_tower
@@ -84,7 +84,7 @@ def make_plan(model: nn.Module) -> StepPlan:
         attention = causal_backend(weight.device, dtype, model.model.layers[0].self_attn.head_dim)
     full = "mm_packing_full_logits" if setting(model, "mm_packing_full_logits", False) else None
     liger = unsupported_liger(model, _liger_asked(model))
-    layers = ("RMSNorm", *["rotary"] * (decoder is None), "SwiGLU")
+    layers = ("RMSNorm by torch" if TORCH_NORM else "RMSNorm", *["rotary"] * (decoder is None), "SwiGLU")
     return StepPlan(attention, decoder, full, layers if liger is None else (), liger)
 
 
