@@ -337,6 +337,22 @@ def test_an_import_that_fails_names_the_package():
     assert checks._import_failure("ImportError: cannot import name 'x'").command is None
 
 
+def test_a_cause_that_llava_next_only_prints_is_found(monkeypatch):
+    """It goes on without the model, and its own import of that model fails then."""
+    model = "Failed to import llava_{0} from llava.language_model.llava_{0}. Error: {1}\n"
+    out = "a line\n" + model.format("llama", "No module named 'nowhere'") + model.format("qwen", "another")
+    err = "Traceback\nImportError: cannot import name 'LlavaLlamaForCausalLM' from 'llava.model' (x/__init__.py)\n"
+    monkeypatch.setattr(checks, "_run", lambda *_: None)
+    monkeypatch.setattr(checks, "_end", lambda *_: (1, out, err))
+    (finding,) = checks.host()[1]
+    assert (finding.text, finding.command) == (
+        "the host cannot be imported: No module named 'nowhere'",
+        "pip install nowhere",
+    )
+    monkeypatch.setattr(checks, "_end", lambda *_: (1, "a line\n", err))
+    assert "cannot import name 'LlavaLlamaForCausalLM'" in checks.host()[1][0].text
+
+
 # ---------------------------------------------------------------- the command
 
 

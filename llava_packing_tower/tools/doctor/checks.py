@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -247,7 +248,7 @@ def host() -> tuple[dict[str, object], list[Finding]]:
 
     code, out, err = _end(_run(HOST), TIMEOUT)
     if code:
-        return {}, [_import_failure(_last(err))]
+        return {}, [_import_failure(_swallowed(out) or _last(err))]
     report = json.loads(_last(out))
     known = compat.load_all()
     findings = [
@@ -265,6 +266,12 @@ def host() -> tuple[dict[str, object], list[Finding]]:
         for name in report.pop(state)
     ]
     return report, findings
+
+
+def _swallowed(out: str) -> str | None:
+    """The cause that LLaVA-NeXT prints where it goes on without a model, and then fails for lack of it."""
+    found = re.search(r"^Failed to import .*? Error: (.+)$", out, re.MULTILINE)
+    return found and found[1]
 
 
 def _import_failure(line: str) -> Finding:
