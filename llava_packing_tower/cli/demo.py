@@ -10,6 +10,7 @@ the tower of the reloaded checkpoint differs by one bit from the trained one.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub's own library reads it when it is imported
     from ..tools.demo.pipeline import DemoFailed, run_demo
 
     try:

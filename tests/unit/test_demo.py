@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -389,3 +391,16 @@ def test_pictures_are_pngs_and_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no step"):
         report.draw_loss(tmp_path / "no.png", [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "loss.png"]
+
+
+def test_the_hub_is_off_before_its_library_is_imported(monkeypatch):
+    """LLaVA-NeXT's conversations ask it for a tokenizer, when they are imported, with five retries."""
+    seen = []
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(pipeline, "run_demo", lambda *_: seen.append(os.environ.get("HF_HUB_OFFLINE")) or 0)
+    assert main(["demo"]) == 0 and seen == ["1"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert main(["demo"]) == 0 and seen == ["1", "0"]
+    code = "import sys, llava_packing_tower.cli.main, llava_packing_tower.cli.demo as demo\n"
+    code += "print('huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -125,7 +125,6 @@ def clear(output: Path) -> None:
 def run_demo(config: Path, output: Path, words: Sequence[str]) -> int:
     """Run everything; returns the exit status (1 when a check failed). Raises ``DemoFailed`` or
     :class:`UsageError`."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = plain_console(100, markup=True)
     plan = make_plan(config, output, words)
     try:
