@@ -23,7 +23,7 @@ from ..towers.packing_tower import HEVCViTPackingVisionTower
 from .data_note import note_of
 from .deepspeed_config import zero_stage
 from .history import TowerRecord
-from .resume import check_count, mark_complete, mark_finished, note_order
+from .resume import check_count, mark_complete, mark_finished, note_order, other_place
 
 
 def asked_stage(deepspeed: str | Mapping | None) -> int | None:
@@ -148,12 +148,15 @@ class SameData(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         path = getattr(getattr(self.trainer.train_dataset, "data_args", None), "data_path", None)
         if args.local_process_index == 0 and path:
             self.trainer.packing_data_note = note_of(path)
         if state.global_step and not args.ignore_data_skip:
             check_count(Path(args.output_dir) / f"checkpoint-{state.global_step}", len(self.trainer.train_dataset))
+            note = other_place(state.global_step, state.epoch, len(train_dataloader), args.gradient_accumulation_steps)
+            if note and state.is_world_process_zero:
+                print(note, flush=True)
 
 
 class Progress(TrainerCallback):

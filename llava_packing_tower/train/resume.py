@@ -165,6 +165,21 @@ def other_data(checkpoint: Path, values: Mapping[str, object]) -> str | None:
     )
 
 
+def other_place(step: int, epoch: float, micro_batches: int, window: int) -> str | None:
+    """A note that a run goes on elsewhere in its data than it was; None where it goes on there.
+
+    With transformers 4.40 an optimizer step may reach into the next epoch, but a resumed run is placed as if each epoch
+    had whole steps. epoch: how far the checkpoint was; micro_batches: of an epoch; window: of an optimizer step.
+    """
+    epochs, steps = divmod(step, -(-micro_batches // window))
+    if round(epoch * micro_batches) == epochs * micro_batches + steps * window:
+        return None
+    return (
+        f"note: the {micro_batches} micro-batches of an epoch are no multiple of gradient_accumulation_steps {window}, "
+        f"and this transformers does not resume at epoch {epoch:.2f} exactly: some samples of it come twice, or never"
+    )
+
+
 def _shuffled(was: str, now: str) -> str:
     return (
         f"it was saved with {was}, but this run has {now}: the order is another, and some samples would come twice in "

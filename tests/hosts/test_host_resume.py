@@ -253,6 +253,16 @@ def test_data_that_changed_since_a_checkpoint(tmp_path, monkeypatch):
         said()
 
 
+def test_a_step_that_reached_into_the_next_epoch():
+    """transformers 4.40 resumes as if each epoch of 5 micro-batches had 2 whole steps of 2, newer ones make it 3."""
+    assert [resume.other_place(step, 2 * step / 5, 5, 2) is None for step in (1, 2, 3, 4)] == [True, True, False, False]
+    assert "the 5 micro-batches of an epoch are no multiple of gradient_accu" in resume.other_place(3, 1.2, 5, 2)
+    for step, epoch in ((1, 0.4), (2, 0.8), (3, 1.0), (4, 1.4), (6, 2.0)):
+        assert resume.other_place(step, epoch, 5, 2) is None
+    assert all(resume.other_place(step, step / 3, 6, 2) is None for step in range(9))
+    assert all(resume.other_place(step, float(step), 3, 4) is None for step in range(4))  # shorter than a step
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"global_step": "8", "max_steps": 9}', '{"global_step": 8}'])
 def test_a_damaged_state_is_named(tmp_path, text):
     folder = saved_by(tmp_path, *PLAIN)
