@@ -77,6 +77,7 @@ $(addprefix $(STAMPS)/,$(LISTS)): $(STAMPS)/%: requirements/%.txt
 
 # What has to be there before.
 PIP_deepspeed := --no-build-isolation
+PIP_eval := -r requirements/next.txt
 $(STAMPS)/torch: $(STAMPS)/venv
 $(STAMPS)/base: $(STAMPS)/torch
 $(addprefix $(STAMPS)/,deepspeed next demo eval dev docs): $(STAMPS)/base

@@ -42,7 +42,7 @@ def check_installation(host: bool = True) -> None:
     if find_spec("lmms_eval") is None:
         raise ValueError(
             f"lmms-eval is not installed:\n  {INSTALL}\n  pip install {' '.join(MODULES.values())}\n"
-            f"(or, in a clone of this repository: pip install --no-deps -r requirements/eval.txt)"
+            f"(or, in a clone of this repository: pip install datasets; pip install --no-deps -r requirements/eval.txt)"
         )
     problems = []
     missing = [name for module, name in MODULES.items() if find_spec(module) is None]
