@@ -159,9 +159,10 @@ def _check_dispatching(values: Mapping[str, object]) -> None:
             given = json.loads(given)
         except ValueError as error:
             raise UsageError(f"accelerator_config is no JSON: {error}") from error
-    if isinstance(given, Mapping) and given.get("dispatch_batches"):
+    own = isinstance(given, Mapping) and given.get("dispatch_batches")
+    if own or values.get("dispatch_batches"):  # an argument of its own until transformers 4.45
         raise UsageError(
-            "accelerator_config: dispatch_batches has one process cut batches for all, and images of several sizes, "
+            "dispatch_batches has one process cut batches for all, and images of several sizes, "
             "which LLaVA keeps in a list, are no batch to cut"
         )
 

@@ -365,6 +365,17 @@ def test_the_parts_of_a_profiled_step():
     assert "bound by kernels, mostly matmuls" in lines[2]
 
 
+def test_nothing_is_launched_on_a_cpu():
+    kinds = {"collectives": 0.1, "attention": 0.1, "matmuls": 0.3, "copies": 0.0, "norms and elementwise": 0.1}
+    for busy, bound in (
+        (0.6, "operators, mostly matmuls (the processor is busy)"),
+        (0.3, "Python (larger"),
+    ):
+        lines = profiling.describe(Kernels(kinds, busy, busy), 1.0, 0.1, 0.0, cuda=False)
+        assert f"bound by {bound}" in lines[2] and f"Python {0.9 - busy:.0%}" in lines[0], lines
+        assert f"operators {busy:.0%}" in lines[0] and "launches" not in " ".join(lines)
+
+
 @pytest.mark.parametrize(
     "busy, computing, data, ranks, bound",
     [

@@ -79,23 +79,29 @@ ADVICE = {
     "the slowest rank": "samples of other sizes on each rank: see mm_packing_balance",
     "collectives": "fewer or larger collectives: a lower ZeRO stage, or larger micro-batches",
     "kernels": "the device is busy",
+    "Python": "larger micro-batches: it runs between the operators",
+    "operators": "the processor is busy",
 }
+ON_A_CPU = {"host launches": "Python", "kernels": "operators"}
+"""What two of the parts are called without a GPU, where nothing is launched."""
 
 
 def describe(kernels: Kernels, step: float, data: float, ranks: float, cuda: bool) -> list[str]:
     """Three lines about where the time of a step goes."""
     found = shares(kernels, step, data, ranks)
-    words = ", ".join(f"{name} {share:.0%}" for name, share in found.items())
+    named = {} if cuda else ON_A_CPU
+    words = ", ".join(f"{named.get(name, name)} {share:.0%}" for name, share in found.items())
     kinds = {kind: spent for kind, spent in kernels.by_kind.items() if kind != COLLECTIVES}
     total = sum(kinds.values()) or 1.0
     order = sorted(kinds, key=lambda kind: -kinds[kind])
     parts = ", ".join(f"{'other (norms, elementwise)' if k == OTHER else k} {kinds[k] / total:.0%}" for k in order)
     largest = max(found, key=lambda name: found[name])
-    what = f"kernels, mostly {order[0]}" if largest == "kernels" else largest
+    what = named.get(largest, largest) + (f", mostly {order[0]}" if largest == "kernels" else "")
+    advice = ADVICE[named.get(largest, largest)]
     return [
         f"profile: a step takes {step * 1e3:.0f} ms: {words}",
         f"profile: {'GPU kernels' if cuda else 'operators'}: {parts}",
-        f"profile: bound by {what} ({ADVICE[largest]})",
+        f"profile: bound by {what} ({advice})",
     ]
 
 
