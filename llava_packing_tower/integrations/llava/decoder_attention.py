@@ -13,6 +13,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ from .patcher import Patches
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _OURS = "_llava_packing_reads_rows"
+# From 4.53 on transformers makes no mask for attention whose name it does not know, before only for flash attention.
+MASKLESS = "packed_rows" if find_spec("transformers.masking_utils") else "flash_attention_2"
 
 
 def unsupported_attention(attention: nn.Module) -> str | None:
@@ -103,12 +106,13 @@ def _angles(
 
 @contextlib.contextmanager
 def without_mask(decoder: nn.Module) -> Iterator[None]:
-    """Within it, a decoder called without a mask makes none; of itself it does so for flash attention only."""
+    """Within it, a decoder called without a mask makes none; of itself it does so for flash attention only, and looks
+    on the GPU whether it was given several samples."""
     owners = [owner for owner in (decoder.config, decoder) if hasattr(owner, "_attn_implementation")]
     kept = [owner._attn_implementation for owner in owners]
     try:
         for owner in owners:
-            owner._attn_implementation = "flash_attention_2"
+            owner._attn_implementation = MASKLESS
         yield
     finally:
         for owner, value in zip(owners, kept, strict=True):
