@@ -298,6 +298,25 @@ def test_optimizer_model(trainer_with, monkeypatch):
         trainer.create_optimizer("wrapped")
 
 
+@pytest.mark.newest
+def test_ddp_adapters(trainer_with, monkeypatch):
+    """transformers has DDP look for unused weights for what is none of its models."""
+    host = trainer_with("pass")
+    monkeypatch.setattr(Trainer, "__init__", lambda self, model=None, args=None: None)
+    patches = patched("ddp_adapters", host)
+    adapted = SimpleNamespace(get_base_model=None)
+    for model, checkpointing, given, expected in (
+        (adapted, True, None, False),
+        (adapted, True, True, True),
+        (adapted, False, None, None),
+        (SimpleNamespace(), True, None, None),
+    ):
+        args = SimpleNamespace(gradient_checkpointing=checkpointing, ddp_find_unused_parameters=given)
+        host.LLaVATrainer(model=model, args=args)
+        assert args.ddp_find_unused_parameters is expected
+    patches.undo()
+
+
 def test_tokenizer_argument(trainer_with, monkeypatch):
     host = trainer_with("pass")
     monkeypatch.setattr(Trainer, "__init__", lambda self, model=None, tokenizer=None: None)

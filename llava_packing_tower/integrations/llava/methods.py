@@ -113,6 +113,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "tune_parts",  # trainable_parts: mm_tunable_parts on a host without it
         "fsdp_dtypes",  # compat patch: one dtype for FSDP
         "epoch_orders",  # compat patch: a resumed run draws the orders of the epochs that it has done
+        "ddp_adapters",  # compat patch: DDP treats a LoRA as it treats a whole model
         "tokenizer_argument",  # compat patch: `tokenizer` is `processing_class` in transformers 5
     ),
     "LLaVATrainer.create_optimizer": (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -203,6 +205,30 @@ def tokenizer_argument(trainer: ModuleType, patches: Patches) -> None:
             call.arguments["processing_class"] = call.arguments.pop("tokenizer")
 
     add_step(trainer_class(trainer), "LLaVATrainer.__init__", "tokenizer_argument", rename, patches)
+
+
+def _adapters_are_no_models(trainer: ModuleType) -> bool:
+    source = _source(sys.modules[_base(trainer).__module__])
+    kinds = re.search(r"elif isinstance\((self\.)?model, PreTrainedModel\)", source)
+    return kinds is not None and "find_unused_parameters" in source
+
+
+@compat_patch(
+    module="{trainer}",
+    reason="with a LoRA under DDP, transformers has DDP look for weights without a gradient, which fails in the first "
+    "step with gradient checkpointing (marked as ready twice); without a LoRA it does not",
+    issue="huggingface/transformers#4659",
+    defect=_adapters_are_no_models,
+)
+def ddp_adapters(trainer: ModuleType, patches: Patches) -> None:
+    def as_for_a_model(call: Call) -> None:
+        args, model = call.arguments.get("args"), call.arguments.get("model")
+        if args is None or not hasattr(model, "get_base_model"):
+            return
+        if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+
+    add_step(trainer_class(trainer), "LLaVATrainer.__init__", "ddp_adapters", as_for_a_model, patches)
 
 
 def _group_by_length_is_gone(trainer: ModuleType) -> bool:
