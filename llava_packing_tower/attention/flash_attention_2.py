@@ -35,8 +35,8 @@ def attend(
     scale: float,
     causal: bool = False,
 ) -> torch.Tensor:
-    if Attention is not None and not causal and not torch.compiler.is_compiling():
-        return Attention.apply(q, k, v, segments, scale)
+    if Attention is not None and not torch.compiler.is_compiling():
+        return Attention.apply(q, k, v, segments, scale, causal)
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal

@@ -46,19 +46,25 @@ def functions(interface: ModuleType) -> tuple[Callable | None, Callable | None]:
 
 
 def make_attention(forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    """The autograd function of :func:`functions`: ``apply(q, k, v, segments, scale)``."""
+    """The autograd function of :func:`functions`: ``apply(q, k, v, segments, scale, causal)``."""
 
     class Attention(torch.autograd.Function):
         """flash-attn's kernels, without dropout, window, or anything else that is not used here."""
 
         @staticmethod
         def forward(
-            ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VarlenMetadata, scale: float
+            ctx: Any,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            segments: VarlenMetadata,
+            scale: float,
+            causal: bool = False,
         ) -> torch.Tensor:
             cu, longest = segments.cu_seqlens, segments.max_seqlen
-            out, logsumexp, _, state = forward(q, k, v, cu, cu, longest, longest, 0.0, scale, False)
+            out, logsumexp, _, state = forward(q, k, v, cu, cu, longest, longest, 0.0, scale, causal)
             ctx.save_for_backward(q, k, v, out, logsumexp, cu, state)
-            ctx.longest, ctx.scale = longest, scale
+            ctx.longest, ctx.scale, ctx.causal = longest, scale, causal
             return out
 
         @staticmethod
@@ -68,8 +74,8 @@ def make_attention(forward: Callable, backward: Callable) -> type[torch.autograd
             grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
             backward(
                 *(*grad_outputs, q, k, v, out, logsumexp, *grads, cu, cu, ctx.longest, ctx.longest),
-                *(0.0, ctx.scale, False, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(), state),
+                *(0.0, ctx.scale, ctx.causal, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(), state),
             )
-            return *grads, None, None
+            return *grads, None, None, None
 
     return Attention
