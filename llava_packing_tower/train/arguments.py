@@ -85,7 +85,7 @@ def _checked(key: str, value: object, argument: Argument) -> object:
         raise UsageError(f"{key}: expected a text of up to {LONGEST} bytes, got {value!r:.60}")
     if isinstance(value, str) and NAMES_FILES.search(key) and max(map(len, value.split("/"))) > LONGEST_NAME:
         raise UsageError(f"{key}: no file has a name of more than {LONGEST_NAME} letters, got {value!r:.60}")
-    if kind == "bool":
+    if kind in ("bool", "str | bool"):  # transformers reads the second as a bool on a command line
         if str(value).lower() not in TRUE + FALSE:
             raise UsageError(f"{key}: expected true or false, got {value!r}")
         return str(value).lower() in TRUE

@@ -14,11 +14,12 @@ from conftest import only_four
 from host_runs import HOSTS, NEXT
 
 from llava_packing_tower.cli.main import main
-from llava_packing_tower.integrations.llava.host import FoundHost, host_arguments
+from llava_packing_tower.integrations.llava.host import Argument, FoundHost, host_arguments
 from llava_packing_tower.integrations.llava.hosts.llava_next import HOST as NEXT_HOST
 from llava_packing_tower.integrations.llava.hosts.llava_v1 import HOST as V1_HOST
 from llava_packing_tower.integrations.llava.registry import find_host
 from llava_packing_tower.train import deepspeed_config, launcher, resume
+from llava_packing_tower.train.arguments import REQUIRED, resolve
 from llava_packing_tower.utils.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -155,6 +156,18 @@ def test_what_is_wrong_is_said(files, changes, message, tmp_path):
     with pytest.raises(UsageError) as caught:
         launcher.make_plan(files(**changes))
     assert message in str(caught.value)
+
+
+def test_a_word_that_transformers_takes_for_a_bool_on_a_command_line():
+    """Its type allows texts, but its parser fails on them on each rank."""
+    known = {"include_num_input_tokens_seen": Argument("include_num_input_tokens_seen", "args", "str | bool", "'no'")}
+    needed = {name: Argument(name, "args", "str", "''") for name in REQUIRED}
+    values = dict.fromkeys(REQUIRED, "a")
+    for given, expected in (("no", False), (True, True), ("yes", True)):
+        found = resolve({**values, "include_num_input_tokens_seen": given}, {**needed, **known}, None)
+        assert found["include_num_input_tokens_seen"] is expected
+    with pytest.raises(UsageError, match="expected true or false, got 'non_padding'"):
+        resolve({**values, "include_num_input_tokens_seen": "non_padding"}, {**needed, **known}, None)
 
 
 def test_use_cpu_is_fine_without_deepspeed(files):
