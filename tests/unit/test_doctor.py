@@ -349,6 +349,11 @@ def test_a_cause_that_llava_next_only_prints_is_found(monkeypatch):
         "the host cannot be imported: No module named 'nowhere'",
         "pip install nowhere",
     )
+    cause = model.format("llama", "Failed to import transformers.trainer because of (look up):\nx needs y")
+    monkeypatch.setattr(checks, "_end", lambda *_: (1, cause + model.format("qwen", "another"), err))
+    assert checks.host()[1][0].text.endswith(
+        "imported: Failed to import transformers.trainer because of (look up): x needs y"
+    )
     monkeypatch.setattr(checks, "_end", lambda *_: (1, "a line\n", err))
     assert "cannot import name 'LlavaLlamaForCausalLM'" in checks.host()[1][0].text
 

@@ -270,8 +270,10 @@ def host() -> tuple[dict[str, object], list[Finding]]:
 
 def _swallowed(out: str) -> str | None:
     """The cause that LLaVA-NeXT prints where it goes on without a model, and then fails for lack of it."""
-    found = re.search(r"^Failed to import .*? Error: (.+)$", out, re.MULTILINE)
-    return found and found[1]
+    found = re.search(
+        r"^Failed to import .*? Error: (.+:\n.+|.+)$", out, re.MULTILINE
+    )  # transformers: in the line below
+    return found and found[1].replace("\n", " ")
 
 
 def _import_failure(line: str) -> Finding:
