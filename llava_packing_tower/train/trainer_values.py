@@ -61,6 +61,8 @@ IGNORED: dict[str, str] = {
     "do_predict": NO_DATA,
     "remove_unused_columns": COLUMNS,
     "label_smoothing_factor": SMOOTHING,
+    "neftune_noise_alpha": "transformers adds its noise to the embeddings of a batch, and LLaVA looks up those of the "
+    "words between images alone: it fails in the first step",
 }
 """Arguments of transformers that LLaVA's train.py does not read, or fails with."""
 

@@ -66,6 +66,7 @@ def turns(*texts: str) -> list[dict]:
         ("load_best_model_at_end", "true", "load_best_model_at_end: LLaVA's train.py has no data to evaluate on"),
         ("remove_unused_columns", "true", "remove_unused_columns: LLaVA's samples would lose their images"),
         ("label_smoothing_factor", "0.1", "label_smoothing_factor: transformers smooths the labels of the text, but"),
+        ("neftune_noise_alpha", "5", "neftune_noise_alpha: transformers adds its noise to the embeddings of a batch"),
         ("lr_scheduler_type", "cosine_with_min_lr", "cosine_with_min_lr needs min_lr_rate in lr_scheduler_kwargs"),
         ("lr_scheduler_kwargs", '{"min_lr": 1e-6}', "lr_scheduler_kwargs: linear has no 'min_lr', but nothing to set"),
         ("lr_scheduler_kwargs", "min_lr", "lr_scheduler_kwargs must be a mapping, got 'min_lr'"),
