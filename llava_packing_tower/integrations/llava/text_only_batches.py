@@ -19,6 +19,7 @@ from .methods import Call, add_step
 from .patcher import Patches
 from .registry import host_of, mixin
 from .trainable_parts import is_packing_tower
+from .words_on_host import device_before
 
 PREPARE = "prepare_inputs_labels_for_multimodal"
 
@@ -72,12 +73,11 @@ def run_on_blanks(arch: ModuleType, patches: Patches) -> None:
 class OneLookup:
     """Stands for a word embedding while LLaVA puts the samples of a batch together: one call for all their words.
 
-    ids: ``[N]``, the words of all samples in the order in which LLaVA asks for them.
+    ids: ``[N]``, the words of all samples in the order in which LLaVA asks for them, where the embedding takes them.
     """
 
     def __init__(self, embedding: torch.nn.Module, ids: torch.Tensor) -> None:
-        where = next(embedding.parameters()).device
-        self.rows, self.taken = embedding(to_device(ids, where)), 0
+        self.rows, self.taken = embedding(ids), 0
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """``[n, hidden]`` of the next ``n`` words."""
@@ -106,7 +106,8 @@ def look_up_once(arch: ModuleType, patches: Patches) -> None:
             return
         inner = self.get_model()
         seen = torch.ones_like(ids, dtype=torch.bool) if mask is None or host.keeps_padding else mask.bool()
-        lookup = OneLookup(inner.embed_tokens, ids[seen & (ids != arch.IMAGE_TOKEN_INDEX)])
+        words = ids[seen & (ids != arch.IMAGE_TOKEN_INDEX)]
+        lookup = OneLookup(inner.embed_tokens, to_device(words, device_before(ids)))
         vars(inner)["embed_tokens"] = lookup  # in front of the module, which stays where it is
         try:
             yield

@@ -19,13 +19,18 @@ from .trainable_parts import is_packing_tower
 
 PREPARE = "prepare_inputs_labels_for_multimodal"
 WORDS = ("input_ids", "attention_mask", "labels")
-_COPY = "_llava_packing_on_host"
+_COPY, _DEVICE = "_llava_packing_on_host", "_llava_packing_device"
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the host: the copy that is there already, else a new one, which synchronizes."""
     copy, version = getattr(tensor, _COPY, (None, None))
     return copy if copy is not None and version == tensor._version else tensor.cpu()
+
+
+def device_before(ids: torch.Tensor) -> torch.device:
+    """Where ids were that are on the host for LLaVA."""
+    return getattr(ids, _DEVICE, ids.device)
 
 
 def join_on_host(arch: ModuleType, patches: Patches) -> None:
@@ -41,6 +46,7 @@ def join_on_host(arch: ModuleType, patches: Patches) -> None:
             yield
             return
         given.update({name: given[name].cpu() for name in WORDS if given.get(name) is not None})
+        setattr(given["input_ids"], _DEVICE, ids.device)
         yield
         call.result = tuple(_back(value, ids.device) for value in call.result)
 
