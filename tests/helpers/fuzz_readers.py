@@ -110,7 +110,7 @@ def make_marks(folder: Path) -> None:
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (checkpoint / name).write_bytes(b"12")
     (folder / "data.json").write_text("[{}]")
-    resume.note_order(checkpoint, None, 37, data_note.note_of(str(folder / "data.json")))
+    resume.note_order(checkpoint, SimpleNamespace(), 37, data_note.note_of(str(folder / "data.json")))
     resume.mark_complete(checkpoint)
     resume.mark_finished(folder, 3, 8, 1.0)
 

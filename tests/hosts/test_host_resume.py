@@ -225,14 +225,14 @@ def test_data_that_changed_since_a_checkpoint(tmp_path, monkeypatch):
 
     both = (a, "all"), (b, "first:1")
     listing(*both)
-    resume.note_order(tmp_path, None, 5)
+    resume.note_order(tmp_path, SimpleNamespace(), 5)
     assert said() is None  # of an older version
     for whole in (data_note.WHOLE, 16):
         monkeypatch.setattr(data_note, "WHOLE", whole)
         monkeypatch.setattr(data_note, "BLOCK", 16)
         a.write_text(f"[{', '.join(lines)}]")
         listing(*both)
-        resume.note_order(tmp_path, None, 5, note_of(str(listed)))
+        resume.note_order(tmp_path, SimpleNamespace(), 5, note_of(str(listed)))
         assert said() is None
         os.utime(a, (1, 1))
         (moved := tmp_path / "moved.json").write_bytes(a.read_bytes())
