@@ -25,6 +25,7 @@ from ..utils.errors import UsageError
 from ..utils.files import read_json, user_path
 from ..utils.progress import progress
 from .sequence_lengths import LengthCheck
+from .trainer_values import check_with_images
 
 ASPECTS = re.compile(r"^(square|pad|native|highres|anyres|anyres_max_\d+|crop_split)$")
 PROJECTORS = re.compile(r"^(linear|identity|pooler|mlp\d+x_gelu|mlp\d+x_res\d+x_gelu)$")
@@ -229,6 +230,8 @@ def check_samples(
             media.progress = shown or media.progress
             pairs = found.host.dataset == "DPODataset"
             count = check_data(str(values["data_path"]), media, None if pairs else look, pairs)
+        if media.looked_at:
+            check_with_images(values)
         return count, lengths and lengths.result(), media.lines()
     except ValueError as error:
         of_a_key = str(error).startswith(("model_", "mm_packing_"))

@@ -59,12 +59,12 @@ IGNORED: dict[str, str] = {
     "load_best_model_at_end": NO_DATA,
     "do_eval": NO_DATA,
     "do_predict": NO_DATA,
-    "remove_unused_columns": COLUMNS,
-    "label_smoothing_factor": SMOOTHING,
     "neftune_noise_alpha": "transformers adds its noise to the embeddings of a batch, and LLaVA looks up those of the "
     "words between images alone: it fails in the first step",
 }
 """Arguments of transformers that LLaVA's train.py does not read, or fails with."""
+IMAGELESS = {"remove_unused_columns": COLUMNS, "label_smoothing_factor": SMOOTHING}
+"""Those with which it trains on text alone."""
 
 
 def check_trainer_values(values: Mapping[str, object]) -> None:
@@ -167,6 +167,13 @@ def _check_dispatching(values: Mapping[str, object]) -> None:
             "dispatch_batches has one process cut batches for all, and images of several sizes, "
             "which LLaVA keeps in a list, are no batch to cut"
         )
+
+
+def check_with_images(values: Mapping[str, object]) -> None:
+    """Raises :class:`UsageError` for what fails in the first step with an image."""
+    for name, reason in IMAGELESS.items():
+        if values.get(name):
+            raise UsageError(f"{name}: {reason}")
 
 
 def check_pairs(values: Mapping[str, object]) -> None:

@@ -64,8 +64,6 @@ def turns(*texts: str) -> list[dict]:
         ("report_to", "wandbb", "report_to: 'wandbb' is unknown; known are none, all, "),
         ("resume_from_checkpoint", "run1/checkpoint-8", "resume_from_checkpoint: LLaVA's train.py does not read it"),
         ("load_best_model_at_end", "true", "load_best_model_at_end: LLaVA's train.py has no data to evaluate on"),
-        ("remove_unused_columns", "true", "remove_unused_columns: LLaVA's samples would lose their images"),
-        ("label_smoothing_factor", "0.1", "label_smoothing_factor: transformers smooths the labels of the text, but"),
         ("neftune_noise_alpha", "5", "neftune_noise_alpha: transformers adds its noise to the embeddings of a batch"),
         ("lr_scheduler_type", "cosine_with_min_lr", "cosine_with_min_lr needs min_lr_rate in lr_scheduler_kwargs"),
         ("lr_scheduler_kwargs", '{"min_lr": 1e-6}', "lr_scheduler_kwargs: linear has no 'min_lr', but nothing to set"),
@@ -120,6 +118,24 @@ def test_what_is_right_passes(files):
         assert launcher.make_plan(files(), words, num_processes=1).samples >= 1
     names = preflight.conversations(find_host())
     assert {"v1", "plain", "llava_llama_2"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("remove_unused_columns", "true", "remove_unused_columns: LLaVA's samples would lose their images"),
+        ("label_smoothing_factor", "0.1", "label_smoothing_factor: transformers smooths the labels of the text, but"),
+    ],
+)
+def test_a_value_that_fails_with_images_alone(files, tmp_path, key, value, said):
+    need_a_host()
+    config, words = files(), [f"--{key}", value]
+    assert launcher.make_plan(config, words, num_processes=1).samples == 1  # of text
+    Image.new("RGB", (30, 20)).save(tmp_path / "images" / "photo.png")
+    sample = {"image": "photo.png", "conversations": turns("<image>q", "a")}
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns("q", "a")}, sample]))
+    with pytest.raises(UsageError, match=said):
+        launcher.make_plan(config, words, num_processes=1)
 
 
 def test_tf32_asks_the_gpu(monkeypatch):
