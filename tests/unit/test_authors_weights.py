@@ -355,9 +355,9 @@ def test_what_is_no_checkpoint_is_said_in_words_that_help(golden, tmp_path):
 def test_convert_takes_no_name_for_them_but_the_heads(golden, tmp_path, capsys):
     file = str(golden / "authors" / "aimv2_apple_native.safetensors")
     out = ["--output_dir", str(tmp_path / "out"), "--no-verify"]
-    assert main(["convert", file, *out]) == 2 and "--num_attention_heads" in capsys.readouterr().out
+    assert main(["convert", file, *out]) == 2 and "--num_attention_heads" in capsys.readouterr().err
     assert main(["convert", file, *out, "--model_name", "llava_vit_large_ln"]) == 2
-    assert "is Apple's own file of AIMv2, not a llava_vit_large_ln" in capsys.readouterr().out
+    assert "is Apple's own file of AIMv2, not a llava_vit_large_ln" in capsys.readouterr().err
     assert main(["convert", file, *out, "--num_attention_heads", "2"]) == 0
 
 

@@ -101,7 +101,7 @@ def test_000_the_script_and_its_five_tests(named, tmp_path, monkeypatch, capsys)
     model = LlavaViTPackingModel.from_pretrained(out)
     key = weights["encoder.layers.1.self_attn.k_proj.weight"]
     assert torch.equal(model.encoder.layers[1].self_attn.qkv.weight.chunk(3)[1], key)
-    assert script(name, monkeypatch=monkeypatch) == 2 and "MODEL_NAME WEIGHT_PATH" in capsys.readouterr().out
+    assert script(name, monkeypatch=monkeypatch) == 2 and "MODEL_NAME WEIGHT_PATH" in capsys.readouterr().err
 
 
 def test_000_the_table_of_names():

@@ -19,7 +19,7 @@ from .methods import Call, add_step
 from .patcher import Patches
 from .registry import host_of, mixin
 from .trainable_parts import is_packing_tower
-from .words_on_host import device_before
+from .words_on_host import are_moved, device_before
 
 PREPARE = "prepare_inputs_labels_for_multimodal"
 
@@ -90,22 +90,23 @@ class OneLookup:
 def look_up_once(arch: ModuleType, patches: Patches) -> None:
     """Have LLaVA look up the embeddings of a batch once: for each sample alone, each has a gradient of all words.
 
-    Of hosts whose words stay on the GPU, only where ranks gather them or have different numbers of samples.
+    Where words are not put together on the host (:mod:`.words_on_host`), only if ranks gather the embeddings or have
+    different numbers of samples.
     In a step, ``RuntimeError`` if LLaVA looks up other words than expected.
     """
     from .packed_step import are_weighed
 
-    host = host_of(arch)
+    keeps_padding = host_of(arch).keeps_padding
 
     def once(call: Call) -> Iterator[None]:
         self, given = call.self, call.arguments
         ids, mask = given["input_ids"], given.get("attention_mask")
-        asked = host.joins_on_host or zero3_enabled() or are_weighed()
+        asked = are_moved(ids) or zero3_enabled() or are_weighed()
         if not asked or not takes_part(self) or not is_packing_tower(self.get_vision_tower()):
             yield
             return
         inner = self.get_model()
-        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None or host.keeps_padding else mask.bool()
+        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None or keeps_padding else mask.bool()
         words = ids[seen & (ids != arch.IMAGE_TOKEN_INDEX)]
         lookup = OneLookup(inner.embed_tokens, to_device(words, device_before(ids)))
         vars(inner)["embed_tokens"] = lookup  # in front of the module, which stays where it is

@@ -28,21 +28,31 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     return copy if copy is not None and version == tensor._version else tensor.cpu()
 
 
+def are_moved(ids: torch.Tensor) -> bool:
+    """Whether ids are on the host for LLaVA alone."""
+    return hasattr(ids, _DEVICE)
+
+
 def device_before(ids: torch.Tensor) -> torch.device:
-    """Where ids were that are on the host for LLaVA."""
+    """Where ids were before; where they are, if they were not moved."""
     return getattr(ids, _DEVICE, ids.device)
 
 
 def join_on_host(arch: ModuleType, patches: Patches) -> None:
-    """Add it to a host whose ``prepare_inputs_labels_for_multimodal`` works so (``Host.joins_on_host``)."""
+    """Add it to a host whose ``prepare_inputs_labels_for_multimodal`` works so (``Host.joins_on_host``).
+
+    ``mm_packing_decoder: false`` leaves all of a step as the host has it.
+    """
+    from .packed_step import setting
+
     if not host_of(arch).joins_on_host:
         return
 
     def words(call: Call) -> Iterator[None]:
         self, given = call.self, call.arguments
         ids = given["input_ids"]
-        trains = self.training and torch.is_grad_enabled()
-        if not trains or ids is None or not _is_away(ids) or not is_packing_tower(self.get_vision_tower()):
+        trains = self.training and torch.is_grad_enabled() and is_packing_tower(self.get_vision_tower())
+        if not trains or ids is None or not _is_away(ids) or not setting(self, "mm_packing_decoder", True):
             yield
             return
         given.update({name: given[name].cpu() for name in WORDS if given.get(name) is not None})
