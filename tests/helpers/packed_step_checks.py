@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from unittest import mock
 
 import packed_step_plan_checks  # noqa: F401 (adds its checks)
 import torch
@@ -54,6 +55,24 @@ def float32_loss_and_gradients_are_the_hosts(models):
         for attention in ("sdpa", "eager"):
             model = models.make(word, attention=attention)
             compare(model, batch_of(model, "several images and text"), 1e-5)
+
+
+@check
+def words_put_together_on_the_host(models):
+    """As where the model is on a GPU: one call embeds the words of all samples. LLaVA's has one for each sample."""
+    from llava_packing_tower.integrations.llava import text_only_batches, words_on_host
+
+    at_once = mock.Mock(wraps=text_only_batches.OneLookup)
+    away = mock.patch.object(words_on_host, "_is_away", lambda tensor: True)
+    with nothing_rounded(), away, mock.patch.object(text_only_batches, "OneLookup", at_once):
+        for padding in ("right", "left"):
+            for case in CASES:
+                model = models.make(dtype=torch.float64)
+                compare(model, batch_of(model, case, padding), 1e-10)
+        assert at_once.call_count == 2 * len(CASES)
+        model = models.make(dtype=torch.float64, mm_packing_decoder=False)  # leaves the step to LLaVA
+        compare(model, batch_of(model, "images"), 1e-10, rows=0)
+        assert at_once.call_count == 2 * len(CASES)
 
 
 @check
