@@ -99,10 +99,8 @@ def read(file: Path) -> dict:
 def run_ours(word: str, output: Path, args: argparse.Namespace) -> bool:
     """A run of train_speed.py, with what its ``speed.csv`` says after the 10th step. Returns whether it failed."""
     name, _, batch = word.partition(":")
-    found, asked = (
-        read(args.out),
-        {"name": word.replace(":", "_"), "gpus": "1", "deepspeed": "zero2_nvlink", "batch": batch},
-    )
+    found = read(args.out)
+    asked = {"name": word.replace(":", "_"), "gpus": "1", "deepspeed": "zero2_nvlink", "batch": batch}
     if rate := found.get("matmul TFLOP/s"):
         asked["mm_packing_peak_tflops"] = str(rate)
     if name == "anyres":

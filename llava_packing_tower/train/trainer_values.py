@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..integrations.llava.arguments_table import COLUMNS, MICRO_BATCHES, SMOOTHING
+from ..integrations.llava.arguments_table import FAIL_WITH_IMAGES, MICRO_BATCHES
 from ..utils.errors import UsageError
 
 INFINITY = float("inf")
@@ -63,8 +63,6 @@ IGNORED: dict[str, str] = {
     "words between images alone: it fails in the first step",
 }
 """Arguments of transformers that LLaVA's train.py does not read, or fails with."""
-IMAGELESS = {"remove_unused_columns": COLUMNS, "label_smoothing_factor": SMOOTHING}
-"""Those with which it trains on text alone."""
 
 
 def check_trainer_values(values: Mapping[str, object]) -> None:
@@ -171,7 +169,7 @@ def _check_dispatching(values: Mapping[str, object]) -> None:
 
 def check_with_images(values: Mapping[str, object]) -> None:
     """Raises :class:`UsageError` for what fails in the first step with an image."""
-    for name, reason in IMAGELESS.items():
+    for name, reason in FAIL_WITH_IMAGES.items():
         if values.get(name):
             raise UsageError(f"{name}: {reason}")
 

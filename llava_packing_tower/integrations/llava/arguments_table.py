@@ -232,11 +232,14 @@ def tunable_parts(value: str | None) -> tuple[str, ...]:
     return parts
 
 
-MICRO_BATCHES, TOKENS = AVERAGES = ("micro_batches", "tokens")
-COLUMNS = "LLaVA's samples would lose their images: the model takes them under another name"
-SMOOTHING = "transformers smooths the labels of the text, but LLaVA's logits have the images in between"
-"""Why these arguments of transformers fail with samples that have images."""
+FAIL_WITH_IMAGES = {
+    "remove_unused_columns": "LLaVA's samples would lose their images: the model takes them under another name",
+    "label_smoothing_factor": "transformers smooths the labels of the text, but LLaVA's logits have the images in "
+    "between",
+}
+"""Arguments of transformers that fail in the first step with an image, and why. With text alone they work."""
 
+MICRO_BATCHES, TOKENS = AVERAGES = ("micro_batches", "tokens")
 REFUSE, TRUNCATE = OVER_BUDGET = ("refuse", "truncate")
 
 

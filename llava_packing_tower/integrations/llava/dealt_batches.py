@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from ...data.samples import MEDIA
 from ...utils.say import say
 from .arguments import current_arguments
-from .arguments_table import COLUMNS, MICRO_BATCHES, REFUSE, SMOOTHING, TRUNCATE, check_dealing
+from .arguments_table import FAIL_WITH_IMAGES, MICRO_BATCHES, REFUSE, TRUNCATE, check_dealing
 from .dealing_report import Dealings, StepTimes, describe
 from .dealt_loader import (
     DEALT,
@@ -40,6 +40,7 @@ from .packed_step import SampleWeights, is_overridden, unsupported_decoder, unsu
 from .patcher import Patches
 from .registry import trainer_class
 from .sample_sizes import SizeReader, cost_of, unsupported_sizes
+from .trainable_parts import without_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
 
     Raises ``ValueError`` where that would leave out a key, and for samples above the budget.
     """
-    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    model = without_adapters(trainer.model)
     if not hasattr(model, "get_vision_tower"):
         return None
     check_not_empty(trainer, loader)
@@ -225,20 +226,21 @@ def make_dealing(trainer: object, loader: object) -> Dealing | None:
 def refuse_undealt(trainer: object) -> None:
     """Raises ``ValueError`` for a batch that was not dealt though a key asks for it: that of a data loader which a
     trainer makes itself."""
-    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    model = without_adapters(trainer.model)
     if hasattr(model, "get_vision_tower") and (asked := asked_of(model).must) is not None:
         raise ValueError(f"{asked} cannot be kept: {type(trainer).__name__} makes its data loader itself")
 
 
 def check_columns(trainer: object) -> None:
     """Raises ``ValueError`` for arguments with which the host fails in the first step with an image."""
+    smooths = trainer.label_smoother is not None and not is_overridden(trainer.compute_loss)
+    asked = {"remove_unused_columns": trainer.args.remove_unused_columns, "label_smoothing_factor": smooths}
     entries = getattr(trainer.train_dataset, "list_data_dict", None)
-    if not isinstance(entries, list) or not any(entry.get(name) for entry in entries for name in MEDIA):
+    if not any(asked.values()) or not isinstance(entries, list):
         return
-    if trainer.args.remove_unused_columns:
-        raise ValueError(f"remove_unused_columns: {COLUMNS}")
-    if trainer.label_smoother is not None and not is_overridden(trainer.compute_loss):
-        raise ValueError(f"label_smoothing_factor: {SMOOTHING}")
+    if any(entry.get(name) for entry in entries for name in MEDIA):
+        name = next(name for name, given in asked.items() if given)
+        raise ValueError(f"{name}: {FAIL_WITH_IMAGES[name]}")
 
 
 def check_not_empty(trainer: object, loader: object) -> None:

@@ -22,6 +22,10 @@ DECODERS = (
 )
 
 
+PREPARE = "prepare_inputs_labels_for_multimodal"
+"""The method in which LLaVA puts text and images together."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A function or class of a host: its module, below the host's package, and its name."""
@@ -196,7 +200,7 @@ def misfits(host: Host, root: Path) -> list[str]:
     expected = [(part.module, "", part.name, part.parameters()) for part in (*host.tower_builders, host.loader)]
     expected.append((host.arch, f"{host.meta_model}.", "initialize_vision_modules", ("model_args",)))
     if host.native_reason is None:
-        expected.append((host.arch, f"{host.mixin}.", "prepare_inputs_labels_for_multimodal", prepare))
+        expected.append((host.arch, f"{host.mixin}.", PREPARE, prepare))
         expected.append((host.arch, f"{host.mixin}.", "encode_images", ("images",)))
     lines = []
     for module, owner, name, takes in expected:

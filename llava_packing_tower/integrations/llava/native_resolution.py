@@ -27,6 +27,7 @@ from ...multimodal.truncation import Truncations
 from ...multimodal.visual_inputs import blank_like, fill_slots, read_visuals, with_positions
 from ...multimodal.visual_tokens import TokenLayout, encode_visuals
 from .arguments import current_arguments
+from .host import PREPARE
 from .methods import Call, add_step
 from .patcher import Patches
 from .registry import host_of, host_of_model, meta_model, mixin
@@ -35,7 +36,6 @@ from .trainable_parts import is_packing_tower
 logger = logging.getLogger(__name__)
 
 OPTIONS = ("mm_projector_type", "mm_patch_merge_type", "mm_newline_position", "mm_spatial_pool_mode")
-PREPARE = "prepare_inputs_labels_for_multimodal"
 
 
 _encoded: ContextVar[Features | None] = ContextVar("what encode_images answers", default=None)

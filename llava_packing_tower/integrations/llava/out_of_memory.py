@@ -15,7 +15,7 @@ from .dealt_batches import asked_of
 from .methods import Call, add_step
 from .patcher import Patches
 from .speed_meter import Meter, MicroStep
-from .trainable_parts import is_packing_tower
+from .trainable_parts import is_packing_tower, without_adapters
 
 
 def explain_out_of_memory(patches: Patches) -> None:
@@ -30,7 +30,7 @@ def explain_out_of_memory(patches: Patches) -> None:
         try:
             yield
         except RuntimeError as error:
-            model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+            model = without_adapters(trainer.model)
             tower = getattr(model, "get_vision_tower", lambda: None)()
             if not is_out_of_memory(error) or is_explained(error) or not is_packing_tower(tower):
                 raise

@@ -27,7 +27,7 @@ from .decoder_graphs import recomputed_by_graphs
 from .liger import TORCH_NORM, fuse_layers, unsupported_liger
 from .methods import Call, add_step
 from .patcher import Patches
-from .trainable_parts import is_packing_tower
+from .trainable_parts import is_packing_tower, without_adapters
 from .words_on_host import on_host
 
 logger = logging.getLogger(__name__)
@@ -328,7 +328,7 @@ def into_trainer(patches: Patches) -> None:
 
     def with_logits(call: Call) -> Iterator[None]:
         self = call.self
-        plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # under PEFT
+        plain = without_adapters(self.model)
         if is_packing_tower(getattr(plain, "get_vision_tower", lambda: None)()):
             plan_of(plain, patches)
         with full_logits() if is_overridden(self.compute_loss) else contextlib.nullcontext():

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .checkpoint_files import LORA_EXTRAS, tensors_of
+from .host import PREPARE
 from .methods import Call, add_step
 from .patcher import Patches
 from .registry import meta_model, trainer_class
@@ -81,7 +82,7 @@ def note_when_saving(arch: ModuleType, patches: Patches) -> None:
 def note_with_models(models: ModuleType, patches: Patches) -> None:
     """The same for ``save_pretrained`` of the model classes of a host, which also covers copies of a model."""
     for cls in {id(c): c for c in vars(models).values() if isinstance(c, type)}.values():
-        if hasattr(cls, "prepare_inputs_labels_for_multimodal") and hasattr(cls, "save_pretrained"):
+        if hasattr(cls, PREPARE) and hasattr(cls, "save_pretrained"):
             refresh = lambda call: _refresh(call.self)  # noqa: E731
             add_step(cls, "LlavaForCausalLM.save_pretrained", "refresh_note", refresh, patches)
 

@@ -14,16 +14,15 @@ from transformers import Trainer, TrainerCallback
 from ...utils import environment
 from ...utils.device_peaks import datasheet_peak
 from ...utils.say import say
+from .host import PREPARE
 from .methods import Call, add_step
 from .patcher import Patches
 from .registry import mixin, trainer_class
 from .speed_meter import Meter, Share
 from .speed_report import Speed, combine, in_words, over_the_run, write_report
-from .trainable_parts import is_packing_tower
+from .trainable_parts import is_packing_tower, without_adapters
 
 logger = logging.getLogger(__name__)
-
-PREPARE = "prepare_inputs_labels_for_multimodal"
 
 
 # ---------------------------------------------------------------- all ranks
@@ -185,7 +184,7 @@ def into_trainers(train: ModuleType, patches: Patches) -> None:
         self = call.self
         steps = getattr(self.args, "mm_packing_profile", None)
         wanted = getattr(self.args, "mm_packing_speed", True) or steps is not None
-        plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        plain = without_adapters(self.model)
         tower = getattr(plain, "get_vision_tower", lambda: None)()
         if wanted and is_packing_tower(tower) and tower.is_loaded:
             self._llava_packing_speed = SpeedLog(self)

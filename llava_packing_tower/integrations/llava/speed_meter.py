@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from ...multimodal.flops import Flops, decoder_flops, encoder_flops, head_flops, step_flops
 from .packed_step import decoder_base
+from .trainable_parts import without_adapters
 
 IGNORE = -100
 GIB = 1 << 30
@@ -82,7 +83,7 @@ class Meter:
     """Counts what one rank does in a training."""
 
     def __init__(self, trainer: Trainer) -> None:
-        model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        model = without_adapters(trainer.model)
         self.trainer, self.config, self.tower = trainer, model.config, model.get_vision_tower()
         self.known = decoder_base(type(model)) is not None
         self.trained = trained_parts(model)  # now: FSDP and ZeRO leave pieces

@@ -15,13 +15,12 @@ import torch
 
 from ...checkpoint.weights import zero3_enabled
 from ...data.segments import to_device
+from .host import PREPARE
 from .methods import Call, add_step
 from .patcher import Patches
 from .registry import host_of, mixin
 from .trainable_parts import is_packing_tower
 from .words_on_host import are_moved, device_before
-
-PREPARE = "prepare_inputs_labels_for_multimodal"
 
 
 def takes_part(model: torch.nn.Module) -> bool:

@@ -33,6 +33,11 @@ def is_packing_tower(tower: object) -> bool:
     return isinstance(tower, HEVCViTPackingVisionTower)
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model itself, where PEFT has put adapters around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 # ---------------------------------------------------------------- while training starts
 
 

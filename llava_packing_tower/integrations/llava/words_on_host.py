@@ -12,12 +12,12 @@ from types import ModuleType
 import torch
 
 from ...data.segments import to_device
+from .host import PREPARE
 from .methods import Call, add_step
 from .patcher import Patches
 from .registry import host_of, mixin
 from .trainable_parts import is_packing_tower
 
-PREPARE = "prepare_inputs_labels_for_multimodal"
 WORDS = ("input_ids", "attention_mask", "labels")
 _COPY, _DEVICE = "_llava_packing_on_host", "_llava_packing_device"
 

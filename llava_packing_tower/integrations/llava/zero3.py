@@ -10,11 +10,12 @@ from .methods import Call, add_step
 from .packed_step import decoder_base
 from .patcher import Patches
 from .registry import trainer_class
+from .trainable_parts import without_adapters
 
 
 def layer_class(model: nn.Module) -> type[nn.Module] | None:
     """The class of a LLaVA's decoder layers, where transformers' decoders that are known here have them; else None."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # under PEFT
+    model = without_adapters(model)
     layers = getattr(model.model, "layers", None) if decoder_base(type(model)) else None
     return type(layers[0]) if layers else None
 

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from types import ModuleType
 
 from ..arguments import current_training_arguments
+from ..host import PREPARE
 from ..methods import Call, add_step
 from ..patcher import Patches
 from ..registry import host_of, meta_model, trainer_class
@@ -87,7 +88,6 @@ def fwd_kw(model: ModuleType, patches: Patches) -> None:
         add_step(cls, "LlavaForCausalLM.forward", "fwd_kw", known_only, patches)
 
 
-PREPARE = "prepare_inputs_labels_for_multimodal"
 _modalities: ContextVar[tuple[object] | None] = ContextVar("modalities of a forward that takes none", default=None)
 
 
